@@ -102,6 +102,24 @@ def test_references_must_be_pairs(predictor: Predictor, pairs: object) -> None:
         predictor.reference(pairs)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["garbage", "keep"])
+def test_mattes_are_arrays_of_the_image(predictor: Predictor, reference: PreparedReferences, name: str) -> None:
+    area = np.zeros(MASK.shape, np.bool_)
+    area[:9, :9] = True
+    expected = predictor.matte(RGB, reference, **{name: area})
+    assert (expected[area] == (255 if name == "keep" else 0)).all()
+    for matte in (area.astype(np.float64), np.uint8(255) * area[..., None]):
+        assert (predictor.matte(RGB, reference, **{name: matte}) == expected).all()
+    for matte, message in (
+        (area[1:], f"the {name} matte is bool"),
+        (area.astype(np.uint8), f"the {name} matte has no values but 0 and 1"),
+        (area * 2.0, f"the {name} matte has values from 0 to 2; expected bool"),
+        ("matte.png", f"the {name} matte is of type builtins.str; expected"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            predictor.session(RGB, reference, **{name: matte})
+
+
 def test_arguments_of_a_session_are_checked(predictor: Predictor, reference: PreparedReferences) -> None:
     with pytest.raises(UsageError, match="image is float64"):
         predictor.session(RGB / 255, reference)

@@ -78,3 +78,21 @@ def test_alphas_are_those_of_the_predictor(model: str, is_uncertain: bool, monke
                 assert (coarse[int(y), int(x)] > 127) == (alpha[int(y), int(x)] > 127) == is_on
         if hints is not None and hints.keep is not None:
             assert (coarse[hints.keep] == 255).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["lite", "lite-training-free"])
+def test_a_session_follows_mattes(model: str) -> None:
+    """The garbage matte hides the larger disc, so that the model does not see it."""
+    predictor = model_choice(model).load_predictor()
+    image = make_image()
+    reference = predictor.reference([(image, image[..., 0] > 210)])
+    garbage, keep = np.zeros(SIZE, np.float32), np.zeros(SIZE, np.uint8)
+    garbage[:, :70], keep[:10, 100:] = 1, 255
+    session = predictor.session(image, reference, garbage=garbage, keep=keep)
+    for hints in (None, icm_cli.Hints(size=SIZE, points=[(100, 60)], keep=keep > 0)):
+        alpha, coarse = session.matte(hints), session.coarse(hints)
+        assert (alpha == predictor.matte(image, reference, hints, garbage=garbage > 0, keep=keep)).all()
+        for answer in (alpha, coarse):
+            assert not answer[10:, :70].any()
+            assert (answer[keep > 0] == 255).all()

@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import NoneType
 from typing import Any
 
@@ -57,6 +57,10 @@ MAX_LISTED = 8
 """Largest number of names or labels that a message lists."""
 NUMBER = int, float
 EXPECTED = "expected the JSON of labelme or COCO"
+OTHER_IMAGE = (
+    "annotation {path} says that it is about {name}, and is used for {image}; check that it was drawn on this image"
+)
+"""Notice about :func:`find_other_image`."""
 LABELME = {
     "shapes": [{"label": str, "points": [[NUMBER]], "shape_type?": (str, NoneType), "mask?": (str, NoneType)}],
     "imageHeight?": (int, NoneType),
@@ -120,6 +124,16 @@ def read_hints(
 def is_annotation(path: Path) -> bool:
     """Return whether a file is an annotation, by its suffix."""
     return path.suffix.lower() == ".json"
+
+
+def find_other_image(path: Path, image: Path) -> str:
+    """Return the name of the image that an annotation of labelme says it is about, if it is another one than ``image``;
+    "" otherwise. Suffixes, folders and the numbers of pages may differ. Raises UsageError."""
+    content = read_json(path, "annotation", {}, EXPECTED)
+    name = PureWindowsPath(str(content.get("imagePath") or "")).name  # which knows the separators of every system
+    own = {image.name, image.stem, image.stem.rpartition(".")[0]}
+    is_own = not name or {name.casefold(), Path(name).stem.casefold()} & set(map(str.casefold, own))
+    return "" if is_own or "shapes" not in content else name
 
 
 def fill_polygon(points: Sequence[Point], size: tuple[int, int]) -> Area:

@@ -21,7 +21,7 @@ from icm_cli.files import (
     walk_files,
 )
 from icm_cli.guidance.annotations import EXPECTED as EXPECTED_ANNOTATION
-from icm_cli.guidance.annotations import read_hints
+from icm_cli.guidance.annotations import OTHER_IMAGE, find_other_image, is_annotation, read_hints
 from icm_cli.guidance.hints import Area, Hints
 from icm_cli.images.image_file import IMAGE_SUFFIXES
 from icm_cli.images.pixels import ImageWindows
@@ -46,6 +46,7 @@ class ImageHints:
     """Name of the image below the root."""
     paths: tuple[Path, ...]
     digest: str = ""
+    notices: tuple[str, ...] = ()
 
     @classmethod
     def check(cls, image: Path, paths: Sequence[Path]) -> ImageHints:
@@ -57,7 +58,9 @@ class ImageHints:
         parts = [hints._read_file(path, size) for path, size in sizes.items() if size is not None]
         if len(known) == 1:
             hints._merge(parts)
-        return cls(image, hints.paths, digest)
+        named = [(path, find_other_image(path, image)) for path in hints.paths if is_annotation(path)]
+        notices = [OTHER_IMAGE.format(path=path, name=name, image=image) for path, name in named if name]
+        return cls(image, hints.paths, digest, tuple(notices))
 
     def read(self, windows: ImageWindows) -> Hints:
         """Read the hints about an image with these windows; coordinates and areas are of its data window.

@@ -10,7 +10,7 @@ import re
 import string
 import threading
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from itertools import combinations
@@ -281,12 +281,14 @@ def plan_jobs(
         check_overwrites(jobs, [path for paths in files.values() for path in paths], "a hint")
     if source_filter.shard is not None:
         jobs = _select_shard(jobs, *source_filter.shard)
-    return _add_hints(jobs, files)
+    return _add_hints(jobs, files, skipped_files.notify)
 
 
-def _add_hints(jobs: Sequence[Job], files: Mapping[Path, Sequence[Path]]) -> list[Job]:
+def _add_hints(jobs: Sequence[Job], files: Mapping[Path, Sequence[Path]], notice: Callable[[str], None]) -> list[Job]:
     """Return the jobs with their files of hints. Raises UsageError for a file that cannot be used."""
     hints = check_image_hints({job.name: files[job.name] for job in jobs if job.name in files})
+    for sentence in (each for job in jobs if job.name in hints for each in hints[job.name].notices):
+        notice(sentence)
     return [
         replace(job, hints=hints[job.name], planned=replace(job.planned, has_hints=True)) if job.name in hints else job
         for job in jobs

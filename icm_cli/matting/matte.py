@@ -45,7 +45,7 @@ from icm_cli.matting.jobs import (
 from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.mattes import GARBAGE, KEEP, MatteFiles
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
-from icm_cli.matting.references import Reference, read_negatives, read_references
+from icm_cli.matting.references import Reference, check_negatives, read_negatives, read_references
 from icm_cli.matting.result_collector import ResultCollector, environment_settings
 from icm_cli.matting.resume import file_identities, keep_existing_alphas
 from icm_cli.matting.shot import Keyframe, Shot, split_shots
@@ -161,6 +161,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
         make_mask=masks.make_mask,
     )
     references += read_negatives(given.not_ref, given.not_mask, listener.on_notice, reference_colour, masks.make_mask)
+    check_negatives(references)
     hint_files = None if options.hints.hints is None else HintFiles.find(options.hints.hints, skipped_files)
     garbage = MatteFiles.find(GARBAGE, options.hints.garbage, listener.on_notice)
     keep = MatteFiles.find(KEEP, options.hints.keep, listener.on_notice)

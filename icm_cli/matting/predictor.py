@@ -26,11 +26,11 @@ from icm_cli.matting.hinting import bind_alpha, clip_to_boxes, edit_coarse_alpha
 from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.mattes import Mattes
 from icm_cli.matting.quality_signals import measure_signals, probability
-from icm_cli.matting.references import MakeMask, Reference, make_guidance, mask_from_hints
+from icm_cli.matting.references import MakeMask, Reference, check_negatives, make_guidance, mask_from_hints
 from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import EmbeddedImage, Head, Matte, Objects, PreparedReferences, ignore_progress
 from icm_cli.model.core import InContextMatting
-from icm_cli.model.decoding import confidence_and_found
+from icm_cli.model.decoding import FOUND_FRACTION, confidence_and_found
 from icm_cli.options import MAX_LEARN_STEPS, MatteOptions
 from icm_cli.options.definition import argument_names
 
@@ -128,7 +128,7 @@ class Session:
 
     def __init__(self, predictor: Predictor, frame: Frame, reference: PreparedReferences) -> None:
         self._predictor, self._reference = predictor, reference
-        (embedded,) = predictor.prompted_objects.embed_images([frame.rgb])
+        (embedded,) = predictor.prompted_objects.embed_images([frame.visible_rgb])
         self._frame = replace(frame, embedded=embedded)
         self._matte = predictor.infer([frame], reference)
         self._decided: dict[bool, CoarseAlpha] = {}
@@ -139,7 +139,7 @@ class Session:
         with device_errors(predictor.device, "an image was matted"):
             (completed,) = predictor.complete_alphas([frame], [self._coarse_alpha(frame)])
             alpha = resize_alpha(completed, frame.size).numpy(force=True)
-            return alpha_to_u8(alpha if hints is None else bind_alpha(alpha, hints))
+            return alpha_to_u8(_follow_corrections(alpha, frame))
 
     def matte(self, hints: Hints | None = None) -> ImageU8:
         """Return the alpha, uint8 [H,W]: the same as :meth:`Predictor.matte` for this image and these hints."""
@@ -200,38 +200,60 @@ class Predictor:
             check_learn_steps(learn_steps or 0, type(self.model.head))
         make_mask = self._mask_maker.make_mask
         references = [*_as_references(pairs, make_mask), *_as_negatives(negatives, make_mask)]
+        check_negatives(references)
         check_guidance(references, type(self.model.head))
         action = f"the references were learned in {learn_steps} steps" if learn_steps else "references were prepared"
         with device_errors(self.device, action), torch.no_grad():
             tensors = [self._reference_tensors(reference, index) for index, reference in enumerate(references)]
             return self.model.prepare_references(tensors, learn_steps=learn_steps or 0, on_progress=on_progress)
 
-    def matte(self, rgb: ImageU8, reference: PreparedReferences, hints: Hints | None = None) -> ImageU8:
+    def matte(
+        self,
+        rgb: ImageU8,
+        reference: PreparedReferences,
+        hints: Hints | None = None,
+        *,
+        garbage: NDArray[Any] | None = None,
+        keep: NDArray[Any] | None = None,
+    ) -> ImageU8:
         """Return the alpha, uint8 [H,W], of an image, sRGB uint8 [H,W,3] or grey [H,W].
 
-        ``reference`` is the result of :meth:`reference`. The alpha follows the ``hints`` about this image. Raises
-        UsageError for an array of another type or shape, or hints for another size, ConfigError if memory runs out.
+        ``reference`` is the result of :meth:`reference`. The alpha follows the ``hints`` about this image. It is 0
+        where ``garbage`` is white, and 1 where ``keep`` is white: mattes [H,W], bool, uint8 0..255 or float 0..1.
+        Raises UsageError for an array of another type or shape, or hints for another size, ConfigError if memory runs
+        out.
         """
-        frame = self._check_arguments(rgb, reference)
+        frame = self._check_arguments(rgb, reference, garbage, keep)
         frame = replace(frame, hints=None if hints is None else _check_hints(hints, frame.rgb))
         with device_errors(self.device, "an image was matted"):
             (result,) = self.matte_frames([frame], reference)
             return alpha_to_u8(self.alpha_at_source(frame, result))
 
-    def session(self, rgb: ImageU8, reference: PreparedReferences) -> Session:
+    def session(
+        self,
+        rgb: ImageU8,
+        reference: PreparedReferences,
+        *,
+        garbage: NDArray[Any] | None = None,
+        keep: NDArray[Any] | None = None,
+    ) -> Session:
         """Return a session in which a person corrects the alpha of one image by hints, one after another.
 
         What does not depend on the hints is computed here, once. Arguments and errors are those of :meth:`matte`.
         """
-        frame = self._check_arguments(rgb, reference)
+        frame = self._check_arguments(rgb, reference, garbage, keep)
         with device_errors(self.device, "an image was matted"):
             return Session(self, frame, reference)
 
-    def _check_arguments(self, rgb: Any, reference: Any) -> Frame:
+    def _check_arguments(self, rgb: Any, reference: Any, garbage: Any, keep: Any) -> Frame:
         check_not_forked()
         if not hasattr(reference, "notices"):
             raise UsageError(f"reference is {_describe(reference)}; expected the result of Predictor.reference")
-        return self.prepare_frame(_as_rgb(rgb, "image"))
+        rgb, mattes = _as_rgb(rgb, "image"), None
+        if garbage is not None or keep is not None:
+            named = (garbage, "the garbage matte"), (keep, "the keep matte")
+            mattes = Mattes(*(None if each is None else _as_matte(each, rgb, name) for each, name in named))
+        return self.prepare_frame(rgb, mattes=mattes)
 
     def prepare_frame(
         self,
@@ -294,7 +316,7 @@ class Predictor:
         if stabilise is not None:
             final = list(map(stabilise, final))
         return [
-            _add_signals(self._bind_alpha(frame, FrameAlpha(alpha, each.found)), frame, each, between)
+            _add_signals(_decide_found(self._bind_alpha(frame, FrameAlpha(alpha, each.found)), frame), frame, each, between)
             for frame, alpha, each, between in zip(frames, final, coarse, completed, strict=True)
         ]
 
@@ -331,14 +353,11 @@ class Predictor:
         return True
 
     def _bind_alpha(self, frame: Frame, result: FrameAlpha) -> FrameAlpha:
-        """Return the alpha at the size of the source, bound to the garbage matte, then to the keep matte, then to the
-        hints of the frame; unchanged without them."""
+        """Return the alpha at the size of the source such that it follows the mattes and the hints of the frame;
+        unchanged without them."""
         if (frame.hints is None and frame.mattes is None) or not np.isfinite(result.alpha).all():
             return result
-        alpha = self.alpha_at_source(frame, result)
-        if frame.mattes is not None:
-            alpha = frame.mattes.bind_alpha(alpha)
-        return replace(result, alpha=alpha if frame.hints is None else bind_alpha(alpha, frame.hints))
+        return replace(result, alpha=_follow_corrections(self.alpha_at_source(frame, result), frame))
 
     @property
     def prompted_objects(self) -> Objects:
@@ -462,12 +481,26 @@ def _coarse_alpha_of(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
     return _hide_garbage(coarse, frame)
 
 
+def _decide_found(result: FrameAlpha, frame: Frame) -> FrameAlpha:
+    """Return the alpha of a frame, found if it shows an object or a hint says so. A coarse alpha may be found without
+    anything that remains of it, and may be not found although the decoder, a hint or a matte adds to it."""
+    is_visible = bool((result.alpha > 0.5).mean() >= FOUND_FRACTION)
+    return replace(result, found=frame.shows_object or is_visible)
+
+
 def _add_signals(result: FrameAlpha, frame: Frame, coarse: CoarseAlpha, completed: Tensor) -> FrameAlpha:
     """Return the alpha of a frame with the signals of its quality, if it is finite."""
     if not np.isfinite(result.alpha).all():
         return result
     alphas = coarse.alpha.numpy(force=True), completed.numpy(force=True), result.alpha
     return replace(result, signals={**coarse.signals, **measure_signals(frame.rgb, *alphas)})
+
+
+def _follow_corrections(alpha: Float, frame: Frame) -> Float:
+    """Return an alpha of the size of a frame bound to its garbage matte, then to its keep matte, then to its hints."""
+    if frame.mattes is not None:
+        alpha = frame.mattes.bind_alpha(alpha)
+    return alpha if frame.hints is None else bind_alpha(alpha, frame.hints)
 
 
 def _hide_garbage(coarse: CoarseAlpha, frame: Frame) -> CoarseAlpha:
@@ -533,24 +566,32 @@ def _as_reference(image: Any, mask: Any, of_which: str, make_mask: MakeMask) -> 
     if isinstance(mask, Hints):
         hints = _check_hints(mask, rgb, f" {of_which}")
         mask = mask_from_hints(hints, rgb, f"the mask from the hints {of_which}", notice, make_mask)
-    expected = f"expected bool, uint8 0..255 or float 0..1, {list(rgb.shape[:2])} as its image"
-    _refuse_masked_array(mask, name)
-    if not isinstance(mask, np.ndarray) or (mask.dtype.kind not in "bf" and mask.dtype != np.uint8):
-        raise UsageError(f"{name} is {_describe(mask)}; {expected}")
-    mask = mask[..., 0] if mask.ndim == 3 and mask.shape[-1] == 1 else mask
-    if mask.shape != rgb.shape[:2]:
-        raise UsageError(f"{name} is {_describe(mask)}; {expected}")
-    if mask.dtype == np.uint8:
-        if mask.max() == 1:
-            raise UsageError(f"{name} has no values but 0 and 1, and is uint8; {expected}; give mask.astype(bool)")
-        u8 = mask
-    else:
-        values = mask.astype(np.float32)
-        if not (values.min() >= 0 and values.max() <= 1):  # also for NaN
-            raise UsageError(f"{name} has values from {values.min():g} to {values.max():g}; {expected}")
-        u8 = alpha_to_u8(values)
+    mask = _check_alpha(mask, rgb, name)
+    u8 = mask if mask.dtype == np.uint8 else alpha_to_u8(mask.astype(np.float32))
     windows = ImageWindows.full((rgb.shape[0], rgb.shape[1]))
     return Reference(rgb, make_guidance(u8, windows, name, notice))
+
+
+def _as_matte(matte: Any, rgb: ImageU8, name: str) -> Float:
+    """Return a garbage or keep matte of an image as float32 [H,W] in 0..1. Raises UsageError."""
+    checked = _check_alpha(matte, rgb, name)
+    return checked.astype(np.float32) / np.float32(255 if checked.dtype == np.uint8 else 1)
+
+
+def _check_alpha(alpha: Any, rgb: ImageU8, name: str) -> NDArray[Any]:
+    """Return a mask or matte [H,W] of an image: bool, uint8 0..255 or float in 0..1. Raises UsageError."""
+    expected = f"expected bool, uint8 0..255 or float 0..1, {list(rgb.shape[:2])} as its image"
+    _refuse_masked_array(alpha, name)
+    if not isinstance(alpha, np.ndarray) or (alpha.dtype.kind not in "bf" and alpha.dtype != np.uint8):
+        raise UsageError(f"{name} is {_describe(alpha)}; {expected}")
+    alpha = alpha[..., 0] if alpha.ndim == 3 and alpha.shape[-1] == 1 else alpha
+    if alpha.shape != rgb.shape[:2]:
+        raise UsageError(f"{name} is {_describe(alpha)}; {expected}")
+    if alpha.dtype == np.uint8 and alpha.max() == 1:
+        raise UsageError(f"{name} has no values but 0 and 1, and is uint8; {expected}; give array.astype(bool)")
+    if alpha.dtype.kind == "f" and not (alpha.min() >= 0 and alpha.max() <= 1):  # also for NaN
+        raise UsageError(f"{name} has values from {alpha.min():g} to {alpha.max():g}; {expected}")
+    return alpha
 
 
 def _as_rgb(image: Any, name: str) -> ImageU8:

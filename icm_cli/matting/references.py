@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from icm_cli.errors import ImageError, ImageMemoryError, ResourceError, UsageError
 from icm_cli.files import combined_digest
 from icm_cli.geometry import ImageU8, format_size, has_same_aspect, resize
-from icm_cli.guidance.annotations import is_annotation, read_hints
+from icm_cli.guidance.annotations import OTHER_IMAGE, find_other_image, is_annotation, read_hints
 from icm_cli.guidance.hints import Hints, Point
 from icm_cli.guidance.scribbles import read_scribble
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
@@ -26,6 +26,8 @@ from icm_cli.options import GuidanceRule, MaskOrientation, ReferenceOptions
 
 FOREGROUND_THRESHOLD = 0.5
 """Pixels of a soft mask above this value are foreground, as in the published code."""
+MAX_CONTRADICTION = 0.5
+"""Largest fraction of the object of a reference that a negative reference of the same image may mark."""
 INVERTED_FRACTION, INVERTED_BORDER = 0.6, 0.95
 """Fractions of the image, and of its border, above which a white area is probably the background."""
 
@@ -148,6 +150,20 @@ def read_negatives(
     return negatives
 
 
+def check_negatives(references: Sequence[Reference]) -> None:
+    """Raise UsageError for a negative reference that marks more than half of the object of another reference."""
+    objects = [each for each in references if not each.is_negative]
+    for number, negative in enumerate((each for each in references if each.is_negative), 1):
+        for reference in objects:
+            if np.array_equal(negative.rgb, reference.rgb):
+                marked = float(negative.selected[reference.guidance].mean())
+                if marked > MAX_CONTRADICTION:
+                    raise UsageError(
+                        f"negative reference {number} (--not-ref) is also the image of a reference, and marks "
+                        f"{marked:.0%} of its object as not the object; give a mask (--not-mask) without the object"
+                    )
+
+
 def make_guidance(mask: ImageU8, windows: ImageWindows, name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
     """Convert a mask uint8 [h,w] to guidance bool of the size of its reference's data window.
 
@@ -219,6 +235,8 @@ def _read_reference(
         hints = None
         if mask is not None and is_annotation(mask):
             hints = read_hints(mask, image.windows.display, image=ref, label=label, can_select=True)
+            if name := find_other_image(mask, ref):
+                notice(OTHER_IMAGE.format(path=mask, name=name, image=ref))
         elif prompts is not None and prompts.has_prompts:
             hints = _read_prompts(prompts, ref, image.windows.display)
         if hints is not None:
