@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from icm_cli.errors import UsageError
-from icm_cli.guidance.annotations import fill_polygon, read_hints
+from icm_cli.guidance.annotations import fill_polygon, find_other_image, read_hints
 from icm_cli.guidance.hints import Hints, area_points
 
 SIZE = 60, 80
@@ -451,3 +451,22 @@ def test_scribble_of_another_size_or_damaged_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(UsageError, match=r"scribble cannot be used: .*s\.png"):
         read_hints(path, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("stated", "image", "other"),
+    [
+        ("wall.jpg", "wall.jpg", ""),
+        ("..\\imgs\\Wall.JPG", "sub/wall.tif", ""),
+        ("../scan.tif", "scan.0002.tif", ""),
+        ("pad.0101.png", "pad.0101.exr", ""),
+        ("pad.0102.png", "pad.0101.png", "pad.0102.png"),
+        ("/data/imgs/floor.jpg", "wall.jpg", "floor.jpg"),
+        (None, "wall.jpg", ""),
+        ("", "wall.jpg", ""),
+    ],
+)
+def test_name_of_the_image_of_an_annotation(tmp_path: Path, stated: str | None, image: str, other: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"shapes": [], "imagePath": stated}))
+    assert find_other_image(path, Path(image)) == other

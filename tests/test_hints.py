@@ -123,6 +123,17 @@ def test_annotation_and_painted_hint_of_one_image_are_merged(icm: Icm, scene: Pa
     assert alpha[10, 15] > 127  # the centre of the painted area
 
 
+def test_an_annotation_of_another_image_is_reported(icm: Icm, scene: Path, hints: Path) -> None:
+    write_hint(hints / "wall.json", imagePath="../imgs/floor.jpg")
+    write_hint(hints / "pad.0101.json", imagePath="pad.0101.png")
+    done = icm("--dry-run", hints=hints)
+    assert done.exit_code == 0
+    about = f"{hints / 'wall.json'} says that it is about floor.jpg, and is used for wall.jpg; check"
+    assert done.stderr.count("says that it is about") == done.stderr.replace("\n", " ").count(about) == 1
+    mask = write_hint(scene / "mask.json", "fg", [[20, 20], [90, 20], [90, 90]], imagePath="other.png")
+    assert "says that it is about other.png" in icm("--dry-run", mask=mask).stderr
+
+
 def test_points_hold_in_trimaps(icm: Icm, scene: Path, hints: Path) -> None:
     """At the edge of the object, where the trimap is unknown without hints."""
     assert icm(trimap="instead", trimap_band=6).exit_code == 0

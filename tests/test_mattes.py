@@ -141,6 +141,16 @@ class TestGarbage:
         assert icm(out=scene / "rgba", foreground="straight", **options).exit_code == 0
         assert (read(scene / "rgba" / "wall.png")[PATCH][..., 3] == 255).all()
 
+    def test_found_is_what_the_final_alpha_shows(self, icm: Icm, scene: Path) -> None:
+        """The model finds nothing, because the whole image is negative; the keep matte shows an object."""
+        size, report = read(scene / "imgs" / "wall.jpg").shape, scene / "r.json"
+        options = {"src": scene / "imgs" / "wall.jpg", "not_ref": scene / "imgs" / "wall.jpg", "report": report}
+        for keep, not_found in ((None, True), (write_matte(scene / "keep.png", size), False)):
+            assert icm(keep=keep, **options).exit_code == 0
+            (image,) = json.loads(report.read_text())["images"]
+            assert image["not_found"] is not_found
+            assert read(scene / "out" / "wall.png").any() != not_found
+
     def test_exr_by_display_window(self, icm: Icm, scene: Path) -> None:
         pixels = linear(cv2.imread(str(scene / "imgs" / "wall.jpg"))[..., ::-1])
         height, width = pixels.shape[:2]

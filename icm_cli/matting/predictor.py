@@ -315,10 +315,7 @@ class Predictor:
         final = [alpha.numpy(force=True) for alpha in alphas]
         if stabilise is not None:
             final = list(map(stabilise, final))
-        return [
-            _add_signals(_decide_found(self._bind_alpha(frame, FrameAlpha(alpha, each.found)), frame), frame, each, between)
-            for frame, alpha, each, between in zip(frames, final, coarse, completed, strict=True)
-        ]
+        return [self._make_result(*each) for each in zip(frames, coarse, completed, final, strict=True)]
 
     @torch.inference_mode()
     def complete_alphas(self, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha]) -> list[Tensor]:
@@ -352,12 +349,17 @@ class Predictor:
         alphas[index] = clip_to_boxes(alpha, hints)
         return True
 
-    def _bind_alpha(self, frame: Frame, result: FrameAlpha) -> FrameAlpha:
-        """Return the alpha at the size of the source such that it follows the mattes and the hints of the frame;
-        unchanged without them."""
-        if (frame.hints is None and frame.mattes is None) or not np.isfinite(result.alpha).all():
-            return result
-        return replace(result, alpha=_follow_corrections(self.alpha_at_source(frame, result), frame))
+    def _make_result(self, frame: Frame, coarse: CoarseAlpha, completed: Tensor, alpha: Float) -> FrameAlpha:
+        """Return the final alpha of a frame. If the frame has mattes or hints, it follows them and has the size of the
+        source. It is found if it shows an object, or a hint says so."""
+        is_finite = bool(np.isfinite(alpha).all())
+        if is_finite and (frame.hints is not None or frame.mattes is not None):
+            alpha = _follow_corrections(alpha_at_source(alpha, frame.rgb, self.model.guided_filter), frame)
+        found = frame.shows_object or bool((alpha > 0.5).mean() >= FOUND_FRACTION)
+        if not is_finite:
+            return FrameAlpha(alpha, found)
+        earlier = coarse.alpha.numpy(force=True), completed.numpy(force=True)
+        return FrameAlpha(alpha, found, {**coarse.signals, **measure_signals(frame.rgb, *earlier, alpha)})
 
     @property
     def prompted_objects(self) -> Objects:
@@ -479,21 +481,6 @@ def _coarse_alpha_of(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
         if presence.is_uncertain[index]:
             coarse = replace(coarse, alpha_if_present=presence.alpha_if_present[index, 0, :height, :width])
     return _hide_garbage(coarse, frame)
-
-
-def _decide_found(result: FrameAlpha, frame: Frame) -> FrameAlpha:
-    """Return the alpha of a frame, found if it shows an object or a hint says so. A coarse alpha may be found without
-    anything that remains of it, and may be not found although the decoder, a hint or a matte adds to it."""
-    is_visible = bool((result.alpha > 0.5).mean() >= FOUND_FRACTION)
-    return replace(result, found=frame.shows_object or is_visible)
-
-
-def _add_signals(result: FrameAlpha, frame: Frame, coarse: CoarseAlpha, completed: Tensor) -> FrameAlpha:
-    """Return the alpha of a frame with the signals of its quality, if it is finite."""
-    if not np.isfinite(result.alpha).all():
-        return result
-    alphas = coarse.alpha.numpy(force=True), completed.numpy(force=True), result.alpha
-    return replace(result, signals={**coarse.signals, **measure_signals(frame.rgb, *alphas)})
 
 
 def _follow_corrections(alpha: Float, frame: Frame) -> Float:

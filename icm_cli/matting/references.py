@@ -234,9 +234,7 @@ def _read_reference(
             notice(sentence)
         hints = None
         if mask is not None and is_annotation(mask):
-            hints = read_hints(mask, image.windows.display, image=ref, label=label, can_select=True)
-            if name := find_other_image(mask, ref):
-                notice(OTHER_IMAGE.format(path=mask, name=name, image=ref))
+            hints = _read_annotation(mask, ref, image.windows.display, label, notice)
         elif prompts is not None and prompts.has_prompts:
             hints = _read_prompts(prompts, ref, image.windows.display)
         if hints is not None:
@@ -264,6 +262,15 @@ def _read_reference(
     except ImageError as error:
         hint = ", for references with --ref-layer" if colour.layer and "has no layer" in str(error) else ""
         raise UsageError(f"reference or mask cannot be used: {error}{hint}") from error
+
+
+def _read_annotation(
+    path: Path, ref: Path, size: tuple[int, int], label: str | None, notice: Callable[[str], None]
+) -> Hints:
+    hints = read_hints(path, size, image=ref, label=label, can_select=True)
+    if name := find_other_image(path, ref):
+        notice(OTHER_IMAGE.format(path=path, name=name, image=ref))
+    return hints
 
 
 def _read_prompts(options: ReferenceOptions, ref: Path, size: tuple[int, int]) -> Hints:
