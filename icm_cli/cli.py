@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 from icm_cli.environment import resource_errors
 from icm_cli.errors import IcmError, UsageError
 from icm_cli.files import describe_os_error, is_system_error
-from icm_cli.options import EvaluateOptions, MatteOptions, TrainOptions
+from icm_cli.options import EvaluateOptions, MatteOptions, ReviewOptions, TrainOptions
 from icm_cli.options.definition import OptionField, Options, Panel
 from icm_cli.signals import Interrupt
 
@@ -53,13 +53,18 @@ class StrictCommand(TyperCommand):
         if ctx.resilient_parsing:  # completion in a shell
             return super().parse_args(ctx, args)
         given, words, _ = self.make_parser(ctx).parse_args(list(args))
-        missing = [each.opts[0] for each in self.params if each.required and each.name not in given]
+        missing = [_parameter_name(each) for each in self.params if each.required and given.get(each.name) is None]
         if words and "help" not in given:
             raise UsageError(f"unexpected words: {' '.join(words)}; {GLOB_HINT}")
         if missing and not any(each.name in given and each.is_eager for each in self.get_params(ctx)):
             plural = "s" if len(missing) > 1 else ""
             raise UsageError(f"missing option{plural}: {', '.join(missing)}; see {ctx.command_path} --help")
         return super().parse_args(ctx, args)
+
+
+def _parameter_name(parameter: Any) -> str:
+    """Return the flag of an option, or the metavar of an argument."""
+    return str(parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[0])
 
 
 @contextlib.contextmanager
@@ -75,7 +80,8 @@ def _exit_codes(ctx: Any) -> Iterator[None]:
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
-            rerun = "with --resume to continue" if ctx.invoked_subcommand == "train" else "again to resume"
+            reruns = {"train": "with --resume to continue", "review": "again to continue the review"}
+            rerun = reruns.get(ctx.invoked_subcommand, "again to resume")
             message, exit_code = f"interrupted; run the same command {rerun}", interrupt.exit_code
         except Exception as error:
             if type(error).__name__ == "NoArgsIsHelpError":
@@ -158,6 +164,11 @@ def _typer_parameter(field: OptionField, callback: Callback | None) -> inspect.P
     """Parameter of a Typer command for an option."""
     properties = field.properties
     suggestions = properties.suggestions or ((lambda: field.choices) if field.choices else None)
+    default = inspect.Parameter.empty if field.is_required else None if field.is_repeatable else field.default
+    if properties.is_positional:
+        argument = typer.Argument(help=properties.help, metavar=field.flag)
+        annotation = Annotated[_typer_type(field), argument]  # type: ignore[valid-type]
+        return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
     is_default_panel = field.panel is Panel.EVERYDAY
     option = typer.Option(
         *(properties.flags or (field.flag,)),
@@ -169,7 +180,6 @@ def _typer_parameter(field: OptionField, callback: Callback | None) -> inspect.P
         callback=callback,
         is_eager=callback is not None,
     )
-    default = inspect.Parameter.empty if field.is_required else None if field.is_repeatable else field.default
     hint = Annotated[_typer_type(field), option]  # type: ignore[valid-type]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
@@ -284,6 +294,21 @@ def train(options: TrainOptions) -> None:
         options.refuse_given(["resume", "pack"], "--preview trains nothing")
     display = options.display
     run_train(options, listener=TrainingTerminal(quiet=display.quiet, verbose=display.verbose))
+
+
+@app.command(cls=StrictCommand)
+@_with_options(ReviewOptions)
+def review(options: ReviewOptions) -> None:
+    """Check the alphas of a run in the browser, and correct those that are wrong.
+
+    Prints the link to the page on a line of its own. Ctrl-C ends the server; everything is saved at once.
+
+    Exit codes: 2 wrong usage or input; 3 model, weights, device or output; 130 Ctrl-C; 143 SIGTERM.
+    """
+    from icm_cli.review.server import review as run_review
+    from icm_cli.terminal import ReviewTerminal
+
+    run_review(options, ReviewTerminal(quiet=options.display.quiet, verbose=options.display.verbose))
 
 
 if __name__ == "__main__":

@@ -165,6 +165,13 @@ class TrainingListener(Listener):
             self.on_steps_end()
 
 
+class ReviewListener(Listener):
+    """Base class of callbacks for a review."""
+
+    def on_link(self, link: str) -> None:
+        """Called with the link to the page when the server accepts connections."""
+
+
 class SecondaryProcessListener(TrainingListener):
     """Listener for the secondary processes of a distributed run. It forwards notices only."""
 

@@ -25,6 +25,9 @@ from icm_cli.errors import FileWriteError, OutputError, UsageError
 
 TEMPORARY_PREFIX = ".icm-"
 TEMPORARY_SUFFIX = ".tmp"
+RECORD_FOLDER = ".icm"
+"""Folder below the alphas of a run with the options of the run and the state of its review. No search of files, of any
+command, descends into it."""
 STALE_AFTER_S = 3600.0
 """Seconds without a write after which a temporary file of another machine or container is stale."""
 LOCK_TIMEOUT_S = 10.0
@@ -319,6 +322,24 @@ def _rename(temporary: Path, path: Path, check: WriteCheck | None) -> None:
 
 
 @contextlib.contextmanager
+def locked_file(path: Path, timeout_s: float) -> Iterator[bool]:
+    """Lock a file, which is created, against other processes and threads of icm.
+
+    Yields False if the lock was not free within ``timeout_s``. On a drive without locks, nothing is locked. Raises
+    OutputError if the file cannot be created.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise error_for_failed_write(path, error) from error
+    try:
+        yield _lock(descriptor, timeout_s=timeout_s) is not False
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def _locked_folder(folder: Path) -> Iterator[bool]:
     """Lock a folder against other processes of icm; False if that is impossible."""
     try:
@@ -502,6 +523,7 @@ def walk_files(folder: Path, skipped: SkippedPaths, trees: Sequence[str] = ()) -
         skipped.setdefault(UNREADABLE, []).append(Path(error.filename))
 
     for parent, folders, files in os.walk(folder, onerror=report_unreadable):
+        folders[:] = [name for name in folders if name != RECORD_FOLDER]
         for name in list(folders):
             path = Path(parent) / name
             if reason := _skip_reason(path, trees):

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from icm_cli import environment
-from icm_cli.events import Listener, TrainingListener, TrainingSummary
+from icm_cli.events import Listener, ReviewListener, TrainingListener, TrainingSummary
 from icm_cli.files import is_too_long, shorten
 from icm_cli.reports.means import SHOT_SCORE_TITLES, format_mean, format_metric
 from icm_cli.reports.published import comparison_caveats, published_scores
@@ -401,3 +401,10 @@ def _training_rows(summary: TrainingSummary) -> list[tuple[str, str]]:
         ("folder", str(summary.folder)),
     ]
     return rows + ([("unreadable", f"{statistics.skipped} samples were skipped")] if statistics.skipped else [])
+
+
+class ReviewTerminal(Terminal, ReviewListener):
+    """Listener that prints the link to the page of a review on a line of its own."""
+
+    def on_link(self, link: str) -> None:
+        write_line(sys.stdout, link)

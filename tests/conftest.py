@@ -19,6 +19,8 @@ import typer.testing
 from click.testing import Result
 from typer.testing import CliRunner
 
+from icm_cli.files import RECORD_FOLDER
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -207,10 +209,9 @@ def arguments(options: dict[str, object]) -> list[str]:
 
 
 def alphas(folder: Path) -> dict[str, bytes]:
-    """Return the contents of all files in a folder by relative path."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    """Return the contents of all files in a folder by relative path, without the record of the run."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and RECORD_FOLDER not in path.parts)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def read(path: Path) -> np.ndarray:

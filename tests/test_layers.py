@@ -26,6 +26,7 @@ LAYERS = (
     ("matting",),
     ("evaluation",),
     ("training",),
+    ("review",),
     ("terminal",),
     ("progress",),
     ("cli", "__init__"),

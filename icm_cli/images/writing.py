@@ -205,6 +205,22 @@ def read_provenance(path: Path) -> dict[str, str] | None:
     return {str(key): value for key, value in provenance.items() if isinstance(value, str)}
 
 
+def read_stamp(path: Path) -> dict[str, str]:
+    """Return the provenance in the header of a file of icm; {} for other files. The pixels are not read.
+
+    Raises ImageError.
+    """
+    with open_image(path) as file:
+        if not file.type.is_icm_output:
+            return {}
+        if file.type.name == "png":
+            with Image.open(file.stream, formats=["PNG"]) as image:
+                return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+        with openimageio.open_reader(file) as reader:
+            provenance = json.loads(reader.spec().getattribute(PROVENANCE_KEY) or "{}")
+            return provenance if isinstance(provenance, dict) else {}
+
+
 def has_changed_pixels(path: Path, provenance: Mapping[str, str]) -> bool:
     """Whether the pixels of a file with this provenance are not those that icm wrote: it was retouched.
 

@@ -21,6 +21,7 @@ import cachetools
 from icm_cli.errors import ImageError, UsageError, format_count
 from icm_cli.files import (
     MAX_NAME_BYTES,
+    RECORD_FOLDER,
     TEMPORARY_PREFIX,
     TEMPORARY_SUFFIX,
     FileIdentity,
@@ -275,13 +276,18 @@ def plan_jobs(
         files = hint_files.assign_files(
             [job.name for job in jobs],
             sources,
-            lambda path: (real := real_path(path)) in excluded or real_out in real.parents,
+            lambda path: (real := real_path(path)) in excluded or _is_output(real, real_out),
             skipped_files,
         )
         check_overwrites(jobs, [path for paths in files.values() for path in paths], "a hint")
     if source_filter.shard is not None:
         jobs = _select_shard(jobs, *source_filter.shard)
     return _add_hints(jobs, files, skipped_files.notify)
+
+
+def _is_output(path: Path, folder: Path) -> bool:
+    """Return whether a file is in the output folder, and not in the record of the run, which contains hints."""
+    return folder in path.parents and RECORD_FOLDER not in path.relative_to(folder).parts
 
 
 def _add_hints(jobs: Sequence[Job], files: Mapping[Path, Sequence[Path]], notice: Callable[[str], None]) -> list[Job]:

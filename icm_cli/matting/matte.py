@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,41 +23,24 @@ from icm_cli.files import (
     special_file_kind,
 )
 from icm_cli.images.colour import ColourSettings
-from icm_cli.images.image_file import EMPTY_FILE, IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_message
-from icm_cli.images.writing import FORMAT_SUFFIXES, OutputFormat, write_mask
+from icm_cli.images.image_file import EMPTY_FILE, movie_message
+from icm_cli.images.writing import OutputFormat, write_mask
 from icm_cli.matting.cluster import RayCluster
 from icm_cli.matting.devices import EngineSetup, Runner, WorkerPool
 from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import EngineOptions
-from icm_cli.matting.frames import FrameName, FramePattern, parse_frame_range
-from icm_cli.matting.hint_files import HintFiles
-from icm_cli.matting.jobs import (
-    DEFAULT_NAME,
-    Job,
-    OutputLayout,
-    SourceFilter,
-    check_obstacles,
-    check_overwrites,
-    parse_shard,
-    plan_jobs,
-)
+from icm_cli.matting.frames import FrameName, FramePattern
+from icm_cli.matting.jobs import Job, OutputLayout, check_obstacles, check_overwrites, parse_shard
 from icm_cli.matting.mask_maker import MaskMaker
-from icm_cli.matting.mattes import GARBAGE, KEEP, MatteFiles
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
+from icm_cli.matting.planning import choose_colours, choose_output, plan_images
 from icm_cli.matting.references import Reference, check_negatives, read_negatives, read_references
 from icm_cli.matting.result_collector import ResultCollector, environment_settings
 from icm_cli.matting.resume import file_identities, keep_existing_alphas
+from icm_cli.matting.run_record import record_run
 from icm_cli.matting.shot import Keyframe, Shot, split_shots
 from icm_cli.matting.sources import SkippedFiles, find_sources, real_path
-from icm_cli.options import (
-    ColourOptions,
-    ImageFormat,
-    MatteOptions,
-    OutputOptions,
-    SequenceOptions,
-    SourceOptions,
-    keyword_arguments,
-)
+from icm_cli.options import MatteOptions, keyword_arguments
 from icm_cli.options.definition import DigestPart
 from icm_cli.reports.report import NEGATIVE_CAPTION, REFERENCE_CAPTION, PageImages, Report
 from icm_cli.reports.result import ImageResult
@@ -68,8 +50,6 @@ if TYPE_CHECKING:
     from icm_cli.scoring.pool import Scorer
     from icm_cli.scoring.task import ScoringRule
 
-_VERSION_SUFFIX = re.compile(r"\.([^\W_]?)[0-9]+")
-"""End of the name of a folder with a version, such as mattes##v1.2 and mattes#.v2."""
 ALLOWED_PROBLEMS = frozenset({"empty-alpha", "16-bit-alpha", "missing-alpha"})
 """Kinds of bad or missing ground truths that do not count as failures in a matting run."""
 
@@ -115,6 +95,7 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
             return run.preview()
         plan.report_files.check_writable(plan.layout.folder)
         _remove_temporaries(plan, listener)
+        record_run(options, plan.layout.folder, plan.jobs, listener.on_notice)
         return run.matte_all(start)
 
 
@@ -142,10 +123,10 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     """
     given, sequences = options.references, options.sequences
     report_files = ReportFiles(options.reports.report, options.reports.contact_sheet, mask=given.save_mask)
-    output, layout = _output_and_layout(options.output)
+    output, layout = choose_output(options.output)
     if options.reports.gt is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
-    colour, reference_colour = _colours(options.colour)
+    colour, reference_colour = choose_colours(options.colour)
     protected, skipped_files = given.files, SkippedFiles(listener.on_notice)
     remedy = None if options.output.overwrite else "give another name, or --overwrite to replace it"
     ReportFiles(mask=given.save_mask).check_no_overwrite(protected, remedy)  # before a model makes the mask
@@ -162,22 +143,9 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     )
     references += read_negatives(given.not_ref, given.not_mask, listener.on_notice, reference_colour, masks.make_mask)
     check_negatives(references)
-    hint_files = None if options.hints.hints is None else HintFiles.find(options.hints.hints, skipped_files)
-    garbage = MatteFiles.find(GARBAGE, options.hints.garbage, listener.on_notice)
-    keep = MatteFiles.find(KEEP, options.hints.keep, listener.on_notice)
-    is_no_source = () if hint_files is None else (hint_files.is_no_source,)
-    jobs = plan_jobs(
-        find_sources(options.sources.src, options.sources.root, skipped_files, *is_no_source),
-        layout,
-        source_filter=_source_filter(options.sources, sequences),
-        references=protected,
-        colour=colour,
-        skipped_files=skipped_files,
-        hint_files=hint_files,
-        garbage=garbage,
-        keep=keep,
-    )
-    if hint_files is not None:
+    images = plan_images(options, layout, colour, skipped_files, listener.on_notice)
+    jobs = images.jobs
+    if images.hint_files is not None:
         listener.on_notice(f"{format_count(sum(job.hints is not None for job in jobs), 'image')} with hints")
         protected += [path for job in jobs if job.hints for path in job.hints.paths]
     shot = None
@@ -191,7 +159,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     files = [path for job in jobs for path in (job.source, *job.outputs)]
     check_obstacles(jobs)
     check_overwrites(jobs, given.not_ref, "a negative reference")
-    protected += [*given.not_ref, *(path for each in (garbage, keep) if each for path in each.paths)]
+    protected += [*given.not_ref, *images.mattes]
     report_files.check_no_overwrite([*protected, *truths, *map(str, files)], remedy)
     return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths)
 
@@ -444,83 +412,6 @@ def _planned_result(job: Job) -> ImageResult:
     elif inspected is not None and inspected.error is not None and not inspected.error.is_transient:
         reason = str(inspected.error)
     return replace(job.planned, status="failed", reason=reason) if reason else job.planned
-
-
-def _output_and_layout(options: OutputOptions) -> tuple[OutputFormat, OutputLayout]:
-    """Return the form of the outputs, and their folder and names. Raises UsageError."""
-    pattern, format_ = _pattern_and_format(options.out, options.format)
-    output = OutputFormat(
-        format=format_,
-        depth=options.depth,
-        channel=options.channel,
-        foreground=options.foreground,
-        invert=options.invert,
-        trimap=options.trimap,
-        band_px=options.trimap_band,
-    )
-    if options.keep_suffix and (options.name is not None or pattern is not None):
-        raise UsageError(
-            "--keep-suffix names alphas a.jpg.png; remove it, or remove --name and the frame pattern of --out"
-        )
-    template = DEFAULT_NAME if options.name is None else options.name
-    if options.keep_suffix:
-        template = "{stem}{frame}{suffix}"
-    folder = Path(options.out if pattern is None else pattern.folder)
-    return output, OutputLayout(folder, template, output.suffix, pattern, has_trimap=output.trimap == "also")
-
-
-def _pattern_and_format(out: str, format_: ImageFormat | None) -> tuple[FramePattern | None, ImageFormat]:
-    """Return the frame pattern that ``--out`` is, if it is one, and the file format.
-
-    Raises UsageError if the two contradict each other, or if ``out`` is named like a single image.
-    """
-    path = Path(out)
-    if path.is_dir():
-        return None, format_ or "png"
-    pattern = FramePattern.parse(out)
-    if pattern is None and path.suffix.lower() in MOVIE_SUFFIXES:
-        raise UsageError(f"--out {out} is named like a movie, and icm writes an alpha per frame; expected a folder")
-    if pattern is None and path.suffix.lower() in IMAGE_SUFFIXES:
-        raise UsageError(
-            f"--out {out} is named like an image, and every image has its own alpha; expected a folder, or a frame "
-            f"pattern such as {path.with_suffix('.####' + path.suffix)}"
-        )
-    suffix = "" if pattern is None else Path(f"x{pattern.after}").suffix.lower()
-    if not suffix:
-        return None, format_ or "png"
-    fitting = next((name for name, suffixes in FORMAT_SUFFIXES.items() if suffix in suffixes), None)
-    if fitting is None and _VERSION_SUFFIX.fullmatch(suffix):
-        return None, format_ or "png"
-    if fitting is None:
-        raise UsageError(f"--out {out} is a frame pattern with extension {suffix}; expected .png, .tif, .tiff or .exr")
-    if format_ not in (None, fitting):
-        raise UsageError(
-            f"--out {out} has the extension of format {fitting}, and --format is {format_}; remove one of the two"
-        )
-    return pattern, fitting
-
-
-def _source_filter(sources: SourceOptions, sequences: SequenceOptions) -> SourceFilter:
-    """Return the filter of the sources. Shots are divided into shards later, in their order."""
-    numbers = None if sequences.frames is None else parse_frame_range(sequences.frames)
-    shard = None if sequences.shard is None or sequences.shot else parse_shard(sequences.shard)
-    return SourceFilter(sources.include, sources.exclude, numbers, sequences.missing, shard)
-
-
-def _colours(options: ColourOptions) -> tuple[ColourSettings, ColourSettings]:
-    """Return the colours of sources and of references. Raises UsageError for an unknown name."""
-    layer = options.layer or ""
-    sources = ColourSettings(
-        options.colorspace, options.ocio or "", options.view or "", options.exposure, layer, options.white
-    )
-    references = replace(
-        sources,
-        space=options.ref_colorspace or sources.space,
-        layer=layer if options.ref_layer is None else options.ref_layer,
-    )
-    for colour in (sources, references):
-        colour.validate()
-    return sources, references
 
 
 def _remove_temporaries(plan: MattingPlan, listener: Listener) -> None:

@@ -7,13 +7,16 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from icm_cli.files import combined_digest
 from icm_cli.matting.frames import FrameName
 from icm_cli.matting.hint_files import ImageHints
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.references import Reference
 from icm_cli.matting.sources import natural_sort_key
+
+if TYPE_CHECKING:
+    from icm_cli.matting.references import Reference
 
 MIN_FRAMES = 2
 """Files of one folder with different names before their numbers are separate shots if each has this many frames."""

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 from icm_cli.errors import PROBLEM_KINDS, UsageError
 from icm_cli.options.definition import CommandOptions, DigestPart, Option, OptionGroup, Panel, keyword_arguments, option
 
-__all__ = ["EvaluateOptions", "LoadOptions", "MatteOptions", "TrainOptions", "keyword_arguments"]
+__all__ = ["EvaluateOptions", "LoadOptions", "MatteOptions", "ReviewOptions", "TrainOptions", "keyword_arguments"]
 
 MaskOrientation = Literal["auto", "upright", "stored"]
 GuidanceRule = Literal["mask", "paper"]
@@ -822,4 +822,53 @@ class TrainOptions(CommandOptions):
 
     training: TrainingOptions
     device: TrainingDeviceOptions
+    display: DisplayOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReviewPageOptions(OptionGroup):
+    """The run that is reviewed, and the page that shows it."""
+
+    panel: ClassVar[Panel] = Panel.REVIEW
+
+    alphas: Path = option(
+        help="Folder with the alphas of a run of icm matte, its --out.", metavar="DIR", is_positional=True
+    )
+    hints: Path | None = option(
+        None,
+        help="Folder for the hint files of corrected images.",
+        metavar="DIR",
+        shown_default="--hints of the run, if it is a folder; else ALPHAS/.icm/hints",
+        is_everyday=True,
+    )
+    device: str | None = option(
+        None,
+        help="Device of the model: auto, cpu, cuda, cuda:N or mps.",
+        metavar="DEVICE",
+        pattern=f"auto|{ONE_DEVICE}",
+        expected="auto, cpu, cuda, cuda:N or mps",
+        shown_default="that of the run",
+        suggestions=_device_names,
+        is_everyday=True,
+    )
+    host: str = option(
+        "127.0.0.1",
+        help="Address that the page is served at. With another address than that of this machine, others in the "
+        "network who have the link can open and change the review.",
+        metavar="ADDRESS",
+        pattern=r"[0-9A-Za-z.:_-]+",
+        expected="an address or a host name, such as 127.0.0.1 or 10.0.0.5",
+        is_everyday=True,
+    )
+    port: int = option(
+        0, help="Port of the page; 0: any free port.", metavar="N", minimum=0, maximum=65535, is_everyday=True
+    )
+    no_browser: bool = option(False, help="Only print the link, and open no browser.", is_everyday=True)
+
+
+@dataclass(frozen=True)
+class ReviewOptions(CommandOptions):
+    """Options of ``icm review``."""
+
+    page: ReviewPageOptions
     display: DisplayOptions

@@ -24,6 +24,7 @@ COMMANDS: Mapping[str, type[CommandOptions]] = {
     "icm matte": options.MatteOptions,
     "icm eval": options.EvaluateOptions,
     "icm train": options.TrainOptions,
+    "icm review": options.ReviewOptions,
 }
 FUNCTIONS: Mapping[str, type[CommandOptions]] = {
     "matte": options.MatteOptions,

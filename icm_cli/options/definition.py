@@ -49,6 +49,7 @@ class Panel(StrEnum):
     PROTOCOL = "Protocol"
     TRAINING = "Training"
     REPORTS = "Reports"
+    REVIEW = "Review"
     DISPLAY = "Display"
 
 
@@ -101,6 +102,8 @@ class Option:
     """Shown in the first panel."""
     is_in_api: bool = True
     """Whether it is an argument in Python too."""
+    is_positional: bool = False
+    """Whether it is given on the command line without a flag, by its position."""
 
 
 def option(default: Any = MISSING, properties: Option | None = None, **keywords: Any) -> Any:
@@ -132,7 +135,9 @@ class OptionField:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Names on the command line."""
+        """Names on the command line; of a positional option its name in messages."""
+        if self.properties.is_positional:
+            return (self.name.upper(),)
         return self.properties.flags or (f"--{self.name.replace('_', '-')}",)
 
     @property

@@ -1,0 +1,123 @@
+"""Record of a run below its alphas: the options from which its images can be planned again.
+
+Every run writes ``.icm/run.json`` into its output folder. ``icm review`` reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from icm_cli.environment import __version__
+from icm_cli.errors import OutputError, UsageError
+from icm_cli.files import RECORD_FOLDER, atomic_write, read_json, write_json
+from icm_cli.matting.jobs import Job
+from icm_cli.matting.sources import LIST_SUFFIXES
+from icm_cli.options import MatteOptions
+from icm_cli.options.definition import OptionField
+
+RECORD_NAME, SOURCES_NAME = "run.json", "sources.txt"
+SCHEMA_VERSION = 1
+RECORD_SHAPE = {"schema_version": int, "icm": str, "options": {}}
+UNRECORDED_GROUPS = frozenset({"reports", "display"})
+UNRECORDED = frozenset(
+    {"shard", "frames", "missing", "overwrite", "keep_existing", "fail_fast", "ray", "ray_cpus", "save_mask"}
+)
+"""Options that select a part of the images or steer a single run, so that the record does not contain them."""
+RERUN = (
+    "run the same icm matte command again: it keeps the alphas that are up to date, and records the run for icm review"
+)
+
+
+def record_run(options: MatteOptions, folder: Path, jobs: Sequence[Job], notice: Callable[[str], None]) -> None:
+    """Write the record of a run into its output folder. A notice is given if that is not possible."""
+    if not jobs:
+        return
+    values = recorded_values(options)
+    try:
+        if options.sources.src == "-":
+            values["src"] = str(_write_sources(folder, jobs, is_part=bool(options.given & {"shard", "frames"})))
+        record = {"schema_version": SCHEMA_VERSION, "icm": __version__, "options": values}
+        write_json(folder / RECORD_FOLDER / RECORD_NAME, record)
+    except OutputError as error:
+        notice(f"icm review will not be able to open this run: {error}")
+
+
+def recorded_values(options: MatteOptions) -> dict[str, Any]:
+    """Return the options that were given and decide what a run makes, as values of JSON with absolute paths."""
+    values = {
+        field.name: _to_recorded(field, options.get_value(field.name))
+        for field in options.option_fields()
+        if field.name in options.given and field.name not in UNRECORDED and field.group not in UNRECORDED_GROUPS
+    }
+    src = options.sources.src
+    if "root" not in values and (src == "-" or Path(src).suffix.lower() in LIST_SUFFIXES):
+        values["root"] = str(Path.cwd())
+    return values
+
+
+def read_run_record(folder: Path) -> MatteOptions:
+    """Return the options of the run that made the alphas in a folder. Raises UsageError."""
+    path = folder / RECORD_FOLDER / RECORD_NAME
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; expected the folder with the alphas of a run, its --out")
+    if not path.is_file():
+        raise UsageError(f"{folder} has no record of its run ({path} does not exist); {RERUN}")
+    record = read_json(path, "run record", RECORD_SHAPE, RERUN)
+    if record["schema_version"] != SCHEMA_VERSION:
+        raise UsageError(
+            f"{path} has schema version {record['schema_version']}; this icm reads version {SCHEMA_VERSION}; {RERUN}"
+        )
+    try:
+        options = MatteOptions.from_values(record["options"], record["options"])
+    except (TypeError, UsageError) as error:
+        raise UsageError(f"{path} has an option that this icm cannot use: {error}; {RERUN}") from error
+    return options
+
+
+def command_line(options: MatteOptions) -> str:
+    """Return the ``icm matte`` command for the options that were given, as text for a shell."""
+    words = ["icm", "matte"]
+    for field in options.option_fields():
+        if field.name not in options.given:
+            continue
+        value = options.get_value(field.name)
+        for one in value if field.is_repeatable else [value]:
+            if field.value_type is bool:
+                words += [field.flag] if one else []
+            else:
+                text = ",".join(f"{number:g}" for number in one) if isinstance(one, tuple) else str(one)
+                words += [field.flag, text]
+    return shlex.join(words)
+
+
+def _to_recorded(field: OptionField, value: Any) -> Any:
+    if field.is_repeatable:
+        return [_to_recorded_one(field, one) for one in value]
+    return _to_recorded_one(field, value)
+
+
+def _to_recorded_one(field: OptionField, value: Any) -> Any:
+    """Return a value for JSON. Paths become absolute; names of models, of the hub and of OpenColorIO stay."""
+    if isinstance(value, tuple):
+        return list(value)
+    is_path_or_name = field.name in ("model", "weights", "ocio")
+    if not field.is_path or value == "-" or (is_path_or_name and not os.path.exists(value)):  # noqa: PTH110
+        return value
+    return os.path.abspath(value)  # noqa: PTH100  resolve() follows links
+
+
+def _write_sources(folder: Path, jobs: Sequence[Job], *, is_part: bool) -> Path:
+    """Write the list of the sources that were read from standard input, and return its path.
+
+    ``is_part``: whether other runs matte other parts of the list, so that earlier sources stay in it.
+    """
+    path = Path(os.path.abspath(folder)) / RECORD_FOLDER / SOURCES_NAME  # noqa: PTH100
+    before = path.read_bytes().splitlines() if is_part and path.is_file() else []
+    sources = [os.fsencode(os.path.abspath(source)) for job in jobs for source in job.files]  # noqa: PTH100
+    with atomic_write(path) as file:
+        file.writelines(line + b"\n" for line in dict.fromkeys([*before, *sources]))
+    return path

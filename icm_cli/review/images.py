@@ -1,0 +1,149 @@
+"""Images for the browser: sources, alphas and thumbnails, as files of JPEG and PNG."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import cachetools
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from icm_cli.errors import ImageError, OutputError
+from icm_cli.files import atomic_write, combined_digest
+from icm_cli.geometry import ImageU8
+from icm_cli.images.reading import RAW_VALUES, read_alpha, read_image
+from icm_cli.images.writing import PNG_COMPRESSION
+from icm_cli.matting.jobs import Job
+from icm_cli.reports.report import shrink_image
+from icm_cli.review.run import ReviewRun
+
+View = Literal["source", "alpha", "cutout", "overlay"]
+VIEWS: tuple[View, ...] = get_args(View)
+THUMBNAIL_PX = 256
+THUMBNAILS_NAME = "thumbnails"
+CHECKER_PX = 16
+CHECKER_GREYS = 96, 144
+OVERLAY_COLOUR = 255, 64, 64
+OVERLAY_OPACITY = 0.55
+
+
+class DisplayImages:
+    """Reads and encodes the images of a run. All methods may be called by several threads at once."""
+
+    def __init__(self, run: ReviewRun) -> None:
+        self._run = run
+        self._sizes: cachetools.LRUCache[tuple[int, str], tuple[int, int]] = cachetools.LRUCache(4096)
+        self._lock = threading.Lock()
+
+    def source_jpeg(self, id: int) -> bytes:
+        """Return the source as it is displayed. Raises ImageError."""
+        return _encode_jpeg(self._read_source(id), 95)
+
+    def alpha_png(self, id: int) -> bytes:
+        """Return the alpha, 8 bit. Raises ImageError."""
+        return encode_alpha(self.read_alpha(id))
+
+    def read_alpha(self, id: int) -> ImageU8:
+        """Return the alpha of an image in its display window, uint8 [H,W]. Raises ImageError."""
+        job, output = self._run.jobs[id], self._run.output
+        if output.foreground != "none":
+            image = read_image(job.output, RAW_VALUES).to_display_window()
+            if image.alpha is None:
+                raise ImageError(f"{job.output} has no alpha channel; run icm matte again")
+            return image.alpha
+        values = read_alpha(job.output)
+        return np.asarray(255 - values, np.uint8) if output.invert else values
+
+    def display_size(self, id: int) -> tuple[int, int]:
+        """Return height and width of an image as it is displayed. Raises ImageError."""
+        key = id, self._run.alpha_file(id).version
+        with self._lock:
+            size = self._sizes.get(key)
+        if size is None:
+            size = self._read_size(id)
+            with self._lock:
+                self._sizes[key] = size
+        return size
+
+    def thumbnail(self, id: int, view: View) -> bytes:
+        """Return a small JPEG of a view, which is kept on the disk. Raises ImageError."""
+        job = self._run.jobs[id]
+        parts = {"source": _file_version(job)}
+        if view != "source":
+            parts["alpha"] = self._run.refresh(id).version
+        path = self._thumbnail_path(id, view, combined_digest(*parts.values())[:16])
+        with contextlib.suppress(OSError):
+            return path.read_bytes()
+        content = _encode_jpeg(self._draw(id, view), 88)
+        with contextlib.suppress(OutputError), atomic_write(path) as file:
+            file.write(content)
+        for other in path.parent.glob(f"{path.name.rpartition('-')[0]}-*.jpg"):
+            if other != path:
+                other.unlink(missing_ok=True)
+        return content
+
+    def _draw(self, id: int, view: View) -> ImageU8:
+        """Return a small image of a view, uint8 [H,W,3] or [H,W]."""
+        if view == "alpha":
+            return shrink_image(self.read_alpha(id), THUMBNAIL_PX)
+        if view == "source":
+            return shrink_image(self._read_source(id), THUMBNAIL_PX)
+        with Image.open(io.BytesIO(self.thumbnail(id, "source"))) as image:
+            rgb = np.asarray(image.convert("RGB"), np.float32)
+        alpha = shrink_image(self.read_alpha(id), THUMBNAIL_PX)
+        if alpha.shape != rgb.shape[:2]:
+            raise ImageError(f"{self._run.jobs[id].output} has another size than its source; run icm matte again")
+        weight = alpha[..., None] / np.float32(255)
+        background = _checkerboard(alpha.shape[0], alpha.shape[1]) if view == "cutout" else rgb
+        colour = rgb if view == "cutout" else rgb + (np.array(OVERLAY_COLOUR, np.float32) - rgb) * OVERLAY_OPACITY
+        return np.asarray(colour * weight + background * (1 - weight) + 0.5, np.uint8)
+
+    def _read_source(self, id: int) -> ImageU8:
+        if reason := self._run.errors.get(id):
+            raise ImageError(reason)
+        return self._run.jobs[id].read_image().to_display_window().rgb
+
+    def _read_size(self, id: int) -> tuple[int, int]:
+        with contextlib.suppress(ImageError):
+            height, width = self.read_alpha(id).shape
+            return height, width
+        height, width = self._read_source(id).shape[:2]
+        return height, width
+
+    def _thumbnail_path(self, id: int, view: View, version: str) -> Path:
+        key = combined_digest(self._run.names[id])[:32]
+        return self._run.record_folder / THUMBNAILS_NAME / key[:2] / f"{key}-{view}-{version}.jpg"
+
+
+def encode_alpha(alpha: ImageU8) -> bytes:
+    """Return an alpha, uint8 [H,W], as a PNG."""
+    return _encode(alpha, "PNG", compress_level=PNG_COMPRESSION)
+
+
+def _encode_jpeg(image: ImageU8, quality: int) -> bytes:
+    return _encode(image, "JPEG", quality=quality, subsampling=0)
+
+
+def _encode(image: ImageU8, format_: str, **options: int) -> bytes:
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, format=format_, **options)
+    return encoded.getvalue()
+
+
+def _checkerboard(height: int, width: int) -> NDArray[Any]:
+    rows, columns = np.ogrid[:height, :width]
+    is_light = (rows // CHECKER_PX + columns // CHECKER_PX) % 2
+    return np.where(is_light, *reversed(CHECKER_GREYS))[..., None]
+
+
+def _file_version(job: Job) -> str:
+    """Return a text that changes with the files of a source; "" if one does not exist."""
+    with contextlib.suppress(OSError):
+        states = [path.stat() for path in job.files]
+        return " ".join(f"{state.st_size} {state.st_mtime_ns}" for state in states)
+    return ""

@@ -1,0 +1,298 @@
+"""The run that is reviewed: its images, planned again from its record, and what the stamps of their alphas say."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from icm_cli.environment import DEFAULT_WORKERS
+from icm_cli.errors import ImageError, OutputError, UsageError
+from icm_cli.files import RECORD_FOLDER, SkippedPaths, atomic_write, error_for_failed_write, read_json, walk_files
+from icm_cli.images.colour import ColourSettings
+from icm_cli.images.image_file import IMAGE_SUFFIXES
+from icm_cli.images.writing import read_stamp
+from icm_cli.matting.frames import FrameName, FramePattern
+from icm_cli.matting.hint_files import SUFFIXES as HINT_SUFFIXES
+from icm_cli.matting.jobs import Job
+from icm_cli.matting.planning import choose_colours, choose_output, plan_images
+from icm_cli.matting.resume import DIGEST_KEY, NAME_KEY, RESULT_KEY, ROOT_KEY
+from icm_cli.matting.run_record import read_run_record
+from icm_cli.matting.shot import split_shots
+from icm_cli.matting.sources import SkippedFiles, real_path
+from icm_cli.options import MatteOptions
+from icm_cli.reports.result import ImageResult
+from icm_cli.review.state import ImageState
+
+INDEX_NAME, HINTS_NAME = "index.json", "hints"
+REVIEWED_KEY = "icm-reviewed"
+INDEX_SHAPE = {"schema_version": int, "alphas": {"*": {"identity": [int], "stamp": {"*": str}}}}
+INDEX_VERSION = 1
+STAMP_KEYS = (NAME_KEY, ROOT_KEY, RESULT_KEY, REVIEWED_KEY)
+
+
+@dataclass(frozen=True)
+class AlphaFile:
+    """What is known about the alpha of an image without decoding it."""
+
+    identity: tuple[int, int] | None = None
+    """Size and modification time; None without a file."""
+    stamp: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def version(self) -> str:
+        """Text that changes with the file."""
+        return "" if self.identity is None else f"{self.identity[1]:x}-{self.identity[0]:x}"
+
+    @property
+    def is_reviewed(self) -> bool:
+        """Whether a person accepted this alpha."""
+        return REVIEWED_KEY in self.stamp
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """Recorded values of the image; empty if they are damaged."""
+        with contextlib.suppress(ValueError, RecursionError):
+            recorded = json.loads(self.stamp.get(RESULT_KEY, "{}"))
+            return recorded if isinstance(recorded, dict) else {}
+        return {}
+
+
+class ReviewRun:
+    """The images of a run. The index of an image in ``jobs`` is its id, also for the browser."""
+
+    def __init__(self, folder: Path, hints: Path | None, notice: Callable[[str], None]) -> None:
+        """Plan the images again. ``hints``: folder for hint files, instead of that of the run.
+
+        Sources that are gone are listed too, from the stamps of their alphas. Raises UsageError and OutputError.
+        """
+        self.folder = Path(os.path.abspath(folder))  # noqa: PTH100  resolve() follows links
+        self.record_folder = self.folder / RECORD_FOLDER
+        recorded = _moved_here(read_run_record(self.folder), self.folder)
+        self.options, self.hints_folder, self._pattern = self._choose_hints(recorded, hints)
+        self.output, self.layout = choose_output(self.options.output)
+        self.colour: ColourSettings = choose_colours(self.options.colour)[0]
+        self.errors: dict[int, str] = {}
+        """Why the source of an image cannot be read, by id."""
+        self.jobs: Sequence[Job] = self._plan(notice)
+        self.names = [job.planned.name for job in self.jobs]
+        self._ids = {name: number for number, name in enumerate(self.names)}
+        self._stems = Counter(job.name.with_suffix("").as_posix() for job in self.jobs)
+        self._has_hints = [job.hints is not None for job in self.jobs]
+        self._lock = threading.Lock()
+        self._alphas = _read_index(self.record_folder / INDEX_NAME)
+        self._shots: dict[int, list[int]] | None = None
+
+    @property
+    def is_shot(self) -> bool:
+        return self.options.sequences.shot
+
+    def find_id(self, name: str) -> int | None:
+        """Return the id of an image, given by its name."""
+        return self._ids.get(name)
+
+    def scan_alphas(self) -> None:
+        """Look at the alphas of all images. Only files that have changed are read."""
+        with ThreadPoolExecutor(DEFAULT_WORKERS, "icm-stamps") as executor:
+            found = list(executor.map(self._look_at, range(len(self.jobs)), chunksize=64))
+        with self._lock:
+            is_changed = {name: alpha.identity for name, alpha in self._alphas.items()} != {
+                self.names[number]: alpha.identity for number, alpha in enumerate(found)
+            }
+            self._alphas = dict(zip(self.names, found, strict=True))
+        if is_changed:
+            _write_index(self.record_folder / INDEX_NAME, self._alphas)
+
+    def refresh(self, id: int) -> AlphaFile:
+        """Look at the alpha and the hints of an image again, because its files may have changed."""
+        alpha = self._look_at(id)
+        with self._lock:
+            self._alphas[self.names[id]] = alpha
+            self._has_hints[id] = bool(self.hint_paths(id))
+        return alpha
+
+    def item(self, id: int, state: ImageState) -> dict[str, Any]:
+        """Return what the browser knows about an image, as values of JSON."""
+        with self._lock:
+            alpha, has_hints = self._alphas.get(self.names[id], AlphaFile()), self._has_hints[id]
+        result = alpha.result
+        status = "rejected" if state.status == "rejected" else "accepted" if alpha.is_reviewed else "open"
+        parent = Path(self.names[id]).parent.as_posix()
+        return {
+            "id": id,
+            "name": self.names[id],
+            "folder": "" if parent == "." else parent,
+            "quality": result.get("quality"),
+            "reasons": result.get("reasons") or [],
+            "status": status,
+            "revision": state.revision,
+            "has_hints": has_hints,
+            "has_alpha": bool(alpha.stamp),
+            "version": alpha.version,
+            "taught": state.taught["kind"] if state.taught else None,
+            "change": state.change,
+            "error": self.errors.get(id),
+        }
+
+    def alpha_file(self, id: int) -> AlphaFile:
+        """Return the alpha of an image as it was last looked at."""
+        with self._lock:
+            return self._alphas.get(self.names[id], AlphaFile())
+
+    def shot_of(self, id: int) -> list[int] | None:
+        """Return the ids of the frames of the shot of an image, in order; None if the run has no shots."""
+        if not self.is_shot:
+            return None
+        if self._shots is None:
+            shots = [[self._ids[job.planned.name] for job in jobs] for jobs, _ in split_shots(self.jobs, [])]
+            self._shots = {frame: shot for shot in shots for frame in shot}
+        return self._shots[id]
+
+    def hint_paths(self, id: int) -> list[Path]:
+        """Return the files with hints about an image that exist now."""
+        return [path for path in self._hint_candidates(id) if path.is_file()]
+
+    def hint_target(self, id: int) -> Path:
+        """Return the JSON file that review writes the hints of an image to. Raises UsageError without one."""
+        existing = [path for path in self.hint_paths(id) if path.suffix.lower() == ".json"]
+        candidates = existing or [path for path in self._hint_candidates(id) if path.suffix.lower() == ".json"]
+        if not candidates:
+            raise UsageError(
+                f"hints of {self.names[id]} cannot be saved: --hints {self.options.hints.hints} names no JSON file for "
+                "it; start icm review with --hints and a folder"
+            )
+        return candidates[0]
+
+    def read_shapes(self, id: int) -> list[dict[str, Any]] | None:
+        """Return the shapes of the hints of an image, as in a file of labelme; None without hints.
+
+        Raises UsageError.
+        """
+        paths = [path for path in self.hint_paths(id) if path.suffix.lower() == ".json"]
+        if not paths:
+            return [] if self.hint_paths(id) else None
+        content = [read_json(path, "annotation", {"shapes?": [{}]}, "expected the JSON of labelme") for path in paths]
+        return [shape for each in content for shape in each.get("shapes", [])]
+
+    def _hint_candidates(self, id: int) -> Iterator[Path]:
+        """Yield the paths that may hold hints of an image, the preferred one for new hints first."""
+        job = self.jobs[id]
+        if self._pattern is not None:
+            number = FrameName.from_path(job.name).number
+            if number is not None:
+                yield Path(self._pattern.folder, self._pattern.frame_name(number))
+            return
+        stem = job.name.with_suffix("").as_posix()
+        keys = [job.name.as_posix()] if self._stems[stem] > 1 else [stem, job.name.as_posix()]
+        for key in keys:
+            for suffix in HINT_SUFFIXES:
+                yield self.hints_folder / f"{key}{suffix}"
+
+    def _choose_hints(
+        self, options: MatteOptions, hints: Path | None
+    ) -> tuple[MatteOptions, Path, FramePattern | None]:
+        """Return the options with the place of the hints, its folder, and its frame pattern if it is one."""
+        recorded = options.hints.hints
+        if hints is None and recorded is not None and not Path(recorded).is_dir():
+            pattern = FramePattern.parse(recorded)
+            if pattern is not None:
+                return options, Path(pattern.folder), pattern
+        folder = Path(os.path.abspath(hints or recorded or self.record_folder / HINTS_NAME))  # noqa: PTH100
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise error_for_failed_write(folder, error) from error
+        return with_values(options, hints=str(folder)), folder, None
+
+    def _plan(self, notice: Callable[[str], None]) -> list[Job]:
+        skipped = SkippedFiles(lambda _: None)
+        try:
+            jobs = list(plan_images(self.options, self.layout, self.colour, skipped, lambda _: None).jobs)
+        except UsageError as error:
+            notice(f"the sources of the run cannot be found, and only the alphas are shown: {error}")
+            jobs = []
+        planned = {job.output for job in jobs} | {job.trimap for job in jobs if job.has_trimap}
+        gone = list(self._jobs_without_source(planned))
+        self.errors = {
+            len(jobs) + number: f"{job.source} does not exist, or is no source of the run any more"
+            for number, job in enumerate(gone)
+        }
+        if not jobs and not gone:
+            raise UsageError(f"{self.folder} has no alphas, and its sources cannot be found; check the folder")
+        return jobs + gone
+
+    def _jobs_without_source(self, planned: set[Path]) -> Iterator[Job]:
+        """Yield jobs for the alphas below the folder whose sources are not among those of the plan."""
+        skipped: SkippedPaths = {}
+        for path in sorted(walk_files(self.layout.folder, skipped)):
+            if path in planned or path.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            with contextlib.suppress(ImageError):
+                stamp = read_stamp(path)
+                name = Path(stamp.get(NAME_KEY, ""))
+                if DIGEST_KEY not in stamp or not name.name or path.name.endswith(".trimap.png"):
+                    continue
+                source = Path(stamp.get(ROOT_KEY, ""), name)
+                result = ImageResult(str(source), str(path), "planned", name=name.as_posix())
+                yield Job(source, name, path, result, colour=self.colour, root=stamp.get(ROOT_KEY, ""))
+
+    def _look_at(self, id: int) -> AlphaFile:
+        path, known = self.jobs[id].output, self._alphas.get(self.names[id], AlphaFile())
+        try:
+            status = path.stat()
+        except OSError:
+            return AlphaFile()
+        identity = status.st_size, status.st_mtime_ns
+        if identity == known.identity:
+            return known
+        stamp: dict[str, str] = {}
+        with contextlib.suppress(ImageError):
+            stamp = read_stamp(path)
+        return AlphaFile(identity, {key: stamp[key] for key in STAMP_KEYS if key in stamp})
+
+
+def with_values(options: MatteOptions, **values: Any) -> MatteOptions:
+    """Return options with other values for some of them, which count as given."""
+    given = options.given | values.keys()
+    kept = {name: options.get_value(name) for name in options.given}
+    return MatteOptions.from_values({**kept, **values}, given)
+
+
+def _moved_here(options: MatteOptions, folder: Path) -> MatteOptions:
+    """Return the options of a run with the output folder where it is now."""
+    _, layout = choose_output(options.output)
+    if real_path(layout.folder) == real_path(folder):
+        return options
+    out = folder if layout.pattern is None else folder / Path(options.output.out).name
+    return with_values(options, out=str(out))
+
+
+def _read_index(path: Path) -> dict[str, AlphaFile]:
+    """Return what an earlier process knew about the alphas, by the names of the images."""
+    try:
+        content = read_json(path, "index", INDEX_SHAPE, "")
+    except UsageError:
+        return {}
+    if content["schema_version"] != INDEX_VERSION:
+        return {}
+    return {
+        name: AlphaFile((each["identity"][0], each["identity"][1]), each["stamp"])
+        for name, each in content["alphas"].items()
+        if len(each["identity"]) == 2
+    }
+
+
+def _write_index(path: Path, alphas: Mapping[str, AlphaFile]) -> None:
+    """Keep what is known about the alphas for the next process, if the folder can be written."""
+    existing = {name: alpha for name, alpha in alphas.items() if alpha.identity}
+    stored = {name: {"identity": alpha.identity, "stamp": dict(alpha.stamp)} for name, alpha in existing.items()}
+    with contextlib.suppress(OutputError), atomic_write(path) as file:
+        file.write(json.dumps({"schema_version": INDEX_VERSION, "alphas": stored}).encode())

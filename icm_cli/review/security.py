@@ -1,0 +1,126 @@
+"""Who may use the page of a review: checks of every request, and headers of every response."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import secrets
+import socket
+from urllib.parse import parse_qs, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
+from starlette.responses import RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
+READING_METHODS = frozenset({"GET", "HEAD"})
+OPEN_THE_LINK = "this page needs the link that icm review printed; open that link"
+
+
+class RequestGuard:
+    """ASGI application that passes on only requests of browsers that have opened the link with the token.
+
+    A request from another site fails because its ``Host`` or ``Origin`` is another one, or because the cookie, which is
+    bound to this site, is missing.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, host: str, port: int) -> None:
+        """``host``, ``port``: the address that the server is bound to."""
+        self._app = app
+        self._token = token
+        self._cookie = f"icm-{port}"
+        self._hosts = LOOPBACK_NAMES | {host.lower()}
+        self._has_all_addresses = is_any_address(host)
+        if self._has_all_addresses:
+            self._hosts |= {socket.gethostname().lower(), socket.getfqdn().lower()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"the server has no {scope['type']} connections")
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers[name] = value
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        response = self._check(scope)
+        await (response or self._app)(scope, receive, send_with_headers)
+
+    def _check(self, scope: Scope) -> Response | None:
+        """Return the response to a request that is not passed on; None for one that is."""
+        headers = Headers(scope=scope)
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or not self._is_own_host(hosts[0]):
+            return refuse(403, f"the request is for the host {', '.join(hosts)!r}, which is not that of icm review")
+        if scope["method"] in READING_METHODS and scope["path"] == "/" and (given := _token_in_query(scope)):
+            return self._let_in() if self._is_token(given) else refuse(403, f"the token is wrong; {OPEN_THE_LINK}")
+        if not self._is_token(cookie_parser(headers.get("cookie", "")).get(self._cookie, "")):
+            return refuse(403, OPEN_THE_LINK)
+        if scope["method"] in READING_METHODS:
+            return None
+        origin = urlsplit(headers.get("origin", ""))
+        if origin.scheme not in ("http", "https") or origin.netloc.lower() != hosts[0].lower():
+            return refuse(403, "the request comes from another site")
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            return refuse(400, "expected Content-Type: application/json")
+        return None
+
+    def _is_own_host(self, host: str) -> bool:
+        """Return whether a ``Host`` header names this server, on any port, because SSH may forward another one."""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            if name in self._hosts:
+                return True
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return self._has_all_addresses  # no site can claim an address as its name
+
+    def _is_token(self, text: str) -> bool:
+        return secrets.compare_digest(text.encode(errors="replace"), self._token.encode())
+
+    def _let_in(self) -> Response:
+        response = RedirectResponse("/", 303)
+        response.set_cookie(self._cookie, self._token, path="/", httponly=True, samesite="strict")
+        return response
+
+
+def refuse(status: int, sentence: str) -> Response:
+    """Return a response that says why a request is refused."""
+    return Response(json.dumps({"error": sentence}), status, media_type="application/json")
+
+
+def is_any_address(host: str) -> bool:
+    """Return whether a host stands for all addresses of this machine, such as 0.0.0.0."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a server at this host can be reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _token_in_query(scope: Scope) -> str:
+    query = parse_qs(scope["query_string"].decode("latin-1"))
+    return query.get("token", [""])[0]

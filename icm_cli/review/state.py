@@ -1,0 +1,164 @@
+"""State of a review in ``ALPHAS/.icm/review.json``, which several processes may change at once."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, get_args
+
+from icm_cli.errors import IcmError, UsageError
+from icm_cli.files import locked_file, read_json, write_json
+
+STATE_NAME, LOCK_NAME = "review.json", "review.lock"
+SCHEMA_VERSION = 1
+LOCK_TIMEOUT_S = 20.0
+ReviewStatus = Literal["open", "accepted", "rejected"]
+NUMBER_OR_NULL = (int, float, NoneType)
+STATE_SHAPE = {
+    "schema_version": int,
+    "revision": int,
+    "images": {
+        "*": {"status": str, "revision": int, "taught": (dict, NoneType), "change": NUMBER_OR_NULL, "undo": [{}]}
+    },
+}
+EXPECTED = "expected the state that icm review saved; move the file away to begin a new review: the alphas stay"
+
+
+class StaleRevisionError(IcmError):
+    """The image was changed in another tab or by another person."""
+
+
+class StaleAnswerError(IcmError):
+    """A newer request replaces this one."""
+
+
+class ModelNotReadyError(IcmError):
+    """The model is loading, or could not be loaded."""
+
+
+class StateBusyError(IcmError):
+    """Another process holds the lock of the state."""
+
+
+@dataclass
+class ImageState:
+    """What a review says about one image."""
+
+    status: ReviewStatus = "open"
+    revision: int = 0
+    """Revision of the whole state at the last change of this image; 0 if it was never changed."""
+    taught: dict[str, Any] | None = None
+    """What the image was taught as, with the file of its mask."""
+    change: float | None = None
+    """Mean absolute difference that the last recompute made, 0..1."""
+    undo: list[dict[str, Any]] = field(default_factory=list)
+    """Earlier states of the alpha and the hints, newest last."""
+
+
+class ReviewState:
+    """State of all images of a review, by name.
+
+    It is read again if another process has changed it. Images that were never changed are not stored.
+    """
+
+    def __init__(self, record_folder: Path) -> None:
+        """Read the state. Raises UsageError if the file is damaged or of another version."""
+        self._path = record_folder / STATE_NAME
+        self._lock_path = record_folder / LOCK_NAME
+        self._lock = threading.RLock()
+        self._identity: tuple[int, int, int] | None = None
+        self._revision = 0
+        self._images: dict[str, ImageState] = {}
+        self._refresh()
+
+    @property
+    def revision(self) -> int:
+        """Revision of the whole state. It grows with every change."""
+        with self._lock:
+            self._refresh()
+            return self._revision
+
+    def read(self, name: str) -> ImageState:
+        """Return a copy of the state of an image."""
+        return copy.deepcopy(self.read_all()[1].get(name, ImageState()))
+
+    def read_all(self) -> tuple[int, Mapping[str, ImageState]]:
+        """Return the revision, and the states of the images that were changed at some time; they must not be edited."""
+        with self._lock:
+            self._refresh()
+            return self._revision, MappingProxyType(self._images)
+
+    @contextlib.contextmanager
+    def edit(self, name: str, revision: int | None = None) -> Iterator[ImageState]:
+        """Edit the state of an image, which is saved at the end of the context unless an exception ends it.
+
+        Raises StaleRevisionError if ``revision`` is given and is not that of the image, and StateBusyError if another
+        process holds the state for long.
+        """
+        with self.edit_all() as images:
+            image = images.setdefault(name, ImageState())
+            if revision is not None and revision != image.revision:
+                raise StaleRevisionError(
+                    f"{name} was changed in another tab or by another person; its newest state is shown: check it, and "
+                    "repeat your change if it is still needed"
+                )
+            yield image
+
+    @contextlib.contextmanager
+    def edit_all(self) -> Iterator[dict[str, ImageState]]:
+        """Edit the states of several images by name. Those that differ at the end get a new revision."""
+        with self._lock, locked_file(self._lock_path, LOCK_TIMEOUT_S) as is_free:
+            if not is_free:
+                raise StateBusyError(f"another process has used {self._lock_path} for too long; try again")
+            self._refresh()
+            images = copy.deepcopy(self._images)
+            yield images
+            self._save(images)
+
+    def _save(self, images: dict[str, ImageState]) -> None:
+        changed = [name for name, image in images.items() if image != self._images.get(name, ImageState())]
+        if not changed:
+            return
+        revision = self._revision + 1
+        for name in changed:
+            images[name].revision = revision
+        kept = {name: image for name, image in images.items() if image.revision}
+        content = {name: dataclasses.asdict(image) for name, image in kept.items()}
+        write_json(self._path, {"schema_version": SCHEMA_VERSION, "revision": revision, "images": content})
+        self._images, self._revision, self._identity = kept, revision, self._read_identity()
+
+    def _refresh(self) -> None:
+        """Read the file again if it has changed."""
+        identity = self._read_identity()
+        if identity == self._identity:
+            return
+        if identity is None:  # removed: the review begins anew, and revisions still grow
+            self._images, self._identity, self._revision = {}, None, self._revision + 1
+            return
+        content = read_json(self._path, "review", STATE_SHAPE, EXPECTED)
+        if content["schema_version"] != SCHEMA_VERSION:
+            raise UsageError(
+                f"review {self._path} has schema version {content['schema_version']}; this icm reads version "
+                f"{SCHEMA_VERSION}; use the icm that wrote it"
+            )
+        for name, image in content["images"].items():
+            if image["status"] not in get_args(ReviewStatus):
+                raise UsageError(f"review {self._path}: {name} has the status {image['status']!r}; {EXPECTED}")
+        known = [each.name for each in dataclasses.fields(ImageState)]
+        self._images = {
+            name: ImageState(**{key: image[key] for key in known}) for name, image in content["images"].items()
+        }
+        self._revision, self._identity = max(content["revision"], self._revision), identity
+
+    def _read_identity(self) -> tuple[int, int, int] | None:
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns

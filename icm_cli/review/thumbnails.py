@@ -1,0 +1,74 @@
+"""Threads that make thumbnails: newest request first, because a page shows what it has asked for last."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import CancelledError, Future
+from typing import TypeAlias
+
+from icm_cli.environment import DEFAULT_WORKERS
+from icm_cli.review.images import View
+
+MAX_WAITING = 128
+"""Largest number of requests that wait; older ones are refused."""
+DISCONNECT_POLL_S = 0.5
+"""Interval in which a waiting request is checked for a closed connection."""
+Waiting: TypeAlias = tuple["Future[bytes]", int, View]
+
+
+class ThumbnailWorkers:
+    """A few threads that take the newest of the waiting requests."""
+
+    def __init__(self, make: Callable[[int, View], bytes]) -> None:
+        """``make`` returns the thumbnail of an image in a view."""
+        self._make = make
+        self._waiting: deque[Waiting] = deque()
+        self._condition = threading.Condition()
+        self._is_closed = False
+        for _ in range(min(2, DEFAULT_WORKERS)):
+            threading.Thread(target=self._work, name="icm-thumbnail", daemon=True).start()
+
+    async def make(self, id: int, view: View, is_disconnected: Callable[[], Awaitable[bool]]) -> bytes | None:
+        """Return a thumbnail; None if newer requests replace this one or the connection is closed.
+
+        Raises ImageError.
+        """
+        future: Future[bytes] = Future()
+        with self._condition:
+            self._waiting.append((future, id, view))
+            if len(self._waiting) > MAX_WAITING:
+                self._waiting.popleft()[0].cancel()
+            self._condition.notify()
+        made = asyncio.wrap_future(future)
+        while not (await asyncio.wait({made}, timeout=DISCONNECT_POLL_S))[0]:
+            if await is_disconnected():
+                future.cancel()
+        with contextlib.suppress(CancelledError, asyncio.CancelledError):
+            return made.result()
+        return None
+
+    def close(self) -> None:
+        """End the threads after their current thumbnail."""
+        with self._condition:
+            self._is_closed = True
+            for future, _, _ in self._waiting:
+                future.cancel()
+            self._waiting.clear()
+            self._condition.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._waiting or self._is_closed)
+                if self._is_closed:
+                    return
+                future, id, view = self._waiting.pop()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._make(id, view))
+                except BaseException as error:  # noqa: BLE001  handed to the waiting request
+                    future.set_exception(error)
