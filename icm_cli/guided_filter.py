@@ -2,7 +2,8 @@
 
 Both fit alpha = a . rgb + b in every window (He, Sun & Tang, "Guided Image Filtering", TPAMI 2013, equations 14-19) at
 a reduced size, and apply the enlarged coefficients to the full image (He & Sun, "Fast Guided Filter", 2015). With the
-same windows and epsilon they give the same alpha except at the border, where one reflects and the other averages less.
+same windows and epsilon they give the same alpha, except at the border of the image: there, the first one reflects the
+image, and the second one averages fewer pixels.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from icm_cli.errors import ConfigError
 from icm_cli.files import cache_folder
 from icm_cli.model.checkpoint import save_checkpoint
 from icm_cli.model.contracts import Features
-from icm_cli.model.core import ATTENDED_TOKENS, TARGET_NOISE, InContextMatting, reference_noise_key
+from icm_cli.model.core import ATTENDED_TOKENS, TARGET_NOISE_KEY, InContextMatting, reference_noise_key
 from icm_cli.model.loading import load_model, model_digest, resolve_model
 from icm_cli.model.similarity import AttentionMatrix, attended_tokens
 from icm_cli.model.stable_diffusion import backbone as sd_backbone
@@ -86,7 +86,7 @@ def low(trained: tuple[Path, ModelConfig]) -> InContextMatting:
     return load_trained(trained[0], torch.bfloat16)
 
 
-TARGET, REFERENCE = [TARGET_NOISE], [reference_noise_key(0)]
+TARGET, REFERENCE = [TARGET_NOISE_KEY], [reference_noise_key(0)]
 
 
 def images(count: int, seed: int = 0) -> Tensor:

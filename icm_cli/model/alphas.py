@@ -70,7 +70,7 @@ def resize_on_device(alpha: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _average_rows(alpha: Tensor, count: int) -> Tensor:
-    """Resize an alpha [h,w] to ``count`` rows, which average those that they overlap."""
+    """Resize an alpha [h,w] to ``count`` rows. Each is the mean of the rows that it covers, weighted by the overlap."""
     rows, columns = alpha.shape
     if count >= rows:
         return F.interpolate(alpha[None, None], size=(count, columns), mode="bilinear", align_corners=False)[0, 0]
@@ -108,9 +108,9 @@ class Tile:
 def split_into_tiles(size: tuple[int, int], tile_px: int, overlap_px: int) -> list[Tile]:
     """Split an image of ``size`` (height, width) into tiles with sides of at most ``tile_px``.
 
-    The weights of neighbours rise and fall linearly over ``overlap_px``. If that is at most a third of a tile, two
-    tiles that disagree completely (0 and 1) differ by at most 1 / ``overlap_px`` from one pixel to the next. With 256
-    px that is less than 1/255.
+    Where two tiles overlap, the weight of one falls linearly and that of the other rises, over ``overlap_px``. So if
+    the overlap is at most a third of a tile, the blended alpha changes by at most 1 / ``overlap_px`` from one pixel to
+    the next, even if one tile is 0 and the other 1. With 256 px, that is less than 1/255.
     """
     sides = (_split_side(length, tile_px, overlap_px) for length in size)
     return [
@@ -130,9 +130,10 @@ def blend_tiles(size: tuple[int, int], tiles: Sequence[Tile], alphas: Iterable[T
 
 
 def _split_side(length: int, tile: int, overlap: int) -> list[tuple[int, Tensor]]:
-    """Start and weights of each tile along a side; the last tile ends at its end.
+    """Return start and weights of each tile along a side of ``length`` px. The last tile ends where the side ends.
 
-    Weights rise over the overlap with the tile before, are 1 in the middle, and fall over that with the tile after.
+    The weights rise over the overlap with the previous tile, are 1 in the middle, and fall over the overlap with the
+    next tile.
     """
     if length <= tile:
         return [(0, torch.ones(length))]

@@ -31,8 +31,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_ENLARGEMENT = 2.0
 """Largest factor by which backbones enlarge a small image to the canvas."""
 ReferenceImage: TypeAlias = tuple[Tensor, Tensor, Tensor]
-"""A reference on a canvas of its own: image [1,3,H,W], guidance [1,1,H,W] (0 outside, 1 inside the object, 0.5
-unknown), valid [1,H,W]. The guidance of a negative reference has no 1."""
+"""A reference on a canvas of its own: image [1,3,H,W], guidance [1,1,H,W], valid [1,H,W]. The guidance is 1 inside the
+object, 0 outside, and 0.5 where that is unknown. In a negative reference, it is 0 on what is not the object, and 0.5
+elsewhere."""
 
 
 @runtime_checkable
@@ -96,7 +97,7 @@ class Matte:
     found: Tensor
     """Whether the target object appears to be in the image, bool [B]."""
     presence: Presence | None = None
-    """Of heads that predict it."""
+    """Prediction whether the object is in the image; None if the head does not predict it."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,9 @@ class Presence:
     """Prediction whether the target object is in the image at all, for a batch of B targets."""
 
     logit: Tensor
-    """float32 [B]. ``Matte.alpha`` is already multiplied by its sigmoid."""
+    """Logit of the probability that it is, float32 [B]. ``Matte.alpha`` is already multiplied by this probability."""
     alpha_if_present: Tensor
-    """Alpha under the assumption that the object is present, float32 [B,1,H,W] in 0..1."""
+    """The alpha without this factor, float32 [B,1,H,W] in 0..1."""
     is_uncertain: Tensor
     """Whether a second pass over a crop should decide, bool [B]."""
 
@@ -126,10 +127,11 @@ def ignore_progress(fraction: float) -> None:
 
 @dataclass(frozen=True)
 class LearnedReferences:
-    """References together with a copy of the head that was fine-tuned on them, and that prepared them."""
+    """A copy of the head that was fine-tuned on the references."""
 
     head: Head
     prepared: Any
+    """The references, as this copy prepared them."""
 
     @property
     def notices(self) -> Sequence[str]:
@@ -182,7 +184,7 @@ class Backbone(Component):
     has_attention_matrix: ClassVar[bool] = False
     """Whether ``Features.intra_similarity`` holds matrices, see :class:`~icm_cli.model.similarity.AttentionMatrix`."""
     is_self_contained: ClassVar[bool] = False
-    """Whether a checkpoint with its weights is the only file that is needed to build it."""
+    """Whether it can be built from a checkpoint that contains its weights, without any other file."""
     is_trainable: ClassVar[bool] = False
     """Whether training may change its weights. A backbone that is not trainable runs without gradients."""
     has_transformer: ClassVar[bool] = False
@@ -234,7 +236,7 @@ class Head(Component):
     """Whether :meth:`learn_references` is implemented."""
 
     def disable_edge_refinement(self) -> None:
-        """Return coarse alphas from now on, because a later component refines their edges."""
+        """Compute only coarse alphas from now on, because a later component refines their edges."""
 
     @abstractmethod
     def prepare_references(self, references: Sequence[ReferenceFeatures]) -> PreparedReferences:
@@ -350,18 +352,17 @@ class Objects(Component):
 
     @torch.inference_mode()
     def complete_alphas(self, images: Sequence[ImageU8 | EmbeddedImage], coarse: Sequence[Tensor]) -> list[Tensor]:
-        """Embed images, sRGB uint8 [H,W,3], that are not embedded yet, and complete their coarse alphas, except those
-        without an object. See :meth:`complete_embedded_alphas`.
+        """Complete coarse alphas as :meth:`complete_embedded_alphas` does, except those without an object.
+
+        An image may be embedded already. Otherwise it is sRGB uint8 [H,W,3] and is embedded first.
         """
-        completed = list(coarse)
         indices = [index for index, alpha in enumerate(coarse) if self.has_object(alpha)]
-        embedded = {index: image for index in indices if isinstance(image := images[index], EmbeddedImage)}
-        pixels = {index: image for index in indices if not isinstance(image := images[index], EmbeddedImage)}
-        embedded |= zip(pixels, self.embed_images(list(pixels.values())), strict=True)
-        alphas = self.complete_embedded_alphas([embedded[index] for index in indices], [coarse[n] for n in indices])
-        for index, alpha in zip(indices, alphas, strict=True):
-            completed[index] = alpha
-        return completed
+        pixels = [image for index in indices if not isinstance(image := images[index], EmbeddedImage)]
+        new = iter(self.embed_images(pixels))
+        embedded = [image if isinstance(image := images[index], EmbeddedImage) else next(new) for index in indices]
+        alphas = self.complete_embedded_alphas(embedded, [coarse[index] for index in indices])
+        completed = dict(zip(indices, alphas, strict=True))
+        return [completed.get(index, alpha) for index, alpha in enumerate(coarse)]
 
 
 class Edges(Component):

@@ -28,18 +28,19 @@ from icm_cli.model.similarity import AttentionMatrix, attended_tokens
 
 ATTENDED_TOKENS = 32
 """Tokens by which the guidance is extended for each point (m in the paper, which does not state its value)."""
-TARGET_NOISE = "target"
-"""Noise key of every target in inference, so that an alpha does not depend on the other images of a run."""
+TARGET_NOISE_KEY = "target"
+"""Noise key of all targets in inference. Equal keys give equal noise, so that an alpha does not depend on the other
+images of a run."""
 
 
 def reference_noise_key(index: int) -> str:
-    """Return the noise key of the reference with this index."""
+    """Return the noise key of the reference with this index, in inference."""
     return f"reference {index}"
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A training batch of B targets with one reference each, all on canvases of one size."""
+    """A training batch: B targets with one reference each, all on canvases of one size."""
 
     image: Tensor
     """Targets, float32 sRGB [B,3,H,W] in 0..1."""
@@ -115,7 +116,8 @@ class InContextMatting(nn.Module):
         return self
 
     def use_channels_last(self) -> None:
-        """Store convolution weights in channels-last order, which attention needs too: nothing is then reordered."""
+        """Store the weights of convolutions in channels-last order. Attention uses this order too, so that features
+        need not be reordered between the layers."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
@@ -127,11 +129,11 @@ class InContextMatting(nn.Module):
         learn_steps: int = 0,
         on_progress: Callable[[float], None] = ignore_progress,
     ) -> PreparedReferences | LearnedReferences:
-        """Extract and prepare the references, once per run, for :meth:`infer`.
+        """Extract the features of the references and prepare them for :meth:`infer`, once per run.
 
-        With ``learn_steps``, a copy of the head is fine-tuned on the references in so many steps. The head must have
-        ``can_learn_references``; ``on_progress`` is called with the finished fraction. Raises ConfigError if the
-        features of a reference are not finite.
+        With ``learn_steps`` above 0, a copy of the head is fine-tuned on the references in this number of steps. The
+        head must have ``can_learn_references``; ``on_progress`` is called with the finished fraction. Raises
+        ConfigError if the features of a reference are not finite.
         """
         features = [
             ReferenceFeatures(
@@ -204,7 +206,7 @@ class InContextMatting(nn.Module):
         Returns coarse mattes. The alpha of a target whose features are not finite is NaN.
         """
         count = len(image)
-        features = self.backbone.target_features(image, valid, [TARGET_NOISE] * count)
+        features = self.backbone.target_features(image, valid, [TARGET_NOISE_KEY] * count)
         head = self.head
         if isinstance(reference, LearnedReferences):
             head, reference = reference.head, reference.prepared

@@ -118,7 +118,7 @@ def load_model(
 
 
 def load_objects_and_edges(device: Device) -> tuple[Objects, Edges]:
-    """Load the parts of ``lite`` that need no reference, for inference on a device: they find an object by prompts.
+    """Load the parts of ``lite`` that find an object by points and boxes, for inference on a device.
 
     Raises ConfigError if the weights are not in the package.
     """
@@ -157,9 +157,10 @@ def load_model_for_training(
 
 
 class _WithoutRandomWeights(TorchFunctionMode):
-    """Mode in which initial weights are not drawn.
+    """Mode that skips the random initialisation of weights.
 
-    On the meta device this would import torch's compiler, which takes seconds and sets environment variables.
+    On the meta device, drawing random numbers imports torch's compiler, which takes seconds and sets environment
+    variables.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -173,13 +174,16 @@ class _WithoutRandomWeights(TorchFunctionMode):
 def build_model(
     config: ModelConfig, checkpoint: Checkpoint | None, weights: str | None, *, offline: bool, seed: int
 ) -> InContextMatting:
-    """Build a model and load its weights; see :func:`load_model`. The head comes first, so that a seed decides it."""
+    """Build a model and load its weights; see :func:`load_model`.
+
+    The head is built first, so that its random weights depend on the seed only.
+    """
     tensors = {kind: {} if checkpoint is None else checkpoint.component(kind) for kind in COMPONENT_KEYS}
     where = "" if checkpoint is None else checkpoint.where
     kinds: tuple[ComponentKind, ...] = ("head", "edges")
     classes = {kind: component_class(kind, part.name) for kind in kinds if (part := getattr(config, kind)) is not None}
     required = {kind for kind, cls in classes.items() if checkpoint is not None and cls.is_trained}
-    for kind in required:  # before a module that is too large takes memory
+    for kind in required:  # the shapes are checked first: a module of wrong settings may be too large for the memory
         with torch.device("meta"), _WithoutRandomWeights():
             expected = classes[kind](getattr(config, kind).settings).state_dict()
         check_tensor_shapes(expected, {name: tensor.shape for name, tensor in tensors[kind].items()}, where)

@@ -121,7 +121,7 @@ class SelfSimilarity:
         return logits.masked_fill(~self.valid.flatten(1)[:, None], float("-inf")).softmax(dim=-1)
 
     def _unit_tokens(self) -> Tensor:
-        """Tokens of unit length after subtracting the mean of the valid tokens, float32 [B,N,C]."""
+        """Subtract the mean of the valid tokens from all tokens, and scale them to unit length, float32 [B,N,C]."""
         is_valid = self.valid.flatten(1)[..., None]
         mean = (flatten_tokens(self.feature) * is_valid).sum(dim=1, keepdim=True) / is_valid.sum(dim=1, keepdim=True)
         return F.normalize(flatten_tokens(self.feature) - mean, dim=-1).contiguous()
@@ -180,23 +180,22 @@ def selected_token_mask(reference: ReferenceFeatures) -> tuple[Tensor, str | Non
     return inside, notice and notice.replace("the reference", "a negative reference")
 
 
-def similarity_difference(target: Tensor, these: Tensor, others: Tensor) -> Tensor:
-    """Return for each target token [N,C] its largest product with ``these`` tokens [K,C] minus that with the ``others``
-    [M,C], float32 [N]; minus infinity without ``these``."""
-    if not len(these):
+def similarity_difference(target: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return how much more similar each target token [N,C] is to the ``first`` tokens [K,C] than to the ``second``
+    [M,C], float32 [N]: the difference of the largest products. Without ``first`` tokens, it is minus infinity."""
+    if not len(first):
         return target.new_full((len(target),), -torch.inf)
     chunks = torch.split(target, CHUNK_TOKENS)
-    return torch.cat([(tokens @ these.T).amax(dim=1) - (tokens @ others.T).amax(dim=1) for tokens in chunks])
+    return torch.cat([(tokens @ first.T).amax(dim=1) - (tokens @ second.T).amax(dim=1) for tokens in chunks])
 
 
 def foreground_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> tuple[Tensor, str | None]:
-    """Return which tokens, cells of ``stride`` px, are inside the guidance [1,1,H,W] (0 outside, 0.5 unknown, 1 inside;
-    not empty): bool [1,h,w], with at least one True. Also return a notice if the guidance is too small to contain a
-    whole cell.
+    """Return which tokens are foreground, bool [1,h,w], at least one; and a notice if no whole cell is foreground.
 
-    As in the published code, a token is inside if its whole cell is foreground. Unknown pixels are allowed in a cell
-    that is mostly foreground and contains no background. If no cell qualifies, the cells that are mostly foreground are
-    used, or else the one cell with most foreground.
+    ``guidance`` [1,1,H,W] is 1 inside the object, 0 outside and 0.5 where that is unknown; it is not empty. The cell of
+    a token has sides of ``stride`` px. As in the published code, a token is foreground if its whole cell is. Unknown
+    pixels are allowed in a cell that is mostly foreground and contains no background. If there is no such cell, those
+    that are mostly foreground are used, or else the one with most foreground.
     """
     inside = ((guidance > 0.75) & valid[:, None]).float()
     fraction = F.avg_pool2d(inside, stride)[:, 0]
@@ -219,13 +218,11 @@ def foreground_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> tuple
 
 
 def background_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> Tensor:
-    """Return which tokens are outside the guidance and contain a pixel of the frame, bool [1,h,w]; possibly none.
+    """Return which tokens are background, bool [1,h,w]; possibly none. See :func:`foreground_token_mask`.
 
-    See :func:`foreground_token_mask`.
-
-    Unknown pixels are allowed in a cell that is mostly background and contains no foreground.
+    The cell of such a token contains a pixel of the frame and no foreground, and less than half of it is unknown.
     """
-    inside = F.max_pool2d((guidance * valid[:, None]).float(), stride)[:, 0] > 0.75
+    has_foreground = F.max_pool2d((guidance * valid[:, None]).float(), stride)[:, 0] > 0.75
     unknown = F.avg_pool2d((((guidance - 0.5).abs() < 0.25) & valid[:, None]).float(), stride)[:, 0]
-    real = F.avg_pool2d(valid[:, None].float(), stride)[:, 0]
-    return (real > 0) & ~inside & (unknown < 0.5 * real)
+    in_frame = F.avg_pool2d(valid[:, None].float(), stride)[:, 0]
+    return (in_frame > 0) & ~has_foreground & (unknown < 0.5 * in_frame)

@@ -61,7 +61,7 @@ class FinetuningConfig:
     """Largest rotation of a view, in degrees."""
     max_shear: float = 0.15
     border: float = 0.25
-    """Smallest distance of the object's centre from the borders of a view, as a fraction of its sides."""
+    """Smallest distance of the object's centre from the borders of a view, as a fraction of the view's sides."""
     negative_max_log_scale: float = 0.7
     """Largest logarithm of the scale of a negative."""
     max_gain: float = 0.2
@@ -73,7 +73,7 @@ class FinetuningConfig:
     negative_max_guidance: float = 0.25
     """Largest guidance in a negative."""
     negative_check_px: int = 16
-    """Distance, in px, of the samples of the guidance in the first check of a crop. The second uses all pixels."""
+    """The first check of a crop samples its guidance at this distance, in px; the second check uses all pixels."""
     seed: int = 0
 
 
@@ -132,21 +132,22 @@ class FinetunableHead(TrainedHead, ABC):
         number of threads is the same.
         """
         rng, config = np.random.default_rng(FINETUNING.seed), FINETUNING
-        references = sorted(references, key=lambda each: is_negative(each[1]))
-        count = sum(not is_negative(guidance) for _, guidance, _ in references)
+        references = sorted(references, key=lambda reference: is_negative(reference[1]))  # negatives are the last
+        positives = sum(not is_negative(guidance) for _, guidance, _ in references)
         with torch.no_grad():
-            scenes = [
-                _Scene(image, guidance * (index < count), ((guidance - 0.5).abs() > 0.25).float(), valid)
+            scenes = [  # in negatives, no pixel is the object
+                _Scene(image, guidance * (index < positives), ((guidance - 0.5).abs() > 0.25).float(), valid)
                 for index, (image, guidance, valid) in enumerate(references)
             ]
-            shown = [_extract_view(backbone, self, scene) for scene in scenes]
-            originals, scenes = shown[:count], scenes[:count]
+            unchanged = [_extract_view(backbone, self, scene) for scene in scenes]
+            originals, scenes = unchanged[:positives], scenes[:positives]
             views = []
             for i in range(config.views):
                 views.append(_extract_view(backbone, self, _augment_scene(scenes[i % len(scenes)], rng)))
                 on_progress(0.5 * (i + 1) / config.views)
             crops = [_crop_negative(scenes[i % len(scenes)], rng) for i in range(config.negative_views)]
-            negatives = [_extract_view(backbone, self, crop) for crop in crops if crop is not None] + shown[count:]
+            negatives = [_extract_view(backbone, self, crop) for crop in crops if crop is not None]
+            negatives += unchanged[positives:]
         student = copy.deepcopy(self).float().eval()
         with torch.enable_grad():
             _train_head(student, originals, views, negatives, steps, rng, on_progress)
@@ -156,7 +157,7 @@ class FinetunableHead(TrainedHead, ABC):
             tensor.data = tensor.data.to(dtypes[name])
         features = [
             ReferenceFeatures(view.features, guidance, valid)
-            for view, (_, guidance, valid) in zip(shown, references, strict=True)
+            for view, (_, guidance, valid) in zip(unchanged, references, strict=True)
         ]
         return LearnedReferences(student, student.prepare_references(features))
 
@@ -219,19 +220,19 @@ class _Scene(NamedTuple):
 
 
 class _View(NamedTuple):
-    """Features and labels of a scene, for its use as a reference or as a target. All are batches of one.
-
-    Of a reference, inside, outside: tokens inside and outside the guidance, bool [1,h,w]. Of a target, alpha: alpha at
-    the resolution of the decoder, float32 [1,nh,nw] in 0..1; known: tokens whose alpha is known, bool [1,h,w]; image:
-    float32 [1,3,H,W] if the decoder uses the image.
-    """
+    """Features and labels of a scene, for its use as a reference and as a target. All are batches of one."""
 
     features: Features
     inside: Tensor
+    """Reference: tokens inside the guidance, bool [1,h,w]."""
     outside: Tensor
+    """Reference: tokens outside the guidance, bool [1,h,w]."""
     alpha: Tensor
+    """Target: true alpha at the resolution of the decoder, float32 [1,nh,nw] in 0..1."""
     known: Tensor
+    """Target: tokens whose true alpha is known, bool [1,h,w]."""
     image: Tensor | None
+    """Target: float32 [1,3,H,W]; None if the decoder does not use the image."""
 
 
 def _train_head(
@@ -243,8 +244,11 @@ def _train_head(
     rng: np.random.Generator,
     on_progress: Callable[[float], None],
 ) -> None:
-    """Train the head in place, except the statistics of its normalisation layers and its presence layers: almost every
-    frame of a shot contains the object."""
+    """Train the head in place.
+
+    Its presence layers are not trained, because almost every frame of a shot contains the object. Neither are the
+    statistics of its normalisation layers.
+    """
     head.requires_grad_(True)
     head.presence_mlp.requires_grad_(False)
     weights = [weight for weight in head.parameters() if weight.requires_grad]
@@ -289,7 +293,7 @@ def _extract_view(backbone: Backbone, head: FinetunableHead, scene: _Scene) -> _
 
 
 def _augment_scene(scene: _Scene, rng: np.random.Generator) -> _Scene:
-    """Return a randomly transformed and recoloured view, mirrored beyond its borders."""
+    """Return a randomly moved and recoloured view. Beyond the borders of the image, it is mirrored."""
     scale = math.exp(rng.uniform(-FINETUNING.max_log_scale, FINETUNING.max_log_scale))
     target = scene.frame_size * rng.uniform(FINETUNING.border, 1.0 - FINETUNING.border, 2)
     rows, columns = torch.nonzero(scene.guidance[0, 0] > 0.75, as_tuple=True)

@@ -36,18 +36,19 @@ EVIDENCE_CHANNELS = 8
 """Evidence values per token and comparison."""
 FIRST_TRANSFERRED = 6
 """Index of the evidence value that is the transferred guidance."""
-STRONGEST = (0, 1, FIRST_TRANSFERRED)
-"""Indices of the evidence values whose maximum over the image is an input of the presence prediction."""
-PRESENCE_CHANNELS = 2 + len(STRONGEST)
-"""Presence inputs per comparison: similarity to the mean foreground and background, and the strongest evidence."""
+PRESENCE_EVIDENCE = (0, 1, FIRST_TRANSFERRED)
+"""Indices of the evidence values that predict presence: the maximum of each one over the image is an input."""
+PRESENCE_CHANNELS = 2 + len(PRESENCE_EVIDENCE)
+"""Presence inputs per comparison: similarity to the mean foreground and background, and these maxima."""
 PRESENCE_WIDTH = 64
 """Hidden units of the presence prediction."""
 MIN_TOKEN_WEIGHT = 1e-3
 """Smallest weight of a token in the mean of the object. If nothing is found, the mean is that of the whole image."""
 NEGATIVE_MARGIN = 0.1
-"""Difference of the cosines to the nearest negative token and to the nearest token of the object."""
+"""A token is excluded if its cosine to the nearest negative token exceeds its cosine to the nearest token of the object
+by more than this."""
 NO_TOKEN_LOGIT = -20.0
-"""Presence logit of an image in which no token may be the object."""
+"""Presence logit of an image whose tokens are all excluded."""
 IMAGE_CHANNELS = 3
 ATTENTION_HEADS = 4
 
@@ -80,8 +81,8 @@ class TokenMatchConfig:
     presence_threshold: float = 0.0
     """Inference only: presence logit above which the object counts as present."""
     presence_margin: float = 0.0
-    """Inference only: a presence is uncertain if its logit is closer to 0 than this. Models with edges then run a
-    second pass on a crop. 0 disables it."""
+    """Inference only: a presence is uncertain if the absolute value of its logit is below this. Models with edges then
+    run a second pass on a crop. 0 disables it."""
     edge_radius: float = 0.03
     """Inference only: radius of the guided filter that aligns soft edges with the image, as a fraction of the long side
     of the canvas; 0 disables it."""
@@ -90,7 +91,7 @@ class TokenMatchConfig:
     edge_stride: int = 4
     """The guided filter fits its coefficients at this fraction of the size: 4 for a quarter."""
     alpha_stretch: float = 0.03
-    """Inference only: amount by which alpha is stretched at both ends, so that background is 0 and foreground 1."""
+    """Inference only: alphas below this and above 1 - this become about 0 and 1; values between are stretched."""
 
     def __post_init__(self) -> None:
         check_setting("head", self, "feature_channels", bool(self.feature_channels), "at least one value")
@@ -180,10 +181,10 @@ class TokenMatchHead(FinetunableHead):
         logit = self.presence_logit(fused, projected, evidence, tokens, references)
         alpha = torch.sigmoid(resize_bilinear(self.decode_logit(fused, target, image), image.shape[-2:]))
         if possible is not None:
-            shown, real = (
-                resize_bilinear(each[:, None].float(), image.shape[-2:]) for each in (possible, target.valid)
+            kept, in_frame = (
+                resize_bilinear(mask[:, None].float(), image.shape[-2:]) for mask in (possible, target.valid)
             )
-            alpha = alpha * (shown / real.clamp(min=1e-6))  # padding has no influence on the frame's border
+            alpha = alpha * (kept / in_frame.clamp(min=1e-6))  # the padding does not darken the border of the frame
             logit = logit.where(possible.flatten(1).any(dim=1), NO_TOKEN_LOGIT)
         if self.training:
             alpha = alpha * torch.sigmoid(logit)[:, None, None, None]
@@ -202,8 +203,9 @@ class TokenMatchHead(FinetunableHead):
     ) -> Tensor | None:
         """Return the valid tokens that may be the object, bool [B,h,w]; None without negative references.
 
-        A token is not the object if the tokens of the coarse object around it are nearer to a negative reference than
-        to the object, on average and by more than NEGATIVE_MARGIN: single tokens of the object may be nearer.
+        A token is excluded if it is nearer to a negative reference than to the object by more than NEGATIVE_MARGIN.
+        This is decided by the mean over the 5 x 5 tokens around it, weighted by the coarse alpha, because single tokens
+        of the object may be nearer to a negative reference.
         """
         if all(tokens.negative is None for tokens in references):
             return None
@@ -282,8 +284,8 @@ class TokenMatchHead(FinetunableHead):
     ) -> Tensor:
         """Predict whether the object is in the image at all, as a logit, float32 [B].
 
-        The inputs are the similarity of the coarse object's mean token to the mean foreground and background of the
-        reference, the strongest evidence in the image, and the maximum of every fused channel.
+        There are three inputs: the similarity of the mean token, weighted by the coarse alpha, to the mean foreground
+        and background of the reference; the strongest evidence in the image; the maximum of every fused channel.
         """
         alpha = (torch.sigmoid(self._coarse_logit(fused)) + MIN_TOKEN_WEIGHT) * valid[:, None]
         object_mean = self._unit_per_layer((alpha.flatten(1)[..., None] * projected).sum(dim=1))
@@ -291,7 +293,8 @@ class TokenMatchHead(FinetunableHead):
         similarity = (self._unit_per_layer(torch.stack(sides)) * object_mean[:, None]).sum(dim=-1)  # [B,2,layers]
         similarity = torch.cat([similarity, similarity.mean(dim=-1, keepdim=True)], dim=-1)
         masked = evidence.masked_fill(~valid[:, None], float("-inf"))
-        strongest = masked.flatten(2).amax(dim=2).reshape(len(masked), -1, EVIDENCE_CHANNELS)[..., STRONGEST]
+        maxima = masked.flatten(2).amax(dim=2).reshape(len(masked), -1, EVIDENCE_CHANNELS)
+        strongest = maxima[..., PRESENCE_EVIDENCE]
         best = fused.float().masked_fill(~valid[:, None], 0.0).amax(dim=(2, 3))
         inputs = torch.cat([similarity.flatten(1), strongest.flatten(1), best], dim=1)
         logit: Tensor = self.presence_mlp(inputs)[:, 0]
@@ -345,6 +348,7 @@ class TokenMatchHead(FinetunableHead):
         return features
 
     def _stretch_contrast(self, alpha: Tensor) -> Tensor:
+        """Apply ``alpha_stretch``: values near 0 become 0, and values near 1 become 1."""
         return (alpha * (1.0 + 2.0 * self.config.alpha_stretch) - self.config.alpha_stretch).clamp(0.0, 1.0)
 
     def _unit_per_layer(self, total: Tensor) -> Tensor:
@@ -360,9 +364,9 @@ class TokenMatchHead(FinetunableHead):
             for side in (reference.foreground, reference.background, target)
         )
         foreground = _append_mean_layer(tokens @ inside.transpose(1, 2))
-        # The null is a background token with the same learned similarity to all tokens: a reference
-        # may have no background. It counts as often as there are foreground tokens, or a finer grid
-        # would outweigh it.
+        # A reference may have no background. So an additional background token (the null) has the same learned
+        # similarity to all tokens. It counts as often as there are foreground tokens; otherwise it would have less
+        # weight on a finer grid.
         null = (self.background_null + _log_count(foreground) / sharpness).expand(-1, len(target), 1)
         background = torch.cat([_append_mean_layer(tokens @ outside.transpose(1, 2)), null], dim=2)
         soft_foreground, soft_background = (

@@ -39,7 +39,7 @@ PUBLISHED_DIGEST = "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d
 FULL_PX = CELL_PX * FULL_CELLS
 """Largest long side of an image on the canvas."""
 COARSE_WEIGHT, MASK_WEIGHT = 1.0, 0.25
-"""Weights of the coarse alpha's logit and of the first mask's in the result, before training."""
+"""Initial weights, before training, with which the logits of the coarse alpha and of the first mask are added."""
 PROMPTED_FACTOR = 0.5
 """Factor of the coarse alpha's weight if there are points or boxes, so that they can override it."""
 
@@ -66,7 +66,10 @@ class MobileSamConfig:
 
 
 class ObjectDecoder(sam.MaskDecoder):
-    """A mask decoder, and the weights of its masks and of the alpha that it is given in the result."""
+    """A mask decoder whose result is a weighted sum of the logits of the given alpha and of all masks.
+
+    The weights of this sum are learned.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,16 +98,16 @@ class ObjectDecoder(sam.MaskDecoder):
         return (self.mask_weights[:, None, None] * layers).sum(dim=1, keepdim=True) + self.offset, iou
 
     def set_dtype(self, dtype: torch.dtype) -> None:
-        """Convert the weights to ``dtype``, except those of the result."""
-        precise = self.mask_weights.data, self.offset.data
+        """Convert the weights to ``dtype``, except those of the sum, which stay float32."""
+        float32_weights = self.mask_weights.data, self.offset.data
         super().set_dtype(dtype)
-        self.mask_weights.data, self.offset.data = precise
+        self.mask_weights.data, self.offset.data = float32_weights
 
 
 class MobileSam(Objects):
-    """Frozen encoder, a decoder that completes coarse alphas, and one that follows points and boxes.
+    """Frozen encoder, a decoder that completes coarse alphas, and a second one that follows points and boxes.
 
-    Training the first one on clicks, too, would change alphas without hints.
+    One decoder for both tasks would complete alphas without points worse.
     """
 
     Config = MobileSamConfig
@@ -158,7 +161,7 @@ class MobileSam(Objects):
     ) -> tuple[Tensor, Tensor]:
         rows, columns = embedding.shape[-2:]
         coordinates = coordinates * (torch.tensor([columns, rows]).to(coordinates) / FULL_CELLS)
-        if not bool((labels > 1).any()):  # as in the published code, points without a box end with one that is none
+        if not bool((labels > 1).any()):  # without a box, a point that means nothing follows, as in the published code
             coordinates, labels = F.pad(coordinates, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=NO_POINT)
         points = coordinates, labels
         logit, iou = self.prompt_decoder.decode_object(embedding, alpha, points, self.config.logit_eps)
@@ -232,12 +235,12 @@ class _Item:
     prompts: PointPrompts | None
 
     def batch_key(self) -> tuple[object, ...]:
-        """Items with equal keys can be completed in one batch."""
-        labels = None if self.prompts is None else self.prompts.labels
-        return (
-            *(self.image.embedding.shape, self.alpha is None),
-            *(() if labels is None else (len(labels), bool((labels > 1).any()))),
-        )
+        """Return a key that is equal for items that can be completed in one batch."""
+        key = self.image.embedding.shape, self.alpha is None
+        if self.prompts is None:
+            return key
+        has_box = bool((self.prompts.labels > 1).any())
+        return *key, len(self.prompts.labels), has_box
 
     def canvas_points(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the coordinates of the points as fractions of the canvas, and their labels."""

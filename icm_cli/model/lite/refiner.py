@@ -57,11 +57,12 @@ class RefineConfig:
     core_long_side_px: int = 640
     """Long side, in px, of the alpha in which these distances are measured."""
     core_opaque_from: float = 0.8
-    """Alpha that becomes 1 far inside the object."""
+    """Alphas from this value on become 1 far inside the object."""
     core_transparent_to: float = 0.15
-    """Alpha that becomes 0 far outside the object."""
+    """Alphas up to this value become 0 far outside the object."""
     core_softness: float = 0.3
-    """Change of the local extreme alpha from one half over which these two apply gradually."""
+    """These two apply fully where the smallest alpha nearby is above 0.5 by this, or the largest is below 0.5 by this.
+    Between 0.5 and this, they apply in part."""
     decided_margin: float = 0.01
     """A tile is not changed if all its alphas are within this distance of 0, or all within this distance of 1."""
 
@@ -199,23 +200,27 @@ class Refine(Edges):
         return blend_tiles(size, tiles, refined, alpha.device)
 
     def _clear_core(self, alpha: Tensor) -> Tensor:
-        """Make an alpha [H,W] opaque far inside the object and transparent far outside it, in place."""
+        """Make an alpha [H,W] opaque far inside the object and transparent far outside it, in place.
+
+        ``inside`` and ``outside`` are 1 where all alphas nearby are high and low, and 0 near edges. There, the range of
+        the alpha that is stretched to 0..1 is smaller.
+        """
         config = self.config
         if not config.core_distance:
             return alpha
         small = resize_alpha(alpha, downscaled_size(alpha.shape, config.core_long_side_px)).numpy(force=True)
         reach = max(1, round(config.core_distance * max(small.shape)))
         disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
-        least, most = (cv2.blur(filtered(small, disc), (reach, reach)) for filtered in (cv2.erode, cv2.dilate))
+        smallest, largest = (cv2.blur(extreme(small, disc), (reach, reach)) for extreme in (cv2.erode, cv2.dilate))
         inside, outside = (
-            np.clip((extreme - 0.5) / config.core_softness, 0.0, 1.0).astype(np.float32)
-            for extreme in (least, 1.0 - most)
+            np.clip((value - 0.5) / config.core_softness, 0.0, 1.0).astype(np.float32)
+            for value in (smallest, 1.0 - largest)
         )
-        full, empty = (
+        high, low = (
             resize_alpha(torch.from_numpy(limit).to(alpha.device), alpha.shape)
             for limit in (1.0 - (1.0 - config.core_opaque_from) * inside, config.core_transparent_to * outside)
         )
-        return alpha.sub_(empty).div_(full.sub_(empty)).clamp_(0.0, 1.0)
+        return alpha.sub_(low).div_(high.sub_(low)).clamp_(0.0, 1.0)
 
     def _is_undecided(self, coarse: Tensor) -> bool:
         """Return whether a coarse alpha has a value that is neither 0 nor 1, or has both."""

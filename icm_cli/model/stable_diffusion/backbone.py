@@ -1,4 +1,5 @@
-"""The stable-diffusion backbone of the paper (section 3.2): frozen, with features and attention of one noised pass.
+"""The stable-diffusion backbone of the paper (section 3.2). It is frozen: noise is added to an image, and one pass of
+the U-Net computes its features and its self-attention.
 
 Only the weights that affect the features are loaded: the VAE encoder, and the U-Net up to its last attention map. The
 text encoder runs once, and its embedding of the empty prompt is cached.

@@ -137,17 +137,17 @@ class InterSimilarity(nn.Module):
     def forward(self, references: Sequence[DetailReferences], feature: Tensor, valid: Tensor) -> Tensor:
         """Compute S, float32 [B,1,h,w], of features [B,C,h,w] and the references of each target.
 
-        Several references are averaged; one reference gives the published rule. S is 0 at tokens to which a token of a
-        negative reference gives more of its similarity than one of the object does, on average; the rest of S keeps
-        its sum. If no token is left, S is 0.
+        S is averaged over the references of a target; with one reference, it is that of the published code. With
+        negative references, S is 0 at tokens whose fraction of the negative similarity is larger than their fraction of
+        S. The other tokens are scaled so that the sum of S stays the same. If no token is left, S is 0.
         """
-        target, real = self.normalised_tokens(feature), valid.flatten(1)
+        target, is_valid = self.normalised_tokens(feature), valid.flatten(1)
         means = []
-        for i, of_image in enumerate(references):
-            sums = [inter_similarity(tokens, target[i : i + 1], real[i : i + 1]) for tokens in of_image.tokens]
+        for i, prepared in enumerate(references):
+            sums = [inter_similarity(tokens, target[i : i + 1], is_valid[i : i + 1]) for tokens in prepared.tokens]
             mean = torch.cat(sums).mean(dim=0)
-            if of_image.negatives:
-                negative = inter_similarity(torch.cat(of_image.negatives), target[i : i + 1], real[i : i + 1])[0]
+            if prepared.negatives:
+                negative = inter_similarity(torch.cat(prepared.negatives), target[i : i + 1], is_valid[i : i + 1])[0]
                 kept = mean * (mean / mean.sum() >= negative / negative.sum())
                 mean = kept * (mean.sum() / kept.sum().clamp(min=1e-6))
             means.append(mean)

@@ -197,11 +197,11 @@ class TrainingFree(Head):
         return F.interpolate(alpha[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
 
     def make_trimap(self, contrast: Tensor) -> Tensor:
-        """Return a trimap [H,W] of 0, 0.5 and 1 of a contrast, in which the pixels closest to the threshold are
-        unknown.
+        """Return the trimap [H,W] of a contrast, with the values 0, 0.5 and 1. The pixels whose contrast is closest to
+        the threshold are unknown.
 
-        Pixels in the upper half of the contrast above the threshold are never unknown, so small objects keep some
-        foreground.
+        Pixels whose contrast is closer to the strongest one than to the threshold are never unknown, so that small
+        objects keep some foreground.
         """
         strongest = contrast.max()
         threshold = self.config.threshold * strongest
@@ -214,8 +214,8 @@ class TrainingFree(Head):
 
 
 def keep_strong_regions(evidence: Tensor, inside: Tensor, fraction: float) -> Tensor:
-    """Keep the connected regions of ``inside`` [H,W] whose strongest evidence is at least a fraction of the strongest
-    evidence. Other objects often form separate regions that are slightly similar to the reference."""
+    """Keep the connected regions of ``inside`` [H,W] whose strongest evidence is at least ``fraction`` of the strongest
+    evidence of all regions. Other objects often form separate regions that are slightly similar to the reference."""
     count, label = cv2.connectedComponents(inside.numpy().astype(np.uint8))
     region = torch.from_numpy(label).long().flatten()
     best = evidence.new_full((count,), -torch.inf).scatter_reduce(0, region, evidence.flatten(), "amax")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from icm_cli.errors import ImageError
 from icm_cli.geometry import binarize_alpha
-from icm_cli.model.core import TARGET_NOISE, Pairs, reference_noise_key
+from icm_cli.model.core import TARGET_NOISE_KEY, Pairs, reference_noise_key
 from icm_cli.scoring.task import make_trimap
 from icm_cli.training.batches import Batch, Layers, SampleMaker
 from icm_cli.training.data.augment import Rng, draw_guidance
@@ -35,18 +35,25 @@ class PairBatch(Batch):
     reference_valid: Tensor
 
     def to_pairs(self, *, fixed_noise: bool) -> Pairs:
-        """Return the inputs of the model. The noise depends on the sample number, or is that of inference (fixed)."""
+        """Return the inputs of the model.
+
+        With ``fixed_noise``, all samples have the noise of inference. Otherwise each sample has noise of its own, which
+        its number decides.
+        """
         if fixed_noise:
-            noise = [TARGET_NOISE] * len(self.names), [reference_noise_key(0)] * len(self.names)
+            count = len(self.names)
+            target_keys, reference_keys = [TARGET_NOISE_KEY] * count, [reference_noise_key(0)] * count
         else:
-            noise = [f"target {n}" for n in self.counters], [f"reference {n}" for n in self.counters]
+            target_keys = [f"target {number}" for number in self.counters]
+            reference_keys = [f"reference {number}" for number in self.counters]
         return Pairs(
             _to_image_tensor(self.rgb),
             self.valid,
             _to_image_tensor(self.reference_rgb),
             self.guidance[:, None].float(),
             self.reference_valid,
-            *noise,
+            target_keys,
+            reference_keys,
         )
 
     def true_alpha(self) -> Tensor:
