@@ -196,8 +196,8 @@ def matte(
             cut-out of every image.
         gt: Ground-truth alphas: a folder, or frames such as gt.####.png. Adds MSE, SAD, GRAD, CONN
             and MAD.
-        dry_run: List every source with its output, count the alphas that are new, recomputed or
-            kept, and exit.
+        dry_run: List every source with its output, say which alphas are kept or recomputed and why,
+            and exit.
     """
 
 def evaluate(

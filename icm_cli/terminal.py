@@ -107,10 +107,12 @@ class Terminal(Listener):
 
 
 def print_plan(report: Report) -> None:
-    """Print "source -> output" for every image, and then the images that would fail."""
+    """Print "source -> output" for every image, with the reason if its alpha would be recomputed. Then print the images
+    that would fail."""
     for result in report.results:
         if result.status != "failed":
-            write_line(sys.stdout, f"{result.source} -> {result.output}")
+            note = f" (recomputed: {result.reason})" if result.reason else " (kept)" if result.status == "kept" else ""
+            write_line(sys.stdout, f"{result.source} -> {result.output}{note}")
     for result in report.results:
         if result.status == "failed":
             reason = result.reason.removeprefix(result.source)

@@ -91,6 +91,32 @@ def test_a_hint_changes_the_alpha_of_its_image_only(icm: Icm, scene: Path, hints
     assert alphas(scene / "out") == plain
 
 
+def test_dry_run_says_why_an_alpha_is_recomputed(icm: Icm, scene: Path, hints: Path) -> None:
+    def plan(*flags: str, **options: Any) -> dict[str, str]:
+        planned = icm("--dry-run", *flags, **{"hints": hints, **options})
+        assert planned.exit_code == 0, planned.output
+        lines = [line.rpartition(".png") for line in planned.stdout.splitlines()]
+        return {Path(output).name: note.strip() for output, _, note in lines}
+
+    assert plan() == {"deep": "", "pad.0101": "", "wall": ""}
+    write_hint(hints / "wall.json")
+    assert icm(hints=hints).exit_code == 0
+    assert plan() == {"deep": "(kept)", "pad.0101": "(kept)", "wall": "(kept)"}
+    write_hint(hints / "wall.json", "drop")
+    write_hint(hints / "sub" / "deep.json")
+    (scene / "out" / "pad.0101.png").write_bytes(b"")
+    assert plan() == {
+        "deep": "(recomputed: its hints are new)",
+        "pad.0101": "(recomputed: its alpha is damaged or incomplete)",
+        "wall": "(recomputed: its hints changed)",
+    }
+    assert plan(hints=None)["wall"] == "(recomputed: its hints were removed)"
+    assert plan("--overwrite")["wall"] == "(recomputed: --overwrite)"
+    assert plan(hints=None, not_ref=scene / "imgs" / "wall.jpg")["deep"] == (
+        "(recomputed: settings, references or mattes changed)"
+    )
+
+
 def test_names_of_hints(icm: Icm, scene: Path, hints: Path) -> None:
     """The name of the image with or without its extension; the extension of the hint in any case."""
     write_hint(hints / "wall.jpg.JSON")

@@ -185,6 +185,10 @@ class TestFiles:
         frames = write_frames(scene)
         for number in (1001, 1003, 1005):
             write_matte(scene / "g" / f"g.{number}.png", read(frames / "sh.1001.png").shape)
+        planned = icm("--dry-run", src=frames, garbage=scene / "g" / "g.####.png")
+        assert planned.exit_code == 1
+        assert "would fail: --garbage" in planned.stderr
+        assert "3 images: 2 new, 0 to be recomputed, 0 kept, 1 that would fail" in planned.stderr
         result = icm(src=frames, garbage=scene / "g" / "g.####.png")
         assert result.exit_code == 1
         assert f"--garbage {scene / 'g' / 'g.####.png'} has no frame 1002, which sh.1002.png needs" in result.stderr

@@ -401,7 +401,7 @@ def test_dry_run_counts_alphas(icm: Icm, scene: Path) -> None:
     icm("--overwrite", src=scene / "imgs" / "pad.0101.png", seed=5)
     before = alphas(scene / "out")
     result = icm("--dry-run")
-    assert "icm: 3 images: 1 new, 1 to be recomputed, 1 kept, 0 that cannot be read" in result.stderr
+    assert "icm: 3 images: 1 new, 1 to be recomputed, 1 kept, 0 that would fail" in result.stderr
     assert "icm: 3 images: 1 new, 2 to be recomputed, 0 kept" in icm("--dry-run", "--overwrite").stderr
     assert "icm: 3 images: 1 new, 0 to be recomputed, 2 kept" in icm("--dry-run", "--keep-existing").stderr
     assert alphas(scene / "out") == before

@@ -418,11 +418,15 @@ class TestHints:
         assert len(recomputed()) == 7
         first = alphas(scene / "out")
         hint = write_hint(folder / "sh.1007.json")
+        assert shot("--dry-run", hints=folder).stdout.count("(recomputed: its hints are new)") == 3
         assert recomputed() == ["1006", "1007", "1008"]
         corrected = alphas(scene / "out")
         assert {name[3:7] for name in first if first[name] != corrected[name]} == {"1006", "1007", "1008"}
         assert (read(scene / "out" / "sh.1007.png")[:30, :40] == 255).all()
         assert recomputed() == []
+        (scene / "out" / "sh.1007.png").unlink()
+        assert shot("--dry-run", hints=folder).stdout.count("(recomputed: an earlier frame is recomputed)") == 2
+        (scene / "out" / "sh.1007.png").write_bytes(corrected["sh.1007.png"])
         assert len(recomputed(out=scene / "whole")) == 7
         assert alphas(scene / "whole") == corrected
         write_hint(folder / "sh.1002.json", "drop")

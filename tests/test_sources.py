@@ -402,7 +402,7 @@ def test_lines_outside_the_root_that_are_no_images_fail_alone(
         "empty.png is empty (0 bytes)",
     ):
         assert reason in dry.stderr
-    assert "2 new, 0 to be recomputed, 0 kept, 6 that cannot be read" in dry.stderr  # notes are found out by decoding
+    assert "2 new, 0 to be recomputed, 0 kept, 6 that would fail" in dry.stderr  # notes are found out by decoding
     run = icm(src="list.txt", report=scene / "r.json")
     assert run.exit_code == 1
     assert sum(line.startswith("icm: failed: ") for line in run.stderr.splitlines()) == len(bad)

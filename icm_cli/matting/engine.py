@@ -122,12 +122,16 @@ class EngineOptions:
     decoder_digest: str = ""
     """Digest of the decoder that hints prompt, unless the model contains it."""
 
+    def hints_digest(self, job: Job) -> str:
+        """Return the digest of the hints that decide the alpha of a job; "" if there are none."""
+        hints = self.shot.find_hints(job) if self.shot else job.hints
+        return "" if hints is None else hints.digest
+
     def job_digest(self, job: Job) -> str:
         """Return the digest of everything besides the source that decides the alpha of a job."""
         digest = self.digests[job.example_index]
-        hints = self.shot.find_hints(job) if self.shot else job.hints
-        if hints is not None:
-            digest = combined_digest(digest, hints.digest, self.decoder_digest)
+        if hints := self.hints_digest(job):
+            digest = combined_digest(digest, hints, self.decoder_digest)
         if job.mattes is not None:
             digest = combined_digest(digest, self.shot.matte_digest(job) if self.shot else job.mattes.digest)
         return self.shot.job_digest(job, digest) if self.shot else digest
@@ -476,7 +480,8 @@ class Engine:
             "not_found": not result.found,
             "colorspace": image.colorspace,
         }
-        provenance = make_provenance(job, self.options.job_digest(job), image.origin, measured)
+        digest, hints = self.options.job_digest(job), self.options.hints_digest(job)
+        provenance = make_provenance(job, digest, image.origin, measured, hints)
         self._write_files(image, alpha, {**provenance, **result.provenance})
         seconds = image.seconds + model_seconds + time.perf_counter() - start
         return replace(job.planned, status="done", matting=MattingDetails(seconds=round(seconds, 4), **measured))

@@ -36,7 +36,7 @@ from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
 from icm_cli.matting.planning import choose_colours, choose_output, plan_images
 from icm_cli.matting.references import Reference, check_negatives, read_negatives, read_references
 from icm_cli.matting.result_collector import ResultCollector, environment_settings
-from icm_cli.matting.resume import file_identities, keep_existing_alphas
+from icm_cli.matting.resume import ExistingAlpha, file_identities, keep_existing_alphas
 from icm_cli.matting.run_record import record_run
 from icm_cli.matting.shot import Keyframe, Shot, split_shots
 from icm_cli.matting.sources import SkippedFiles, find_sources, real_path
@@ -193,18 +193,32 @@ class _MattingRun:
         """Return what the run would do, and print the counts. Raises UsageError as a run does."""
         plan = self._plan
         kept: dict[Path, ImageResult] = {}
-        remaining = self._select_remaining(lambda result: kept.update({Path(result.output): result}))
-        results = [kept.get(job.output) or _planned_result(job) for job in plan.jobs]
+        reasons: dict[Path, str] = {}
+        engine = self._setups[0].options
+
+        def add_reason(job: Job, existing: ExistingAlpha) -> None:
+            reasons[job.output] = existing.outdated_reason(job, engine.job_digest(job), engine.hints_digest(job))
+
+        remaining = self._select_remaining(lambda result: kept.update({Path(result.output): result}), add_reason)
+        default = "--overwrite" if engine.overwrite else "its alpha is damaged or incomplete"
+        reasons |= {
+            job.output: default for job in remaining if job.output not in reasons and os.path.lexists(job.output)
+        }
+        results = [kept.get(job.output) or _planned_result(job, reasons.get(job.output, "")) for job in plan.jobs]
         failing = {result.output for result in results if result.status == "failed"}
         planned = [job for job in remaining if str(job.output) not in failing]
         recomputed = sum(os.path.lexists(job.output) for job in planned)
         self._listener.on_notice(
             f"{format_count(len(results), 'image')}: {len(planned) - recomputed} new, {recomputed} to be recomputed, "
-            f"{len(kept)} kept, {len(failing)} that cannot be read"
+            f"{len(kept)} kept, {len(failing)} that would fail"
         )
         return Report(settings={}, results=results)
 
-    def _select_remaining(self, on_result: Callable[[ImageResult], None]) -> list[Job]:
+    def _select_remaining(
+        self,
+        on_result: Callable[[ImageResult], None],
+        on_outdated: Callable[[Job, ExistingAlpha], None] | None = None,
+    ) -> list[Job]:
         """Report the alphas that are kept, and return the other jobs. Raises UsageError."""
         shot, engine = self._plan.shot, self._setups[0].options
         jobs = list(shot.order if shot else self._plan.jobs)
@@ -219,6 +233,7 @@ class _MattingRun:
             keep_all=engine.keep_existing,
             hint="; --keep-existing keeps them",
             reusable_outputs=shot.reusable_outputs if shot else None,
+            on_outdated=on_outdated,
         )
 
     def _runner(self, on_result: Callable[[ImageResult], None]) -> contextlib.AbstractContextManager[Runner]:
@@ -396,22 +411,33 @@ def _order_as_shot(
     return [job for job in jobs if job.output in outputs], shot
 
 
-def _planned_result(job: Job) -> ImageResult:
-    """Return the result of a job in a dry run: failed if its source cannot be an image."""
+def _planned_result(job: Job, reason: str = "") -> ImageResult:
+    """Return the result of a job in a dry run: failed if its source cannot be an image, or if it has no matte.
+
+    ``reason``: why the job is recomputed.
+    """
+    if problem := _find_problem(job):
+        return replace(job.planned, status="failed", reason=problem)
+    return replace(job.planned, reason=reason)
+
+
+def _find_problem(job: Job) -> str:
+    """Return why a job would fail, as far as this is known without reading the image; "" if nothing is known."""
     source = job.source
     assert isinstance(source, Path)
-    inspected, reason = job.inspected, ""
+    inspected = job.inspected
+    problem = "" if job.mattes is None else job.mattes.problem
     if not os.path.exists(source):  # noqa: PTH110  Path.exists raises errors
-        reason = f"{source} does not exist"
+        problem = f"{source} does not exist"
     elif kind := special_file_kind(source.stat().st_mode):
-        reason = f"{source} is {kind}; expected an image file"
+        problem = f"{source} is {kind}; expected an image file"
     elif source.is_file() and source.stat().st_size == 0:
-        reason = f"{source} {EMPTY_FILE}"
+        problem = f"{source} {EMPTY_FILE}"
     elif inspected is not None and inspected.type.is_movie:
-        reason = f"{source}: {movie_message(source)}"
+        problem = f"{source}: {movie_message(source)}"
     elif inspected is not None and inspected.error is not None and not inspected.error.is_transient:
-        reason = str(inspected.error)
-    return replace(job.planned, status="failed", reason=reason) if reason else job.planned
+        problem = str(inspected.error)
+    return problem
 
 
 def _remove_temporaries(plan: MattingPlan, listener: Listener) -> None:

@@ -93,6 +93,11 @@ class ImageMattes:
     garbage: MatteFile | None = None
     keep: MatteFile | None = None
 
+    @property
+    def problem(self) -> str:
+        """Why a file is missing; "" if none is."""
+        return next((each.problem for each in (self.garbage, self.keep) if each is not None and each.problem), "")
+
     @functools.cached_property
     def digest(self) -> str:
         """Hash of what the files say."""

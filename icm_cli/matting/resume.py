@@ -30,6 +30,7 @@ NAME_KEY = "icm-name"
 ROOT_KEY = "icm-root"
 CONTENT_KEY = "icm-sha256"
 RESULT_KEY = "icm-result"
+HINTS_KEY = "icm-hints"
 REVIEWED_KEY = "icm-reviewed"
 """Entry of an alpha that a person has accepted: how, and when. Only ``--overwrite`` recomputes such an alpha."""
 NUMBER = (float, int, type(None))
@@ -88,10 +89,29 @@ class ExistingAlpha:
     def _has_content_of(self, job: Job) -> bool:
         return self.is_of_same_state or self.provenance.get(CONTENT_KEY) == job.content_digest()
 
+    def outdated_reason(self, job: Job, digest: str, hints_digest: str) -> str:
+        """Return why the alpha is recomputed, if it is not kept. Arguments are those of :func:`make_provenance`."""
+        recorded = self.provenance.get(HINTS_KEY, "")
+        if not self.is_of_this_icm:
+            return "another version of icm made its alpha"
+        if recorded != hints_digest:
+            return f"its hints {'are new' if not recorded else 'changed' if hints_digest else 'were removed'}"
+        if not self._has_content_of(job):
+            return "its source changed"
+        if self.provenance[DIGEST_KEY] != digest:
+            return "settings, references or mattes changed"
+        return "the time of its source changed" if not self.is_of_same_state else "an earlier frame is recomputed"
 
-def make_provenance(job: Job, digest: str, origin: Origin, measured: dict[str, Any]) -> dict[str, str]:
-    """Return the metadata of an alpha: what made it, its source, and its result."""
+
+def make_provenance(
+    job: Job, digest: str, origin: Origin, measured: dict[str, Any], hints_digest: str = ""
+) -> dict[str, str]:
+    """Return the metadata of an alpha: what made it, its source, and its result.
+
+    ``hints_digest``: digest of the hints that decide the alpha; "" if there are none.
+    """
     return {
+        **({HINTS_KEY: hints_digest} if hints_digest else {}),
         DIGEST_KEY: digest,
         VERSION_KEY: __version__,
         CODE_KEY: code_fingerprint(),
@@ -173,13 +193,15 @@ def keep_existing_alphas(
     keep_all: bool = False,
     hint: str = "",
     reusable_outputs: Callable[[Collection[Path], Collection[Path]], set[Path]] | None = None,
+    on_outdated: Callable[[Job, ExistingAlpha], None] | None = None,
 ) -> list[Job]:
     """Report the images whose alpha is kept, and return the other jobs. Needs no model.
 
     Notices count the alphas that another version of icm made, to which ``hint`` is added, those that are kept despite
     other settings because of ``keep_all`` or a review, and those that were retouched. ``reusable_outputs`` returns
     those of the outputs that depend on no other job, because frames of a shot depend on frames before them; its second
-    argument are the reviewed ones, which are always kept. With ``keep_all`` all are kept. Raises UsageError, before
+    argument are the reviewed ones, which are always kept. With ``keep_all`` all are kept. ``on_outdated`` is called
+    with each complete alpha that is not kept. Raises UsageError, before
     anything is reported, if an output that would be replaced is the alpha of another source or was retouched.
     """
 
@@ -206,6 +228,9 @@ def keep_existing_alphas(
         raise UsageError("; ".join(map(str, conflicts[:MAX_LISTED_FILES])) + more)
     _report_kept([each for each in alphas if each[0].output in kept], digest_for, on_result, notice)
     _count_versions([existing for _, existing in outdated], "recomputing", hint, notice)
+    if on_outdated is not None:
+        for job, existing in outdated:
+            on_outdated(job, existing)
     return [job for job in jobs if job.output not in kept]
 
 

@@ -562,7 +562,7 @@ class MatteReportOptions(OptionGroup):
         metavar="PATH",
     )
     dry_run: bool = option(
-        False, help="List every source with its output, count the alphas that are new, recomputed or kept, and exit."
+        False, help="List every source with its output, say which alphas are kept or recomputed and why, and exit."
     )
 
 
