@@ -1,0 +1,87 @@
+// Alphas for hints that are being drawn: a coarse one at once, a refined one after a pause. Only the newest counts.
+
+import { api, isAborted } from "./api.js";
+import { clearError, reportError } from "./messages.js";
+import { store } from "./store.js";
+
+const PAUSE_MS = 300;
+
+export class Answers {
+  controller = new AbortController();
+  timer = 0;
+  /** While dragging: whether a request runs, and whether the hints have changed since it began. */
+  isBusy = false;
+  isOutdated = false;
+  /** The draft that waits for the model. */
+  waiting = null;
+
+  /** `show(draft, shapes, blob, isRefined)` gets the answers, `describe(text)` what is being computed. */
+  constructor(show, describe) {
+    this.show = show;
+    this.describe = describe;
+    store.on("run", () => {
+      if (this.waiting !== null && store.run.model_state === "ready") this.ask(this.waiting);
+    });
+  }
+
+  /** Drop all requests. */
+  cancel() {
+    this.controller.abort();
+    this.controller = new AbortController();
+    clearTimeout(this.timer);
+    this.isBusy = this.isOutdated = false;
+    this.waiting = null;
+    this.describe("");
+  }
+
+  /** Ask for the coarse answer at once, and for the refined one if the hints stay the same for a moment. */
+  ask(draft) {
+    this.cancel();
+    this.request(draft, false);
+    this.timer = setTimeout(() => this.request(draft, true), PAUSE_MS);
+  }
+
+  /** Ask for coarse answers one after the other while the user drags something. */
+  async askWhileDragging(draft) {
+    if (this.isBusy) {
+      this.isOutdated = true;
+      return;
+    }
+    this.cancel();
+    const { signal } = this.controller;
+    this.isBusy = true;
+    await this.request(draft, false);
+    if (signal.aborted) return;
+    const isOutdated = this.isOutdated;
+    this.isBusy = this.isOutdated = false;
+    if (isOutdated) this.askWhileDragging(draft);
+  }
+
+  async request(draft, isRefined) {
+    const { signal } = this.controller;
+    const { shapes } = draft;
+    this.describe(isRefined ? "Refining edges …" : "Computing alpha …");
+    try {
+      const hints = await draft.encode();
+      if (signal.aborted) return;
+      const blob = await api.answer(draft.id, hints, isRefined, signal);
+      clearError("answer");
+      await this.show(draft, shapes, blob, isRefined, signal);
+      if (isRefined && !signal.aborted) this.describe("");
+    } catch (error) {
+      if (!isAborted(error) && !signal.aborted) this.handleFailure(draft, error);
+    }
+  }
+
+  handleFailure(draft, error) {
+    if (error.status === 409) return; // superseded by a newer request
+    this.cancel();
+    if (error.status === 503 && store.run.model_state === "loading") {
+      this.waiting = draft;
+      this.describe("The model is loading. The alpha follows.");
+    } else {
+      this.describe("No alpha for these hints");
+      reportError(error.message, { topic: "answer" });
+    }
+  }
+}

@@ -1,0 +1,108 @@
+// Accept, reject, undo, teach. The page does not wait for them: the next image opens while the last one is saved.
+
+import { api } from "./api.js";
+import { baseName } from "./dom.js";
+import { findDraft } from "./drafts.js";
+import { notify, reportError } from "./messages.js";
+import { store } from "./store.js";
+
+/** Ids of the images that were decided on in this page, the newest last. */
+const decided = [];
+/** Promises of the changes that are being saved, by id. */
+const running = new Map();
+let openImage = () => {};
+
+/** Set how messages open an image. */
+export function setOpener(open) {
+  openImage = open;
+}
+
+/** Accept an image with its unsaved hints. Returns whether the server has saved it. */
+export async function accept(id) {
+  const draft = findDraft(id);
+  const shapes = draft?.shapes;
+  const isSaved = await decide(id, "accept", async (item) => {
+    const hints = draft?.isDirty ? await draft.encode() : null;
+    return api.accept(id, item.revision, hints);
+  });
+  if (isSaved) draft?.markSaved(shapes);
+  return isSaved;
+}
+
+/** Reject an image. */
+export const reject = (id) => decide(id, "reject", (item) => api.reject(id, item.revision));
+
+/** Return the id of the last image that was decided on in this page and not taken back, or undefined. */
+export const lastDecided = () => decided.at(-1);
+
+/** Take back the last decision on an image, also one that is being saved. */
+export async function undo(id) {
+  await running.get(id);
+  if (!(await send(id, "undo", (item) => api.undo(id, item.revision)))) return;
+  removeDecided(id);
+  findDraft(id)?.markUnsaved();
+  notify(`Taken back: ${nameOf(id)}`);
+  openImage(id);
+}
+
+/** Use an image as "reference" or "negative". `area`: "alpha" or "image". A reference is accepted first. */
+export async function teach(id, kind, area) {
+  const needsAccept = kind === "reference" && (store.items.get(id).status !== "accepted" || store.isDraft(id));
+  if (needsAccept && !(await accept(id))) return;
+  if (await send(id, "teach", () => api.teach(id, kind, area))) {
+    notify(`${nameOf(id)} is used as a ${kind} when the rest is recomputed.`);
+    await store.refreshRun();
+  }
+}
+
+/** Stop using an image as a reference or a negative. */
+export async function forget(id) {
+  if (await send(id, "forget", () => api.forget(id))) await store.refreshRun();
+}
+
+async function decide(id, action, request) {
+  if (store.pending.has(id)) return false;
+  decided.push(id); // at once, so that undo means this decision
+  const isSaved = await send(id, action, request);
+  if (isSaved) notify(`${nameOf(id)}: ${store.items.get(id).status}`, { label: "Undo (U)", run: () => undo(id) });
+  else removeDecided(id);
+  return isSaved;
+}
+
+function removeDecided(id) {
+  const at = decided.lastIndexOf(id);
+  if (at >= 0) decided.splice(at, 1);
+}
+
+/** Send a change of an image. Returns whether the server has made it. */
+async function send(id, action, request) {
+  const sent = perform(id, action, request);
+  running.set(id, sent);
+  store.setPending(id, true);
+  const isDone = await sent;
+  running.delete(id);
+  store.setPending(id, false);
+  return isDone;
+}
+
+async function perform(id, action, request) {
+  try {
+    store.update([await request(store.items.get(id))]);
+    return true;
+  } catch (error) {
+    reportFailure(id, action, error);
+    return false;
+  }
+}
+
+function reportFailure(id, action, error) {
+  const isConflict = error.status === 409 && error.image !== null && error.image !== undefined;
+  if (isConflict) store.update([error.image]);
+  const kept = store.isDraft(id) ? " Your hints are kept." : "";
+  const text = isConflict
+    ? `${nameOf(id)} was changed in another window, so your decision was not saved. The page shows its newest state.${kept}`
+    : `${nameOf(id)} (${action}): ${error.message}${kept}`;
+  reportError(text, { topic: `decision ${id}`, action: { label: "Open image", run: () => openImage(id) } });
+}
+
+const nameOf = (id) => baseName(store.items.get(id).name);

@@ -1,0 +1,153 @@
+// State of the page: the run, its images as the server knows them, the filters, and settings kept in the browser.
+
+import { api } from "./api.js";
+import { clearError, reportError } from "./messages.js";
+
+const POLL_MS = 2000;
+const SETTINGS_KEY = "icm-review";
+const DEFAULTS = {
+  view: "checker",
+  thumbnailView: "cutout",
+  thumbnailSize: 176,
+  background: "#808080",
+  tint: "#ff3030",
+  brush: 24,
+};
+
+class Store extends EventTarget {
+  run = null;
+  /** Images by id, as the server sent them. */
+  items = new Map();
+  revision = null;
+  recompute = { state: "idle", done: 0, total: 0, message: "", changed: [] };
+  filter = { text: "", status: "all", folder: "", reasons: new Set(), sort: "quality" };
+  settings = { ...DEFAULTS, ...readSettings() };
+  /** Ids whose decision is being saved. */
+  pending = new Set();
+  /** Returns whether an image has hints that are not saved; set by the module of drafts. */
+  isDraft = () => false;
+
+  /** Dispatch an event: "run", "items" (detail: Set of changed ids), "filter", "settings" or "recompute". */
+  emit(name, detail = null) {
+    this.dispatchEvent(new CustomEvent(name, { detail }));
+  }
+
+  on(name, handler) {
+    this.addEventListener(name, (event) => handler(event.detail));
+  }
+
+  /** Read everything for the first time, then ask for changes forever. */
+  async start() {
+    await this.poll();
+    this.schedule();
+  }
+
+  schedule() {
+    setTimeout(async () => {
+      await this.poll();
+      this.schedule();
+    }, POLL_MS);
+  }
+
+  /** Ask the server for changes of the run, the images and the recomputation. */
+  async poll() {
+    try {
+      if (this.run?.model_state !== "ready") await this.refreshRun();
+      const { revision, images } = await api.images(this.revision);
+      this.revision = revision;
+      this.update(images);
+      await this.refreshRecompute();
+      clearError("connection");
+    } catch (error) {
+      reportError(error.message, { topic: "connection" });
+    }
+  }
+
+  async refreshRun() {
+    const before = JSON.stringify(this.run);
+    this.run = await api.run();
+    if (JSON.stringify(this.run) !== before) this.emit("run");
+  }
+
+  async refreshRecompute() {
+    this.setRecompute(await api.recomputeState());
+  }
+
+  setRecompute(state) {
+    const differs = JSON.stringify(state) !== JSON.stringify(this.recompute);
+    this.recompute = state;
+    if (differs) this.emit("recompute");
+  }
+
+  /** Store images that the server sent; older revisions than the known ones are ignored. */
+  update(images) {
+    const changed = new Set();
+    for (const item of images) {
+      const known = this.items.get(item.id);
+      if (known !== undefined && known.revision > item.revision) continue;
+      this.items.set(item.id, item);
+      changed.add(item.id);
+    }
+    if (changed.size > 0) this.emit("items", changed);
+  }
+
+  setPending(id, isPending) {
+    if (isPending) this.pending.add(id);
+    else this.pending.delete(id);
+    this.emit("items", new Set([id]));
+  }
+
+  setFilter(values) {
+    Object.assign(this.filter, values);
+    this.emit("filter");
+  }
+
+  setSetting(name, value) {
+    this.settings[name] = value;
+    localStorage.setItem(SETTINGS_KEY, JSON.stringify(this.settings));
+    this.emit("settings");
+  }
+
+  /** Return the ids that match the filters, in the order of the list. `without`: names of filters to ignore. */
+  select(without = []) {
+    const { sort } = this.filter;
+    const items = [...this.items.values()].filter((item) => this.matches(item, without));
+    const byName = (a, b) => collator.compare(a.name, b.name) || a.id - b.id;
+    const orders = {
+      quality: (a, b) => (a.quality ?? -1) - (b.quality ?? -1) || a.id - b.id,
+      name: byName,
+      change: (a, b) => (b.change ?? -1) - (a.change ?? -1) || a.id - b.id,
+    };
+    return items.sort(orders[sort]).map((item) => item.id);
+  }
+
+  matches(item, without = []) {
+    const { text, status, folder, reasons } = this.filter;
+    if (text && !item.name.toLowerCase().includes(text.toLowerCase())) return false;
+    if (folder && item.folder !== folder) return false;
+    if (!without.includes("status") && !this.hasStatus(item, status)) return false;
+    return without.includes("reasons") || reasons.size === 0 || item.reasons.some((reason) => reasons.has(reason));
+  }
+
+  /** Return whether an image belongs to an entry of the status filter. */
+  hasStatus(item, status) {
+    if (status === "all") return true;
+    if (status === "below") return item.status === "open" && (item.quality ?? 0) < (this.run?.review_below ?? 0);
+    if (status === "changed") return item.change !== null && item.change > 0;
+    if (status === "unsaved") return this.isDraft(item.id);
+    if (status === "taught") return item.taught !== null;
+    return item.status === status;
+  }
+}
+
+const collator = new Intl.Collator("en", { numeric: true });
+
+function readSettings() {
+  try {
+    return JSON.parse(localStorage.getItem(SETTINGS_KEY) ?? "{}");
+  } catch (error) {
+    return {}; // written by something else
+  }
+}
+
+export const store = new Store();
