@@ -25,7 +25,7 @@ from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
 from icm_cli.matting.hinting import bind_alpha, clip_to_boxes, edit_coarse_alpha, make_prompts, says_present
 from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.mattes import Mattes
-from icm_cli.matting.quality_signals import measure_signals, probability
+from icm_cli.matting.quality_signals import measure_agreement, measure_signals
 from icm_cli.matting.references import MakeMask, Reference, check_negatives, make_guidance, mask_from_hints
 from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import EmbeddedImage, Head, Matte, Objects, PreparedReferences, ignore_progress
@@ -359,7 +359,7 @@ class Predictor:
         if not is_finite:
             return FrameAlpha(alpha, found)
         earlier = coarse.alpha.numpy(force=True), completed.numpy(force=True)
-        return FrameAlpha(alpha, found, {**coarse.signals, **measure_signals(frame.rgb, *earlier, alpha)})
+        return FrameAlpha(alpha, found, measure_signals(frame.rgb, *earlier, alpha, coarse.signals))
 
     @property
     def prompted_objects(self) -> Objects:
@@ -396,11 +396,16 @@ class Predictor:
             return coarse
         in_crop, crop_logit = second
         is_crop_better = crop_logit > coarse.presence_logit and bool((in_crop > 0.5).any())
-        presence = torch.sigmoid(torch.tensor((coarse.presence_logit + crop_logit) / 2)).to(first.device)
-        alpha = (in_crop if is_crop_better else first) * presence
+        logit = (coarse.presence_logit + crop_logit) / 2
+        alpha = (in_crop if is_crop_better else first) * torch.sigmoid(torch.tensor(logit)).to(first.device)
         everywhere = torch.ones_like(alpha, dtype=torch.bool)
         confidence, found = confidence_and_found(alpha[None, None], everywhere[None])
-        signals = {**coarse.signals, "confidence": float(confidence), "crop_presence": probability(crop_logit)}
+        signals = {
+            **coarse.signals,
+            "confidence": float(confidence),
+            "presence": logit,
+            "pass_agreement": measure_agreement(first.numpy(force=True), in_crop.numpy(force=True)),
+        }
         return CoarseAlpha(alpha, bool(found), signals, is_completed=True)
 
     def _coarse_alpha_from_crop(
@@ -468,16 +473,18 @@ def _coarse_alpha_of(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
     height, width = frame.placement.content
     alpha = matte.alpha[index, 0, :height, :width].float().contiguous()
     signals = {"confidence": float(matte.confidence[index])}
+    if matte.similarity is not None:
+        signals |= dict(zip(("similarity", "background_similarity"), matte.similarity[index].tolist(), strict=True))
     coarse = CoarseAlpha(alpha, bool(matte.found[index]), signals)
     presence = matte.presence
     if frame.shows_object:
         if presence is not None:
             alpha = presence.alpha_if_present[index, 0, :height, :width].float().contiguous()
         confidence = float(confidence_and_found(alpha[None, None], torch.ones_like(alpha[None]).bool())[0])
-        coarse = CoarseAlpha(alpha, True, {"confidence": confidence, "presence": 1.0})
+        coarse = CoarseAlpha(alpha, True, {**signals, "confidence": confidence})
     elif presence is not None:
         logit = float(presence.logit[index])
-        coarse = replace(coarse, presence_logit=logit, signals={**signals, "presence": probability(logit)})
+        coarse = replace(coarse, presence_logit=logit, signals={**signals, "presence": logit})
         if presence.is_uncertain[index]:
             coarse = replace(coarse, alpha_if_present=presence.alpha_if_present[index, 0, :height, :width])
     return _hide_garbage(coarse, frame)

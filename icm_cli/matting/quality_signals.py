@@ -1,12 +1,13 @@
 """Signals of the quality of an alpha: numbers that the model knows without the truth.
 
-:mod:`icm_cli.quality` estimates the quality from them, and compares images of a run by them. All but the presence are
-measured on alphas that are reduced to ``LONG_SIDE_PX``.
+:mod:`icm_cli.quality` estimates the quality from them, and compares images of a run by them. They are measured on
+alphas that are reduced to ``LONG_SIDE_PX``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
@@ -26,19 +27,32 @@ MIN_COMPONENT = 0.02
 """Smallest component that counts, as a fraction of the foreground."""
 
 
-def probability(logit: float) -> float:
-    """Return the probability, 0..1, of a logit of any size."""
-    return round(1 / (1 + math.exp(-logit)), DIGITS) if logit > -50 else 0.0
+def measure_agreement(one: Float, other: Float) -> float:
+    """Return the IoU, 0..1, of two alphas of one image, float32 of any sizes; 1 if both are empty."""
+    size = downscaled_size(one.shape, LONG_SIDE_PX)
+    return _soft_iou(resize(one, size), resize(other, size))
 
 
-def measure_signals(rgb: ImageU8, coarse: Float, completed: Float, alpha: Float) -> dict[str, float]:
+def measure_signals(
+    rgb: ImageU8, coarse: Float, completed: Float, alpha: Float, of_head: Mapping[str, float]
+) -> dict[str, float]:
     """Measure the signals of an alpha of an image, sRGB uint8 [H,W,3], and of its earlier stages.
 
     ``coarse``, ``completed``, ``alpha``: of the head, with the completed object, and the final one, float32 [h,w] in
-    0..1 of any sizes. Each covers exactly the image. Returns
+    0..1 of any sizes. Each covers exactly the image. Returns the signals ``of_head``, which are
 
+    - ``confidence``: that of the head;
+    - ``presence``: logit of the presence of the object. It is missing if the head does not predict it, or a hint says
+      that the object is present;
+    - ``similarity``, ``background_similarity``: see :class:`icm_cli.model.contracts.Matte`;
+    - ``pass_agreement``: IoU of the alphas of the two passes, if there was a second one;
+
+    and these, which are measured here:
+
+    - ``aspect_ratio``: width of the image as a fraction of its height;
     - ``foreground``: mean of the alpha;
     - ``coarse_agreement``, ``completed_agreement``: IoU of the alpha with its earlier stages;
+    - ``completed_confidence``: mean of |2a - 1| of the completed alpha over the pixels that are not background;
     - ``softness``: fraction of soft pixels among those that are not background; ``soft_interior``: the same far from
       the outline;
     - ``largest_component``: its fraction of the foreground; ``components``: their number;
@@ -46,22 +60,29 @@ def measure_signals(rgb: ImageU8, coarse: Float, completed: Float, alpha: Float)
     - ``left``, ``top``, ``right``, ``bottom``: bounding box of the object, as fractions of the image;
     - ``lightness``, ``green_red``, ``blue_yellow``: mean colour of the object, in CIELAB.
 
-    Values that describe an object are missing if the alpha is nowhere above one half.
+    The signals after ``softness`` are missing if the alpha is nowhere above one half.
     """
     size = downscaled_size(rgb.shape[:2], LONG_SIDE_PX)
     first, second, last = (resize(each, size) for each in (coarse, completed, alpha))
-    visible = last > SOFT[0]
-    is_soft = visible & (last < SOFT[1])
-    signals = {
+    is_visible = last > SOFT[0]
+    is_soft = is_visible & (last < SOFT[1])
+    signals = dict(of_head) | {
+        "aspect_ratio": rgb.shape[1] / rgb.shape[0],
         "foreground": float(last.mean()),
         "coarse_agreement": _soft_iou(first, last),
         "completed_agreement": _soft_iou(second, last),
-        "softness": float(is_soft.sum() / max(1, visible.sum())),
+        "completed_confidence": _confidence(second),
+        "softness": float(is_soft.sum() / max(1, is_visible.sum())),
     }
     if (mask := last > 0.5).any():
         signals |= _measure_interior(mask, is_soft) | _measure_components(mask) | _measure_position(mask)
         signals |= _measure_colour(resize(rgb, size), mask)
     return {name: round(value, DIGITS) for name, value in signals.items()}
+
+
+def _confidence(alpha: Float) -> float:
+    visible = alpha[alpha > SOFT[0]]
+    return float(np.abs(2 * visible - 1).mean()) if visible.size else 0.0
 
 
 def _soft_iou(one: Float, other: Float) -> float:

@@ -98,6 +98,9 @@ class Matte:
     """Whether the target object appears to be in the image, bool [B]."""
     presence: Presence | None = None
     """Prediction whether the object is in the image; None if the head does not predict it."""
+    similarity: Tensor | None = None
+    """Similarity of the object, assumed to be present, to the references: means over its tokens of the similarity to
+    the tokens inside and outside the guidance, float32 [B,2] in -1..1; None if the head does not compute it."""
 
 
 @dataclass(frozen=True)

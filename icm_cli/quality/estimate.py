@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ class Estimate:
 
 def estimate_quality(signals: Mapping[str, float]) -> Estimate:
     """Estimate the quality of an alpha from its signals; see :mod:`icm_cli.matting.quality_signals`."""
-    absent = 1 - min(signals.get("presence", 1.0), signals.get("crop_presence", 1.0))
+    absent = 1 / (1 + math.exp(min(50.0, signals.get("presence", 50.0))))
     if "largest_component" not in signals:
         return Estimate(round(absent, 4), ("absent?",))
     sum_of_two = signals.get("confidence", 1.0) + signals["largest_component"]

@@ -34,6 +34,8 @@ from icm_cli.model.similarity import (
 
 EVIDENCE_CHANNELS = 8
 """Evidence values per token and comparison."""
+MEAN_SIMILARITY = slice(4, 6)
+"""Indices of the evidence values that are the similarity to the mean foreground and to the mean background."""
 FIRST_TRANSFERRED = 6
 """Index of the evidence value that is the transferred guidance."""
 PRESENCE_EVIDENCE = (0, 1, FIRST_TRANSFERRED)
@@ -193,10 +195,18 @@ class TokenMatchHead(FinetunableHead):
             alpha = align_to_edges(
                 alpha, image.float(), self.config.edge_radius, self.config.edge_epsilon, self.config.edge_stride
             )
+        similarity = self._object_similarity(alpha, evidence, target.valid)
         sharpened = self.sharpen_presence(logit)
         final = self._stretch_contrast(alpha * torch.sigmoid(sharpened)[:, None, None, None])
         presence = Presence(sharpened, self._stretch_contrast(alpha), logit.abs() < self.config.presence_margin)
-        return Matte(final, *confidence_and_found(final, valid), presence)
+        return Matte(final, *confidence_and_found(final, valid), presence, similarity)
+
+    def _object_similarity(self, alpha: Tensor, evidence: Tensor, valid: Tensor) -> Tensor:
+        """Return the similarity of the object of alphas [B,1,H,W], see ``Matte.similarity``, over all layers."""
+        weight = F.avg_pool2d(alpha, alpha.shape[-1] // valid.shape[-1]) * valid[:, None]
+        mean_layer = evidence[:, -EVIDENCE_CHANNELS:]
+        total = (mean_layer[:, MEAN_SIMILARITY] * weight).sum(dim=(2, 3))
+        return total / weight.sum(dim=(2, 3)).clamp(min=MIN_TOKEN_WEIGHT)
 
     def _possible_tokens(
         self, fused: Tensor, projected: Tensor, valid: Tensor, references: Sequence[ReferenceTokens]
