@@ -89,6 +89,8 @@ def matte(
     ray_cpus: int | None = None,
     report: str | Path | Sequence[str | Path] = (),
     contact_sheet: str | Path | None = None,
+    review_list: str | Path | None = None,
+    review_below: float = 0.8,
     gt: str | Path | None = None,
     dry_run: bool = False,
     listener: Listener | None = None,
@@ -194,6 +196,9 @@ def matte(
             .json (all results and settings) or .html (a page with images).
         contact_sheet: Write a contact sheet (.png) with the references, and with source, alpha and
             cut-out of every image.
+        review_list: Write the paths of the images whose alpha has a quality below --review-below to
+            this .txt file, worst first. --src reads it.
+        review_below: Quality, from 0 to 1, below which an alpha is listed for review.
         gt: Ground-truth alphas: a folder, or frames such as gt.####.png. Adds MSE, SAD, GRAD, CONN
             and MAD.
         dry_run: List every source with its output, say which alphas are kept or recomputed and why,

@@ -403,6 +403,12 @@ def _cache_candidates() -> Iterator[Path]:
         yield Path.home() / ".cache" / "icm"
 
 
+LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
+"""Suffixes of lists of paths."""
+ROOT_MARK = "/./"
+"""Ends the root in a line of a list, as for ``rsync -R``: in ``/plates/./sh010/a.png`` it is ``/plates``."""
+
+
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as JSON, atomically."""
     with atomic_write(path) as file:

@@ -94,7 +94,9 @@ class JsonTerminal(Terminal):
 
     def on_image_end(self, result: ImageResult) -> None:
         super().on_image_end(result)
-        row = {name: value for name, value in result.as_dict().items() if value not in (None, "", {})}
+        values = result.as_dict()
+        del values["signals"]
+        row = {name: value for name, value in values.items() if value not in (None, "", {}, ())}
         _print_event("image", ended=self.ended, total=self.total, **row)
 
     def on_run_end(self, report: Report) -> None:

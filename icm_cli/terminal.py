@@ -161,6 +161,8 @@ def _format_result(result: ImageResult) -> str:
         parts.append(f", {region}: MSE {scores.mse:.4f}, SAD {scores.sad:.2f}")
     if result.matting.not_found:
         parts.append(", object not found")
+    if result.matting.quality is not None:
+        parts.append(f", quality {result.matting.quality:.2f}")
     return "".join(parts)
 
 
@@ -277,6 +279,9 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
         rows.append(("not reached", f"{unreached}"))
     if missing := sum(bool(result.matting.not_found) for result in report.results):
         rows.append(("object not found", f"{missing}"))
+    if (low := len(report.to_review)) and not report.is_evaluation:
+        where = f"listed in {report.review_list}" if report.review_list else "--review-list FILE.txt lists them"
+        rows.append((f"quality below {report.review_below:g}", f"{low} of {len(report.by_quality)} alphas; {where}"))
     for kind, count in sorted(Counter(problem.kind for problem in report.problems).items()):
         rows.append((kind, f"{count}{' (allowed)' if kind in report.allowed else ''}"))
     if resized := sum(result.evaluation.was_resized for result in report.results):

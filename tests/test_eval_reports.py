@@ -32,18 +32,20 @@ from icm_cli.scoring.metrics import compute_scores
 
 
 class Page(HTMLParser):
-    """Collects the references, headings and open tags of a page."""
+    """Collects the references, links, headings and open tags of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.references: list[str] = []
+        self.links: list[str] = []
         self.headings: list[str] = []
         self._tag = ""
         self.open: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        self.references += [value or "" for name, value in attrs if name in ("src", "srcset", "data")]
+        self.links += [value or "" for name, value in attrs if name == "href"]
         if tag not in ("meta", "img", "input", "link"):
             self.open.append(tag)
         self._tag = tag
@@ -63,6 +65,8 @@ def test_page_is_well_formed_and_self_contained(evaluate: Evaluate, tmp_path: Pa
     assert page.open == []
     assert page.references
     assert all(reference.startswith("data:image/webp;base64,") for reference in page.references)
+    assert page.links
+    assert all((tmp_path / link).is_file() for link in page.links)
     assert not re.search(r"url\(|@import|https?://", text)
     for heading in ("Summary", "Protocol", "Worst images", "By group", "Distributions", "Settings", "References"):
         assert heading in page.headings
@@ -232,7 +236,7 @@ def test_page_escapes_text_wherever_it_appears(tmp_path: Path) -> None:
     assert "&#39;49" not in html
     page = Page(html)
     assert page.open == []
-    assert page.references == []
+    assert page.references == page.links == []
     assert html.count("<script>") == html.count("</script>") == 1
 
 

@@ -133,7 +133,7 @@ def test_csv_report_has_a_row_for_every_image(icm: Icm, scene: Path) -> None:
     assert "empty" in lines["bad.jpg"]["reason"]
     share = read(scene / "out" / "wall.png").mean() / 255
     assert float(lines["wall.jpg"]["foreground"]) == pytest.approx(share, abs=1e-4)
-    assert 0 <= float(lines["wall.jpg"]["confidence"]) <= 1
+    assert 0 <= float(lines["wall.jpg"]["quality"]) <= 1
     assert lines["wall.jpg"]["not_found"] == "False"
 
 
@@ -323,7 +323,7 @@ def test_captions_show_relative_paths_and_escape_missing_glyphs(
     )
     (scene / "imgs" / "wall.jpg").rename(scene / "imgs" / "sub" / "größe.jpg")
     assert icm(contact_sheet=scene / "sheet.png").exit_code == 0
-    assert "sub/größe.jpg" in shown
+    assert any(text.startswith("sub/größe.jpg   quality 0.") for text in shown)
     assert contact_sheet._escape_missing_glyphs("größe") == "größe"
     assert "\uffff" not in contact_sheet._escape_missing_glyphs("\uffff\n")
 

@@ -127,7 +127,7 @@ def test_alphas_without_a_version_are_of_icm_0_1(icm: Icm, scene: Path, monkeypa
     assert "(0.1: 3)" in notices(icm(seed=1).stderr)[0]
 
 
-@pytest.mark.parametrize("details", ['{"sharpness": 0.5}', "{", "[1]", '{"confidence": "x"}', "[" * 100_000])
+@pytest.mark.parametrize("details", ['{"sharpness": 0.5}', "{", "[1]", '{"quality": "x"}', "[" * 100_000])
 def test_details_that_are_damaged_or_of_another_version_are_ignored(
     icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, details: str
 ) -> None:

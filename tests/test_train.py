@@ -149,7 +149,7 @@ class TestRecordedRun:
         assert matted.exit_code == 0, matted.output
         images = {each["name"]: each for each in json.loads((folder / "r.json").read_text())["images"]}
         for name, confidence, foreground in (("brickwall.jpg", 0.6789, 0.160569), ("launchpad.jpg", 0.6331, 0.183469)):
-            assert images[name]["confidence"] == pytest.approx(confidence, abs=2e-3)
+            assert images[name]["signals"]["confidence"] == pytest.approx(confidence, abs=2e-3)
             assert images[name]["foreground"] == pytest.approx(foreground, abs=2e-3)
 
 

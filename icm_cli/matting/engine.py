@@ -37,6 +37,7 @@ from icm_cli.matting.resume import Origin, check_unchanged, file_identities, fin
 from icm_cli.matting.shot import Shot
 from icm_cli.model.contracts import PreparedReferences
 from icm_cli.model.training_free.closed_form import estimate_foreground
+from icm_cli.quality.estimate import estimate_quality
 from icm_cli.reports.result import ImageResult, MattingDetails
 
 
@@ -474,17 +475,20 @@ class Engine:
                 f"{job.source}: the alpha of the model has values that are not finite; run again with --dtype float32",
             )
         alpha = self.predictor.alpha_at_source(image.frame, result)
-        measured: dict[str, Any] = {
-            "foreground": round(float(alpha_to_u8(alpha).mean()) / 255.0, 6),
-            "confidence": round(result.signals.get("confidence", 0.0), 4),
-            "not_found": not result.found,
-            "colorspace": image.colorspace,
-        }
+        estimate = estimate_quality(result.signals)
+        details = MattingDetails(
+            colorspace=image.colorspace,
+            foreground=round(float(alpha_to_u8(alpha).mean()) / 255.0, 6),
+            quality=estimate.quality,
+            reasons=estimate.reasons,
+            signals=result.signals,
+            not_found=not result.found,
+        )
         digest, hints = self.options.job_digest(job), self.options.hints_digest(job)
-        provenance = make_provenance(job, digest, image.origin, measured, hints)
+        provenance = make_provenance(job, digest, image.origin, details, hints)
         self._write_files(image, alpha, {**provenance, **result.provenance})
         seconds = image.seconds + model_seconds + time.perf_counter() - start
-        return replace(job.planned, status="done", matting=MattingDetails(seconds=round(seconds, 4), **measured))
+        return replace(job.planned, status="done", matting=replace(details, seconds=round(seconds, 4)))
 
     def _write_files(self, image: LoadedImage, alpha: Float, provenance: dict[str, str]) -> None:
         """Write the requested files. The image's own file is the last: it shows that the image is finished."""

@@ -42,6 +42,7 @@ from icm_cli.matting.shot import Keyframe, Shot, split_shots
 from icm_cli.matting.sources import SkippedFiles, find_sources, real_path
 from icm_cli.options import MatteOptions, keyword_arguments
 from icm_cli.options.definition import DigestPart
+from icm_cli.quality.batch import add_batch_reasons
 from icm_cli.reports.report import NEGATIVE_CAPTION, REFERENCE_CAPTION, PageImages, Report
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import ReportFiles
@@ -122,7 +123,12 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     Raises UsageError.
     """
     given, sequences = options.references, options.sequences
-    report_files = ReportFiles(options.reports.report, options.reports.contact_sheet, mask=given.save_mask)
+    report_files = ReportFiles(
+        options.reports.report,
+        options.reports.contact_sheet,
+        mask=given.save_mask,
+        review_list=options.reports.review_list,
+    )
     output, layout = choose_output(options.output)
     if options.reports.gt is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
@@ -160,7 +166,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     check_obstacles(jobs)
     check_overwrites(jobs, given.not_ref, "a negative reference")
     protected += [*given.not_ref, *images.mattes]
-    report_files.check_no_overwrite([*protected, *truths, *map(str, files)], remedy)
+    report_files.check_no_overwrite([*protected, options.sources.src, *truths, *map(str, files)], remedy)
     return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths)
 
 
@@ -260,9 +266,19 @@ class _MattingRun:
             for one in plan.references
         ]
         page_images = PageImages(references_with_masks=references, colour=plan.colour)
-        report = Report(settings, allowed=ALLOWED_PROBLEMS, skipped_files=+plan.skipped_files, page_images=page_images)
+        report = Report(
+            settings,
+            allowed=ALLOWED_PROBLEMS,
+            skipped_files=+plan.skipped_files,
+            page_images=page_images,
+            review_below=self._options.reports.review_below,
+            review_list=plan.report_files.review_list,
+        )
         planned = [job.planned for job in plan.jobs]
-        collector = ResultCollector(report, planned, self._listener, start=start, scoring=scoring)
+        add_reasons = functools.partial(add_batch_reasons, is_shot=self._options.sequences.shot)
+        collector = ResultCollector(
+            report, planned, self._listener, start=start, scoring=scoring, add_reasons=add_reasons
+        )
         for job in plan.jobs if plan.truths else ():
             if not job.planned.truth:
                 reason = f"{job.source} has no ground truth in {self._options.reports.gt}, so it is not scored"

@@ -26,6 +26,7 @@ class ResultCollector:
     """Collects results, has them scored in other processes, and writes the reports however the run ends.
 
     ``start``: time at which the run began. ``trained_on``: digests of the images that the model was trained on.
+    ``add_reasons``: completes the results at the end of the run.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class ResultCollector:
         start: float,
         scoring: Scorer | None = None,
         trained_on: frozenset[str] | None = None,
+        add_reasons: Callable[[Sequence[ImageResult]], list[ImageResult]] = list,
     ) -> None:
         self.report = report
         self._planned = planned
@@ -44,6 +46,7 @@ class ResultCollector:
         self._start = start
         self._scoring = scoring
         self._trained_on = trained_on
+        self._add_reasons = add_reasons
         self._reported: set[tuple[int, str]] = set()
 
     def __enter__(self) -> Self:
@@ -143,13 +146,13 @@ class ResultCollector:
             replace(result, status="not reached") for result in self._planned if result.key not in self._reported
         ]
         order = {result.key: number for number, result in enumerate(self._planned)}
-        report.results.sort(key=lambda result: order[result.key])
+        report.results = self._add_reasons(sorted(report.results, key=lambda result: order[result.key]))
         now = time.perf_counter()
         report.seconds, report.matting_seconds = now - self._start, now - matting_start
         report.peak_memory_bytes = peak_memory()
         try:
-            for path in report_files.write_all(report):
-                self._listener.on_notice(f"{path} is unchanged, because this run was interrupted")
+            for notice in report_files.write_all(report):
+                self._listener.on_notice(notice)
         finally:
             self._listener.on_run_end(report)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +35,16 @@ HINTS_KEY = "icm-hints"
 REVIEWED_KEY = "icm-reviewed"
 """Entry of an alpha that a person has accepted: how, and when. Only ``--overwrite`` recomputes such an alpha."""
 NUMBER = (float, int, type(None))
-DETAILS_SHAPE = {"colorspace?": str, "foreground?": NUMBER, "confidence?": NUMBER, "not_found?": (bool, type(None))}
+DETAILS_SHAPE = {
+    "colorspace?": str,
+    "foreground?": NUMBER,
+    "quality?": NUMBER,
+    "reasons?": [str],
+    "signals?": {"*": (float, int)},
+    "not_found?": (bool, type(None)),
+}
 """Shape of the values under RESULT_KEY; see :func:`icm_cli.files.check_shape`."""
+RECORDED_DETAILS = tuple(name.removesuffix("?") for name in DETAILS_SHAPE)
 UNRECORDED_VERSION = "0.1"
 """Version of alphas that do not record one: those of icm 0.1.x."""
 
@@ -104,12 +113,13 @@ class ExistingAlpha:
 
 
 def make_provenance(
-    job: Job, digest: str, origin: Origin, measured: dict[str, Any], hints_digest: str = ""
+    job: Job, digest: str, origin: Origin, details: MattingDetails, hints_digest: str = ""
 ) -> dict[str, str]:
     """Return the metadata of an alpha: what made it, its source, and its result.
 
     ``hints_digest``: digest of the hints that decide the alpha; "" if there are none.
     """
+    recorded = {name: getattr(details, name) for name in RECORDED_DETAILS}
     return {
         **({HINTS_KEY: hints_digest} if hints_digest else {}),
         DIGEST_KEY: digest,
@@ -119,7 +129,7 @@ def make_provenance(
         NAME_KEY: _to_text(job.planned.name),
         ROOT_KEY: _to_text(job.root),
         CONTENT_KEY: origin.content,
-        RESULT_KEY: json.dumps(measured),
+        RESULT_KEY: json.dumps(recorded),
     }
 
 
@@ -309,17 +319,28 @@ def _keep_advice(job: Job) -> str:
 
 def _recorded_details(provenance: Mapping[str, str]) -> MattingDetails:
     """Return the details that an alpha records, except those that are damaged or unknown to this version."""
-    details = {}
+    details: dict[str, Any] = {}
     with contextlib.suppress(ValueError, RecursionError):
         recorded = json.loads(provenance.get(RESULT_KEY, "{}"))
         check_shape(recorded, DETAILS_SHAPE, RESULT_KEY)
-        details = {name: value for name, value in recorded.items() if f"{name}?" in DETAILS_SHAPE}
+        _check_ranges(recorded)
+        details = {name: value for name, value in recorded.items() if name in RECORDED_DETAILS}
+        details["reasons"] = tuple(details.get("reasons", ()))
     return MattingDetails(
         seconds=0.0,
         made_by=provenance.get(VERSION_KEY, UNRECORDED_VERSION),
         reviewed=provenance.get(REVIEWED_KEY, ""),
         **details,
     )
+
+
+def _check_ranges(recorded: Mapping[str, Any]) -> None:
+    """Raise ValueError for recorded values that are not finite or not in 0..1."""
+    fractions = [recorded[name] for name in ("foreground", "quality") if recorded.get(name) is not None]
+    if not all(0 <= value <= 1 for value in fractions) or not all(
+        map(math.isfinite, recorded.get("signals", {}).values())
+    ):
+        raise ValueError
 
 
 def _read_own_provenance(path: Path, job: Job) -> dict[str, str]:

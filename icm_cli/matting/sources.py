@@ -15,6 +15,8 @@ from pathlib import Path
 
 from icm_cli.errors import UsageError
 from icm_cli.files import (
+    LIST_SUFFIXES,
+    ROOT_MARK,
     SkippedPaths,
     describe_os_error,
     expand_glob,
@@ -27,7 +29,6 @@ from icm_cli.images.decoding import SourceFile
 from icm_cli.images.image_file import IMAGE_SUFFIXES, movie_message
 from icm_cli.matting.frames import FramePattern
 
-LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 EXPECTED_SOURCE = "expected a folder, an image, a quoted glob, a frame pattern such as shot.####.exr, a text list or -"
 A_MOVIE = "a movie"
 NOT_AN_IMAGE = "not an image"
@@ -88,10 +89,10 @@ def find_sources(
 ) -> Sources:
     """Find the files that ``src`` names.
 
-    The root is the folder itself, the folder of a file, the part of a glob or frame pattern without wildcards, or the
-    working directory for a list. ``root`` overrides it. The root does not depend on the other files of the run, so
-    neither does an output path. ``is_no_source``: whether a file in a folder, given with that folder, is ignored.
-    Raises UsageError, also for images outside the root.
+    The root is the folder itself, the folder of a file, the part of a glob or frame pattern without wildcards; for a
+    list, the part of its lines before ROOT_MARK, or else the working directory. ``root`` overrides it. The root does
+    not depend on the other files of the run, so neither does an output path. ``is_no_source``: whether a file in a
+    folder, given with that folder, is ignored. Raises UsageError, also for images outside the root.
     """
     sources = _find_files(src, skipped_files, is_no_source)
     if root is not None:
@@ -238,7 +239,10 @@ def _find_sequence(pattern: FramePattern, text: str, skipped_files: SkippedFiles
 
 
 def _read_list(data: bytes, where: str, skipped_files: SkippedFiles) -> Sources:
-    """Return the files of a list, without folders. A line that is no path is kept, so that it fails alone."""
+    """Return the files of a list, without folders. A line that is no path is kept, so that it fails alone.
+
+    Raises UsageError for lines that give different roots.
+    """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UsageError(f"{where} is UTF-16 text; expected UTF-8 with one path per line; save it as UTF-8")
     lines = [line.strip() for line in os.fsdecode(data.removeprefix(codecs.BOM_UTF8)).split("\n")]
@@ -252,4 +256,16 @@ def _read_list(data: bytes, where: str, skipped_files: SkippedFiles) -> Sources:
         )
     absolute = [Path(os.path.abspath(line.replace("\0", NUL_PICTURE))) for line in lines]  # noqa: PTH100
     files = skipped_files.exclude(absolute, os.path.isdir, "a folder in a list; list its files instead")
-    return Sources(Path.cwd(), files)
+    return Sources(_find_list_root(lines, where), files)
+
+
+def _find_list_root(lines: Sequence[str], where: str) -> Path:
+    """Return the root that lines of a list give, or the working directory. Raises UsageError for several roots."""
+    given = [line.rpartition(ROOT_MARK)[0] for line in lines if ROOT_MARK in line]
+    roots = sorted({os.path.abspath(root or "/") for root in given})  # noqa: PTH100
+    if len(roots) > 1:
+        raise UsageError(
+            f"{where} has lines of {len(roots)} roots, such as {roots[0]} and {roots[1]}, and output paths are "
+            f"relative to one root; make a list for each root, or remove {ROOT_MARK} from the lines and give --root"
+        )
+    return Path(roots[0]) if roots else Path.cwd()

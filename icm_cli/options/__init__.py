@@ -66,6 +66,8 @@ WEIGHTS = Option(
     digest=DigestPart.MODEL,
 )
 MAX_LEARN_STEPS = 100_000
+DEFAULT_REVIEW_BELOW = 0.8
+"""Alphas with a lower quality should be looked at by a person."""
 ONE_DEVICE = "(cpu|cuda|mps)(:[0-9]{1,3})?"
 DEVICE = Option(
     help="Device: auto, cpu, cuda, cuda:N or mps.",
@@ -555,6 +557,18 @@ class MatteReportOptions(OptionGroup):
     contact_sheet: Path | None = option(
         None,
         help="Write a contact sheet (.png) with the references, and with source, alpha and cut-out of every image.",
+    )
+    review_list: Path | None = option(
+        None,
+        help="Write the paths of the images whose alpha has a quality below --review-below to this .txt file, worst "
+        "first. --src reads it.",
+    )
+    review_below: float = option(
+        DEFAULT_REVIEW_BELOW,
+        help="Quality, from 0 to 1, below which an alpha is listed for review.",
+        metavar="QUALITY",
+        minimum=0,
+        maximum=1,
     )
     gt: str | None = option(
         None,

@@ -21,7 +21,7 @@ from icm_cli.reports.report import Report, shrink_image
 from icm_cli.reports.result import ImageResult
 
 MAX_SHEET_ROWS = 48
-"""Maximum number of rows. From more images, this many are selected at even intervals."""
+"""Maximum number of rows."""
 SHEET_CELL_PX = 240
 CAPTION_PX = 18
 FONT_PX = 13
@@ -39,21 +39,34 @@ BACKGROUND = 24
 def write_contact_sheet(path: Path, report: Report) -> None:
     """Write the contact sheet of the references, and of the images that have an alpha, each at most MAX_SHEET_ROWS.
 
-    Raises OutputError.
+    The images with the lowest quality come first. If no quality is known, images are selected at even intervals. Raises
+    OutputError.
     """
-    results = select_evenly([result for result in report.results if result.has_alpha], MAX_SHEET_ROWS)
+    results = report.by_quality
+    has_quality = any(result.matting.quality is not None for result in results)
+    results = results[:MAX_SHEET_ROWS] if has_quality else select_evenly(results, MAX_SHEET_ROWS)
     references = report.page_images.references_with_masks[:MAX_SHEET_ROWS]
     rows = [_make_row(rgb, np.where(mask, np.uint8(255), np.uint8(0)), caption) for rgb, mask, caption in references]
     for result in results:
-        caption = (result.name or Path(result.source).name) + (
-            "   object not found" if result.matting.not_found else ""
-        )
-        rows.append(_make_row(report.page_images.read_source(result), read_alpha_or_none(result.output), caption))
+        source, alpha = report.page_images.read_source(result), read_alpha_or_none(result.output)
+        rows.append(_make_row(source, alpha, _make_caption(result)))
     sheet = np.concatenate(rows) if rows else np.full((SHEET_CELL_PX, 3 * SHEET_CELL_PX, 3), GREY, np.uint8)
     with atomic_write(path) as file:
         mark = PngImagePlugin.PngInfo()
         mark.add_text(ICM_SHEET_MARK.decode(), "contact sheet")
         Image.fromarray(sheet).save(file, format="PNG", optimize=True, pnginfo=mark)
+
+
+def _make_caption(result: ImageResult) -> str:
+    """Return the name of an image, and what is known about its alpha."""
+    details = result.matting
+    parts = [
+        result.name or Path(result.source).name,
+        "" if details.quality is None else f"quality {details.quality:.2f}",
+        "object not found" if details.not_found else "",
+        ", ".join(details.reasons),
+    ]
+    return "   ".join(filter(None, parts))
 
 
 def composite_on_grey(rgb: ImageU8, alpha: ImageU8) -> ImageU8:

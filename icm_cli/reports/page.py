@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import datetime
 import io
+import os
+import urllib.parse
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -14,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from numpy.typing import NDArray
 from PIL import Image
 
 from icm_cli.errors import format_count
-from icm_cli.files import atomic_write
+from icm_cli.files import atomic_write, is_file
 from icm_cli.geometry import ImageU8, resize
 from icm_cli.options import Region
-from icm_cli.reports.contact_sheet import read_alpha_or_none, select_evenly
+from icm_cli.reports.contact_sheet import composite_on_grey, read_alpha_or_none
 from icm_cli.reports.means import SHOT_SCORE_TITLES, Means, compute_means_by, format_mean, format_metric
 from icm_cli.reports.published import comparison_caveats, published_scores
 from icm_cli.reports.report import PREVIEW_PX, REFERENCE_CAPTION, shrink_image
@@ -32,9 +35,11 @@ if TYPE_CHECKING:
 
 MAX_WORST = 8
 MAX_BEST = 4
-MAX_UNSCORED = 12
-"""Number of images shown for a run without ground truth, selected at even intervals."""
-MAX_TABLE_ROWS = 500
+MAX_UNSCORED = 60
+"""Number of images shown for a run without ground truth: those with the lowest quality."""
+CARD_PX = 320
+"""Long side of the images of a run without ground truth."""
+MAX_TABLE_ROWS = 10_000
 """Maximum number of rows in the table of all images. The CSV report has no limit."""
 MAX_LISTED = 500
 """Maximum number of failures and of problems on the page."""
@@ -56,6 +61,7 @@ def write_page(path: Path, report: Report) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": format_metric, "mean": format_mean, "count": format_count}
+    environment.filters["link"] = partial(_make_link, path.parent)
     text = environment.get_template("page.html").render(_template_context(report))
     with atomic_write(path) as file:
         file.write(text.encode(errors="replace"))  # names need not be UTF-8
@@ -70,7 +76,6 @@ def _template_context(report: Report) -> dict[str, Any]:
     best = worst_first[::-1][: min(MAX_BEST, len(scored) // 3)]
     worst = worst_first[: min(MAX_WORST, len(scored) - len(best))]
     others = [result for result in report.results if not result.evaluation.scores and result.status != "failed"]
-    unscored = [] if scored else select_evenly([result for result in report.results if result.has_alpha], MAX_UNSCORED)
     figure = partial(_make_figure, report)
     return {
         "title": report.settings["title"],
@@ -89,8 +94,10 @@ def _template_context(report: Report) -> dict[str, Any]:
         "histograms": [_make_histogram(scored, main, metric) for metric in METRICS] if main else [],
         "worst": map(figure, worst),
         "best": map(figure, best),
-        "unscored": map(figure, unscored),
-        "rows": [*report.failures, *worst_first, *others][:MAX_TABLE_ROWS],
+        "has_quality": any(result.matting.quality is not None for result in report.results),
+        "cards": [] if scored else [_make_card(report, each) for each in report.by_quality[:MAX_UNSCORED]],
+        "card_references": list(map(_make_reference, report.page_images.references_with_masks)),
+        "rows": [*report.failures, *worst_first, *sorted(others, key=lambda each: each.quality_key)][:MAX_TABLE_ROWS],
         "problem_kinds": Counter(problem.kind for problem in report.problems),
         "max_listed": MAX_LISTED,
         "max_open": MAX_OPEN,
@@ -133,10 +140,7 @@ def _make_figure(report: Report, result: ImageResult) -> dict[str, Any]:
     alpha, truth = read_alpha_or_none(result.output), read_alpha_or_none(result.truth)
     if alpha is not None and truth is not None and alpha.shape != truth.shape:
         alpha = np.asarray(cv2.resize(alpha, truth.shape[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
-    references = [
-        (_encode_data_uri(_tint_object(rgb, np.asarray(mask * 255, np.uint8))), caption)
-        for rgb, mask, caption in images.references_with_masks
-    ]
+    references = [_make_reference(each) for each in images.references_with_masks]
     for reference, mask_path in images.references.get((result.round, result.group), ()):
         rgb, mask_u8 = images.read_preview(reference), read_alpha_or_none(str(mask_path))
         if rgb is not None and mask_u8 is not None:
@@ -149,6 +153,27 @@ def _make_figure(report: Report, result: ImageResult) -> dict[str, Any]:
         "truth": _encode_data_uri(truth),
         "error": _encode_data_uri(_error_map(alpha, truth)),
     }
+
+
+def _make_reference(reference: tuple[ImageU8, NDArray[np.bool_], str]) -> tuple[str | None, str]:
+    """Return an image with its mask as a data URI, and its caption."""
+    rgb, mask, caption = reference
+    return _encode_data_uri(_tint_object(rgb, np.asarray(mask * 255, np.uint8))), caption
+
+
+def _make_card(report: Report, result: ImageResult) -> dict[str, Any]:
+    """Return source, alpha and object on grey as data URIs, None if a file cannot be read."""
+    source, alpha = report.page_images.read_source(result), read_alpha_or_none(result.output)
+    on_grey = None
+    if source is not None and alpha is not None:
+        on_grey = composite_on_grey(source, resize(alpha, source.shape[:2]))
+    images = {"source": source, "alpha": alpha, "on_grey": on_grey}
+    return {"result": result} | {name: _encode_data_uri(image, CARD_PX) for name, image in images.items()}
+
+
+def _make_link(folder: Path, path: str) -> str:
+    """Return the address of a file relative to the folder of the page, "" if it does not exist."""
+    return urllib.parse.quote(os.fsencode(os.path.relpath(path, folder))) if is_file(path) else ""
 
 
 def _error_map(alpha: ImageU8 | None, truth: ImageU8 | None) -> ImageU8 | None:
@@ -167,9 +192,9 @@ def _tint_object(rgb: ImageU8, mask: ImageU8) -> ImageU8:
     return np.asarray(inside * weight + outside * (1 - weight), np.uint8)
 
 
-def _encode_data_uri(image: ImageU8 | None) -> str | None:
+def _encode_data_uri(image: ImageU8 | None, long_side_px: int = PREVIEW_PX) -> str | None:
     if image is None:
         return None
     data = io.BytesIO()
-    Image.fromarray(shrink_image(image, PREVIEW_PX)).save(data, format="WEBP", quality=85)
+    Image.fromarray(shrink_image(image, long_side_px)).save(data, format="WEBP", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -17,7 +17,7 @@ from icm_cli.errors import ImageError, Problem
 from icm_cli.geometry import ImageU8, downscaled_size, resize
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.reading import CompositeSource, read_source_image
-from icm_cli.options import Region
+from icm_cli.options import DEFAULT_REVIEW_BELOW, Region
 from icm_cli.reports.means import Means, ShotScores, compute_means, compute_shot_scores
 from icm_cli.reports.result import ImageResult, Status
 
@@ -27,9 +27,9 @@ REFERENCE_CAPTION, NEGATIVE_CAPTION = "reference with mask", "negative reference
 """Captions of references."""
 PREVIEW_PX = 420
 """Long side of the images on pages and contact sheets."""
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the JSON report: raised when a value changes its name, type or meaning. Reports of icm 0.1.0, which do not
-state it, have version 1."""
+state it, have version 1. Version 3 has ``quality``, ``reasons`` and ``signals`` in place of ``confidence``."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ class Report:
     references: list[dict[str, list[str]]] = field(default_factory=list)
     """References of an evaluation: for every round, the names of the references by group."""
     page_images: PageImages = field(default_factory=PageImages)
+    review_below: float = DEFAULT_REVIEW_BELOW
+    """Quality below which an alpha should be looked at by a person."""
+    review_list: Path | None = None
+    """File that lists the images of :attr:`to_review`, if it was requested."""
     seconds: float = 0.0
     """Wall time of the run, including loading the model."""
     matting_seconds: float = 0.0
@@ -91,6 +95,11 @@ class Report:
         """What the scores depend on, apart from the alphas; empty without scores."""
         protocol: Mapping[str, Any] = self.settings.get("protocol", {})
         return protocol
+
+    @property
+    def is_evaluation(self) -> bool:
+        """Whether the run scored a dataset. Its alphas may be deleted at its end."""
+        return bool(self.protocol.get("dataset"))
 
     def count(self, status: Status) -> int:
         """Return the number of images with this status."""
@@ -113,6 +122,16 @@ class Report:
     def failures(self) -> list[ImageResult]:
         """Results of the images that failed."""
         return [result for result in self.results if result.status == "failed"]
+
+    @property
+    def by_quality(self) -> list[ImageResult]:
+        """Results of the images that have an alpha, sorted by quality, lowest first."""
+        return sorted((result for result in self.results if result.has_alpha), key=lambda result: result.quality_key)
+
+    @property
+    def to_review(self) -> list[ImageResult]:
+        """Results with a quality below ``review_below``, lowest first."""
+        return [result for result in self.by_quality if result.quality_key < self.review_below]
 
     @property
     def images_per_second(self) -> float:
@@ -158,6 +177,7 @@ class Report:
             "summary": {
                 "complete": self.is_complete,
                 **{status.replace(" ", "_"): self.count(status) for status in statuses},
+                "to_review": len(self.to_review),
                 "skipped_files": dict(self.skipped_files),
                 "seconds": self.seconds,
                 "matting_seconds": self.matting_seconds,

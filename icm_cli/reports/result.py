@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args
@@ -43,8 +44,12 @@ class MattingDetails:
     """Processing time from reading to writing, without waiting time between stages."""
     foreground: float | None = None
     """Mean of the alpha, 0..1."""
-    confidence: float | None = None
-    """Confidence of the model, 0..1, as its head defines it."""
+    quality: float | None = None
+    """Expected intersection over union of the alpha with the true alpha, 0..1."""
+    reasons: tuple[str, ...] = ()
+    """Why the alpha may be wrong, such as "split"."""
+    signals: Mapping[str, float] = field(default_factory=dict)
+    """Measurements from which the quality is estimated, by name."""
     not_found: bool | None = None
     """Whether the model did not find the object of the reference in the image."""
     made_by: str = ""
@@ -104,6 +109,11 @@ class ImageResult:
         return self.status in ("done", "kept", "unscored") and bool(self.output)
 
     @property
+    def quality_key(self) -> float:
+        """Sort key that brings the lowest quality first, and results without one last."""
+        return math.inf if self.matting.quality is None else self.matting.quality
+
+    @property
     def key(self) -> tuple[int, str]:
         """Unique key within the run: (round, name)."""
         return self.round, self.name or self.source
@@ -115,12 +125,12 @@ class ImageResult:
         return {name: values[name] for name in RESULT_FIELDS}
 
     def as_row(self) -> dict[str, Any]:
-        """Return a row of a table, with columns such as ``whole_mse`` and ``category_class``."""
-        row = self.as_dict()
-        scores, categories = row.pop("scores"), row.pop("categories")
-        for region, metrics in scores.items():
+        """Return a row of a table, with columns such as ``whole_mse`` and ``category_class``, without the signals."""
+        values = self.as_dict()
+        row = {name: values[name] for name in COLUMNS} | {"reasons": ", ".join(self.matting.reasons)}
+        for region, metrics in values["scores"].items():
             row |= {f"{region}_{name}": value for name, value in metrics.items()}
-        return row | {f"category_{name}": value for name, value in categories.items()}
+        return row | {f"category_{name}": value for name, value in self.categories.items()}
 
 
 RESULT_FIELDS = tuple(
@@ -129,3 +139,5 @@ RESULT_FIELDS = tuple(
     for name in ([inner.name for inner in fields(outer.default)] if is_dataclass(outer.default) else [outer.name])
 )
 """Names of all values of a result, in the order of reports."""
+COLUMNS = tuple(name for name in RESULT_FIELDS if name not in ("scores", "categories", "signals"))
+"""Names of the values of a result that are a column of a table."""

@@ -13,10 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icm_cli.errors import OutputError, UsageError
-from icm_cli.files import atomic_write, check_writable, describe_obstacle, is_file, write_json
+from icm_cli.files import (
+    LIST_SUFFIXES,
+    ROOT_MARK,
+    atomic_write,
+    check_writable,
+    describe_obstacle,
+    is_file,
+    write_json,
+)
 from icm_cli.images.image_file import HEAD_BYTES, ICM_MASK_MARK, ICM_SHEET_MARK, detect_file_type
 from icm_cli.reports.report import Report
-from icm_cli.reports.result import METRICS, REGIONS, RESULT_FIELDS
+from icm_cli.reports.result import COLUMNS, METRICS, REGIONS, ImageResult
 
 REPORT_SUFFIXES = (".csv", ".json", ".html")
 OWN_COLUMNS, OWN_KEYS = frozenset({"source", "output", "status"}), frozenset({"settings", "summary", "images"})
@@ -37,6 +45,8 @@ class ReportFiles:
     """File that lists the references of an evaluation, for use in a later evaluation."""
     mask: Path | None = None
     """Mask of the reference."""
+    review_list: Path | None = None
+    """List of the images that a person should look at."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for a path with the wrong suffix."""
@@ -47,11 +57,16 @@ class ReportFiles:
             raise UsageError(f"contact sheet {self.contact_sheet} is not a .png file; give it the suffix .png")
         if self.references and self.references.suffix.lower() != ".json":
             raise UsageError(f"references file {self.references} is not a .json file; give it the suffix .json")
+        if self.review_list and self.review_list.suffix.lower() not in LIST_SUFFIXES:
+            raise UsageError(
+                f"review list {self.review_list} has an unknown suffix; expected one of "
+                f"{', '.join(sorted(LIST_SUFFIXES))}, which --src reads as lists"
+            )
 
     @property
     def paths(self) -> list[Path]:
         """All paths."""
-        return [*self.reports, *filter(None, [self.contact_sheet, self.references, self.mask])]
+        return [*self.reports, *filter(None, [self.contact_sheet, self.references, self.mask, self.review_list])]
 
     def check_no_overwrite(
         self, other_files: Sequence[str | Path], remedy: str | None = "give another name, or remove the file"
@@ -71,7 +86,8 @@ class ReportFiles:
                     f"{path} is an input or an alpha of this run and would be overwritten; give another path"
                 )
             if remedy is not None and is_file(path) and not self._is_own_file(path):
-                kind = {self.contact_sheet: "contact sheet", self.mask: "mask"}.get(path, "report")
+                kinds = {self.contact_sheet: "contact sheet", self.mask: "mask", self.review_list: "review list"}
+                kind = kinds.get(path, "report")
                 raise UsageError(f"{path} exists and is no {kind} that icm wrote; {remedy}")
 
     def check_writable(self, *folders: Path) -> None:
@@ -79,24 +95,27 @@ class ReportFiles:
         for folder in {*folders, *(path.parent for path in self.paths)}:
             check_writable(folder)
 
-    def write_all(self, report: Report) -> list[Path]:
-        """Write the reports and the contact sheet. Raises OutputError.
+    def write_all(self, report: Report) -> list[str]:
+        """Write the reports, the contact sheet and the review list, and return notices. Raises OutputError.
 
-        An interrupted run does not replace existing files, and returns their paths.
+        An interrupted run does not replace existing files.
         """
-        files = [*self.reports, *filter(None, [self.contact_sheet])]
-        unchanged = [] if report.is_complete else [path for path in files if path.exists()]
+        notices: list[str] = []
         errors: list[OutputError] = []
-        for path in files:
+        for path in [*self.reports, *filter(None, [self.contact_sheet, self.review_list])]:
             try:
-                if path not in unchanged:
+                if not report.is_complete and path.exists():
+                    notices.append(f"{path} is unchanged, because this run was interrupted")
+                elif path == self.review_list:
+                    notices += write_review_list(path, report.to_review)
+                else:
                     write_report(path, report)
             except OutputError as error:  # the other files are written
                 errors.append(error)
         report.page_images.previews.clear()
         if errors:
             raise errors[0]
-        return unchanged
+        return notices
 
     def _is_own_file(self, path: Path) -> bool:
         """Return whether a file is empty, or one of its kind that icm wrote."""
@@ -108,6 +127,8 @@ class ReportFiles:
                 columns = file.readline(1 << 20).decode("utf-8-sig").strip().split(",")
                 return OWN_COLUMNS.issubset(columns)
             content = file.read()
+            if suffix in LIST_SUFFIXES:
+                return all(ROOT_MARK.encode() in line for line in content.splitlines())
             if suffix == ".png":
                 mark = ICM_MASK_MARK if path == self.mask else ICM_SHEET_MARK
                 return detect_file_type(content[:HEAD_BYTES]).name == "png" and mark in content[:HEAD_BYTES]
@@ -140,8 +161,30 @@ def write_report(path: Path, report: Report) -> None:
         _write_csv(path, report)
 
 
+def write_review_list(path: Path, results: Sequence[ImageResult]) -> list[str]:
+    """Write the sources of results, each once, as lines of root, ROOT_MARK and path below the root.
+
+    Returns notices. Raises OutputError.
+    """
+    lines = dict.fromkeys(_list_line(result) for result in results)
+    unlisted = [line for line in lines if "\n" in line or line != line.strip()]
+    with atomic_write(path) as file:
+        file.write(b"".join(os.fsencode(line) + b"\n" for line in lines if line not in unlisted))
+    if not unlisted:
+        return []
+    names = "1 image is" if len(unlisted) == 1 else f"{len(unlisted)} images are"
+    return [f"{names} not in {path}, because a name has a line break or ends in a space, such as {unlisted[0]}"]
+
+
+def _list_line(result: ImageResult) -> str:
+    """Return the line of the source of a result. The name of a page is longer than that of its file."""
+    source = Path(os.path.abspath(result.source))  # noqa: PTH100  resolve() would follow links
+    root = source.parents[len(Path(result.name).parts) - 1]
+    return f"{str(root).rstrip(os.sep)}{ROOT_MARK}{source.relative_to(root)}"
+
+
 def _write_csv(path: Path, report: Report) -> None:
-    columns = [name for name in RESULT_FIELDS if name not in ("scores", "categories")]
+    columns = list(COLUMNS)
     index = columns.index("was_resized")
     columns[index:index] = [f"{region}_{metric}" for region in REGIONS for metric in METRICS]
     scoring = {f"scored_{key}": report.protocol[key] for key in ("size", "metric_variant") if key in report.protocol}
