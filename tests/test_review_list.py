@@ -102,6 +102,7 @@ def test_list_gives_the_same_outputs_from_any_folder(icm: Icm, scene: Path, monk
     report = scene / "second.json"
     assert icm(src=scene / "review.txt", report=report).exit_code == 0
     assert {image["status"] for image in images_of(report).values()} == {"kept"}
+    assert json.loads((scene / "out" / ".icm" / "run.json").read_text())["options"]["src"] == str(scene / "imgs")
     assert icm(src=scene / "review.txt", report=report, seed=7).exit_code == 0
     assert {Path(image["source"]).name for image in images_of(report).values() if image["status"] == "done"} == set(
         names

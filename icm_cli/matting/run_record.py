@@ -13,9 +13,8 @@ from typing import Any
 
 from icm_cli.environment import __version__
 from icm_cli.errors import OutputError, UsageError
-from icm_cli.files import RECORD_FOLDER, atomic_write, read_json, write_json
+from icm_cli.files import LIST_SUFFIXES, RECORD_FOLDER, atomic_write, read_json, write_json
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.sources import LIST_SUFFIXES
 from icm_cli.options import MatteOptions
 from icm_cli.options.definition import OptionField
 
@@ -33,10 +32,18 @@ RERUN = (
 
 
 def record_run(options: MatteOptions, folder: Path, jobs: Sequence[Job], notice: Callable[[str], None]) -> None:
-    """Write the record of a run into its output folder. A notice is given if that is not possible."""
+    """Write the record of a run into its output folder. A notice is given if that is not possible.
+
+    A run over a list that gives the root itself, as those of ``--review-list`` do, is a part of an earlier run, whose
+    record stays.
+    """
     if not jobs:
         return
     values = recorded_values(options)
+    if "root" not in values and _is_list(options.sources.src):
+        values["root"] = jobs[0].root
+        if values["root"] != str(Path.cwd()) and (folder / RECORD_FOLDER / RECORD_NAME).is_file():
+            return
     try:
         if options.sources.src == "-":
             values["src"] = str(_write_sources(folder, jobs, is_part=bool(options.given & {"shard", "frames"})))
@@ -48,15 +55,15 @@ def record_run(options: MatteOptions, folder: Path, jobs: Sequence[Job], notice:
 
 def recorded_values(options: MatteOptions) -> dict[str, Any]:
     """Return the options that were given and decide what a run makes, as values of JSON with absolute paths."""
-    values = {
+    return {
         field.name: _to_recorded(field, options.get_value(field.name))
         for field in options.option_fields()
         if field.name in options.given and field.name not in UNRECORDED and field.group not in UNRECORDED_GROUPS
     }
-    src = options.sources.src
-    if "root" not in values and (src == "-" or Path(src).suffix.lower() in LIST_SUFFIXES):
-        values["root"] = str(Path.cwd())
-    return values
+
+
+def _is_list(src: str) -> bool:
+    return src == "-" or Path(src).suffix.lower() in LIST_SUFFIXES
 
 
 def read_run_record(folder: Path) -> MatteOptions:
