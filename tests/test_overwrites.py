@@ -122,7 +122,7 @@ def test_run_does_not_replace_the_alphas_of_a_run_at_the_same_time(
     assert [each.exit_code for each in results] == [0]
     assert first.exit_code == 1
     assert f"{scene}/out/0000.png is the alpha of {scene}/b/0000.png and would be overwritten" in first.stderr
-    provenances = [read_provenance(path) for path in sorted((scene / "out").iterdir())]
+    provenances = [read_provenance(path) for path in sorted((scene / "out").glob("*.png"))]
     assert [provenance and provenance[resume.ROOT_KEY] for provenance in provenances] == [str(scene / "b")] * 2
 
 

@@ -32,7 +32,7 @@ from icm_cli.images.pixels import (
 from icm_cli.images.writing import DEFAULT_OUTPUT, OutputFormat, write_alpha, write_foreground, write_trimap
 from icm_cli.matting.hinting import bind_trimap
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor
+from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor, Session
 from icm_cli.matting.resume import Origin, check_unchanged, file_identities, find_kept_result, make_provenance
 from icm_cli.matting.shot import Shot
 from icm_cli.model.contracts import PreparedReferences
@@ -57,6 +57,9 @@ class FrameMatting(Protocol):
         If memory runs out, the same frames can be matted again in smaller batches.
         """
 
+    def open_session(self, job: Job, frame: Frame) -> Session:
+        """Return a session about a frame, whose alphas are those of a run in which the frame has the hints."""
+
 
 class IndependentMatting:
     """Mattes every frame independently of the others."""
@@ -73,6 +76,9 @@ class IndependentMatting:
 
     def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
         return self._predictor.matte_frames(frames, self._references(jobs[0].example_index))
+
+    def open_session(self, job: Job, frame: Frame) -> Session:
+        return self._predictor.open_session(frame, self._references(job.example_index))
 
 
 @dataclass(frozen=True)

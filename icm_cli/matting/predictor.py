@@ -123,14 +123,17 @@ class FrameAlpha:
 class Session:
     """One image, about which a person gives hints one after another; see :meth:`Predictor.session`.
 
-    Not for use in several threads at a time.
+    The hints are those of the frame's pixels, its data window. Not for use in several threads at a time.
     """
 
-    def __init__(self, predictor: Predictor, frame: Frame, reference: PreparedReferences) -> None:
-        self._predictor, self._reference = predictor, reference
+    def __init__(self, predictor: Predictor, frame: Frame, decide_alpha: Callable[[Frame], CoarseAlpha]) -> None:
+        """``decide_alpha``: returns the final coarse alpha of the frame.
+
+        It may depend only on :attr:`Frame.shows_object`, and is called once for each of its values.
+        """
+        self._predictor, self._decide_alpha = predictor, decide_alpha
         (embedded,) = predictor.prompted_objects.embed_images([frame.visible_rgb])
         self._frame = replace(frame, embedded=embedded)
-        self._matte = predictor.infer([frame], reference)
         self._decided: dict[bool, CoarseAlpha] = {}
 
     def coarse(self, hints: Hints | None = None) -> ImageU8:
@@ -155,9 +158,7 @@ class Session:
     def _coarse_alpha(self, frame: Frame) -> CoarseAlpha:
         """Coarse alpha of the frame. It depends only on whether a hint says that the object is present."""
         if frame.shows_object not in self._decided:
-            coarse = _coarse_alpha_of(self._matte, 0, frame)
-            decided = self._predictor.decide_presence(frame, coarse, self._reference)
-            self._decided[frame.shows_object] = decided
+            self._decided[frame.shows_object] = self._decide_alpha(frame)
         return self._decided[frame.shows_object]
 
 
@@ -241,9 +242,17 @@ class Predictor:
 
         What does not depend on the hints is computed here, once. Arguments and errors are those of :meth:`matte`.
         """
-        frame = self._check_arguments(rgb, reference, garbage, keep)
+        return self.open_session(self._check_arguments(rgb, reference, garbage, keep), reference)
+
+    def open_session(self, frame: Frame, reference: PreparedReferences) -> Session:
+        """Return a session about a frame, whose alphas are those of :meth:`matte_frames` with the hints."""
         with device_errors(self.device, "an image was matted"):
-            return Session(self, frame, reference)
+            matte = self.infer([frame], reference)
+
+            def decide_alpha(frame: Frame) -> CoarseAlpha:
+                return self.decide_presence(frame, _coarse_alpha_of(matte, 0, frame), reference)
+
+            return Session(self, frame, decide_alpha)
 
     def _check_arguments(self, rgb: Any, reference: Any, garbage: Any, keep: Any) -> Frame:
         check_not_forked()

@@ -33,7 +33,7 @@ from icm_cli.images.writing import read_provenance
 from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
 from icm_cli.matting.engine import FrameMatting, IndependentMatting
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor
+from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor, Session
 from icm_cli.matting.references import Reference
 from icm_cli.matting.shot import Shot
 from icm_cli.model.alphas import resize_alpha
@@ -237,6 +237,17 @@ class FlowPropagator:
         except Exception:
             self._memories = memories
             raise
+
+    def open_session(self, job: Job, frame: Frame) -> Session:
+        """Return a session about a frame, which hints make a keyframe: nothing is propagated into it."""
+        references = self._references(job.example_index)
+
+        def decide_alpha(frame: Frame) -> CoarseAlpha:
+            if isinstance(references, TrackingReferences):
+                return references.coarse_alpha(self._predictor, frame, None, self._config.tracking)
+            return self._predictor.coarse_alphas([frame], references)[0]
+
+        return Session(self._predictor, frame, decide_alpha)
 
     def _matte_frame(self, job: Job, frame: Frame, source: TrackingReferences | CoarseAlpha) -> FrameAlpha:
         """Matte one frame from its coarse alpha, or by tracking; remember its alpha if the object is found."""
