@@ -209,9 +209,13 @@ def arguments(options: dict[str, object]) -> list[str]:
 
 
 def alphas(folder: Path) -> dict[str, bytes]:
-    """Return the contents of all files in a folder by relative path, without the record of the run."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and RECORD_FOLDER not in path.parts)
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    """Return the contents of all files in an output folder by relative path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in output_files(folder)}
+
+
+def output_files(folder: Path) -> list[Path]:
+    """Return the files in an output folder without the record of the run."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and RECORD_FOLDER not in path.parts]
 
 
 def read(path: Path) -> np.ndarray:

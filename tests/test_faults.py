@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import Icm, alphas, arguments, copy_many, read
+from conftest import Icm, alphas, arguments, copy_many, output_files, read
 from test_formats import written
 
 from icm_cli.errors import OutputError
@@ -249,13 +249,13 @@ def test_full_disk_keeps_complete_alphas(icm: Icm, scene: Path, monkeypatch: pyt
     synced = []
     real = os.fsync
 
-    def full_after_two(descriptor: int) -> None:
+    def full_after_three(descriptor: int) -> None:
         synced.append(descriptor)
-        if len(synced) > 2:
+        if len(synced) > 3:  # the record of the run, and two alphas
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(os, "fsync", full_after_two)
+    monkeypatch.setattr(os, "fsync", full_after_three)
     result = icm(src=scene / "many", workers=1)
     assert result.exit_code == 3
     assert "no space left" in result.stderr
@@ -403,7 +403,7 @@ def test_signal_lets_current_writes_finish(
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
     assert "interrupted" in ended.stderr
-    files = list(out.iterdir())
+    files = output_files(out)
     assert 3 <= len(files) < LONG
     assert all(path.suffix == ".png" and read(path) is not None for path in files)
     report = (scene / "r.csv").read_text()

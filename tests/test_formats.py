@@ -15,7 +15,7 @@ import OpenImageIO as oiio
 import pillow_heif
 import PyOpenColorIO as ocio
 import pytest
-from conftest import DEMO, Icm, read
+from conftest import DEMO, Icm, output_files, read
 from PIL import Image, ImageCms, PngImagePlugin
 
 from icm_cli.environment import FreeMemory
@@ -519,7 +519,7 @@ def test_frames_of_two_files_with_the_same_stem_are_matted(icm: Icm, scene: Path
     ended = icm("--keep-suffix", src=scene / "two", report=scene / "r.json")
     assert ended.exit_code == 0, ended.output
     report = json.loads((scene / "r.json").read_text())
-    assert report["summary"]["done"] == len(report["images"]) == len(list((scene / "out").iterdir())) == 6
+    assert report["summary"]["done"] == len(report["images"]) == len(output_files(scene / "out")) == 6
 
 
 def test_exposure_and_view_do_not_affect_display_referred_images(tmp_path: Path) -> None:
@@ -610,7 +610,7 @@ def test_file_type_is_detected_from_content_and_skipped_files_are_counted(icm: I
     assert icm(src=source, out=source / "alphas", contact_sheet=sheet).exit_code == 0
     result = icm("--report", str(scene / "r.json"), src=source, out=scene / "out2")
     assert result.exit_code == 0, result.output
-    assert {path.name for path in (scene / "out2").iterdir()} == {"a.png", "without-ending.png", "b.png"}
+    assert {path.name for path in output_files(scene / "out2")} == {"a.png", "without-ending.png", "b.png"}
     summary = json.loads((scene / "r.json").read_text())["summary"]
     assert summary["skipped_files"] == {
         "hidden": 2,

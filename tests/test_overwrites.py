@@ -18,7 +18,7 @@ from unittest.mock import Mock
 import numpy as np
 import OpenImageIO as oiio
 import pytest
-from conftest import Icm, alphas, arguments, copy_many, read
+from conftest import Icm, alphas, arguments, copy_many, output_files, read
 from PIL import Image, PngImagePlugin
 
 from icm_cli.images.image_file import ReopeningFile
@@ -122,7 +122,7 @@ def test_run_does_not_replace_the_alphas_of_a_run_at_the_same_time(
     assert [each.exit_code for each in results] == [0]
     assert first.exit_code == 1
     assert f"{scene}/out/0000.png is the alpha of {scene}/b/0000.png and would be overwritten" in first.stderr
-    provenances = [read_provenance(path) for path in sorted((scene / "out").glob("*.png"))]
+    provenances = [read_provenance(path) for path in output_files(scene / "out")]
     assert [provenance and provenance[resume.ROOT_KEY] for provenance in provenances] == [str(scene / "b")] * 2
 
 
@@ -278,7 +278,7 @@ def test_two_processes_with_different_sources_share_an_output_folder(scene: Path
                 {Path(image["output"]): str(scene / f"{number}") for image in images if image["status"] == "done"}
             )
             assert len(images) == 8
-    found = {path: (read_provenance(path) or {})[resume.ROOT_KEY] for path in (scene / "out").iterdir()}
+    found = {path: (read_provenance(path) or {})[resume.ROOT_KEY] for path in output_files(scene / "out")}
     assert found == done
     assert len(found) == 8
 

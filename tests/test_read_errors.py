@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import DEMO, Icm, shrink
+from conftest import DEMO, Icm, output_files, shrink
 
 from icm_cli import files
 from icm_cli.errors import FileAccessError, ImageError
@@ -110,7 +110,7 @@ def test_drives_that_fail_are_not_called_damage(scene: Path, small_model: Path, 
     assert "damaged" not in ended.stderr
     assert "failed       2" in ended.stderr + ended.stdout
     names = {"late.png.png", "late.tif.png", "slow.png.png", "slow.tif.png", "whole.bmp.png"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert {path.name for path in output_files(tmp_path / "out")} == names
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import OpenImageIO as oiio
 import pytest
-from conftest import Icm, alphas, read
+from conftest import Icm, alphas, output_files, read
 from test_windows import write_cropped_exr
 
 from icm_cli.images.writing import has_changed_pixels, read_provenance, set_provenance_entry
@@ -56,7 +56,7 @@ def test_a_stamp_changes_nothing_else_and_its_removal_restores_the_file(
     rgb = read(scene / "imgs" / "wall.jpg")[..., ::-1].astype(np.float32) / 255
     write_cropped_exr(scene / "plates" / "a.exr", rgb, (20, 10, 100, 140), (16, -8))
     assert icm(src=scene / "plates", format=form, **options).exit_code == 0
-    (path,) = (scene / "out").iterdir()
+    (path,) = output_files(scene / "out")
     before, provenance = path.read_bytes(), read_provenance(path)
     image = oiio.ImageBuf(str(path))
     pixels, window = image.get_pixels(), image.roi_full
