@@ -121,6 +121,19 @@ def read_hints(
         raise UsageError(f"annotation {path} cannot be used: {error}") from error
 
 
+def hints_from_shapes(shapes: Sequence[dict[str, Any]], size: tuple[int, int]) -> Hints:
+    """Return what shapes, as an annotation of labelme contains them, say about an image of ``size`` (height, width).
+
+    Raises UsageError.
+    """
+    try:
+        check_shape(shapes, LABELME["shapes"], "shapes")
+        found = list(_labelme_shapes({"shapes": shapes}, size))
+        return _combine_shapes(_select_shapes(found, None, can_select=False), size)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"the hints cannot be used: {error}") from error
+
+
 def is_annotation(path: Path) -> bool:
     """Return whether a file is an annotation, by its suffix."""
     return path.suffix.lower() == ".json"

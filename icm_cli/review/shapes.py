@@ -1,0 +1,118 @@
+"""Hints as shapes of labelme: those that the browser sends, and those that the page shows and hint files contain."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from icm_cli.errors import UsageError
+from icm_cli.files import check_shape, read_json
+from icm_cli.guidance.annotations import LABELME, LABELS, hints_from_shapes, is_annotation, read_hints
+from icm_cli.guidance.hints import Area, Hints, Point
+
+Shapes: TypeAlias = list[dict[str, Any]]
+"""Shapes with the keys of labelme; masks are grey PNGs in base64."""
+LABELME_VERSION = "5.5.0"
+"""Version of labelme whose format is written."""
+
+
+def clean_shapes(shapes: Sequence[dict[str, Any]], size: tuple[int, int]) -> Shapes:
+    """Return the shapes of the browser as labelme writes them, for an image of ``size`` (height, width).
+
+    Every pixel of a mask whose alpha is above 0 is inside. Masks without such a pixel are dropped. Raises UsageError.
+    """
+    try:
+        check_shape(shapes, LABELME["shapes"], "shapes")
+        cleaned = [_clean_mask(shape, size) if shape.get("shape_type") == "mask" else shape for shape in shapes]
+    except ValueError as error:
+        raise UsageError(f"the hints cannot be used: {error}") from error
+    return [_as_shape(**shape) for shape in cleaned if shape is not None]
+
+
+def parse_shapes(shapes: Shapes, size: tuple[int, int]) -> Hints | None:
+    """Return the hints of shapes; None if there are none. Raises UsageError."""
+    return hints_from_shapes(shapes, size) if shapes else None
+
+
+def read_shapes(paths: Sequence[Path], image: Path, size: tuple[int, int]) -> Shapes:
+    """Read the hint files of an image as shapes. What labelme cannot have written becomes points, boxes and masks.
+
+    ``image``: its name below the root. Raises UsageError.
+    """
+    shapes: Shapes = []
+    for path in paths:
+        content = read_json(path, "annotation", {}, "expected an annotation") if is_annotation(path) else {}
+        hints = read_hints(path, size, image=image)
+        if "shapes" not in content:
+            shapes += _shapes_of_hints(hints)
+            continue
+        for shape in clean_shapes(content["shapes"], size):
+            shapes.append({**shape, "label": LABELS.get(shape["label"].strip().lower(), "fg")})
+    return shapes
+
+
+def make_annotation(shapes: Shapes, path: Path, source: Path, size: tuple[int, int]) -> dict[str, Any]:
+    """Return the content of a file of labelme at ``path`` about an image."""
+    return {
+        "version": LABELME_VERSION,
+        "flags": {},
+        "shapes": shapes,
+        "imagePath": os.path.relpath(source, path.parent),
+        "imageData": None,
+        "imageHeight": size[0],
+        "imageWidth": size[1],
+    }
+
+
+def _as_shape(label: str, points: list[list[float]], shape_type: str | None, mask: str | None = None, **_: Any) -> Any:
+    others: dict[str, Any] = {"group_id": None, "description": "", "flags": {}, "mask": mask}
+    return {"label": label, "points": points, "shape_type": shape_type or "polygon", **others}
+
+
+def _clean_mask(shape: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
+    """Return a shape of type mask with a grey PNG; None if it has no pixel. Raises ValueError."""
+    corners = shape["points"]
+    if len(corners) != 2 or any(len(corner) != 2 for corner in corners):
+        raise ValueError(f"a mask has the points {corners}; expected two corners")
+    left, top = (int(min(values)) for values in zip(*corners, strict=True))
+    try:
+        data = base64.b64decode(shape.get("mask") or "", validate=True)
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if image.height > size[0] or image.width > size[1]:
+                raise ValueError(f"it is {image.width}x{image.height}")
+            has_alpha = "A" in image.getbands()
+            inside = np.asarray(image.getchannel("A") if has_alpha else image.convert("L")) > 0
+    except Exception as error:  # decoders raise anything
+        raise ValueError(f"a mask is no PNG in base64 within the image ({error}); paint it again") from error
+    return {**shape, **_mask_at(inside, left, top)} if inside.any() else None
+
+
+def _mask_at(inside: Area, left: int, top: int) -> dict[str, Any]:
+    """Return points and PNG of a mask, bool [H,W], whose first pixel is at a position of the image."""
+    encoded = io.BytesIO()
+    Image.fromarray(inside.astype(np.uint8) * 255).save(encoded, format="PNG")
+    height, width = inside.shape
+    corners = [[left, top], [left + width - 1, top + height - 1]]
+    return {"points": corners, "shape_type": "mask", "mask": base64.b64encode(encoded.getvalue()).decode()}
+
+
+def _shapes_of_hints(hints: Hints) -> Iterator[dict[str, Any]]:
+    sides: list[tuple[str, Sequence[Point]]] = [("fg", hints.points), ("bg", hints.not_points)]
+    for label, points in sides:
+        yield from (_as_shape(label, [list(point)], "point") for point in points)
+    for x0, y0, x1, y1 in hints.boxes:
+        yield _as_shape("fg", [[x0, y0], [x1, y1]], "rectangle")
+    areas = {"fg": hints.object_area, "bg": hints.background_area, "keep": hints.keep, "drop": hints.drop}
+    for label, area in areas.items():
+        if area is not None and area.any():
+            rows, columns = (np.flatnonzero(area.any(axis=axis)) for axis in (1, 0))
+            top, left = int(rows[0]), int(columns[0])
+            inside = area[top : rows[-1] + 1, left : columns[-1] + 1]
+            yield _as_shape(label=label, **_mask_at(inside, left, top))
