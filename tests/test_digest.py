@@ -261,7 +261,8 @@ class TestOptions:
             }
             parsed = MatteOptions.from_values(given)
             choice = ModelChoice.from_options(parsed.model, parsed.resources.batch_size)
-            return run_digest(parsed, make_plan(parsed, Listener()), choice)
+            plan = make_plan(parsed, Listener())
+            return run_digest(parsed, plan.references, plan.output, choice)
 
         make_files(scene, tmp_path)
         return digest

@@ -57,9 +57,6 @@ class FrameMatting(Protocol):
         If memory runs out, the same frames can be matted again in smaller batches.
         """
 
-    def open_session(self, job: Job, frame: Frame) -> Session:
-        """Return a session about a frame, whose alphas are those of a run in which the frame has the hints."""
-
 
 class IndependentMatting:
     """Mattes every frame independently of the others."""
@@ -78,6 +75,7 @@ class IndependentMatting:
         return self._predictor.matte_frames(frames, self._references(jobs[0].example_index))
 
     def open_session(self, job: Job, frame: Frame) -> Session:
+        """Return a session about a frame, whose alphas are those of a run in which the frame has the hints."""
         return self._predictor.open_session(frame, self._references(job.example_index))
 
 

@@ -132,23 +132,11 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     output, layout = choose_output(options.output)
     if options.reports.gt is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
-    colour, reference_colour = choose_colours(options.colour)
+    colour, _ = choose_colours(options.colour)
     protected, skipped_files = given.files, SkippedFiles(listener.on_notice)
     remedy = None if options.output.overwrite else "give another name, or --overwrite to replace it"
     ReportFiles(mask=given.save_mask).check_no_overwrite(protected, remedy)  # before a model makes the mask
-    masks = MaskMaker(lambda: resolve_device(parse_devices(options.model.device)[0]))
-    references = read_references(
-        given.ref,
-        given.mask,
-        listener.on_notice,
-        given.mask_label,
-        reference_colour,
-        given.mask_orientation,
-        prompts=given,
-        make_mask=masks.make_mask,
-    )
-    references += read_negatives(given.not_ref, given.not_mask, listener.on_notice, reference_colour, masks.make_mask)
-    check_negatives(references)
+    references = read_all_references(options, listener.on_notice)
     images = plan_images(options, layout, colour, skipped_files, listener.on_notice)
     jobs = images.jobs
     if images.hint_files is not None:
@@ -156,7 +144,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
         protected += [path for job in jobs if job.hints for path in job.hints.paths]
     shot = None
     if sequences.shot:
-        jobs, shot = _order_as_shot(jobs, given.ref, references, sequences.shard)
+        jobs, shot = order_as_shot(jobs, given.ref, references, sequences.shard)
     truths: list[Path] = []
     if options.reports.gt is not None:
         jobs, truths = _add_ground_truth(jobs, options.reports.gt)
@@ -168,6 +156,25 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     protected += [*given.not_ref, *images.mattes]
     report_files.check_no_overwrite([*protected, options.sources.src, *truths, *map(str, files)], remedy)
     return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths)
+
+
+def read_all_references(options: MatteOptions, notice: Callable[[str], None]) -> list[Reference]:
+    """Read the references of a run with their masks, and its negative references. Raises UsageError."""
+    given, (_, colour) = options.references, choose_colours(options.colour)
+    masks = MaskMaker(lambda: resolve_device(parse_devices(options.model.device)[0]))
+    references = read_references(
+        given.ref,
+        given.mask,
+        notice,
+        given.mask_label,
+        colour,
+        given.mask_orientation,
+        prompts=given,
+        make_mask=masks.make_mask,
+    )
+    references += read_negatives(given.not_ref, given.not_mask, notice, colour, masks.make_mask)
+    check_negatives(references)
+    return references
 
 
 @dataclass(frozen=True)
@@ -305,16 +312,18 @@ class _MattingRun:
         }
 
 
-def run_digest(options: MatteOptions, plan: MattingPlan, choice: ModelChoice) -> str:
+def run_digest(
+    options: MatteOptions, references: Sequence[Reference], output: OutputFormat, choice: ModelChoice
+) -> str:
     """Return the digest of everything besides the source that decides the alphas of a run."""
     learn_steps = choice.resolve_learn_steps(options.sequences.learn_steps, is_shot=options.sequences.shot)
     parts = {
         **choice.digest_parts(),
-        DigestPart.REFERENCES: combined_digest(*(one.digest for one in plan.references)),
+        DigestPart.REFERENCES: combined_digest(*(one.digest for one in references)),
         **sequence_digest_parts(learn_steps, is_shot=options.sequences.shot),
-        DigestPart.FORMAT: plan.output.format,
+        DigestPart.FORMAT: output.format,
         DigestPart.IMAGE: "",
-        DigestPart.COLOUR_CONFIG: plan.colour.config_identity,
+        DigestPart.COLOUR_CONFIG: choose_colours(options.colour)[0].config_identity,
     }
     return alpha_digest(options.digest_values(parts))
 
@@ -322,7 +331,7 @@ def run_digest(options: MatteOptions, plan: MattingPlan, choice: ModelChoice) ->
 def _make_setups(options: MatteOptions, plan: MattingPlan, choices: Sequence[ModelChoice]) -> list[EngineSetup]:
     """Return what the engine of every device needs. Raises UsageError or ConfigError."""
     engine = EngineOptions(
-        [run_digest(options, plan, choices[0])],
+        [run_digest(options, plan.references, plan.output, choices[0])],
         choices[0].batch_size,
         options.resources.workers or DEFAULT_WORKERS,
         overwrite=options.output.overwrite,
@@ -406,7 +415,7 @@ def _make_scorer(processes: int) -> tuple[Scorer, ScoringRule]:
     return Scorer(ScoringPool(processes), make_task), rule
 
 
-def _order_as_shot(
+def order_as_shot(
     jobs: Sequence[Job], refs: Sequence[Path], references: Sequence[Reference], shard: str | None
 ) -> tuple[list[Job], Shot]:
     """Return the frames of shots, or of a shard of them, by name and in the order of matting.

@@ -31,7 +31,7 @@ from icm_cli.geometry import HALF_U8, Float, ImageU8, alpha_to_u8, downscaled_si
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.writing import read_provenance
 from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
-from icm_cli.matting.engine import FrameMatting, IndependentMatting
+from icm_cli.matting.engine import IndependentMatting
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor, Session
 from icm_cli.matting.references import Reference
@@ -423,7 +423,7 @@ def create_matting(
     references: Callable[[int], PreparedReferences],
     shot: Shot | None,
     notice: Callable[[str], None],
-) -> FrameMatting:
+) -> IndependentMatting | FlowPropagator:
     """Return how frames are matted: with propagation in a shot, else independently.
 
     ``references``: prepared references of an example, by its number.

@@ -133,11 +133,11 @@ def make_provenance(
     }
 
 
-def mark_reviewed(job: Job, stamp: str) -> None:
+def mark_reviewed(job: Job, stamp: str | None) -> None:
     """Stamp the outputs of a job as reviewed, without changing their pixels. The image's own file is the last.
 
-    ``stamp``: how and when, see :class:`MattingDetails`. Raises ImageError if there is no alpha of this job, and
-    OutputError.
+    ``stamp``: how and when, see :class:`MattingDetails`; None removes the stamp. Raises ImageError if there is no alpha
+    of this job, and OutputError.
     """
     if not _read_own_provenance(job.output, job):
         raise ImageError(f"{job.source} has no complete alpha at {job.output}; run icm matte again, or correct it")

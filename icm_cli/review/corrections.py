@@ -1,50 +1,244 @@
-"""Corrections of single images: answers to hints, accepting, rejecting and undoing."""
+"""Changes of single images: answers to hints, and accepting, rejecting and undoing.
+
+A change saves copies of the files that it replaces and then its entry in the state. Then it writes the file of hints,
+the trimap and the alpha, and at last the new status. A process that is killed in between loses nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+import contextlib
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
 
+from icm_cli.environment import resource_errors
+from icm_cli.errors import IcmError, UsageError
+from icm_cli.files import error_for_failed_write, write_json
 from icm_cli.geometry import ImageU8
-from icm_cli.review.run import ReviewRun
-from icm_cli.review.state import ModelNotReadyError, ReviewState
+from icm_cli.matting.resume import mark_reviewed
+from icm_cli.options import MatteOptions
+from icm_cli.review.references import add_taught
+from icm_cli.review.run import ReviewRun, with_values
+from icm_cli.review.shapes import Annotation, Shapes
+from icm_cli.review.state import ModelNotReadyError, ReviewState, ReviewStatus, StaleAnswerError
+from icm_cli.review.undo import UndoCopies, identify
+
+if TYPE_CHECKING:
+    from icm_cli.review.model import RunModel
 
 ModelState = Literal["loading", "ready", "failed"]
+MAX_UNDO = 20
+"""Largest number of changes of an image that can be undone."""
+Result = TypeVar("Result")
 
 
 class Corrections:
-    """Answers to hints, and changes of single images."""
+    """Answers to hints, and changes of single images. The model runs in a thread of its own."""
 
     def __init__(self, run: ReviewRun, state: ReviewState, device: str | None, notice: Callable[[str], None]) -> None:
+        """Begin to load the model. ``device``: another one than that of the run."""
         self._run, self._state, self._device, self._notice = run, state, device, notice
-        self.model_state: ModelState = "loading"
-        self.model_error = ""
+        self._copies = UndoCopies(run.record_folder)
+        self._executor = ThreadPoolExecutor(1, "icm-model")
+        self._lock = threading.Lock()
+        self._image_locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
+        self._pending: dict[str, Future[ImageU8]] = {}
+        self._preparing: Future[None] | None = None
+        self._model: RunModel | None = None
         self.model_name = run.options.model.model or "lite"
+        self._loading = self._submit(self._load)
+
+    @property
+    def model_state(self) -> ModelState:
+        """Whether answers are possible."""
+        if not self._loading.done() or self._loading.cancelled():
+            return "loading"
+        return "failed" if self._loading.exception() else "ready"
+
+    @property
+    def model_error(self) -> str:
+        """Why the model could not be loaded."""
+        if self.model_state != "failed":
+            return ""
+        error = self._loading.exception()
+        return str(error) if isinstance(error, IcmError) else f"{type(error).__name__}: {error}"
+
+    def options(self) -> MatteOptions:
+        """Return the options of the run with the device, the hints and the taught references of the review."""
+        options = add_taught(self._run, self._state.read_all()[1])
+        return options if self._device is None else with_values(options, device=self._device)
+
+    def reload(self) -> None:
+        """Prepare the references again, because others are taught."""
+        with self._lock:
+            self._loading = self._submit(self._load)
 
     def prepare(self, id: int) -> None:
-        """Begin to prepare the model for an image; returns at once."""
+        """Begin to make an image ready for answers; returns at once."""
+        with self._lock:
+            if self._preparing is not None:
+                self._preparing.cancel()
+            if self.model_state != "failed":
+                self._preparing = self._submit(lambda: self._prepare(id))
 
-    def answer(self, id: int, shapes: list[dict[str, Any]], refined: bool, tab: str = "") -> ImageU8:  # noqa: ARG002
-        """Return the alpha that hints make, uint8 [H,W] of the display window."""
-        raise ModelNotReadyError("the model is loading; try again")
+    def answer(self, id: int, shapes: Shapes, refined: bool, tab: str = "") -> ImageU8:
+        """Return the alpha that hints make, uint8 [H,W] of the display window.
 
-    def accept(self, id: int, revision: int, shapes: list[dict[str, Any]] | None) -> None:  # noqa: ARG002
-        """Accept the alpha of an image, with other hints or as it is."""
-        raise ModelNotReadyError("the model is loading; try again")
+        It is equal to that of ``icm matte --hints`` if ``refined``. A newer request of the same ``tab`` of the browser
+        replaces this one, if it has not begun. Raises ModelNotReadyError, StaleAnswerError, or IcmError for hints or
+        images that cannot be used.
+        """
+        self._check_ready()
+        key = tab or f"image {id}"
+        with self._lock:
+            if key in self._pending:
+                self._pending[key].cancel()
+            future = self._submit(lambda: self._ready_model().answer(id, shapes, refined=refined))
+            self._pending[key] = future
+        try:
+            return future.result()
+        except CancelledError as error:
+            raise StaleAnswerError("newer hints replace these") from error
+
+    def accept(self, id: int, revision: int, shapes: Shapes | None) -> None:
+        """Accept the alpha of an image as it is, or with ``shapes`` the one that these hints make.
+
+        An empty list removes all hints. Raises StaleRevisionError, ModelNotReadyError, or IcmError if the image cannot
+        be changed.
+        """
+        job = self._run.jobs[id]
+        with self._image_locks[id]:
+            self._check_revision(id, revision)
+            if shapes is not None:
+                self._check_ready()
+                self._submit(lambda: self._correct(id, revision, shapes)).result()
+                return
+            with self._changing(id, revision, job.outputs, "accepted"):
+                mark_reviewed(job, _make_stamp("accepted"))
 
     def reject(self, id: int, revision: int) -> None:
-        """Reject the alpha of an image."""
-        with self._state.edit(self._run.names[id], revision) as image:
-            image.status = "rejected"
+        """Reject the alpha of an image, so that a recompute may replace it."""
+        job = self._run.jobs[id]
+        with self._image_locks[id]:
+            is_reviewed = self._run.refresh(id).is_reviewed
+            with self._changing(id, revision, job.outputs if is_reviewed else [], "rejected"):
+                if is_reviewed:
+                    mark_reviewed(job, None)
 
     def undo(self, id: int, revision: int) -> None:
-        """Take back the last change of an image."""
-        with self._state.edit(self._run.names[id], revision) as image:
-            image.status = "open"
+        """Bring back the alpha, the hints and the status before the last change of an image."""
+        name, alpha = self._run.names[id], self._run.jobs[id].output
+        with self._image_locks[id]:
+            self._check_revision(id, revision)
+            entries = self._state.read(name).undo
+            if not entries:
+                raise UsageError(f"{name} has no change that can be undone")
+            self._copies.restore(entries[-1], alpha)
+            with self._state.edit(name) as image:
+                image.undo = [entry for entry in image.undo if entry["folder"] != entries[-1]["folder"]]
+                image.status = entries[-1]["status"]
+            self._copies.discard(entries[-1])
 
     def can_undo(self, id: int) -> bool:
         """Return whether there is a change to take back."""
-        return self._state.read(self._run.names[id]).status == "rejected"
+        return bool(self._state.read(self._run.names[id]).undo)
 
     def close(self) -> None:
-        """End the work on the model."""
+        """End the thread of the model, after its current task."""
+        self._executor.shutdown(cancel_futures=True)
+
+    def _submit(self, task: Callable[[], Result]) -> Future[Result]:
+        """Run a task in the thread of the model."""
+
+        def run() -> Result:
+            from icm_cli.environment import limited_threads  # imports torch
+
+            with resource_errors(), limited_threads():
+                return task()
+
+        return self._executor.submit(run)
+
+    def _load(self) -> None:
+        from icm_cli.review.model import RunModel
+
+        self._model = RunModel(self._run, self.options(), self._notice, earlier=self._model)
+        self.model_name = self._model.name
+
+    def _prepare(self, id: int) -> None:
+        if self._model is not None:
+            with contextlib.suppress(IcmError, OSError):  # the answer reports it
+                self._model.open_image(id)
+
+    def _ready_model(self) -> RunModel:
+        if self._model is None:
+            raise ModelNotReadyError(f"the model could not be loaded: {self.model_error}")
+        return self._model
+
+    def _check_ready(self) -> None:
+        if self.model_state == "loading":
+            raise ModelNotReadyError("the model is loading; try again in a moment")
+        if self.model_state == "failed":
+            raise ModelNotReadyError(f"the model could not be loaded: {self.model_error}")
+
+    def _check_revision(self, id: int, revision: int) -> None:
+        with self._state.edit(self._run.names[id], revision):
+            pass
+
+    def _correct(self, id: int, revision: int, shapes: Shapes) -> None:
+        """Write the alpha that hints make, and their file; runs in the thread of the model."""
+        job, paths = self._run.jobs[id], self._run.hint_paths(id)
+        target = self._run.hint_target(id) if shapes else None
+        replaced = [*job.outputs, *paths, *([target] if target and target not in paths else [])]
+        with contextlib.ExitStack() as stack:
+
+            def begin_writing(annotation: Annotation | None) -> None:
+                stack.enter_context(self._changing(id, revision, replaced, "accepted"))
+                if target is not None and annotation is not None:
+                    write_json(target, annotation)
+                _remove([path for path in paths if path != target or annotation is None])
+
+            self._ready_model().correct(id, shapes, _make_stamp("corrected"), begin_writing)
+
+    @contextlib.contextmanager
+    def _changing(self, id: int, revision: int, paths: Sequence[Path], status: ReviewStatus) -> Iterator[None]:
+        """Context in which the files ``paths`` of an image are replaced; the image has the status at its end.
+
+        Raises StaleRevisionError. If an error ends the context, the files and the state are brought back.
+        """
+        name, alpha = self._run.names[id], self._run.jobs[id].output
+        with self._state.edit(name, revision) as image:
+            entry = self._copies.save(paths, image.status)
+            image.undo.append(entry)
+        try:
+            with self._copies.restored_on_error(entry, alpha):
+                yield
+        except BaseException:
+            with self._state.edit(name) as image:
+                image.undo = [each for each in image.undo if each["folder"] != entry["folder"]]
+            self._copies.discard(entry)
+            raise
+        with self._state.edit(name) as image:
+            image.status = status
+            for each in image.undo:
+                if each["folder"] == entry["folder"]:
+                    each["alpha"] = identify(alpha)
+            image.undo, forgotten = image.undo[-MAX_UNDO:], image.undo[:-MAX_UNDO]
+        for each in forgotten:
+            self._copies.discard(each)
+
+
+def _make_stamp(kind: str) -> str:
+    return f"{kind} {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    """Remove files. Raises OutputError."""
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise error_for_failed_write(path, error) from error

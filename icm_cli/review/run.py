@@ -24,16 +24,16 @@ from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.hint_files import SUFFIXES as HINT_SUFFIXES
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.planning import choose_colours, choose_output, plan_images
-from icm_cli.matting.resume import DIGEST_KEY, NAME_KEY, RESULT_KEY, ROOT_KEY
+from icm_cli.matting.resume import DIGEST_KEY, NAME_KEY, RESULT_KEY, REVIEWED_KEY, ROOT_KEY
 from icm_cli.matting.run_record import read_run_record
 from icm_cli.matting.shot import split_shots
 from icm_cli.matting.sources import SkippedFiles, real_path
 from icm_cli.options import MatteOptions
 from icm_cli.reports.result import ImageResult
+from icm_cli.review.shapes import Shapes, read_shapes
 from icm_cli.review.state import ImageState
 
 INDEX_NAME, HINTS_NAME = "index.json", "hints"
-REVIEWED_KEY = "icm-reviewed"
 INDEX_SHAPE = {"schema_version": int, "alphas": {"*": {"identity": [int], "stamp": {"*": str}}}}
 INDEX_VERSION = 1
 STAMP_KEYS = (NAME_KEY, ROOT_KEY, RESULT_KEY, REVIEWED_KEY)
@@ -171,16 +171,13 @@ class ReviewRun:
             )
         return candidates[0]
 
-    def read_shapes(self, id: int) -> list[dict[str, Any]] | None:
-        """Return the shapes of the hints of an image, as in a file of labelme; None without hints.
+    def read_shapes(self, id: int, size: tuple[int, int]) -> Shapes | None:
+        """Return the hints of an image of ``size`` (height, width), as shapes of labelme; None without hints.
 
         Raises UsageError.
         """
-        paths = [path for path in self.hint_paths(id) if path.suffix.lower() == ".json"]
-        if not paths:
-            return [] if self.hint_paths(id) else None
-        content = [read_json(path, "annotation", {"shapes?": [{}]}, "expected the JSON of labelme") for path in paths]
-        return [shape for each in content for shape in each.get("shapes", [])]
+        paths = self.hint_paths(id)
+        return read_shapes(paths, self.jobs[id].name, size) if paths else None
 
     def _hint_candidates(self, id: int) -> Iterator[Path]:
         """Yield the paths that may hold hints of an image, the preferred one for new hints first."""

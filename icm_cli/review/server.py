@@ -251,12 +251,12 @@ class ReviewApp:
     def describe_image(self, id: int) -> dict[str, Any]:
         """Return what the page shows of a single image."""
         self.corrections.prepare(id)
-        job, shapes = self.run.jobs[id], self.run.read_shapes(id)
-        item = self.item(id)
+        job, item, shapes = self.run.jobs[id], self.item(id), None
+        height = width = 0
         try:
             height, width = self.images.display_size(id)
-        except ImageError as error:
-            height = width = 0
+            shapes = self.run.read_shapes(id, (height, width))
+        except (ImageError, UsageError) as error:
             item["error"] = item["error"] or str(error)
         return {
             **item,

@@ -19,6 +19,8 @@ from icm_cli.guidance.hints import Area, Hints, Point
 
 Shapes: TypeAlias = list[dict[str, Any]]
 """Shapes with the keys of labelme; masks are grey PNGs in base64."""
+Annotation: TypeAlias = dict[str, Any]
+"""Content of a file of labelme."""
 LABELME_VERSION = "5.5.0"
 """Version of labelme whose format is written."""
 
@@ -58,7 +60,7 @@ def read_shapes(paths: Sequence[Path], image: Path, size: tuple[int, int]) -> Sh
     return shapes
 
 
-def make_annotation(shapes: Shapes, path: Path, source: Path, size: tuple[int, int]) -> dict[str, Any]:
+def make_annotation(shapes: Shapes, path: Path, source: Path, size: tuple[int, int]) -> Annotation:
     """Return the content of a file of labelme at ``path`` about an image."""
     return {
         "version": LABELME_VERSION,

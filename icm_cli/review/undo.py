@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from icm_cli.errors import IcmError
-from icm_cli.files import FileIdentity, atomic_write, error_for_failed_write
+from icm_cli.files import FileIdentity, atomic_write, describe_os_error, error_for_failed_write
 
 UNDO_NAME = "undo"
 Entry: TypeAlias = dict[str, Any]
@@ -58,8 +58,12 @@ class UndoCopies:
             if file["copy"] is None:
                 path.unlink(missing_ok=True)
                 continue
-            with (self._folder / entry["folder"] / file["copy"]).open("rb") as copy, atomic_write(path) as out:
-                shutil.copyfileobj(copy, out)
+            saved = self._folder / entry["folder"] / file["copy"]
+            try:
+                with saved.open("rb") as copy, atomic_write(path) as out:
+                    shutil.copyfileobj(copy, out)
+            except OSError as error:
+                raise IcmError(f"{path} cannot be restored from {saved}: {describe_os_error(error)}") from error
 
     def discard(self, entry: Entry) -> None:
         """Remove the copies of an entry."""

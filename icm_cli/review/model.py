@@ -1,0 +1,203 @@
+"""The model of a run with its references: alphas of single images that follow hints, and are those of ``icm matte``."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from icm_cli.device import parse_devices
+from icm_cli.errors import IcmError
+from icm_cli.files import write_json
+from icm_cli.geometry import ImageU8, alpha_to_u8
+from icm_cli.guidance.hints import Hints
+from icm_cli.images.pixels import ImageWindows
+from icm_cli.matting.engine import Engine, EngineOptions, FrameMatting
+from icm_cli.matting.hint_files import ImageHints
+from icm_cli.matting.hinting import move_hints
+from icm_cli.matting.jobs import Job
+from icm_cli.matting.matte import order_as_shot, read_all_references, run_digest
+from icm_cli.matting.model_choice import ModelChoice
+from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor, Session
+from icm_cli.matting.propagation import create_matting, prepare_references
+from icm_cli.matting.resume import REVIEWED_KEY, file_identities
+from icm_cli.matting.shot import Shot
+from icm_cli.matting.sources import real_path
+from icm_cli.options import MatteOptions
+from icm_cli.reports.result import ImageResult
+from icm_cli.review.run import ReviewRun
+from icm_cli.review.shapes import Annotation, Shapes, clean_shapes, make_annotation, parse_shapes
+
+MAX_SESSIONS = 16
+MAX_SESSION_BYTES = 1 << 29
+"""Limits of the images that are kept ready for answers: their number, and the size of their pixels."""
+
+
+@dataclass(frozen=True)
+class OpenImage:
+    """An image that is ready for answers."""
+
+    source_state: tuple[tuple[int, int], ...]
+    """Sizes and modification times of its files when it was read."""
+    frame: Frame
+    windows: ImageWindows
+    session: Session
+
+
+class RunModel:
+    """The model of a run with its references. Not for use in several threads at a time."""
+
+    def __init__(
+        self,
+        run: ReviewRun,
+        options: MatteOptions,
+        notice: Callable[[str], None],
+        earlier: RunModel | None = None,
+    ) -> None:
+        """Load the model, or take that of ``earlier``, and prepare the references.
+
+        ``options``: those of the run, with the device and all references. Raises UsageError or ConfigError.
+        """
+        self._run, self._options, self._notice = run, options, notice
+        self._choice = ModelChoice.from_options(options.model, 1, device=parse_devices(options.model.device)[0])
+        self._references = read_all_references(options, notice)
+        self._choice.check_guidance(self._references)
+        steps = self._choice.resolve_learn_steps(options.sequences.learn_steps, is_shot=run.is_shot)
+        self._digest = run_digest(options, self._references, run.output, self._choice)
+        self._predictor: Predictor = earlier._predictor if earlier else self._choice.load_predictor()
+        self._prepared = prepare_references(self._predictor, self._references, steps, notice, is_shot=run.is_shot)
+        for sentence in self._prepared.notices:
+            notice(sentence)
+        self._images: OrderedDict[int, OpenImage] = OrderedDict()
+
+    @property
+    def name(self) -> str:
+        """Name of the model, for people."""
+        return self._choice.config.title
+
+    def open_image(self, id: int) -> OpenImage:
+        """Return an image that is ready for answers. Raises ImageError."""
+        job = self._run.jobs[id]
+        state = tuple((status.st_size, status.st_mtime_ns) for status in (path.stat() for path in job.files))
+        image = self._images.pop(id, None)
+        if image is None or image.source_state != state:
+            source = job.read_image()
+            mattes = None if job.mattes is None else job.mattes.read(source.windows)
+            frame = self._predictor.prepare_frame(source.rgb, source.windows, mattes=mattes)
+            matting = create_matting(self._predictor, lambda _: self._prepared, self._find_shot(id, job), self._notice)
+            image = OpenImage(state, frame, source.windows, matting.open_session(job, frame))
+        self._images[id] = image
+        while len(self._images) > 1 and (
+            len(self._images) > MAX_SESSIONS
+            or sum(each.frame.rgb.nbytes for each in self._images.values()) > MAX_SESSION_BYTES
+        ):
+            self._images.popitem(last=False)
+        return image
+
+    def answer(self, id: int, shapes: Shapes, *, refined: bool) -> ImageU8:
+        """Return the alpha that hints make, uint8 [H,W] of the display window. Raises IcmError."""
+        image = self.open_image(id)
+        hints = self._parse(shapes, image.windows)
+        if hints is None and self._run.is_shot:
+            alpha = self._matte_in_shot(id, image)
+        else:
+            alpha = image.session.matte(hints) if refined else image.session.coarse(hints)
+        return image.windows.move_pixels(alpha, image.windows.display_window)
+
+    def correct(self, id: int, shapes: Shapes, stamp: str, begin_writing: Callable[[Annotation | None], None]) -> None:
+        """Matte an image with other hints, and write its files with the stamp, as the engine of a run does.
+
+        ``begin_writing`` is called before files are replaced, with the content of the file of hints; None for none.
+        Raises IcmError if the image fails.
+        """
+        windows = self.open_image(id).windows
+        shapes = clean_shapes(shapes, windows.display)
+        self._parse(shapes, windows)  # raises errors before anything is changed
+        source, annotation = self._run.jobs[id].files[0], None
+        if shapes:
+            annotation = make_annotation(shapes, self._run.hint_target(id), source, windows.display)
+        results: list[ImageResult] = []
+        with self._unsaved_hints(id, annotation) as hints:
+            job = replace(self._run.jobs[id], hints=hints)
+            job = replace(
+                job, planned=replace(job.planned, has_hints=hints is not None), replaceable=file_identities(job)
+            )
+            shot = self._find_shot(id, job)
+            options = EngineOptions(
+                [self._digest],
+                batch_size=1,
+                workers=1,
+                overwrite=True,
+                output=self._run.output,
+                shot=shot,
+                decoder_digest=self._choice.decoder_digest(),
+            )
+            inner = create_matting(self._predictor, lambda _: self._prepared, shot, self._notice)
+            matting = _StampedMatting(inner, stamp, lambda: begin_writing(annotation))
+            Engine(self._predictor, matting, options, on_result=results.append, notice=self._notice).run([job])
+        if results[-1].status != "done":
+            raise IcmError(results[-1].reason)
+
+    def _parse(self, shapes: Shapes, windows: ImageWindows) -> Hints | None:
+        """Return the hints about the data window of an image. Raises UsageError."""
+        hints = parse_shapes(clean_shapes(shapes, windows.display), windows.display)
+        return None if hints is None else move_hints(hints, windows)
+
+    @contextlib.contextmanager
+    def _unsaved_hints(self, id: int, annotation: Annotation | None) -> Iterator[ImageHints | None]:
+        """Context with the hints as they would be read from their file, which is not written yet."""
+        if annotation is None:
+            yield None
+            return
+        with tempfile.TemporaryDirectory(prefix="icm-") as folder:
+            path = Path(folder) / "hints.json"
+            write_json(path, annotation)
+            yield ImageHints.check(self._run.jobs[id].name, [path])
+
+    def _find_shot(self, id: int, job: Job) -> Shot | None:
+        """Return the shot of an image, given as ``job``, with the hints that exist now; None if the run has no shots.
+
+        Raises UsageError for a file of hints that cannot be used.
+        """
+        ids = self._run.shot_of(id)
+        if ids is None:
+            return None
+        references = {real_path(path) for path in self._options.references.ref}
+        jobs = []
+        for each in ids:
+            frame, paths = self._run.jobs[each], self._run.hint_paths(each)
+            if each == id:
+                jobs.append(job)
+            elif not any(real_path(path) in references for path in frame.files):
+                jobs.append(replace(frame, hints=ImageHints.check(frame.name, paths) if paths else None))
+        return order_as_shot(jobs, self._options.references.ref, self._references, None)[1]
+
+    def _matte_in_shot(self, id: int, image: OpenImage) -> ImageU8:
+        """Return the alpha of a frame without hints, to which those of other frames are propagated."""
+        job = replace(self._run.jobs[id], hints=None)
+        matting = create_matting(self._predictor, lambda _: self._prepared, self._find_shot(id, job), self._notice)
+        matting.begin_run([job])
+        (result,) = matting.matte([job], [image.frame])
+        return alpha_to_u8(self._predictor.alpha_at_source(image.frame, result))
+
+
+class _StampedMatting:
+    """Mattes frames as another one does, and adds the stamp of a review; ``begin_writing`` is called afterwards."""
+
+    def __init__(self, inner: FrameMatting, stamp: str, begin_writing: Callable[[], None]) -> None:
+        self._inner, self._stamp, self._begin_writing = inner, stamp, begin_writing
+
+    @property
+    def keeps_order(self) -> bool:
+        return self._inner.keeps_order
+
+    def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
+        return self._inner.begin_run(jobs)
+
+    def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
+        alphas = self._inner.matte(jobs, frames)
+        self._begin_writing()
+        return [replace(each, provenance={**each.provenance, REVIEWED_KEY: self._stamp}) for each in alphas]
