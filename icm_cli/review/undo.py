@@ -7,6 +7,7 @@ loses nothing: undo then restores what is there already.
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ class UndoCopies:
     """The copies of earlier files of a review, below ``.icm/undo``."""
 
     def __init__(self, record_folder: Path) -> None:
-        self._folder = record_folder / UNDO_NAME
+        self._root, self._folder = record_folder.parent, record_folder / UNDO_NAME
 
     def save(self, paths: Sequence[Path], status: str) -> Entry:
         """Copy the files that exist, and return the entry. Raises OutputError."""
@@ -35,7 +36,8 @@ class UndoCopies:
         try:
             for number, path in enumerate(paths):
                 copy = f"{number}{path.suffix}" if path.is_file() else None
-                files.append({"path": str(path), "copy": copy})
+                below = path.relative_to(self._root) if path.is_relative_to(self._root) else path
+                files.append({"path": str(below), "copy": copy})
                 if copy is not None:
                     folder.mkdir(parents=True, exist_ok=True)
                     shutil.copy2(path, folder / copy)
@@ -48,22 +50,31 @@ class UndoCopies:
 
         Raises IcmError if the alpha was written again since the change, and OutputError.
         """
-        is_complete = entry["alpha"] is not None  # else the process was killed during the change
-        if entry["files"] and is_complete and identify(alpha) != tuple(entry["alpha"]):
+        copies = {self._root / file["path"]: file["copy"] for file in entry["files"]}
+        if not self._may_replace(alpha, entry, copies.get(alpha)):
             raise IcmError(
                 f"{alpha} was written again since this change, and is not replaced; correct the new alpha instead"
             )
-        for file in reversed(entry["files"]):
-            path = Path(file["path"])
-            if file["copy"] is None:
+        for path, name in reversed(copies.items()):
+            if name is None:
                 path.unlink(missing_ok=True)
                 continue
-            saved = self._folder / entry["folder"] / file["copy"]
+            saved = self._folder / entry["folder"] / name
             try:
                 with saved.open("rb") as copy, atomic_write(path) as out:
                     shutil.copyfileobj(copy, out)
+                    out.flush()
+                    times = os.fstat(copy.fileno())
+                    os.utime(out.fileno(), ns=(times.st_atime_ns, times.st_mtime_ns))
             except OSError as error:
                 raise IcmError(f"{path} cannot be restored from {saved}: {describe_os_error(error)}") from error
+
+    def _may_replace(self, alpha: Path, entry: Entry, copy: str | None) -> bool:
+        """Return whether an alpha is the one that the change wrote, or already the earlier one."""
+        if not entry["files"] or entry["alpha"] is None:  # the process was killed during the change
+            return True
+        before = None if copy is None else identify(self._folder / entry["folder"] / copy)
+        return identify(alpha) in (tuple(entry["alpha"]), before)
 
     def discard(self, entry: Entry) -> None:
         """Remove the copies of an entry."""
