@@ -15,10 +15,9 @@ export class Answers {
   /** The draft that waits for the model. */
   waiting = null;
 
-  /** `show(draft, shapes, blob, isRefined)` gets the answers, `describe(text)` what is being computed. */
+  /** `show(draft, shapes, blob, isRefined, signal)` gets the answers, `describe(text)` what is being computed. */
   constructor(show, describe) {
-    this.show = show;
-    this.describe = describe;
+    Object.assign(this, { show, describe });
     store.on("run", () => {
       if (this.waiting !== null && store.run.model_state === "ready") this.ask(this.waiting);
     });
@@ -43,18 +42,15 @@ export class Answers {
 
   /** Ask for coarse answers one after the other while the user drags something. */
   async askWhileDragging(draft) {
-    if (this.isBusy) {
-      this.isOutdated = true;
-      return;
-    }
+    this.isOutdated = this.isBusy;
+    if (this.isBusy) return;
     this.cancel();
-    const { signal } = this.controller;
     this.isBusy = true;
+    const { signal } = this.controller;
     await this.request(draft, false);
     if (signal.aborted) return;
-    const isOutdated = this.isOutdated;
-    this.isBusy = this.isOutdated = false;
-    if (isOutdated) this.askWhileDragging(draft);
+    this.isBusy = false;
+    if (this.isOutdated) this.askWhileDragging(draft);
   }
 
   async request(draft, isRefined) {

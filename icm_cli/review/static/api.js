@@ -4,61 +4,48 @@
 export class ApiError extends Error {
   constructor(message, status, image = null) {
     super(message);
-    this.status = status;
-    this.image = image;
+    Object.assign(this, { status, image });
   }
 }
+
+/** Return whether an error only says that a request was aborted. */
+export const isAborted = (error) => error.name === "AbortError";
 
 /** Any text that differs between browser tabs: the server drops superseded answers of the same tab. */
 const tab = crypto.getRandomValues(new Uint32Array(2)).join("-");
 
-async function call(method, path, { body, signal } = {}) {
-  const options = { method, signal };
-  if (method !== "GET") {
-    options.headers = { "Content-Type": "application/json" };
-    options.body = JSON.stringify(body ?? {});
-  }
+async function call(method, path, { body = {}, signal } = {}) {
+  const content = { headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
   let response;
   try {
-    response = await fetch(path, options);
+    response = await fetch(path, { method, signal, ...(method === "GET" ? {} : content) });
   } catch (error) {
-    if (error.name === "AbortError") throw error;
+    if (isAborted(error)) throw error;
     throw new ApiError("The server does not answer. Start `icm review` again, if it has ended.", 0);
   }
   if (response.ok) return response;
-  let content = {};
-  try {
-    content = await response.json();
-  } catch (error) {
-    if (error.name === "AbortError") throw error; // other errors: the body is no JSON
-  }
-  const expired = "This page has expired, because the server was started again. Open the URL that it printed.";
-  const fallback = response.status === 403 ? expired : `The server answered with status ${response.status}.`;
-  throw new ApiError(content.error ?? fallback, response.status, content.image);
+  const { error, image } = await response.json().catch(() => ({})); // a proxy may answer without JSON
+  throw new ApiError(error ?? `The server answered with status ${response.status}.`, response.status, image);
 }
 
 const json = async (...request) => (await call(...request)).json();
 const blob = async (...request) => (await call(...request)).blob();
-const image = (id) => `/api/images/${id}`;
+const part = (id, name, query = {}) => `/api/images/${id}/${name}?${new URLSearchParams(query)}`;
 
 export const api = {
   run: () => json("GET", "/api/run"),
   images: (since) => json("GET", since === null ? "/api/images" : `/api/images?since=${since}`),
-  details: (id, signal) => json("GET", image(id), { signal }),
-  thumbnail: (id, view, version, signal) =>
-    blob("GET", `${image(id)}/thumbnail?view=${view}&v=${encodeURIComponent(version)}`, { signal }),
-  source: (id, signal) => blob("GET", `${image(id)}/source`, { signal }),
-  alpha: (id, version, signal) => blob("GET", `${image(id)}/alpha?v=${encodeURIComponent(version)}`, { signal }),
-  answer: (id, hints, refined, signal) => blob("POST", `${image(id)}/answer`, { body: { hints, refined, tab }, signal }),
-  accept: (id, revision, hints) => json("POST", `${image(id)}/accept`, { body: { revision, hints } }),
-  reject: (id, revision) => json("POST", `${image(id)}/reject`, { body: { revision } }),
-  undo: (id, revision) => json("POST", `${image(id)}/undo`, { body: { revision } }),
+  details: (id) => json("GET", `/api/images/${id}`),
+  thumbnail: (id, view, v, signal) => blob("GET", part(id, "thumbnail", { view, v }), { signal }),
+  source: (id, signal) => blob("GET", part(id, "source"), { signal }),
+  alpha: (id, v, signal) => blob("GET", part(id, "alpha", { v }), { signal }),
+  answer: (id, hints, refined, signal) => blob("POST", part(id, "answer"), { body: { hints, refined, tab }, signal }),
+  accept: (id, revision, hints) => json("POST", part(id, "accept"), { body: { revision, hints } }),
+  reject: (id, revision) => json("POST", part(id, "reject"), { body: { revision } }),
+  undo: (id, revision) => json("POST", part(id, "undo"), { body: { revision } }),
   teach: (id, kind, area) => json("POST", "/api/references", { body: { id, kind, area } }),
   forget: (id) => json("DELETE", `/api/references/${id}`),
   recomputeState: () => json("GET", "/api/recompute"),
   recompute: () => json("POST", "/api/recompute"),
   stopRecompute: () => json("POST", "/api/recompute/stop"),
 };
-
-/** Return whether an error only says that a request was aborted. */
-export const isAborted = (error) => error.name === "AbortError";

@@ -13,35 +13,31 @@ const running = new Map();
 let openImage = () => {};
 
 /** Set how messages open an image. */
-export function setOpener(open) {
-  openImage = open;
-}
+export const setOpener = (open) => (openImage = open);
+/** Return the id of the last image that was decided on in this page and not taken back, or undefined. */
+export const lastDecided = () => decided.at(-1);
+const nameOf = (id) => baseName(store.items.get(id).name);
 
 /** Accept an image with its unsaved hints. Returns whether the server has saved it. */
 export async function accept(id) {
   const draft = findDraft(id);
   const shapes = draft?.shapes;
-  const isSaved = await decide(id, "accept", async (item) => {
-    const hints = draft?.isDirty ? await draft.encode() : null;
-    return api.accept(id, item.revision, hints);
-  });
+  const isSaved = await decide(id, "accept", async ({ revision }) =>
+    api.accept(id, revision, draft?.isDirty ? await draft.encode() : null),
+  );
   if (isSaved) draft?.markSaved(shapes);
   return isSaved;
 }
 
-/** Reject an image. */
-export const reject = (id) => decide(id, "reject", (item) => api.reject(id, item.revision));
+export const reject = (id) => decide(id, "reject", ({ revision }) => api.reject(id, revision));
 
-/** Return the id of the last image that was decided on in this page and not taken back, or undefined. */
-export const lastDecided = () => decided.at(-1);
-
-/** Take back the last decision on an image, also one that is being saved. */
+/** Take back the last decision on an image, also one that is being saved. Its hints stay in the page. */
 export async function undo(id) {
   await running.get(id);
-  if (!(await send(id, "undo", (item) => api.undo(id, item.revision)))) return;
+  if (!(await send(id, "undo", ({ revision }) => api.undo(id, revision)))) return;
   removeDecided(id);
-  findDraft(id)?.markUnsaved();
-  notify(`Taken back: ${nameOf(id)}`);
+  findDraft(id)?.markSaved(null);
+  notify(`${nameOf(id)}: decision taken back`);
   openImage(id);
 }
 
@@ -76,33 +72,30 @@ function removeDecided(id) {
 
 /** Send a change of an image. Returns whether the server has made it. */
 async function send(id, action, request) {
-  const sent = perform(id, action, request);
-  running.set(id, sent);
+  const attempt = async () => {
+    try {
+      store.update([await request(store.items.get(id))]);
+      return true;
+    } catch (error) {
+      reportFailure(id, action, error);
+      return false;
+    }
+  };
+  const result = attempt();
+  running.set(id, result);
   store.setPending(id, true);
-  const isDone = await sent;
+  await result;
   running.delete(id);
   store.setPending(id, false);
-  return isDone;
-}
-
-async function perform(id, action, request) {
-  try {
-    store.update([await request(store.items.get(id))]);
-    return true;
-  } catch (error) {
-    reportFailure(id, action, error);
-    return false;
-  }
+  return result;
 }
 
 function reportFailure(id, action, error) {
-  const isConflict = error.status === 409 && error.image !== null && error.image !== undefined;
+  const isConflict = error.status === 409 && Boolean(error.image);
   if (isConflict) store.update([error.image]);
-  const kept = store.isDraft(id) ? " Your hints are kept." : "";
   const text = isConflict
-    ? `${nameOf(id)} was changed in another window, so your decision was not saved. The page shows its newest state.${kept}`
-    : `${nameOf(id)} (${action}): ${error.message}${kept}`;
-  reportError(text, { topic: `decision ${id}`, action: { label: "Open image", run: () => openImage(id) } });
+    ? `${nameOf(id)} was changed in another window, so your decision was not saved. The page shows its newest state.`
+    : `${nameOf(id)} (${action}): ${error.message}`;
+  const kept = store.isDraft(id) ? " Your hints are kept." : "";
+  reportError(text + kept, { topic: `decision ${id}`, action: { label: "Open image", run: () => openImage(id) } });
 }
-
-const nameOf = (id) => baseName(store.items.get(id).name);

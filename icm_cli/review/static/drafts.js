@@ -4,6 +4,7 @@ import { encodeShapes, readShapes } from "./shapes.js";
 import { store } from "./store.js";
 
 const drafts = new Map();
+const isEqual = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 
 /** The hints of one image, with the steps to undo and redo. A list of shapes is replaced, never changed. */
 class Draft {
@@ -11,9 +12,8 @@ class Draft {
   future = [];
   /** The last refined answer: {shapes, blob}. */
   answer = null;
-  encoded = null;
 
-  constructor(id, width, height, shapes) {
+  constructor({ id, width, height }, shapes) {
     Object.assign(this, { id, width, height, shapes, saved: shapes });
   }
 
@@ -26,73 +26,60 @@ class Draft {
   change(shapes, isStep = true) {
     if (isStep) this.past.push(this.shapes);
     this.future = [];
-    this.set(shapes);
+    this.set(shapes, this.saved);
   }
 
-  undo() {
-    if (this.past.length === 0) return false;
-    this.future.push(this.shapes);
-    this.set(this.past.pop());
+  /** Go one step back, or forward again. Returns whether there was one. */
+  undo(from = this.past, to = this.future) {
+    if (from.length === 0) return false;
+    to.push(this.shapes);
+    this.set(from.pop(), this.saved);
     return true;
   }
 
   redo() {
-    if (this.future.length === 0) return false;
-    this.past.push(this.shapes);
-    this.set(this.future.pop());
-    return true;
+    return this.undo(this.future, this.past);
   }
 
-  set(shapes) {
+  set(shapes, saved) {
     const wasDirty = this.isDirty;
-    this.shapes = shapes;
+    Object.assign(this, { shapes, saved });
     if (wasDirty !== this.isDirty) store.emit("items", new Set([this.id]));
   }
 
-  /** Set the shapes that the server has. Own shapes are kept if they were not saved. */
-  setSaved(shapes) {
-    if (this.isDirty && JSON.stringify(this.shapes) !== JSON.stringify(shapes)) {
-      this.saved = shapes;
-      return;
-    }
-    const isEqual = JSON.stringify(this.saved) === JSON.stringify(shapes);
-    if (!isEqual) [this.past, this.future, this.answer] = [[], [], null];
-    this.saved = this.shapes = isEqual ? this.saved : shapes;
+  /** Note which shapes the server has; null: none of those here. The shapes here stay. */
+  markSaved(saved) {
+    this.set(this.shapes, saved);
   }
 
-  /** Note that the server has saved these shapes. */
-  markSaved(shapes) {
-    this.saved = shapes;
-    store.emit("items", new Set([this.id]));
-  }
-
-  /** Note that the server has taken the hints back; here they are kept. */
-  markUnsaved() {
-    this.saved = null;
-    store.emit("items", new Set([this.id]));
+  /** Take the shapes that the server sent, unless there are others here that are not saved. */
+  receive(shapes) {
+    if (this.isDirty && !isEqual(this.shapes, shapes)) this.markSaved(shapes);
+    else if (!isEqual(this.saved, shapes)) {
+      [this.past, this.future, this.answer] = [[], [], null];
+      this.set(shapes, shapes);
+    } else this.set(this.saved, this.saved);
   }
 
   /** Return the promise of the hints as the server takes them. */
   encode() {
-    if (this.encoded?.shapes !== this.shapes) {
-      this.encoded = { shapes: this.shapes, hints: encodeShapes(this.shapes, this.width, this.height) };
-    }
+    const { shapes, width, height } = this;
+    if (this.encoded?.shapes !== shapes) this.encoded = { shapes, hints: encodeShapes(shapes, width, height) };
     return this.encoded.hints;
   }
 }
 
 /** Return the draft of an image whose details the server sent. */
-export async function openDraft({ id, width, height, hints }) {
-  const shapes = await readShapes(hints);
-  const draft = drafts.get(id);
-  if (draft === undefined) drafts.set(id, new Draft(id, width, height, shapes));
-  else draft.setSaved(shapes);
-  return drafts.get(id);
+export async function openDraft(details) {
+  const shapes = await readShapes(details.hints);
+  const draft = drafts.get(details.id) ?? new Draft(details, shapes);
+  drafts.set(details.id, draft);
+  draft.receive(shapes);
+  return draft;
 }
 
 /** Return the draft of an image, or undefined if it was never open. */
 export const findDraft = (id) => drafts.get(id);
-
 /** Return whether any image has hints that are not saved. */
 export const hasDirtyDraft = () => [...drafts.values()].some((draft) => draft.isDirty);
 

@@ -1,4 +1,4 @@
-// Tools on the image: points, box, brushes, panning, zooming, and the pointer that the keyboard moves.
+// Tools on the image: points, box, brushes, moving and zooming, and a pointer that the keyboard moves.
 
 import { byId, setText } from "./dom.js";
 import { COLOURS, Marks } from "./marks.js";
@@ -8,6 +8,8 @@ import { store } from "./store.js";
 
 const HIT_PX = 9;
 const DIVIDER_PX = 8;
+/** A point moves only if it is dragged further than this. */
+const MOVE_PX = 4;
 const ZOOM_STEP = 1.2;
 const KEY_STEP_PX = 10;
 const TOOL_HINTS = {
@@ -18,14 +20,16 @@ const TOOL_HINTS = {
   erase: "Paint over painted areas to remove them.",
   pan: "Drag the image. With other tools: middle button, or Space and drag.",
 };
-const BRUSHES = { keep: COLOURS.keep, drop: COLOURS.drop, erase: "#fff" };
+const BRUSHES = { keep: COLOURS.positive, drop: COLOURS.negative, erase: COLOURS.erase };
+/** Label of paint -> label of the points that it replaces. */
+const OPPOSITES = { keep: "bg", drop: "fg" };
 
 export class Editor {
   tool = "point";
   draft = null;
   isVisible = true;
   isSpaceDown = false;
-  /** Where the pointer is, and where the keyboard's one is, in pixels of the image; null: outside. */
+  /** Where the mouse is, and where the pointer of the keyboard is, in pixels of the image; null: nowhere. */
   cursor = null;
   crosshair = null;
   /** The drag in progress: {move(point, event), end()}. */
@@ -33,17 +37,18 @@ export class Editor {
 
   /** `changed(isDragging)` is called when the hints of the draft have changed. */
   constructor(viewer, changed) {
-    this.viewer = viewer;
-    this.changed = changed;
-    this.canvas = byId("marks");
+    Object.assign(this, { viewer, changed, canvas: byId("marks") });
     this.marks = new Marks(this.canvas, viewer);
-    this.canvas.addEventListener("pointerdown", (event) => this.handleDown(event));
-    this.canvas.addEventListener("pointermove", (event) => this.handleMove(event));
-    this.canvas.addEventListener("pointerup", () => this.endDrag());
-    this.canvas.addEventListener("pointercancel", () => this.endDrag());
-    this.canvas.addEventListener("pointerleave", () => this.setCursor(null));
-    this.canvas.addEventListener("contextmenu", (event) => event.preventDefault());
-    this.canvas.addEventListener("wheel", (event) => this.handleWheel(event), { passive: false });
+    const handlers = {
+      pointerdown: (event) => this.handleDown(event),
+      pointermove: (event) => this.handleMove(event),
+      pointerup: () => this.endDrag(),
+      pointercancel: () => this.endDrag(),
+      pointerleave: () => this.setCursor(null),
+      contextmenu: (event) => event.preventDefault(),
+      wheel: (event) => this.handleWheel(event),
+    };
+    for (const [name, handle] of Object.entries(handlers)) this.canvas.addEventListener(name, handle, { passive: false });
     byId("brush-size").addEventListener("input", (event) => this.setBrush(Number(event.target.value)));
     this.setTool(this.tool);
     this.setBrush(store.settings.brush);
@@ -54,7 +59,6 @@ export class Editor {
     this.drag = this.crosshair = null;
     this.draw();
   }
-
   setTool(tool) {
     this.tool = tool;
     for (const button of byId("tools").children) button.setAttribute("aria-pressed", button.dataset.tool === tool);
@@ -63,207 +67,170 @@ export class Editor {
     this.canvas.dataset.tool = tool;
     this.draw();
   }
-
   /** Set the radius of the brush in pixels of the image. */
   setBrush(radius) {
-    const { min, max } = byId("brush-size");
-    const value = Math.min(Number(max), Math.max(Number(min), Math.round(radius)));
-    byId("brush-size").value = value;
+    byId("brush-size").value = Math.round(radius); // within its limits
+    const value = Number(byId("brush-size").value);
     setText(byId("brush-value"), `${value} px`);
     if (value !== store.settings.brush) store.setSetting("brush", value);
     this.draw();
   }
-
+  setDivision(division) {
+    byId("compare-position").value = 100 * division;
+    this.viewer.set({ division: Math.min(1, Math.max(0, division)) });
+  }
+  setCursor(point) {
+    this.cursor = point;
+    this.showPixel(point);
+    this.draw();
+  }
   draw() {
     const brush = this.tool in BRUSHES ? { radius: store.settings.brush, colour: BRUSHES[this.tool] } : null;
-    const { isVisible, cursor, crosshair } = this;
-    this.marks.draw({ shapes: this.draft?.shapes ?? [], isVisible, cursor, crosshair, brush });
+    this.marks.draw({ ...this, shapes: this.draft?.shapes ?? [], brush });
   }
-
-  // ---- pointer
+  showPixel(point) {
+    const [red, green, blue, alpha] = (point && this.viewer.readPixel(...point)) ?? [];
+    const colour = `RGB ${red} ${green} ${blue}   A ${alpha} (${(alpha / 255).toFixed(2)})`;
+    setText(byId("readout"), alpha === undefined ? "" : `x, y ${point.map(Math.floor).join(", ")}   ${colour}`);
+  }
 
   handleDown(event) {
     if (this.draft === null || this.drag !== null) return;
-    this.canvas.setPointerCapture(event.pointerId);
+    const { viewer, canvas } = this;
+    const { button, offsetX, offsetY } = event;
+    canvas.setPointerCapture(event.pointerId);
     this.crosshair = null;
-    const { viewer } = this;
-    const isPan = event.button === 1 || this.isSpaceDown || (this.tool === "pan" && event.button === 0);
-    const dividerPx = viewer.division * this.canvas.clientWidth;
-    if (isPan) {
-      event.preventDefault(); // no automatic scrolling
-      this.drag = { move: (_, each) => viewer.panBy(each.movementX, each.movementY), end: () => {} };
-    } else if (viewer.isComparing && Math.abs(event.offsetX - dividerPx) < DIVIDER_PX) {
-      this.drag = { move: (_, each) => this.setDivision(each.offsetX / this.canvas.clientWidth), end: () => {} };
-    } else if (event.button === 0 || (event.button === 2 && this.tool === "point")) {
-      const isNegative = event.button === 2 || event.altKey || event.ctrlKey;
-      this.press(viewer.toImage(event.offsetX, event.offsetY), isNegative);
+    if (button === 1 || this.isSpaceDown || (this.tool === "pan" && button === 0)) {
+      this.drag = { move: (_, { movementX, movementY }) => viewer.panBy(movementX, movementY), end() {} };
+    } else if (viewer.isComparing && Math.abs(offsetX - viewer.division * canvas.clientWidth) < DIVIDER_PX) {
+      this.drag = { move: (_, each) => this.setDivision(each.offsetX / canvas.clientWidth), end() {} };
+    } else if (button === 0 || (button === 2 && this.tool === "point")) {
+      this.press(viewer.toImage(offsetX, offsetY), button === 2 || event.altKey || event.ctrlKey);
     }
+    if (button === 1) event.preventDefault(); // no automatic scrolling
   }
-
   handleMove(event) {
     const point = this.viewer.toImage(event.offsetX, event.offsetY);
     this.drag?.move(point, event);
     this.setCursor(point);
   }
-
   handleWheel(event) {
     event.preventDefault();
     const steps = event.deltaMode === WheelEvent.DOM_DELTA_PIXEL ? event.deltaY / 100 : event.deltaY / 3;
     const speed = event.ctrlKey ? 4 : 1; // a pinch on a touchpad has small steps
     this.viewer.zoomTo(this.viewer.zoom * ZOOM_STEP ** (-steps * speed), event.offsetX, event.offsetY);
   }
-
   endDrag() {
     const { drag } = this;
     this.drag = null;
     drag?.end();
   }
 
-  setDivision(division) {
-    const value = Math.min(1, Math.max(0, division));
-    byId("compare-position").value = 100 * value;
-    this.viewer.set({ division: value });
-  }
-
-  setCursor(point) {
-    this.cursor = point;
-    this.showPixel(point);
-    this.draw();
-  }
-
-  showPixel(point) {
-    const values = point === null ? null : this.viewer.readPixel(...point);
-    if (values === null) setText(byId("readout"), "");
-    else {
-      const [red, green, blue, alpha] = values;
-      const position = point.map(Math.floor).join(", ");
-      setText(byId("readout"), `x, y ${position}   RGB ${red} ${green} ${blue}   A ${alpha} (${(alpha / 255).toFixed(2)})`);
-    }
-  }
-
-  // ---- keyboard
-
-  /** Move the keyboard's pointer by steps of the screen. */
+  /** Move the pointer of the keyboard by steps of the screen. */
   moveCrosshair(x, y, stepPx = KEY_STEP_PX) {
     if (this.draft === null) return;
-    const centre = this.viewer.toImage(this.canvas.clientWidth / 2, this.canvas.clientHeight / 2);
-    const [oldX, oldY] = this.crosshair ?? centre;
     const step = (stepPx * this.viewer.ratio) / this.viewer.zoom;
-    this.crosshair = this.clip(this.crosshair === null ? [oldX, oldY] : [oldX + x * step, oldY + y * step]);
+    const centre = this.viewer.toImage(this.canvas.clientWidth / 2, this.canvas.clientHeight / 2);
+    const target = this.crosshair === null ? centre : [this.crosshair[0] + x * step, this.crosshair[1] + y * step];
+    this.crosshair = this.clip(target);
     this.showPixel(this.crosshair);
-    if (this.drag !== null) this.drag.move(this.crosshair);
+    this.drag?.move(this.crosshair);
     this.draw();
   }
-
-  /** Use the tool at the keyboard's pointer. A box needs two presses: its corners. */
+  /** Use the tool at the pointer of the keyboard. A box needs two presses: its corners. */
   pressCrosshair(isNegative) {
     if (this.crosshair === null || this.draft === null) return;
-    const { crosshair } = this;
-    if (this.drag !== null) this.endDrag();
-    else {
-      this.press(crosshair, isNegative);
-      if (this.tool === "box") notify("Move the pointer to the opposite corner, and press Enter.");
-      else this.endDrag();
-    }
-    this.crosshair = crosshair;
-    this.draw();
+    const isBoxStart = this.tool === "box" && this.drag === null;
+    if (this.drag === null) this.press(this.crosshair, isNegative);
+    if (isBoxStart) notify("Move the pointer to the opposite corner, and press Enter.");
+    else this.endDrag();
   }
-
-  // ---- tools
 
   /** Begin to use the tool at a point of the image. */
   press(point, isNegative) {
-    if (this.tool === "point") this.pressPoint(point, isNegative);
-    else if (this.tool === "box") this.pressBox(point);
-    else if (this.tool in BRUSHES) this.pressBrush(point);
+    if (this.tool in BRUSHES) this.pressBrush(point);
+    else if (this.tool === "box") this.pressBox(this.clip(point).map(Math.round));
+    else if (this.tool === "point") {
+      const hit = this.findPoint(point);
+      if (hit !== undefined) this.movePoint(hit, false);
+      else if (this.isInside(point)) this.addPoint(point, isNegative);
+    }
   }
-
-  change(shapes, { isStep = true, isDragging = false } = {}) {
+  change(shapes, isStep = true) {
     this.draft.change(shapes, isStep);
     this.draw();
-    this.changed(isDragging);
+    this.changed(true);
   }
 
-  pressPoint(point, isNegative) {
-    const hit = this.findPoint(point);
-    if (hit !== undefined) {
-      this.movePoint(hit, { isNew: false });
-      return;
-    }
-    if (!this.isInside(point)) return;
+  addPoint(point, isNegative) {
+    const { shapes } = this.draft;
     const [label, opposite] = isNegative ? ["bg", "keep"] : ["fg", "drop"];
-    if (coversPoint(this.draft.shapes, opposite, point)) {
+    if (coversPoint(shapes, opposite, point)) {
       notify(`This point is in an area that is painted as "${opposite}". Erase the paint first (E).`);
       return;
     }
     const shape = { label, shape_type: "point", points: [toPixelCentre(point)] };
-    const shapes = isNegative ? this.draft.shapes : this.draft.shapes.map((each) => growBox(each, point));
-    this.change([...shapes, shape], { isDragging: true });
-    this.movePoint(shape, { isNew: true });
+    this.change([...(isNegative ? shapes : shapes.map((each) => growBox(each, point))), shape]);
+    this.movePoint(shape, true);
   }
-
-  /** Begin to move a point. A point that was there and is not moved is removed. */
-  movePoint(shape, { isNew }) {
+  /** Begin to move a point. A point that was there before and is not moved is removed. */
+  movePoint(shape, isNew) {
     let current = shape;
-    let isMoved = false;
-    const start = shape.points[0];
+    const [[startX, startY]] = shape.points;
     const move = (point) => {
-      const distance = Math.hypot(point[0] - start[0], point[1] - start[1]) * this.viewer.zoom;
-      if (!isMoved && distance < 4 * this.viewer.ratio) return;
+      const distance = Math.hypot(point[0] - startX, point[1] - startY) * this.viewer.zoom;
+      if (current === shape && distance < MOVE_PX * this.viewer.ratio) return;
       const moved = { ...current, points: [toPixelCentre(this.clip(point))] };
       const shapes = this.draft.shapes.map((each) => (each === current ? moved : each));
-      this.change(shapes, { isStep: !isMoved && !isNew, isDragging: true });
+      this.change(shapes, current === shape && !isNew);
       current = moved;
-      isMoved = true;
     };
     const end = () => {
-      if (!isNew && !isMoved) this.change(this.draft.shapes.filter((each) => each !== shape));
-      else this.changed(false);
+      if (!isNew && current === shape) this.change(this.draft.shapes.filter((each) => each !== shape));
+      this.changed(false);
     };
     this.drag = { move, end };
   }
-
-  findPoint(point) {
+  findPoint([x, y]) {
     const reach = (HIT_PX * this.viewer.ratio) / this.viewer.zoom;
-    const isHit = ([x, y]) => Math.hypot(x - point[0], y - point[1]) <= reach;
-    return this.isVisible ? this.draft.shapes.findLast((each) => each.shape_type === "point" && isHit(each.points[0])) : undefined;
+    const isNear = ({ points: [[otherX, otherY]] }) => Math.hypot(otherX - x, otherY - y) <= reach;
+    const isHit = (shape) => this.isVisible && shape.shape_type === "point" && isNear(shape);
+    return this.draft.shapes.findLast(isHit);
   }
 
-  pressBox(point) {
-    const start = this.clip(point).map(Math.round);
+  /** Begin a box, which replaces the one before and the points on the object outside it. */
+  pressBox(start) {
     const before = this.draft.shapes;
-    let isMoved = false;
-    const move = (other) => {
-      const end = this.clip(other).map(Math.round);
+    const move = (point) => {
+      const end = this.clip(point).map(Math.round);
       if (start[0] === end[0] || start[1] === end[1]) return;
       const box = { label: "fg", shape_type: "rectangle", points: [start, end] };
       const others = before.filter((each) => !isBox(each) && !isOutside(each, box));
-      this.change([box, ...others], { isStep: !isMoved, isDragging: true });
-      isMoved = true;
+      this.change([box, ...others], this.draft.shapes === before);
     };
-    this.drag = { move, end: () => isMoved && this.changed(false) };
+    this.drag = { move, end: () => this.draft.shapes !== before && this.changed(false) };
   }
 
+  /** Begin a stroke, which replaces the paint below it and the points that contradict it. */
   pressBrush(point) {
-    let stroke = { label: this.tool, shape_type: "brush", radius: store.settings.brush, points: [round(point)] };
-    const opposite = { keep: "bg", drop: "fg" }[this.tool];
-    const isCovered = (each, [x, y]) =>
-      each.shape_type === "point" && each.label === opposite && Math.hypot(each.points[0][0] - x, each.points[0][1] - y) <= stroke.radius + 1;
-    const paint = (target, isStep) => {
-      const kept = this.draft.shapes.filter((each) => each !== stroke && !isCovered(each, target));
-      const points = isStep ? stroke.points : [...stroke.points, round(target)];
-      stroke = { ...stroke, points };
-      this.draft.change([...kept, stroke], isStep);
+    const { tool: label } = this;
+    const radius = store.settings.brush;
+    let stroke = null;
+    const paint = (target) => {
+      const isReplaced = (each) => each === stroke || (each.label === OPPOSITES[label] && isCovered(each, target, radius));
+      const kept = this.draft.shapes.filter((each) => !isReplaced(each));
+      const isFirst = stroke === null;
+      stroke = { label, shape_type: "brush", radius, points: [...(stroke?.points ?? []), target.map(roundTenth)] };
+      this.draft.change([...kept, stroke], isFirst);
       this.draw();
     };
-    paint(point, true);
-    this.drag = { move: (target) => paint(target, false), end: () => this.changed(false) };
+    paint(point);
+    this.drag = { move: paint, end: () => this.changed(false) };
   }
 
   isInside([x, y]) {
     return x >= 0 && y >= 0 && x < this.draft.width && y < this.draft.height;
   }
-
   clip([x, y]) {
     return [Math.min(this.draft.width, Math.max(0, x)), Math.min(this.draft.height, Math.max(0, y))];
   }
@@ -271,22 +238,22 @@ export class Editor {
 
 /** Return the centre of the pixel that contains a point; for a point on the last edge, of the last pixel. */
 const toPixelCentre = (point) => point.map((value) => Math.max(0, Math.ceil(value) - 1) + 0.5);
+const roundTenth = (value) => Math.round(10 * value) / 10;
 
-const round = (point) => point.map((value) => Math.round(10 * value) / 10);
+const isCovered = ({ shape_type: type, points: [[otherX, otherY]] }, [x, y], radius) =>
+  type === "point" && Math.hypot(otherX - x, otherY - y) <= radius + 1;
 
 /** Return a box that also contains a point; other shapes as they are. */
 function growBox(shape, [x, y]) {
-  if (!isBox(shape)) return shape;
   const [left, top, right, bottom] = boxCorners(shape.points);
-  const isContained = x >= left && x <= right && y >= top && y <= bottom;
-  if (isContained) return shape;
-  const points = [[Math.floor(Math.min(left, x)), Math.floor(Math.min(top, y))], [Math.ceil(Math.max(right, x)), Math.ceil(Math.max(bottom, y))]];
-  return { ...shape, points };
+  if (!isBox(shape) || (x >= left && x <= right && y >= top && y <= bottom)) return shape;
+  const start = [Math.floor(Math.min(left, x)), Math.floor(Math.min(top, y))];
+  return { ...shape, points: [start, [Math.ceil(Math.max(right, x)), Math.ceil(Math.max(bottom, y))]] };
 }
 
 /** Return whether a shape is a point on the object outside a box. */
 function isOutside(shape, box) {
-  if (!isPoint(shape) || !isPositive(shape)) return false;
   const [left, top, right, bottom] = boxCorners(box.points);
-  return shape.points.some(([x, y]) => x < left || x > right || y < top || y > bottom);
+  const isBeyond = ([x, y]) => x < left || x > right || y < top || y > bottom;
+  return isPoint(shape) && isPositive(shape) && shape.points.some(isBeyond);
 }

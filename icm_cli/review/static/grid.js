@@ -1,6 +1,6 @@
 // Overview: a virtual grid. Only the cells near the visible part exist; they are reused while scrolling.
 
-import { baseName, byId, create, formatPercent, formatQuality, setText } from "./dom.js";
+import { STATUS_LABELS, baseName, byId, create, formatPercent, formatQuality, setText } from "./dom.js";
 import { store } from "./store.js";
 import { releaseThumbnail, showThumbnail } from "./thumbnails.js";
 
@@ -9,11 +9,11 @@ const CAPTION_PX = 62;
 /** Rows beyond the visible ones whose cells exist. */
 const EXTRA_ROWS = 2;
 const MAX_REASONS = 2;
-export const STATUS_LABELS = { open: "not reviewed", accepted: "accepted", rejected: "rejected" };
 
 export class Grid {
   ids = [];
   active = null;
+  /** Cells in use by id, and those that wait to be used again. */
   cells = new Map();
   spare = [];
   columns = 1;
@@ -26,13 +26,15 @@ export class Grid {
     this.box.append(this.content);
     this.box.addEventListener("scroll", () => this.draw(), { passive: true });
     this.box.addEventListener("keydown", (event) => this.handleKey(event));
-    this.box.addEventListener("click", (event) => {
-      const cell = event.target.closest(".cell");
-      if (cell !== null) this.open(Number(cell.dataset.id));
+    this.box.addEventListener("click", ({ target }) => {
+      const cell = target.closest(".cell");
+      if (cell !== null) open(Number(cell.dataset.id));
     });
     new ResizeObserver(() => this.layOut()).observe(this.box);
     store.on("settings", () => this.layOut());
-    store.on("items", (changed) => this.redraw(changed));
+    store.on("items", (changed) => {
+      for (const id of changed) if (this.cells.has(id)) this.fill(this.cells.get(id), id);
+    });
   }
 
   /** Show a list of ids. The active cell stays the same image if the list still contains it. */
@@ -56,46 +58,40 @@ export class Grid {
     this.draw();
   }
 
+  /** Free all cells, and abort their requests: the overview is hidden. */
+  clear() {
+    for (const id of this.cells.keys()) this.free(id);
+  }
+
   layOut() {
-    const width = this.box.clientWidth;
-    if (width === 0) return; // the overview is hidden
+    const width = this.box.clientWidth - GAP_PX;
+    if (width <= 0) return; // the overview is hidden
     const side = store.settings.thumbnailSize;
-    this.columns = Math.max(1, Math.floor((width - GAP_PX) / (side + GAP_PX)));
-    this.cellPx = Math.floor((width - GAP_PX) / this.columns) - GAP_PX;
+    this.columns = Math.max(1, Math.floor(width / (side + GAP_PX)));
+    this.cellPx = Math.floor(width / this.columns) - GAP_PX;
     this.rowPx = side + CAPTION_PX + GAP_PX;
     this.content.style.height = `${Math.ceil(this.ids.length / this.columns) * this.rowPx + GAP_PX}px`;
     this.draw();
   }
 
-  /** Place the cells of the visible rows; cells of other rows are reused and their requests aborted. */
+  /** Place the cells of the visible rows first, then those around; cells of other rows are freed. */
   draw() {
-    if (!this.rowPx || this.box.clientWidth === 0) return;
-    const { scrollTop, clientHeight } = this.box;
-    const visible = [Math.floor(scrollTop / this.rowPx), Math.ceil((scrollTop + clientHeight) / this.rowPx)];
-    const first = Math.max(0, visible[0] - EXTRA_ROWS) * this.columns;
-    const last = Math.min(this.ids.length, (visible[1] + EXTRA_ROWS) * this.columns);
-    const shown = new Set(this.ids.slice(first, last));
-    if (this.active !== null) shown.add(this.active); // the focus needs its element
-    for (const [id, cell] of this.cells) if (!shown.has(id)) this.free(id, cell);
-    const rank = (index) => (index >= visible[0] * this.columns && index < visible[1] * this.columns ? 0 : 1);
-    const indexes = Array.from({ length: Math.max(0, last - first) }, (_, at) => first + at);
-    for (const index of indexes.sort((a, b) => rank(a) - rank(b) || a - b)) this.place(index);
-    const activeIndex = this.ids.indexOf(this.active);
-    if (activeIndex >= 0 && (activeIndex < first || activeIndex >= last)) this.place(activeIndex);
-    if (this.active === null) this.box.removeAttribute("aria-activedescendant");
-    else this.box.setAttribute("aria-activedescendant", `cell-${this.active}`);
+    const { scrollTop, clientHeight, clientWidth } = this.box;
+    if (!this.rowPx || clientWidth === 0) return;
+    const start = Math.floor(scrollTop / this.rowPx) * this.columns;
+    const end = Math.ceil((scrollTop + clientHeight) / this.rowPx) * this.columns;
+    const extra = EXTRA_ROWS * this.columns;
+    const indexes = new Set([...range(start, end), ...range(start - extra, end + extra)]);
+    indexes.add(this.ids.indexOf(this.active)); // the focus needs its element
+    const shown = [...indexes].filter((index) => index >= 0 && index < this.ids.length);
+    const shownIds = new Set(shown.map((index) => this.ids[index]));
+    for (const id of this.cells.keys()) if (!shownIds.has(id)) this.free(id);
+    for (const index of shown) this.place(index);
+    this.box.setAttribute("aria-activedescendant", `cell-${this.active}`);
   }
 
-  redraw(changed) {
-    for (const id of changed) if (this.cells.has(id) && this.box.clientWidth > 0) this.fill(this.cells.get(id), id);
-  }
-
-  /** Free all cells, and abort their requests: the overview is hidden. */
-  clear() {
-    for (const [id, cell] of this.cells) this.free(id, cell);
-  }
-
-  free(id, cell) {
+  free(id) {
+    const cell = this.cells.get(id);
     releaseThumbnail(cell.image);
     cell.root.hidden = true;
     cell.root.removeAttribute("id");
@@ -105,88 +101,78 @@ export class Grid {
 
   place(index) {
     const id = this.ids[index];
-    let cell = this.cells.get(id);
-    if (cell === undefined) {
-      cell = this.spare.pop() ?? this.createCell();
+    if (!this.cells.has(id)) {
+      const cell = this.spare.pop() ?? this.createCell();
       this.cells.set(id, cell);
       cell.root.hidden = false;
       cell.root.id = `cell-${id}`;
       cell.root.dataset.id = id;
       this.fill(cell, id);
     }
+    const { root, image } = this.cells.get(id);
     const left = GAP_PX + (index % this.columns) * (this.cellPx + GAP_PX);
     const top = GAP_PX + Math.floor(index / this.columns) * this.rowPx;
-    const { style } = cell.root;
-    style.transform = `translate(${left}px, ${top}px)`;
-    style.width = `${this.cellPx}px`;
-    style.height = `${this.rowPx - GAP_PX}px`;
-    cell.root.setAttribute("aria-posinset", index + 1);
-    cell.root.setAttribute("aria-setsize", this.ids.length);
-    cell.root.setAttribute("aria-selected", id === this.active);
-    showThumbnail(cell.image, store.items.get(id), store.settings.thumbnailView);
+    root.style.transform = `translate(${left}px, ${top}px)`;
+    root.style.width = `${this.cellPx}px`;
+    root.style.height = `${this.rowPx - GAP_PX}px`;
+    root.setAttribute("aria-posinset", index + 1);
+    root.setAttribute("aria-setsize", this.ids.length);
+    root.setAttribute("aria-selected", id === this.active);
+    showThumbnail(image, store.items.get(id), store.settings.thumbnailView);
   }
 
   createCell() {
+    const span = (className, ...children) => create("span", { className }, ...children);
     const image = create("img", { alt: "", draggable: false, decoding: "async" });
-    const name = create("span", { className: "cell-name" });
-    const quality = create("span", { className: "cell-quality" });
-    const reasons = create("span", { className: "cell-reasons" });
-    const badge = create("span", { className: "badge" });
+    const [name, quality, reasons] = [span("cell-name"), span("cell-quality"), span("cell-reasons")];
+    const badge = span("badge");
     const root = create("div", { className: "cell", role: "option" });
-    root.append(create("span", { className: "thumbnail" }, image), badge, name, quality, reasons);
+    root.append(span("thumbnail", image), badge, name, quality, reasons);
     this.content.append(root);
     return { root, image, name, quality, reasons, badge };
   }
 
-  fill(cell, id) {
+  fill({ root, image, name, quality, reasons, badge }, id) {
     const item = store.items.get(id);
     const more = item.reasons.length - MAX_REASONS;
-    const reasons = item.reasons.slice(0, MAX_REASONS).join(", ") + (more > 0 ? ` +${more}` : "");
     const marks = describeMarks(item);
-    setText(cell.name, baseName(item.name));
-    setText(cell.quality, formatQuality(item.quality));
-    setText(cell.reasons, reasons);
-    setText(cell.badge, marks.join(" · "));
-    cell.root.dataset.status = item.status;
-    cell.root.dataset.marked = marks.length > 0;
-    cell.root.title = [item.name, ...item.reasons].join("\n");
-    const quality = `quality ${formatQuality(item.quality)}`;
-    cell.root.setAttribute("aria-label", [item.name, quality, ...item.reasons, ...marks].join(", "));
-    showThumbnail(cell.image, item, store.settings.thumbnailView);
+    setText(name, baseName(item.name));
+    setText(quality, formatQuality(item.quality));
+    setText(reasons, item.reasons.slice(0, MAX_REASONS).join(", ") + (more > 0 ? ` +${more}` : ""));
+    setText(badge, marks.join(" · "));
+    root.dataset.status = item.status;
+    root.title = [item.name, ...item.reasons].join("\n");
+    const label = [item.name, `quality ${formatQuality(item.quality)}`, ...item.reasons, ...marks];
+    root.setAttribute("aria-label", label.join(", "));
+    showThumbnail(image, item, store.settings.thumbnailView);
   }
 
   handleKey(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
     const page = Math.max(1, Math.floor(this.box.clientHeight / this.rowPx)) * this.columns;
-    const steps = {
-      ArrowLeft: -1,
-      ArrowRight: 1,
-      ArrowUp: -this.columns,
-      ArrowDown: this.columns,
-      PageUp: -page,
-      PageDown: page,
-      Home: -Infinity,
-      End: Infinity,
-    };
+    const vertical = { ArrowUp: -this.columns, ArrowDown: this.columns, PageUp: -page, PageDown: page };
+    const steps = { ArrowLeft: -1, ArrowRight: 1, ...vertical, Home: -Infinity, End: Infinity };
     const index = this.ids.indexOf(this.active);
-    if (event.key in steps) {
-      const target = Math.min(this.ids.length - 1, Math.max(0, index + steps[event.key]));
-      this.activate(this.ids[target]);
-    } else if (event.key === "Enter" && index >= 0) this.open(this.active);
-    else return;
+    if (event.ctrlKey || event.metaKey || event.altKey || index < 0) return;
+    if (event.key === "Enter") this.open(this.active);
+    else if (event.key in steps) {
+      this.activate(this.ids[Math.min(this.ids.length - 1, Math.max(0, index + steps[event.key]))]);
+    } else return;
     event.preventDefault();
     event.stopPropagation();
   }
 }
 
+const range = (start, end) => Array.from({ length: end - start }, (_, at) => start + at);
+
 /** Return what the badge of an image says: its status, and what else is special. */
 function describeMarks(item) {
-  const marks = [];
-  if (store.pending.has(item.id)) marks.push("saving");
-  else if (item.status !== "open") marks.push(STATUS_LABELS[item.status]);
-  if (!item.has_alpha) marks.push("no alpha");
-  if (store.isDraft(item.id)) marks.push("hints not saved");
-  if (item.taught !== null) marks.push(item.taught);
-  if (item.change > 0) marks.push(`changed ${formatPercent(item.change)}`);
-  return marks;
+  const isSaving = store.pending.has(item.id);
+  return [
+    isSaving && "saving",
+    !isSaving && item.status !== "open" && STATUS_LABELS[item.status],
+    !item.has_alpha && "no alpha",
+    store.isDraft(item.id) && "hints not saved",
+    item.taught,
+    item.change > 0 && `changed ${formatPercent(item.change)}`,
+  ].filter(Boolean);
 }

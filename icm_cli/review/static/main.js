@@ -7,7 +7,7 @@ import { Filters } from "./filters.js";
 import { Grid } from "./grid.js";
 import { connectKeys } from "./keys.js";
 import { clearError, notify, reportError } from "./messages.js";
-import { Single } from "./single.js";
+import { Single, findButton } from "./single.js";
 import { store } from "./store.js";
 import { TeachDialog } from "./teach.js";
 
@@ -15,15 +15,12 @@ const HASH = /^#image-(\d+)$/;
 const BRUSH_STEP = 1.25;
 const ZOOM_STEP = 1.5;
 
-const open = (id) => {
-  location.hash = `image-${id}`;
-};
+const open = (id) => (location.hash = `image-${id}`);
 const filters = new Filters();
 const grid = new Grid(open);
 const single = new Single(open);
 const teachDialog = new TeachDialog(open);
 const { editor, viewer } = single;
-decisions.setOpener(open);
 
 /** Show the page that the address names. */
 function route() {
@@ -56,30 +53,23 @@ function showOverview() {
 
 /** Show the images that match the filters. */
 function refreshList() {
-  if (!byId("overview").hidden) grid.setIds(store.select());
-  const count = grid.ids.length;
-  setText(byId("list-title"), `${count} of ${store.items.size} images`);
+  if (byId("overview").hidden) return;
+  grid.setIds(store.select());
+  setText(byId("list-title"), `${grid.ids.length} of ${store.items.size} images`);
 }
 
-/** The image that a decision is about: the one that is open, or the active one of the overview. */
-const target = () => single.id ?? grid.active;
-
-/** Decide on the target; with `isNext`, go to the next one without waiting. */
+/** Decide on the image that is open, or the active one of the overview; go to the next one without waiting. */
 function decide(decision, isNext) {
-  const id = target();
-  if (id === null) return;
-  const button = document.querySelector(`#panel [data-action="${decision.name}"]`);
-  if (single.id !== null && button.disabled) return;
+  const id = single.id ?? grid.active;
+  if (id === null || (single.id !== null && findButton(decision.name).disabled)) return;
   decision(id);
   if (!isNext) return;
+  const next = single.nextOpen();
   if (single.id === null) grid.activate(grid.ids[grid.ids.indexOf(id) + 1]);
+  else if (next !== undefined) open(next);
   else {
-    const next = single.nextOpen();
-    if (next !== undefined) open(next);
-    else {
-      notify("All images of this list are reviewed.");
-      location.hash = "";
-    }
+    notify("All images of this list are reviewed.");
+    location.hash = "";
   }
 }
 
@@ -90,124 +80,67 @@ function undoDecision() {
   else decisions.undo(id);
 }
 
-function teach(kind) {
-  if (single.details !== null) decisions.teach(single.id, kind, kind === "reference" ? "alpha" : byId("negative-area").value);
-}
-
-const setTool = (tool) => editor.setTool(tool);
-const showHelp = () => byId("help").showModal();
-const backToOverview = () => (location.hash = "");
-
-/** What the buttons do, by their attribute data-action. */
+/** What buttons (by their attribute data-action) and keys (by the help in index.html) do. */
 const ACTIONS = {
-  "open-help": showHelp,
+  "open-help": () => byId("help").showModal(),
   "close-help": () => byId("help").close(),
   "open-teach": () => teachDialog.show(),
-  "close-teach": () => teachDialog.close(),
+  "close-teach": () => byId("teach").close(),
   recompute: () => teachDialog.start(),
   "stop-recompute": () => teachDialog.stop(),
   "copy-command": () => teachDialog.copyCommand(),
+  search: () => byId("filter-text").focus(),
   "reset-filters": () => filters.reset(),
-  overview: backToOverview,
+  overview: () => (location.hash = ""),
   previous: () => single.step(-1),
   next: () => single.step(1),
+  "previous-frame": () => single.stepInShot(-1),
+  "next-frame": () => single.stepInShot(1),
   compare: () => single.toggleCompare(),
   marks: () => single.toggleMarks(),
   "zoom-in": () => viewer.zoomTo(viewer.zoom * ZOOM_STEP),
   "zoom-out": () => viewer.zoomTo(viewer.zoom / ZOOM_STEP),
   "zoom-100": () => viewer.zoomTo(1),
   fit: () => viewer.fit(),
+  hold: () => (editor.isSpaceDown = true),
+  press: () => editor.pressCrosshair(false),
+  "press-negative": () => editor.pressCrosshair(true),
+  "brush-smaller": () => editor.setBrush(store.settings.brush / BRUSH_STEP),
+  "brush-larger": () => editor.setBrush(store.settings.brush * BRUSH_STEP + 1),
   "undo-hint": () => single.undoHint(),
   "redo-hint": () => single.redoHint(),
-  "clear-hints": () => single.clearHints(),
-  "discard-hints": () => single.revertHints(),
+  "clear-hints": () => single.replaceHints([]),
+  "discard-hints": () => single.replaceHints(single.draft.saved),
   accept: () => decide(decisions.accept, true),
   "accept-stay": () => decide(decisions.accept, false),
   reject: () => decide(decisions.reject, true),
   undo: undoDecision,
-  reference: () => teach("reference"),
-  negative: () => teach("negative"),
+  reference: () => single.details && decisions.teach(single.id, "reference", "alpha"),
+  negative: () => single.details && decisions.teach(single.id, "negative", byId("negative-area").value),
   forget: () => decisions.forget(single.id),
 };
-
-const crosshair = (x, y) => [
-  [`Shift+Arrow${arrowName(x, y)}`, () => editor.moveCrosshair(x, y)],
-  [`Ctrl+Shift+Arrow${arrowName(x, y)}`, () => editor.moveCrosshair(x, y, 1)],
-];
-const arrowName = (x, y) => (x === 0 ? (y < 0 ? "Up" : "Down") : x < 0 ? "Left" : "Right");
-
-/** Groups of [keys, description, page, action]; without an action, the entry only explains. */
-const KEYS = [
-  ["Review", [
-    [["a"], "accept, and open the next image that is not reviewed", "any", ACTIONS.accept],
-    [["Shift+a"], "accept, and stay", "any", ACTIONS["accept-stay"]],
-    [["r"], "reject, and open the next image that is not reviewed", "any", ACTIONS.reject],
-    [["u"], "take back the last accept or reject", "any", undoDecision],
-    [["ArrowLeft"], "previous image", "single", ACTIONS.previous],
-    [["ArrowRight"], "next image", "single", ACTIONS.next],
-    [[","], "previous frame of the shot", "single", () => single.step(-1, true)],
-    [["."], "next frame of the shot", "single", () => single.step(1, true)],
-    [["Escape"], "back to the overview", "single", backToOverview],
-  ]],
-  ["Overview", [
-    [["Arrows"], "move between images", "overview", null],
-    [["Enter"], "open the image", "overview", null],
-    [["/"], "search", "overview", () => byId("filter-text").focus()],
-    [["?"], "this help", "any", showHelp],
-  ]],
-  ["View", [
-    ...["source", "alpha", "overlay", "checker", "colour"].map((view, at) => [
-      [String(at + 1)], view === "checker" ? "checkerboard" : view, "single", () => single.setView(view),
-    ]),
-    [["w"], "before and after", "single", ACTIONS.compare],
-    [["m"], "show or hide the hints", "single", ACTIONS.marks],
-    [["f"], "fit the image", "single", ACTIONS.fit],
-    [["0"], "100 %", "single", ACTIONS["zoom-100"]],
-    [["+", "="], "zoom in (or wheel)", "single", ACTIONS["zoom-in"]],
-    [["-"], "zoom out (or wheel)", "single", ACTIONS["zoom-out"]],
-    [["Space"], "hold, and drag: move the image (or middle button)", "single", () => (editor.isSpaceDown = true)],
-  ]],
-  ["Fix", [
-    [["p"], "click: object; right-click or Alt-click: not the object", "single", () => setTool("point")],
-    [["x"], "box around the object", "single", () => setTool("box")],
-    [["k"], "brush: keep, alpha 1", "single", () => setTool("keep")],
-    [["d"], "brush: drop, alpha 0", "single", () => setTool("drop")],
-    [["e"], "brush: erase paint", "single", () => setTool("erase")],
-    [["h"], "move the image", "single", () => setTool("pan")],
-    [["["], "smaller brush", "single", () => editor.setBrush(store.settings.brush / BRUSH_STEP)],
-    [["]"], "larger brush", "single", () => editor.setBrush(store.settings.brush * BRUSH_STEP + 1)],
-    [["Ctrl+z"], "undo the last hint", "single", ACTIONS["undo-hint"]],
-    [["Ctrl+Shift+z", "Ctrl+y"], "redo", "single", ACTIONS["redo-hint"]],
-    [["t"], "use as reference", "single", ACTIONS.reference],
-    [["Shift+t"], "use as negative", "single", ACTIONS.negative],
-  ]],
-  ["Without a mouse", [
-    [["Shift+Arrows"], "move the pointer; with Ctrl: by one pixel", "single", null],
-    [["Enter"], "use the tool at the pointer", "single", () => editor.pressCrosshair(false)],
-    [["Alt+Enter"], "not the object", "single", () => editor.pressCrosshair(true)],
-  ]],
-];
+for (const { dataset } of byId("views").children) ACTIONS[`view-${dataset.view}`] = () => single.setView(dataset.view);
+for (const { dataset } of byId("tools").children) ACTIONS[`tool-${dataset.tool}`] = () => editor.setTool(dataset.tool);
+for (const [name, x, y] of [["Left", -1, 0], ["Right", 1, 0], ["Up", 0, -1], ["Down", 0, 1]]) {
+  ACTIONS[`move-${name}`] = () => editor.moveCrosshair(x, y);
+  ACTIONS[`move-one-${name}`] = () => editor.moveCrosshair(x, y, 1);
+}
 
 function connect() {
-  document.addEventListener("click", (event) => {
-    const button = event.target.closest("button");
-    if (button === null) return;
-    const { action, view, tool } = button.dataset;
-    if (action in ACTIONS) ACTIONS[action]();
-    if (view !== undefined) single.setView(view);
-    if (tool !== undefined) setTool(tool);
+  document.addEventListener("click", ({ target }) => {
+    const { action, view, tool } = target.closest("button")?.dataset ?? {};
+    ACTIONS[action ?? (view ? `view-${view}` : `tool-${tool}`)]?.();
   });
-  const arrows = [[0, -1], [0, 1], [-1, 0], [1, 0]].flatMap(([x, y]) => crosshair(x, y));
-  connectKeys(KEYS, () => (single.id === null ? "overview" : "single"), new Map(arrows));
-  document.addEventListener("keyup", (event) => {
-    if (event.key === " ") editor.isSpaceDown = false;
+  connectKeys(ACTIONS, () => (single.id === null ? "overview" : "single"));
+  document.addEventListener("keyup", ({ key }) => {
+    if (key === " ") editor.isSpaceDown = false;
   });
   window.addEventListener("hashchange", route);
   window.addEventListener("beforeunload", (event) => {
     if (hasDirtyDraft() || store.pending.size > 0) event.preventDefault();
   });
-  store.on("filter", refreshList);
-  store.on("items", refreshList);
+  decisions.setOpener(open);
+  for (const name of ["filter", "items"]) store.on(name, refreshList);
   store.on("run", showRun);
 }
 

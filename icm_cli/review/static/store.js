@@ -6,12 +6,13 @@ import { clearError, reportError } from "./messages.js";
 const POLL_MS = 2000;
 const SETTINGS_KEY = "icm-review";
 const DEFAULTS = {
-  view: "checker",
-  thumbnailView: "cutout",
-  thumbnailSize: 176,
-  background: "#808080",
-  tint: "#ff3030",
-  brush: 24,
+  view: "checker", thumbnailView: "cutout", thumbnailSize: 176, background: "#808080", tint: "#ff3030", brush: 24,
+};
+const collator = new Intl.Collator("en", { numeric: true });
+const ORDERS = {
+  quality: (a, b) => (a.quality ?? -1) - (b.quality ?? -1) || a.id - b.id,
+  name: (a, b) => collator.compare(a.name, b.name) || a.id - b.id,
+  change: (a, b) => (b.change ?? -1) - (a.change ?? -1) || a.id - b.id,
 };
 
 class Store extends EventTarget {
@@ -24,7 +25,7 @@ class Store extends EventTarget {
   settings = { ...DEFAULTS, ...readSettings() };
   /** Ids whose decision is being saved. */
   pending = new Set();
-  /** Returns whether an image has hints that are not saved; set by the module of drafts. */
+  /** Returns whether an image has hints that are not saved; set by drafts.js. */
   isDraft = () => false;
 
   /** Dispatch an event: "run", "items" (detail: Set of changed ids), "filter", "settings" or "recompute". */
@@ -32,45 +33,29 @@ class Store extends EventTarget {
     this.dispatchEvent(new CustomEvent(name, { detail }));
   }
 
-  on(name, handler) {
-    this.addEventListener(name, (event) => handler(event.detail));
+  on(name, handle) {
+    this.addEventListener(name, (event) => handle(event.detail));
   }
 
-  /** Read everything for the first time, then ask for changes forever. */
+  /** Ask the server for changes of the run, the images and the recomputation, now and every few seconds. */
   async start() {
-    await this.poll();
-    this.schedule();
-  }
-
-  schedule() {
-    setTimeout(async () => {
-      await this.poll();
-      this.schedule();
-    }, POLL_MS);
-  }
-
-  /** Ask the server for changes of the run, the images and the recomputation. */
-  async poll() {
     try {
       if (this.run?.model_state !== "ready") await this.refreshRun();
       const { revision, images } = await api.images(this.revision);
       this.revision = revision;
       this.update(images);
-      await this.refreshRecompute();
+      this.setRecompute(await api.recomputeState());
       clearError("connection");
     } catch (error) {
       reportError(error.message, { topic: "connection" });
     }
+    setTimeout(() => this.start(), POLL_MS);
   }
 
   async refreshRun() {
     const before = JSON.stringify(this.run);
     this.run = await api.run();
     if (JSON.stringify(this.run) !== before) this.emit("run");
-  }
-
-  async refreshRecompute() {
-    this.setRecompute(await api.recomputeState());
   }
 
   setRecompute(state) {
@@ -81,14 +66,9 @@ class Store extends EventTarget {
 
   /** Store images that the server sent; older revisions than the known ones are ignored. */
   update(images) {
-    const changed = new Set();
-    for (const item of images) {
-      const known = this.items.get(item.id);
-      if (known !== undefined && known.revision > item.revision) continue;
-      this.items.set(item.id, item);
-      changed.add(item.id);
-    }
-    if (changed.size > 0) this.emit("items", changed);
+    const newer = images.filter(({ id, revision }) => !(this.items.get(id)?.revision > revision));
+    for (const item of newer) this.items.set(item.id, item);
+    if (newer.length > 0) this.emit("items", new Set(newer.map((item) => item.id)));
   }
 
   setPending(id, isPending) {
@@ -108,44 +88,35 @@ class Store extends EventTarget {
     this.emit("settings");
   }
 
-  /** Return the ids that match the filters, in the order of the list. `without`: names of filters to ignore. */
-  select(without = []) {
-    const { sort } = this.filter;
-    const items = [...this.items.values()].filter((item) => this.matches(item, without));
-    const byName = (a, b) => collator.compare(a.name, b.name) || a.id - b.id;
-    const orders = {
-      quality: (a, b) => (a.quality ?? -1) - (b.quality ?? -1) || a.id - b.id,
-      name: byName,
-      change: (a, b) => (b.change ?? -1) - (a.change ?? -1) || a.id - b.id,
-    };
-    return items.sort(orders[sort]).map((item) => item.id);
+  /** Return the ids that match the filters, in the order of the list. */
+  select() {
+    const items = [...this.items.values()].filter((item) => this.matches(item));
+    return items.sort(ORDERS[this.filter.sort]).map((item) => item.id);
   }
 
-  matches(item, without = []) {
+  /** Return whether an image matches the filters, except the one that is called `without`. */
+  matches(item, without = null) {
     const { text, status, folder, reasons } = this.filter;
-    if (text && !item.name.toLowerCase().includes(text.toLowerCase())) return false;
-    if (folder && item.folder !== folder) return false;
-    if (!without.includes("status") && !this.hasStatus(item, status)) return false;
-    return without.includes("reasons") || reasons.size === 0 || item.reasons.some((reason) => reasons.has(reason));
+    if (!item.name.toLowerCase().includes(text.toLowerCase()) || (folder && item.folder !== folder)) return false;
+    if (without !== "status" && !this.hasStatus(item, status)) return false;
+    return without === "reasons" || reasons.size === 0 || item.reasons.some((reason) => reasons.has(reason));
   }
 
   /** Return whether an image belongs to an entry of the status filter. */
   hasStatus(item, status) {
     if (status === "all") return true;
     if (status === "below") return item.status === "open" && (item.quality ?? 0) < (this.run?.review_below ?? 0);
-    if (status === "changed") return item.change !== null && item.change > 0;
+    if (status === "changed") return item.change > 0;
     if (status === "unsaved") return this.isDraft(item.id);
     if (status === "taught") return item.taught !== null;
     return item.status === status;
   }
 }
 
-const collator = new Intl.Collator("en", { numeric: true });
-
 function readSettings() {
   try {
     return JSON.parse(localStorage.getItem(SETTINGS_KEY) ?? "{}");
-  } catch (error) {
+  } catch {
     return {}; // written by something else
   }
 }

@@ -8,7 +8,7 @@ const MAX_KEPT = 800;
 
 /** URLs of loaded thumbnails by key, the oldest first. */
 const loaded = new Map();
-/** Requests that run or wait: key -> {load, images, controller}; the order of insertion is the order of loading. */
+/** Requests that run or wait by key, in the order of loading: {load, images, controller}. */
 const wanted = new Map();
 /** The key of the thumbnail that an image element shows or waits for. */
 const keys = new WeakMap();
@@ -17,34 +17,29 @@ let running = 0;
 /** Show the thumbnail of an item in an <img>. */
 export function showThumbnail(image, item, view) {
   const key = `${item.id} ${view} ${item.version}`;
-  if (keys.get(image) === key) return;
-  const isSameImage = keys.get(image)?.startsWith(`${item.id} `);
+  const before = keys.get(image);
+  if (before === key) return;
   releaseThumbnail(image);
   keys.set(image, key);
-  if (loaded.has(key)) {
-    const url = loaded.get(key);
-    loaded.delete(key);
-    loaded.set(key, url); // now the newest
-    setImage(image, url);
-    return;
-  }
-  if (!isSameImage) setImage(image, null);
-  if (!wanted.has(key)) {
+  if (loaded.has(key)) setImage(image, loaded.get(key));
+  else {
+    if (!before?.startsWith(`${item.id} `)) setImage(image, null);
     const load = (signal) => api.thumbnail(item.id, view, item.version, signal);
-    wanted.set(key, { load, images: new Set(), controller: null });
+    if (!wanted.has(key)) wanted.set(key, { load, images: new Set(), controller: null });
+    wanted.get(key).images.add(image);
+    queueMicrotask(loadNext);
   }
-  wanted.get(key).images.add(image);
-  queueMicrotask(loadNext);
 }
 
 /** Stop waiting for the thumbnail of an <img>; a request that nobody waits for is aborted. */
 export function releaseThumbnail(image) {
-  const request = wanted.get(keys.get(image));
+  const key = keys.get(image);
+  const request = wanted.get(key);
   keys.delete(image);
   request?.images.delete(image);
   if (request?.images.size === 0) {
     request.controller?.abort();
-    for (const [key, each] of wanted) if (each === request) wanted.delete(key);
+    wanted.delete(key);
   }
 }
 
@@ -58,16 +53,15 @@ function loadNext() {
 async function load(key, request) {
   running += 1;
   request.controller = new AbortController();
-  let url = null;
   try {
-    url = URL.createObjectURL(await request.load(request.controller.signal));
+    const url = URL.createObjectURL(await request.load(request.controller.signal));
     remember(key, url);
+    for (const image of request.images) setImage(image, url);
   } catch (error) {
     if (!isAborted(error)) for (const image of request.images) image.parentElement.classList.add("failed");
   }
   running -= 1;
   if (wanted.get(key) === request) wanted.delete(key);
-  if (url !== null) for (const image of request.images) setImage(image, url);
   loadNext();
 }
 
