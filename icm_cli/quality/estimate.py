@@ -1,10 +1,23 @@
-"""Estimate of the quality of one alpha from its signals."""
+"""Estimate the quality of one alpha from its signals, which :mod:`icm_cli.matting.quality_signals` measures.
+
+The weights are in ``weights.json``. ``tests/benchmarks/calibrate_quality.py`` fits them to alphas of ``lite``. Alphas
+of other models get an estimate too; it orders them, but is not calibrated.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WEIGHTS_PATH = Path(__file__).with_name("weights.json")
+DIGITS = 4
+NOTHING_FOUND = "nothing found"
+MAX_LOGIT = 50.0
 
 
 @dataclass(frozen=True)
@@ -13,7 +26,7 @@ class Estimate:
 
     Attributes:
         quality: Expected IoU with the truth, 0..1. Of an empty alpha, the probability that the object is absent.
-        reasons: What makes the alpha suspicious, from the most to the least important one.
+        reasons: Why the alpha may be wrong, in the order of ``weights.json``: the most reliable reason first.
     """
 
     quality: float
@@ -21,17 +34,36 @@ class Estimate:
 
 
 def estimate_quality(signals: Mapping[str, float]) -> Estimate:
-    """Estimate the quality of an alpha from its signals; see :mod:`icm_cli.matting.quality_signals`."""
-    absent = 1 / (1 + math.exp(min(50.0, signals.get("presence", 50.0))))
+    """Estimate the quality of an alpha from its signals.
+
+    A signal that is missing, because the model has no such part or a hint decides, counts as its mean over the alphas
+    of the calibration. A signal outside of their range counts as the end of the range.
+    """
+    weights = _read_weights()
     if "largest_component" not in signals:
-        return Estimate(round(absent, 4), ("absent?",))
-    sum_of_two = signals.get("confidence", 1.0) + signals["largest_component"]
-    quality = min(1.0, max(0.0, sum_of_two - 0.9))
-    reasons = {
-        "low presence": absent > 0.1,
-        "passes disagree": signals["coarse_agreement"] < 0.6,
-        "split": signals["largest_component"] < 0.8,
-        "touches border": signals["border"] > 0.5,
-        "soft interior": signals["soft_interior"] > 0.1,
-    }
-    return Estimate(round(quality, 4), tuple(reason for reason, applies in reasons.items() if applies))
+        return Estimate(_predict(weights["empty"], signals), (NOTHING_FOUND,))
+    reasons = [reason for reason, threshold in weights["reasons"].items() if _is_beyond(threshold, signals)]
+    return Estimate(_predict(weights["shown"], signals), tuple(reasons))
+
+
+def _predict(model: Mapping[str, Any], signals: Mapping[str, float]) -> float:
+    """Return the prediction, 0..1, of a logistic regression on standardised signals."""
+    logit = model["offset"]
+    for name, scale in model["signals"].items():
+        if name in signals:
+            value = min(max(signals[name], scale["min"]), scale["max"])
+            logit += scale["weight"] * (value - scale["mean"]) / scale["std"]
+    return round(1 / (1 + math.exp(-max(logit, -MAX_LOGIT))), DIGITS)
+
+
+def _is_beyond(threshold: Mapping[str, Any], signals: Mapping[str, float]) -> bool:
+    """Return whether the signal of a threshold is ``below`` or ``above`` it; False if it is missing."""
+    value = signals.get(threshold["signal"])
+    if value is None:
+        return False
+    return value < threshold.get("below", -math.inf) or value > threshold.get("above", math.inf)
+
+
+@functools.cache
+def _read_weights() -> Any:
+    return json.loads(WEIGHTS_PATH.read_text(encoding="utf-8"))

@@ -31,7 +31,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from bench_quality import Record, append_record, auroc, calibration_error, matte_image, read_records
+from bench_quality import Record, append_record, matte_image, read_records
 
 import icm_cli
 from icm_cli.images.reading import read_alpha, read_image
@@ -45,7 +45,10 @@ SEED = 7
 SOURCE_WEIGHTS = {"dreambooth": 1.0, "caltech101": 1.5, "eth80": 0.5, "ccp": 0.9, "coco_small": 0.8}
 GROUP_WEIGHT = 0.6
 """Weight of other sources, for the root of their number of groups."""
-SHOWN_SIGNALS = ("coarse_agreement", "completed_agreement", "completed_confidence", "confidence", "largest_component")
+SHOWN_SIGNALS = (
+    *("coarse_agreement", "completed_agreement", "completed_confidence"),
+    *("similarity", "background_similarity", "soft_interior", "border"),
+)
 EMPTY_SIGNALS = ("presence", "similarity")
 PENALTY = 2.0
 """Weight of the squared weights of standardised signals."""
@@ -53,13 +56,15 @@ REASONS = {
     "absent?": ("similarity", "below"),
     "low presence": ("presence", "below"),
     "passes disagree": ("coarse_agreement", "below"),
-    "unsure": ("confidence", "below"),
+    "low confidence": ("confidence", "below"),
     "split": ("largest_component", "below"),
     "soft interior": ("soft_interior", "above"),
     "touches border": ("border", "above"),
 }
 """Reason -> its signal, and the side of the threshold on which it is given."""
-MIN_WRONG = 0.6
+MIN_WRONG = 0.8
+MIN_BEYOND = 5
+"""Smallest number of alphas beyond a threshold."""
 
 
 class Groups:
@@ -219,7 +224,7 @@ def find_threshold(values: np.ndarray, is_wrong: np.ndarray) -> float | None:
     """Return the largest threshold below which at least MIN_WRONG of the alphas are wrong; None without one."""
     order = np.argsort(values, kind="stable")
     fraction = np.cumsum(is_wrong[order]) / np.arange(1, len(order) + 1)
-    enough = np.flatnonzero((fraction >= MIN_WRONG) & (np.arange(len(order)) >= 4))
+    enough = np.flatnonzero((fraction >= MIN_WRONG) & (np.arange(1, len(order) + 1) >= MIN_BEYOND))
     return float(values[order[enough[-1]]]) if len(enough) else None
 
 
@@ -235,6 +240,7 @@ def calibrate(records: Sequence[Record]) -> dict[str, Any]:
         if threshold is not None:
             reasons[reason] = {"signal": signal, side: round(sign * threshold, 4)}
     return {
+        "alphas": len(records),
         "shown": fit_model(shown, SHOWN_SIGNALS),
         "empty": fit_model(empty, EMPTY_SIGNALS),
         "reasons": reasons,
