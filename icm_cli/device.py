@@ -117,13 +117,13 @@ def parse_devices(text: str) -> list[str]:
 def _cpu_is_faster_in_bfloat16() -> bool:
     """Return whether the CPU has AMX, or is an AMD CPU with the bfloat16 instructions of AVX-512.
 
-    Others are slower (measured). The type of the CPU alone decides, so that all processes of a run on one machine
-    agree.
+    On other CPUs, bfloat16 is slower than float32 (measured). Only the type of the CPU decides, so that all processes
+    on one machine agree.
     """
-    has_matrices, has_products = (
+    has_amx, has_avx512_bf16 = (
         getattr(torch.cpu, name, lambda: False) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     )
-    return bool(has_matrices() or (has_products() and "AuthenticAMD" in environment.processor_property("vendor_id")))
+    return bool(has_amx() or (has_avx512_bf16() and "AuthenticAMD" in environment.processor_property("vendor_id")))
 
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

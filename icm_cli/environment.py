@@ -64,7 +64,7 @@ def peak_memory_bytes() -> int:
 
 
 def processor_property(name: str) -> str:
-    """Return the first value of a name in ``/proc/cpuinfo``; where there is none, the processor in other words."""
+    """Return the first value of a name in ``/proc/cpuinfo``. On other systems, return the name of the processor."""
     lines = _read_text(ROOT / "proc/cpuinfo").splitlines()
     values = (line.partition(":")[2].strip() for line in lines if line.startswith(name))
     return next(values, platform.processor() or platform.machine())
@@ -97,7 +97,7 @@ def free_memory() -> FreeMemory:
     if available is not None:
         found.append(FreeMemory(available * 1024, "on this machine"))
     for folder in cgroup_folders("memory"):
-        caches = _read_table(folder / "memory.stat")  # total_: with the cgroups below, in version 1
+        caches = _read_table(folder / "memory.stat")  # in version 1, names with total_ include the cgroups below
         cached = sum(caches.get(f"total_{name}", caches.get(name, 0)) for name in ("inactive_file", "active_file"))
         limits = [_read_number(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
         used = _read_number(folder / "memory.current") or _read_number(folder / "memory.usage_in_bytes") or 0
@@ -140,16 +140,19 @@ def cpu_quotas() -> list[float]:
 
 def cgroup_folders(controller: str) -> list[Path]:
     """Return the folders of the cgroups that may limit this process: its own and those above, of version 1 and 2."""
-    paths: dict[str, str] = {}
+    v1_path = v2_path = None  # the cgroup of this process
     for line in _read_text(ROOT / "proc/self/cgroup").splitlines():
         number, names, path = line.split(":", 2)
-        paths["" if number == "0" else controller if controller in names.split(",") else names] = path
+        if number == "0":
+            v2_path = path
+        elif controller in names.split(","):
+            v1_path = path
     folders: list[Path] = []
     for line in _read_text(ROOT / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         kind, _, options = after.split(" ", 2)
         is_v1 = kind == "cgroup" and controller in options.split(",")
-        own = paths.get(controller if is_v1 else "")
+        own = v1_path if is_v1 else v2_path
         if own is None or not (is_v1 or kind == "cgroup2"):
             continue
         top, mount = (part.encode().decode("unicode_escape") for part in before.split(" ")[3:5])
@@ -193,8 +196,10 @@ _model_process: int | None = None
 
 
 def check_not_forked(*, loads_model: bool = False) -> None:
-    """Raise UsageError in a process that was forked after a model was loaded: it would wait for ever for threads that
-    only the former process has."""
+    """Raise UsageError in a process that was forked from one in which a model was loaded.
+
+    Here torch would wait for ever for threads that exist only in the other process.
+    """
     global _model_process
     if _model_process not in (None, os.getpid()):
         raise UsageError(
@@ -207,10 +212,10 @@ def check_not_forked(*, loads_model: bool = False) -> None:
 
 @contextlib.contextmanager
 def limited_threads() -> Iterator[None]:
-    """Context in which torch and OpenCV use no more threads than there are cores, and than this process may start.
+    """Context in which torch and OpenCV use at most as many threads as there are cores, and as this process may start.
 
-    A number of threads that the environment fixes is lowered only if they could not be started, which would end the
-    process.
+    If the environment sets the number (OMP_NUM_THREADS), only the second limit applies: torch ends the process if it
+    cannot start its threads.
     """
     import cv2
     import torch

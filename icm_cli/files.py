@@ -64,7 +64,7 @@ SkippedPaths: TypeAlias = dict[str, list[Path]]
 RETRY_DELAYS_S = (0.1, 0.4, 1.0)
 """Seconds to wait before each further attempt after a transient error."""
 MAX_WASTED_S = 30.0
-"""Seconds that a process waits for operations that fail all the same, after which it waits no longer."""
+"""Seconds that a process waits in vain before it stops repeating operations."""
 Result = TypeVar("Result")
 
 
@@ -91,7 +91,7 @@ _ERROR_ADVICE = {
     _error_numbers("ENAMETOOLONG"): "the path is too long for this file system; use a shorter one",
 }
 _wasted_s = 0.0
-"""Seconds waited for operations that failed all the same, since a retry last helped."""
+"""Seconds that this process has waited in vain since a repeated operation last succeeded."""
 
 
 def is_transient(error: OSError) -> bool:
@@ -117,7 +117,7 @@ def describe_os_error(error: OSError, other_advice: str = "") -> str:
 def retry_transient(operation: Callable[[], Result]) -> Result:
     """Return the result of an operation, which is repeated up to three times after a transient error.
 
-    Raises the last OSError. While a drive is gone, this does not wait for each of its files.
+    Raises the last OSError. If a drive is gone, it does not wait for every file of the drive: see MAX_WASTED_S.
     """
     global _wasted_s
     delays, waited = iter(RETRY_DELAYS_S), 0.0
@@ -170,7 +170,7 @@ def temporary_name() -> str:
 
 
 def error_for_failed_write(path: Path, error: OSError) -> OutputError:
-    """Return the error for an output that cannot be written: a FileWriteError if others may be."""
+    """Return the error for an output that cannot be written: a FileWriteError if other outputs may be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         reason = "no space left on the device; free some space and run the same command again, which resumes"
         return OutputError(f"{path} cannot be written: {reason}")
@@ -227,8 +227,8 @@ def remove_stale_temporaries(folder: Path) -> int:
 def _is_stale(path: Path) -> bool:
     """Return whether the process that wrote a temporary file has died.
 
-    A process holds the lock of the file that it writes. Some network drives ignore locks, so the process must also be
-    dead, or the file old: ids of processes tell nothing about other containers.
+    A process holds the lock of the file that it writes. Some network drives ignore locks, so the process must be dead
+    too. The id of a process in another container or machine says nothing; then the file must be old instead.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

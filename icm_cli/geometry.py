@@ -25,10 +25,10 @@ UNKNOWN = 128
 """Value of unknown pixels in a trimap."""
 ASPECT_TOLERANCE = 0.01
 """Maximum relative difference between aspect ratios that count as equal."""
-CERTAIN = 0.05
-"""Alphas within this distance of 0 or 1 count as background or foreground in a written trimap."""
-CERTAIN_TOLERANCE = 0.1
-"""Coarse alphas this close to 0 or 1 are certain, except in a band along the uncertain pixels."""
+ALPHA_TOLERANCE = 0.05
+"""A final alpha within this distance of 0 or 1 counts as background or foreground in its trimap."""
+COARSE_TOLERANCE = 0.1
+"""A coarse alpha within this distance of 0 or 1 counts as background or foreground in its trimap."""
 
 
 @dataclass(frozen=True)
@@ -136,37 +136,33 @@ def alpha_to_u8(alpha: Float) -> ImageU8:
 def trimap_from_coarse(coarse: Float, size: tuple[int, int], band_fraction: float) -> Float:
     """Return a trimap float32 [H,W] of ``size`` from a coarse alpha.
 
-    Its values are 0 background, 0.5 unknown and 1 foreground. ``coarse``: [h,w] in 0..1, of any size. Uncertain pixels
-    are unknown. So are all pixels that are closer than the band to uncertain pixels or to the other side.
-    ``band_fraction``: width of the band as a fraction of the long side. An object that is thinner than the band keeps
-    the middle half of its depth as foreground.
+    Its values are 0 background, 0.5 unknown and 1 foreground. ``coarse``: [h,w] in 0..1, of any size.
+    ``band_fraction``: width of the band, as a fraction of the long side. A pixel is background or foreground if all
+    pixels nearer than the band are too. In a region of the object that is thinner than twice the band, the inner half
+    is foreground, so that thin objects keep some foreground.
     """
     alpha = resize(coarse, size)
     band = max(1.0, band_fraction * max(size))
     trimap = np.full(size, 0.5, np.float32)
-    foreground = alpha > 1.0 - CERTAIN_TOLERANCE
-    trimap[_distance_inside(alpha < CERTAIN_TOLERANCE) > band] = 0.0
+    trimap[_distance_inside(alpha < COARSE_TOLERANCE) > band] = 0.0
+    foreground = alpha > 1.0 - COARSE_TOLERANCE
     depth = _distance_inside(foreground)
-    count, found = cv2.connectedComponents(foreground.astype(np.uint8))
-    label = found.astype(np.intp)
-    deepest = np.zeros(count, np.float32)
-    np.maximum.at(deepest, label, depth)
-    trimap[foreground & (depth > np.minimum(band, deepest[label] / 2))] = 1.0
+    count, regions = cv2.connectedComponents(foreground.astype(np.uint8))
+    region = regions.astype(np.intp)
+    max_depth = np.zeros(count, np.float32)  # of each region
+    np.maximum.at(max_depth, region, depth)
+    trimap[foreground & (depth > np.minimum(band, max_depth[region] / 2))] = 1.0
     return trimap
 
 
 def trimap_from_alpha(alpha: Float, band_px: int) -> NDArray[np.uint8]:
     """Return the trimap, uint8 [H,W] of 0, 128 and 255, of an alpha [H,W] in 0..1.
 
-    Pixels within ``band_px`` of an uncertain pixel are unknown.
+    A pixel is background or foreground if all pixels within ``band_px`` are too. Otherwise it is unknown.
     """
     trimap = np.full(alpha.shape, UNKNOWN, np.uint8)
-    for value, certain in ((255, alpha > 1.0 - CERTAIN), (0, alpha < CERTAIN)):
-        if certain.all():
-            trimap[:] = value
-            continue
-        distance = cv2.distanceTransform(certain.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-        trimap[distance > band_px] = value
+    for value, is_certain in ((255, alpha > 1.0 - ALPHA_TOLERANCE), (0, alpha < ALPHA_TOLERANCE)):
+        trimap[_distance_inside(is_certain) > band_px] = value
     return trimap
 
 

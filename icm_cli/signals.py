@@ -47,15 +47,15 @@ class StopSignals:
 
 
 IMPORT_POLL_S = 0.05
-"""Interval in which a signal that came during an import is sent again."""
+"""Seconds after which a signal that came during an import is sent again."""
 SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class Interrupt:
     """Context that raises KeyboardInterrupt for the first Ctrl-C or SIGTERM.
 
-    During an import it waits for its end: some libraries hide the exception there and stay incomplete. Later signals
-    are ignored, so that writes finish.
+    If the signal comes during an import, the exception is raised after the import: otherwise some libraries would
+    suppress it and stay incomplete. Later signals are ignored, so that writes finish.
     """
 
     def __init__(self) -> None:

@@ -53,10 +53,10 @@ class TestBinding:
 
     @given(alpha=MATTE, garbage=MATTE, keep=MATTE)
     def test_alpha_is_bound_and_keep_wins(self, alpha: Float, garbage: Float, keep: Float) -> None:
-        bound = Mattes(garbage, keep).bind_alpha(alpha)
+        bound = Mattes(garbage, keep).apply_to_alpha(alpha)
         assert np.array_equal(bound, np.maximum(alpha * (1 - garbage), keep))
-        assert np.array_equal(Mattes(garbage=garbage).bind_alpha(alpha), alpha * (1 - garbage))
-        assert np.array_equal(Mattes(keep=keep).bind_alpha(alpha), np.maximum(alpha, keep))
+        assert np.array_equal(Mattes(garbage=garbage).apply_to_alpha(alpha), alpha * (1 - garbage))
+        assert np.array_equal(Mattes(keep=keep).apply_to_alpha(alpha), np.maximum(alpha, keep))
         assert bound.dtype == np.float32
         assert (keep <= bound).all()
 

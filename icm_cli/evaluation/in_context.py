@@ -103,8 +103,8 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
 
                     @functools.lru_cache(maxsize=1)
                     def prepare_example(index: int) -> PreparedReferences:
-                        shown = [store.read_reference(name) for name in examples[index].references]
-                        return prepare_references(predictor, shown, steps, notice, is_shot=options.shot)
+                        images = [store.read_reference(name) for name in examples[index].references]
+                        return prepare_references(predictor, images, steps, notice, is_shot=options.shot)
 
                     matting = create_matting(predictor, prepare_example, shot, notice)
                     Engine(predictor, matting, settings, on_result=collector.add, notice=notice).run(remaining)
@@ -153,7 +153,7 @@ def _make_collector(
 
 @contextlib.contextmanager
 def _temporary_folder(folder: Path) -> Iterator[Path]:
-    """Remove the folder at the end if the run succeeds and no other run uses it."""
+    """Context that removes a folder at its end if the run succeeds and no other run uses the folder."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.with_suffix(".lock").open("w")
@@ -216,7 +216,6 @@ class ReferenceStore:
 
     def plan_shot(self, jobs: Sequence[Job], examples: Sequence[Example]) -> Shot:
         """Return the order in which frames are matted, starting from their references."""
-
         return Shot.from_examples(
             (
                 [job for job in jobs if job.example_index == index],

@@ -140,8 +140,10 @@ def is_annotation(path: Path) -> bool:
 
 
 def find_other_image(path: Path, image: Path) -> str:
-    """Return the name of the image that an annotation of labelme says it is about, if it is another one than ``image``;
-    "" otherwise. Suffixes, folders and the numbers of pages may differ. Raises UsageError."""
+    """Return the name of the image that an annotation of labelme states, if it is not the name of ``image``; else "".
+
+    Suffixes, folders and the numbers of pages may differ. Raises UsageError.
+    """
     content = read_json(path, "annotation", {}, EXPECTED)
     name = PureWindowsPath(str(content.get("imagePath") or "")).name  # which knows the separators of every system
     own = {image.name, image.stem, image.stem.rpartition(".")[0]}
@@ -150,7 +152,10 @@ def find_other_image(path: Path, image: Path) -> str:
 
 
 def fill_polygon(points: Sequence[Point], size: tuple[int, int]) -> Area:
-    """Return the pixels whose centres are inside a polygon by the even-odd rule, bool [H,W] of ``size``."""
+    """Return the pixels whose centres are inside a polygon by the even-odd rule, bool [H,W] of ``size``.
+
+    In each row, an edge of the polygon toggles between outside and inside at the first pixel right of it.
+    """
     height, width = size
     toggles = np.zeros((height, width + 1), np.bool_)
     for start, end in zip(points, [*points[1:], points[0]], strict=True):
@@ -311,7 +316,7 @@ def _decompress_counts(text: str, name: str) -> list[int]:
 
 
 def _select_shapes(shapes: Sequence[_Shape], label: str | None, *, can_select: bool) -> list[tuple[str, _Shape]]:
-    """Return the shapes that say something about the object, each with a key of :data:`AREA_NAMES`."""
+    """Return the shapes whose labels have a meaning, each with its meaning: a key of :data:`AREA_NAMES`."""
     counts = Counter(shape.label for shape in shapes)
     meanings = {each: LABELS[each.lower()] for each in counts if each.lower() in LABELS}
     listed = ", ".join(f"{format_json(each)} ({count})" for each, count in counts.most_common(MAX_LISTED))

@@ -261,7 +261,10 @@ def _png_chunks(file: ImageFile, stop_before: bytes = b"") -> Iterator[tuple[byt
 
 
 def _tiff_tags(file: ImageFile) -> Iterator[dict[int, int]]:
-    """Yield the tags of every readable page of a TIFF or BigTIFF. Values are right for tags with one integer."""
+    """Yield the tags of every readable page of a TIFF or BigTIFF: number -> value.
+
+    The value is only correct for tags that hold a single integer.
+    """
     stream, byte_order = file.stream, "<" if file.head.startswith(b"II") else ">"
     is_big = b"+" in file.head[2:4]
     layouts = ("Q", "Q", "HHQ8s") if is_big else ("I", "H", "HHI4s")
@@ -281,5 +284,5 @@ def _tiff_tags(file: ImageFile) -> Iterator[dict[int, int]]:
 
 
 def _tiff_value(type_: int, data: bytes, byte_order: str) -> int:
-    """Return the integer in a field of a page, which begins with it."""
+    """Return the integer that the value field of a tag begins with."""
     return int(struct.unpack_from(byte_order + ("H" if type_ == TIFF_SHORT else "I"), data)[0])

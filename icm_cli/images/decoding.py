@@ -155,10 +155,10 @@ def decode_image(
 
 
 def retry_decoding(file: ImageFile, decode: Callable[[], Result]) -> Result:
-    """Return ``decode()``.
+    """Return ``decode()``, and repeat it once after an error that a failing drive may have caused.
 
-    After an error that may hide one of the system, read the whole file, which raises OSError if the system fails, and
-    decode once more. All other errors are raised at once.
+    A library may report such a failure as damage. So the whole file is read before the second attempt, which raises
+    OSError if the drive still fails.
     """
     try:
         return decode()
@@ -285,7 +285,7 @@ def _decode_png(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> D
 
 
 def _decode_jpeg(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
-    """Decode a JPEG. One that lacks nothing but its end marker is decoded with a notice."""
+    """Decode a JPEG. If only its end marker is missing, it is decoded with a notice."""
     try:
         return _decode_with_pillow(file, frame, wanted)
     except OSError as error:

@@ -67,7 +67,7 @@ _MOVIE_SIGNATURES = (b"\x1aE\xdf\xa3", b"\x06\x0e+4", b"\0\0\1\xba", b"FLV\1", b
 MOVIE_SUFFIXES = frozenset(
     {".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".webm", ".wmv"}
 )
-"""File name suffixes of movies, for output names, whose files do not exist yet."""
+"""File name suffixes of movies. They are only used for output names, because an output has no content to check yet."""
 _MULTI_FRAME = frozenset({"gif", "webp", "tiff", "avif", "heic"})
 """Formats that may contain several frames or pages. A PNG does if it has an acTL chunk."""
 
@@ -177,7 +177,8 @@ class ImageFile:
     def read_state(self) -> str:
         """Return size, modification time in nanoseconds, and a digest of the file's first bytes.
 
-        They contain the image's size and orientation, of a TIFF perhaps the last bytes, which are included.
+        These bytes contain the size and the orientation of the image. In a TIFF, the last bytes may contain them, so
+        they are included.
         """
         status = os.fstat(self._stream.fileno())
         hasher = hashlib.sha256(self.head)

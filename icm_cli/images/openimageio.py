@@ -201,7 +201,8 @@ def _white_value(spec: Any, dtype: Any, white: float | None) -> float:
 
 
 def _file_white(spec: Any, file: ImageFile, dtype: Any) -> int | None:
-    """Return the file's own value of white if OpenImageIO has scaled fewer bits to a full type."""
+    """Return the value of white in the file, such as 4095 for 12 bits, if OpenImageIO has scaled its values to the
+    full range of a type; None otherwise."""
     if file.type.name == "pnm":
         return containers.file_white(file)
     bits = _integer_attribute(spec, "oiio:BitsPerSample", 0)

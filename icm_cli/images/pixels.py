@@ -94,7 +94,8 @@ class ImageWindows:
 
 
 def _overlap(length: int, shift: int, target_length: int) -> tuple[slice, slice]:
-    """Return the part of a target that pixels cover which are moved by ``shift``, and these pixels."""
+    """Move ``length`` pixels by ``shift``. Return the slice of a target that they then cover, and the slice of the
+    pixels that are in the target."""
     start = max(0, shift)
     end = max(start, min(target_length, length + shift))
     return slice(start, end), slice(start - shift, end - shift)

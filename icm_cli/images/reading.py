@@ -151,7 +151,10 @@ def _alpha_u8(decoded: DecodedImage) -> ImageU8 | None:
 
 
 def _object_mask(decoded: DecodedImage) -> ImageU8 | None:
-    """Return 255 where a palette shows an object (grey ones: not black, others: not index 0), uint8 [H,W]."""
+    """Return 255 at the objects of a palette image and 0 elsewhere, uint8 [H,W]; None without a palette.
+
+    In a palette of greys, everything but black is an object. In other palettes, every index but 0 is an object.
+    """
     if decoded.indices is None:
         return None
     is_object = (decoded.pixels[..., 0] if decoded.has_grey_palette else decoded.indices) > 0

@@ -374,7 +374,10 @@ def _pixel_digest(values: NDArray[Any]) -> str:
 
 
 def _sealed_png(content: bytes) -> bytes:
-    """Return a PNG, given without its end, with a digest of its bytes: an unchanged file needs no decoding."""
+    """Return a PNG, given without its end chunk, with a digest of its bytes and the end chunk.
+
+    By this digest, an unchanged file is recognised without decoding it.
+    """
     return content + _png_text("icm-file", hashlib.sha256(content).hexdigest()) + _PNG_END
 
 

@@ -38,7 +38,7 @@ MAX_RESTARTS = 3
 
 @dataclass(frozen=True)
 class ProcessContext:
-    """State of the driver that relative paths and colours depend on: working directory and $OCIO."""
+    """Working directory and $OCIO of the driver, on which relative paths and colours depend."""
 
     folder: str
     ocio: str
@@ -102,13 +102,13 @@ class RayCluster:
             raise UsageError(f"--ray-cpus is {cpus}; expected 1 or more")
         return cls(address, cpus)
 
-    def choose_model(self, checked: Callable[..., ModelChoice]) -> ModelChoice:
-        """Call ``checked(device=...)`` on a node of the cluster and return its result."""
+    def choose_model(self, select_model: Callable[..., ModelChoice]) -> ModelChoice:
+        """Call ``select_model(device=...)`` on a node of the cluster and return its result."""
         import ray
 
-        choose = ray.remote(**self._resources)(_choose_model_on_node)
+        remote = ray.remote(**self._resources)(_select_model_on_node)
         try:
-            choice: ModelChoice = ray.get(choose.remote(ProcessContext.current(), checked, self._device))
+            choice: ModelChoice = ray.get(remote.remote(ProcessContext.current(), select_model, self._device))
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, IcmError) else error) from None
         return choice
@@ -290,10 +290,12 @@ def _connect(address: str) -> bool:
     return True
 
 
-def _choose_model_on_node(context: ProcessContext, checked: Callable[..., ModelChoice], device: str) -> ModelChoice:
-    """Choose the model in the context of the driver; runs on a node."""
+def _select_model_on_node(
+    context: ProcessContext, select_model: Callable[..., ModelChoice], device: str
+) -> ModelChoice:
+    """Select the model on a node of the cluster, in the context of the driver."""
     context.apply()
-    return checked(device=device)
+    return select_model(device=device)
 
 
 def _find_node_problem(context: ProcessContext, probe: str, token: str, build: str) -> str:

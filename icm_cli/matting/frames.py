@@ -26,7 +26,7 @@ _PLACEHOLDER = re.compile(
 )
 _RANGE = re.compile(r"(?P<first>-?[0-9]{1,99})(?:-(?P<last>-?[0-9]{1,99})(?:(?P<mode>[xy:])-?(?P<step>[0-9]{1,99}))?)?")
 _NUMBER_MARK = "\0"
-"""Replaces the number while wildcards are translated. No file name contains it."""
+"""Stands for the number while wildcards are translated to a regular expression. No file name contains it."""
 
 MAX_LISTED_RANGES = 12
 """Maximum number of ranges that a message lists."""
@@ -163,9 +163,9 @@ def parse_frame_range(text: str) -> FrameRanges:
             raise UsageError(
                 f"--frames {shown!r} is not a frame range; expected a range such as 1001-1100 or 1001-1100x2"
             )
-        low, high = min(first, last), max(first, last)
-        every = range(low, high + 1)
-        chosen = every if match["mode"] in (None, ":") else every[::step] if first == low else every[::-1][::step][::-1]
+        every = chosen = range(min(first, last), max(first, last) + 1)
+        if match["mode"] in ("x", "y"):  # the steps begin at the first number, which may be the larger one
+            chosen = every[::step] if first <= last else every[::-1][::step][::-1]
         added = _subtract_range(every, chosen, shown) if match["mode"] == "y" else [chosen]
         for other in tuple(ranges):
             added = [rest for each in added for rest in _subtract_range(each, other, shown)]
@@ -228,33 +228,32 @@ def _format_range(frames: range) -> str:
 def missing_frames(
     paths: Sequence[Path], wanted: FrameRanges | None, ignored: Sequence[Path] = ()
 ) -> dict[FramePattern, FrameRanges]:
-    """Return the missing frame numbers by sequence.
-
-    A sequence is named by its pattern, such as ``shot.####.exr``.
+    """Return the missing frame numbers of each sequence, by its pattern, such as ``shot.####.exr``.
 
     ``wanted``: the expected numbers; None: all numbers between the first and the last frame of a sequence. ``ignored``:
     files whose numbers are not missing, although they are not in ``paths``.
     """
     patterns = _find_patterns([*paths, *ignored])
-    known: dict[FramePattern, set[int]] = {}
+    existing: dict[FramePattern, set[int]] = {}
     for pattern, number in patterns.values():
-        known.setdefault(pattern, set()).add(number)
-    present: dict[FramePattern, list[int]] = {}
+        existing.setdefault(pattern, set()).add(number)
+    used: dict[FramePattern, list[int]] = {}
     for pattern, number in (patterns[path] for path in paths if path in patterns):
-        present.setdefault(pattern, []).append(number)
+        used.setdefault(pattern, []).append(number)
     missing = {}
-    for pattern, numbers in present.items():
+    for pattern, numbers in used.items():
         expected = FrameRanges((range(min(numbers), max(numbers) + 1),)) if wanted is None else wanted
-        absent = expected.without(known[pattern])
+        absent = expected.without(existing[pattern])
         if absent.ranges:
             missing[pattern] = absent
     return missing
 
 
 def _find_patterns(paths: Sequence[Path]) -> dict[Path, tuple[FramePattern, int]]:
-    """Return sequence and number of each numbered path.
+    """Return the sequence and the number of each path that has a number.
 
-    Only leading zeros fix the number of digits, so 9 and 10 are one sequence.
+    Leading zeros fix the number of digits: 09 and 10 are a sequence of two digits. Without them, numbers of any length
+    are one sequence, such as 9 and 10.
     """
     families: dict[tuple[str, str, str], list[tuple[Path, str]]] = {}
     for path in paths:

@@ -159,8 +159,8 @@ class HintFiles:
         real_paths = frozenset(real_path(path) for paths in files.values() for path in paths)
         return cls(where, real_path(folder) if is_folder else None, files, real_paths, others)
 
-    def is_no_source(self, path: Path, root: Path) -> bool:
-        """Return whether a file below the root of the sources cannot be an image to matte.
+    def is_hint_file(self, path: Path, root: Path) -> bool:
+        """Return whether a file below the root of the sources is a file of hints, and no image to matte.
 
         It is in a folder of hints inside the root, matches the frame pattern, or is a JSON file with hints.
         """

@@ -25,7 +25,7 @@ from icm_cli.options import MaskOrientation
 VOID = 255
 """Palette index of void pixels in the PNGs of PASCAL VOC."""
 END_TOLERANCE = 0.05
-"""Values this close to 0 or to the maximum, as a fraction of the scale, are background and foreground."""
+"""A value within this distance of black or white, as a fraction of the scale, counts as black or white."""
 MIN_FLAT_FRACTION = 1e-4
 """Minimum fraction of pixels that are surrounded by their own value, for that value to be a label."""
 MAX_LABELS = 64
@@ -318,13 +318,14 @@ def _label_text(label: Any) -> str:
 
 
 def _flat_fractions(values: NDArray[Any]) -> dict[Any, float]:
-    """Return the fraction of pixels of every value except 0 that fills areas, unlike those of antialiased edges."""
-    found, every = _value_fractions(values[_is_flat(values)], values.size), _value_fractions(values)
-    return {each: every[each] for each, fraction in found.items() if each != 0 and fraction >= MIN_FLAT_FRACTION}
+    """Return the fraction of pixels of every value that fills areas, except 0. Those of antialiased edges do not."""
+    in_areas, everywhere = _value_fractions(values[_is_flat(values)], values.size), _value_fractions(values)
+    return {each: everywhere[each] for each, part in in_areas.items() if each != 0 and part >= MIN_FLAT_FRACTION}
 
 
 def _merge_noise(labels: dict[Any, float], path: Path) -> dict[Any, float]:
-    """Add the labels of a lossy file to the more frequent ones, or black, from which they differ by noise only."""
+    """Merge labels of a lossy file that differ only by noise: each is added to a similar, more frequent label, or to
+    black."""
     if len(labels) < 2 or not _is_lossy(path):
         return labels
     merged: dict[Any, float] = {0: 0.0}

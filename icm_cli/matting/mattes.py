@@ -49,8 +49,8 @@ class Mattes:
         )
         return round_to_u8(rgb * weight[..., None] + colour.astype(np.float32) * self.garbage[..., None])
 
-    def bind_alpha(self, alpha: Float) -> Float:
-        """Return the alpha [H,W] with 0 in the garbage area and 1 in the kept area, which wins where both overlap."""
+    def apply_to_alpha(self, alpha: Float) -> Float:
+        """Return the alpha [H,W] with 0 in the garbage area and 1 in the kept area. Where both overlap, it is 1."""
         if self.garbage is not None:
             alpha = alpha * (1.0 - self.garbage)
         return alpha if self.keep is None else np.maximum(alpha, self.keep)
@@ -100,7 +100,7 @@ class ImageMattes:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash of what the files say."""
+        """Hash of the content of the files."""
         return combined_digest(*("" if each is None else each.digest for each in (self.garbage, self.keep)))
 
     def read(self, windows: ImageWindows) -> Mattes:

@@ -43,9 +43,9 @@ def plan_images(
     hint_files = None if options.hints.hints is None else HintFiles.find(options.hints.hints, skipped_files)
     garbage = MatteFiles.find(GARBAGE, options.hints.garbage, notice)
     keep = MatteFiles.find(KEEP, options.hints.keep, notice)
-    is_no_source = () if hint_files is None else (hint_files.is_no_source,)
+    is_ignored = () if hint_files is None else (hint_files.is_hint_file,)
     jobs = plan_jobs(
-        find_sources(options.sources.src, options.sources.root, skipped_files, *is_no_source),
+        find_sources(options.sources.src, options.sources.root, skipped_files, *is_ignored),
         layout,
         source_filter=_source_filter(options.sources, options.sequences),
         references=options.references.files,

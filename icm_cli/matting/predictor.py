@@ -502,7 +502,7 @@ def _coarse_alpha_of(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
 def _follow_corrections(alpha: Float, frame: Frame) -> Float:
     """Return an alpha of the size of a frame bound to its garbage matte, then to its keep matte, then to its hints."""
     if frame.mattes is not None:
-        alpha = frame.mattes.bind_alpha(alpha)
+        alpha = frame.mattes.apply_to_alpha(alpha)
     return alpha if frame.hints is None else bind_alpha(alpha, frame.hints)
 
 

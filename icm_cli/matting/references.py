@@ -129,7 +129,7 @@ def read_negatives(
     colour: ColourSettings = DEFAULT_COLOUR,
     make_mask: MakeMask | None = None,
 ) -> list[Reference]:
-    """Read negative references. Each mask belongs to the image of the same position; images without one are negative
+    """Read negative references. Each mask belongs to the image of the same position. Images without a mask are negative
     as a whole, except RGBA cut-outs. Raises UsageError."""
     if len(masks) > len(refs):
         raise UsageError(
@@ -139,14 +139,14 @@ def read_negatives(
     negatives = []
     for ref, mask in itertools.zip_longest(refs, masks):
         try:
-            shown = _read_reference(ref, mask, None, colour, "auto", notice, None, make_mask, needs_mask=False)
+            image = _read_reference(ref, mask, None, colour, "auto", notice, None, make_mask, needs_mask=False)
         except AmbiguousMaskError as error:
             raise UsageError(
                 f"{error.problem}; expected white on what is not the object, and black elsewhere; give such a mask"
             ) from error
-        if masks and shown.guidance.all():
+        if masks and image.guidance.all():
             notice(f"{ref} has no --not-mask, so all of it is negative")
-        negatives.append(Reference.negative(shown.rgb, shown.guidance, shown.windows))
+        negatives.append(Reference.negative(image.rgb, image.guidance, image.windows))
     return negatives
 
 
@@ -200,9 +200,10 @@ def make_guidance(mask: ImageU8, windows: ImageWindows, name: str, notice: Calla
 def mask_from_hints(
     hints: Hints, rgb: ImageU8, name: str, notice: Callable[[str], None], make_mask: MakeMask | None
 ) -> NDArray[np.bool_]:
-    """Return the mask, bool [H,W], that hints about an image outline, or that is made from their prompts.
+    """Return the mask of the object that hints mark in an image, bool [H,W].
 
-    ``name``: what messages call it. Raises UsageError if the hints do not mark the object.
+    Outlines are the mask itself. From points, boxes and strokes, ``make_mask`` makes it. ``name``: what messages call
+    the mask. Raises UsageError if the hints do not mark the object.
     """
     if hints.is_outlined:
         assert hints.object_area is not None

@@ -50,29 +50,30 @@ class Shot:
     def from_examples(cls, examples: Iterable[tuple[Sequence[Job], Sequence[Keyframe]]]) -> Shot:
         """Sort the frames of each example, given with the references that are frames of it.
 
-        A keyframe or a frame with hints is a start. Each frame belongs to the nearest start, and to the earlier one of
-        two at the same distance. The alpha of a start is propagated forward to its later frames, and then backward to
-        its earlier ones. Without a start, the frames are sorted by name.
+        A keyframe or a frame with hints is a start. Each frame belongs to the nearest start; if two are equally near,
+        to the earlier one. The alpha of a start is propagated forward to its later frames, and then backward to its
+        earlier ones. Without a start, propagation begins at the first frame.
         """
         order: list[Job] = []
         previous: dict[Path, Job] = {}
         keyframes: dict[Path, Keyframe] = {}
         names: list[Path] = []
         for jobs, keys in examples:
-            line: list[Job | Keyframe] = sorted([*jobs, *keys], key=lambda each: natural_sort_key(each.name))
-            names += (each.name for each in line)
-            starts = [index for index, each in enumerate(line) if isinstance(each, Keyframe) or each.hints] or [0]
-            ends = [-1, *((first + second) // 2 for first, second in itertools.pairwise(starts)), len(line) - 1]
-            for start, begin, end in zip(starts, ends, ends[1:], strict=False):
-                order += (each for each in line[start : start + 1] if isinstance(each, Job))
-                for run in (line[start : end + 1], line[begin + 1 : start + 1][::-1]):
-                    for last, each in itertools.pairwise(run):
-                        assert isinstance(each, Job)  # every keyframe is a start
-                        order.append(each)
-                        if isinstance(last, Job):
-                            previous[each.output] = last
+            frames: list[Job | Keyframe] = sorted([*jobs, *keys], key=lambda frame: natural_sort_key(frame.name))
+            names += (frame.name for frame in frames)
+            starts = [index for index, frame in enumerate(frames) if isinstance(frame, Keyframe) or frame.hints] or [0]
+            lasts = [*((first + second) // 2 for first, second in itertools.pairwise(starts)), len(frames) - 1]
+            firsts = [0, *(last + 1 for last in lasts[:-1])]  # the frames of a start are first..last
+            for start, first, last in zip(starts, firsts, lasts, strict=True):
+                order += (frame for frame in frames[start : start + 1] if isinstance(frame, Job))
+                for run in (frames[start : last + 1], frames[first : start + 1][::-1]):
+                    for before, frame in itertools.pairwise(run):
+                        assert isinstance(frame, Job)  # every keyframe is a start
+                        order.append(frame)
+                        if isinstance(before, Job):
+                            previous[frame.output] = before
                         else:
-                            keyframes[each.output] = last
+                            keyframes[frame.output] = before
         return cls(order, previous, keyframes, sorted(dict.fromkeys(names), key=natural_sort_key))
 
     def shard(self, number: int, count: int) -> Shot:
@@ -96,7 +97,7 @@ class Shot:
         return combined_digest(digest, f"reference {keyframe.name}" if keyframe else "")
 
     def find_hints(self, job: Job) -> ImageHints | None:
-        """Return the hints of the frame from which the alpha of a frame is propagated, if it has some."""
+        """Return the hints of a frame, or of the start from which its alpha is propagated; None if there are none."""
         return self._hints.get(job.output)
 
     @functools.cached_property
@@ -128,10 +129,8 @@ class Shot:
         return Shot([by_output[job.output] for job in self.order], previous, self.keyframes, self.names)
 
     def reusable_outputs(self, finished: Collection[Path], reviewed: Collection[Path] = ()) -> set[Path]:
-        """Return the reviewed outputs, and the finished ones whose earlier frames are all finished too.
-
-        The others would change, because a frame before them is matted again.
-        """
+        """Return the reviewed outputs, and the finished ones that can be kept, because all frames before them are
+        finished too. The other finished ones would change, because a frame before them is matted again."""
         reusable: set[Path] = set()
         for job in self.order:
             previous = self.previous.get(job.output)

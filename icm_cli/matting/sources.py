@@ -85,16 +85,16 @@ def find_sources(
     src: str | Path,
     root: Path | None,
     skipped_files: SkippedFiles,
-    is_no_source: Callable[[Path, Path], bool] = lambda path, root: False,  # noqa: ARG005
+    is_ignored: Callable[[Path, Path], bool] = lambda path, folder: False,  # noqa: ARG005
 ) -> Sources:
     """Find the files that ``src`` names.
 
-    The root is the folder itself, the folder of a file, the part of a glob or frame pattern without wildcards; for a
-    list, the part of its lines before ROOT_MARK, or else the working directory. ``root`` overrides it. The root does
-    not depend on the other files of the run, so neither does an output path. ``is_no_source``: whether a file in a
-    folder, given with that folder, is ignored. Raises UsageError, also for images outside the root.
+    The root is the folder itself, the folder of a file, or the part of a glob or frame pattern without wildcards. For a
+    list, it is the part of its lines before ROOT_MARK, else the working directory. ``root`` overrides it. The root does
+    not depend on the other files of the run, so neither does an output path. ``is_ignored(path, folder)``: whether a
+    file that was found in a folder is not a source. Raises UsageError, also for images outside the root.
     """
-    sources = _find_files(src, skipped_files, is_no_source)
+    sources = _find_files(src, skipped_files, is_ignored)
     if root is not None:
         if not root.is_dir():
             raise UsageError(f"--root {root} is not a folder; expected a folder that contains the sources")
@@ -128,15 +128,19 @@ def find_sources(
 
 
 def _may_be_image(file: SourceFile) -> bool:
-    """Return whether a file exists and may be an image: by its content, or its name if it cannot be told by that."""
+    """Return whether a file exists and may be an image.
+
+    Its content decides. Its suffix decides if the file cannot be read, and for Targa, the only format without a
+    signature.
+    """
     has_image_suffix = file.path.suffix.lower() in IMAGE_SUFFIXES
     is_unreadable_image = file.error is not None and has_image_suffix and os.path.exists(file.path)  # noqa: PTH110
-    is_targa = bool(file.planned_state) and file.path.suffix.lower() == ".tga"  # the only format without a signature
+    is_targa = bool(file.planned_state) and file.path.suffix.lower() == ".tga"
     return bool(file.type.name) or is_unreadable_image or is_targa
 
 
 def name_below(path: Path, root: Path) -> Path:
-    """Return the path relative to the root; of a path outside, which will fail, its parts without the leading /."""
+    """Return the path relative to the root. A path outside the root, whose image will fail, loses its leading /."""
     return path.relative_to(root) if path.is_relative_to(root) else path.relative_to(path.anchor)
 
 
@@ -160,7 +164,7 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _find_files(src: str | Path, skipped_files: SkippedFiles, is_no_source: Callable[[Path, Path], bool]) -> Sources:
+def _find_files(src: str | Path, skipped_files: SkippedFiles, is_ignored: Callable[[Path, Path], bool]) -> Sources:
     """Return the sources in any order, perhaps none."""
     text, path = str(src), Path(src)
     if not text:
@@ -170,7 +174,7 @@ def _find_files(src: str | Path, skipped_files: SkippedFiles, is_no_source: Call
         stream = getattr(sys.stdin, "buffer", sys.stdin)  # None if the process was started without one
         return _read_list(os.fsencode(stream.read()) if stream else b"", "standard input", skipped_files)
     if retry_transient(path.is_dir):
-        files = [file for file in walk_files(path, skipped) if not is_no_source(file, path)]
+        files = [file for file in walk_files(path, skipped) if not is_ignored(file, path)]
         return _keep_images(path, files, skipped, skipped_files)
     if path.is_file():
         return _read_file(path, skipped_files)
@@ -179,7 +183,7 @@ def _find_files(src: str | Path, skipped_files: SkippedFiles, is_no_source: Call
     files = list(expand_glob(text, skipped)) if glob.has_magic(text) else []
     if files:
         folder = Path(split_glob(text)[0])
-        files = [file for file in files if not is_no_source(file, folder)]
+        files = [file for file in files if not is_ignored(file, folder)]
         return _keep_images(folder, files, skipped, skipped_files)
     if (pattern := FramePattern.parse(text)) is not None:
         return _find_sequence(pattern, text, skipped_files)

@@ -100,7 +100,7 @@ class ScoreTask:
     is_external: bool = False
     """Whether another tool made the alpha. If so, its colour and value range are checked."""
     allowed: frozenset[str] = frozenset()
-    """Kinds of problems despite which the alpha is scored."""
+    """Kinds of problems that do not prevent scoring."""
 
     def run(self) -> ScoreResult:
         """Read the files and compute the scores. Problems with the files are part of the result."""
@@ -128,7 +128,11 @@ class ScoreTask:
         trimap, trimap_problems = self._load_trimap(truth.alpha)
         scores = compute_scores(resized_alpha, resized_truth, self.rule.metric_variant, trimap)
         if trimap is not None and "unknown" not in scores:
-            reason = f"{self.trimap_path or self.truth_path} has no unknown pixel; expected some pixels of value 128"
+            reason = (
+                f"trimap {self.trimap_path} has no unknown pixel; expected some pixels of value 128"
+                if self.trimap_path
+                else f"ground truth {self.truth_path} has only the values 0 and 255, so no pixel is unknown"
+            )
             trimap_problems.append(Problem("no-unknown", self.name, reason))
         evaluation = ImageEvaluation(
             {region: scores[region] for region in self.rule.regions if region in scores},
@@ -182,7 +186,10 @@ class ScoreTask:
         if self.rule.has_detail_maps:
             trimap = np.where(trimap > 0, UNKNOWN, 0).astype(np.uint8)
         elif not np.isin(trimap, (0, UNKNOWN, 255)).all():
-            reason = f"trimap {self.trimap_path} has other values than 0, 128 and 255; expected only these"
+            reason = (
+                f"trimap {self.trimap_path} has values that are not 0, 128 or 255; expected 0 for background, "
+                "128 for unknown and 255 for foreground"
+            )
             return None, [Problem("bad-trimap", self.name, reason)]
         return resize_for_scoring(trimap, shape, size, cv2.INTER_NEAREST), []
 

@@ -99,7 +99,7 @@ class FilesConfig:
 
     @property
     def path_options(self) -> dict[str, Any]:
-        """Arguments of ``datasets.registry.find`` and ``icm_cli.evaluate`` in addition to dataset and root."""
+        """Further arguments of ``find_dataset`` and ``icm_cli.evaluate``, in addition to dataset and root."""
         return {"images": self.images, "alphas": self.alphas, "trimaps": self.trimaps, "groups": self.groups}
 
     def _check_dataset(self, where: str, known: Iterable[str]) -> None:
