@@ -78,7 +78,7 @@ class BatchMaker(Dataset[Any], ABC, Generic[BatchT]):
         """Make the batch of some samples. Raises TrainingError if a sample cannot be made."""
 
     def __getitems__(self, counters: Sequence[int]) -> BatchT | str:
-        """Make a batch for DataLoader, or return the error's text: its type would get lost between processes."""
+        """Make a batch for DataLoader. After an error, return its text, because DataLoader changes its type."""
         try:
             return self.make_batch(counters)
         except TrainingError as error:
@@ -104,7 +104,7 @@ class SampleMaker(BatchMaker[BatchT]):
         return self.batch_class(names, tuple(counters), tuple(skipped), **tensors)
 
     def _make_sample(self, counter: int, skipped: list[str]) -> tuple[str, Layers]:
-        """Make sample number ``counter``. Draws that cannot be read are repeated, and their reasons noted."""
+        """Make sample number ``counter``. If an image cannot be read, add the reason to ``skipped`` and draw again."""
         for attempt in range(MAX_ATTEMPTS):
             try:
                 return self.draw_sample(np.random.default_rng((self._seed, counter, attempt)))

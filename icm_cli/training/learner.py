@@ -111,8 +111,8 @@ class Learner:
     def set_training_mode(self) -> None:
         """Set the model to training mode.
 
-        BatchNorm layers of the backbone, those with frozen weights, and with ``batch_norm: fixed`` all others too, keep
-        their statistics.
+        These BatchNorm layers keep their statistics: those of the backbone, those whose weights are frozen, and with
+        ``batch_norm: fixed`` all.
         """
         self.model.train()
         self.model.backbone.eval()
@@ -132,7 +132,7 @@ class Learner:
                 self.set_training_mode()
 
     def accumulate_gradients(self) -> AbstractContextManager[None]:
-        """Return the context for a micro-batch; processes exchange gradients only at the last one of a step."""
+        """Return the context for a micro-batch. Processes exchange gradients only in the last micro-batch of a step."""
         context: AbstractContextManager[None] = self.accelerator.accumulate(self.forward)
         return context
 
@@ -275,7 +275,7 @@ def learning_rate_factor(step: int, config: TrainConfig, elapsed_fraction: float
 
 
 class MovingAverage:
-    """Exponential moving average (EMA) of tensors; with ``decay`` None it is the tensors themselves.
+    """Exponential moving average (EMA) of tensors. If ``decay`` is None, there is none: the tensors are used.
 
     At step n the decay is at most (1 + n) / (10 + n), so that the average soon forgets the initial weights. Integer
     tensors, such as BatchNorm's counters, are copied.

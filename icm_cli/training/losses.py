@@ -29,15 +29,15 @@ UNKNOWN_LEVEL = 0.5
 LOSS_NAMES = tuple(field.name for field in fields(LossConfig) if field.metadata)
 """Names of the losses, which are also the settings of their weights."""
 SOFT_LOSS_NAMES = ("unknown_l1", "known_l1", "laplacian", "gradient_penalty")
-"""Published losses that binary samples do not take."""
+"""Published losses that do not apply to binary samples."""
 
 
 def compute_losses(alpha: Tensor, truth: Tensor, trimap: Tensor, config: LossConfig) -> dict[str, Tensor]:
     """Return every loss whose weight is not 0, multiplied by its weight, [B] each, and their sum as "total".
 
     alpha, truth and trimap are float32 [B,1,H,W] in 0..1; a trimap's unknown pixels are exactly 0.5 (see
-    :func:`quantise_trimap`). known_smooth_l1 is 0 for samples that are not binary, the losses of SOFT_LOSS_NAMES for
-    those that are.
+    :func:`quantise_trimap`). The losses of SOFT_LOSS_NAMES are 0 for binary samples, and known_smooth_l1 is 0 for all
+    other samples.
     """
     unknown = (trimap == UNKNOWN_LEVEL).float()
     is_binary = _is_binary(truth, config.binary_rule).float()
@@ -150,5 +150,5 @@ def _mean_per_sample(values: Tensor) -> Tensor:
 
 
 def _convolve(image: Tensor, kernel: Tensor) -> Tensor:
-
+    """Convolve an image [B,1,H,W] with a 5 x 5 kernel [1,1,5,5]; the border is mirrored."""
     return F.conv2d(F.pad(image, (2, 2, 2, 2), mode="reflect"), kernel)

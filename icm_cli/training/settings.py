@@ -117,18 +117,17 @@ class SourceConfig(FilesConfig):
     split: Split | None = None
     """Default: the train split, or the only split of the dataset."""
     group_by: Literal["group", "image"] = "group"
-    """"image": every image is a group of its own, so that its pairs are two views of it."""
+    """"group": target and reference are images of one group. "image": they are two views of one image."""
     binary: bool = False
     """The alphas are masks of 0 and 255 and stay binary under every augmentation."""
     exclude: tuple[str, ...] = ()
     """Globs of image names that are excluded."""
     classes: str | None = None
-    """JSON file with the class, or list of classes, of each group, by the folder of its images (the last parts of the
-    path suffice). An image is used as a negative only if it shares no class with the reference's group, in all sources.
-    """
+    """JSON file with the class, or a list of classes, of each folder of images. The last parts of the folder's path
+    suffice. An image is used as a negative only if none of its classes is a class of the reference."""
     coarse: str | None = None
-    """Folder of alphas predicted for these images by a first stage (``icm eval --save-alphas``). The stage "refine"
-    trains on them in addition to degraded true alphas."""
+    """Folder of alphas of these images that another model computed (``icm eval --save-alphas``). The stage "refine"
+    uses them as coarse alphas, in addition to degraded true alphas."""
     soften_px: float = 0.0
     """Standard deviation, in px of the file, of the blur that softens hard masks."""
     weight: float = 1.0
@@ -184,23 +183,24 @@ class PairConfig(Section, title="train: pairs"):
     """How target and reference of a training sample are composed. Probabilities are in 0..1."""
 
     composite_probability: float = limited(0.5, 0, 1)
-    """A photograph with an alpha is composited onto another background. Foregrounds always are."""
+    """Probability that a photograph with an alpha is composited onto another background. Foregrounds always are."""
     same_image_probability: float = limited(0.2, 0, 1)
-    """The reference is another view of the target's own image, even if its group has other images."""
+    """Probability that the reference is another view of the target's own image, although its group has other images."""
     distractor_probability: float = limited(0.5, 0, 1)
-    """Other objects are pasted into the target, so that only the reference tells which one is wanted."""
+    """Probability that distractors (other objects) are pasted into the target. Then only the reference shows which
+    object is meant."""
     max_distractors: int = limited(2)
-    """Largest number of pasted objects."""
+    """Largest number of distractors."""
     reference_distractor_probability: float = limited(0.5, 0, 1)
-    """In samples with distractors: the first one is pasted into the reference, too."""
+    """Probability, in samples with distractors, that the first one is pasted into the reference too."""
     negative_probability: float = limited(0.1, 0, 1)
-    """The target does not show the reference's object; its alpha is 0."""
+    """Probability that the target does not show the reference's object, so that its alpha is 0."""
     scribble_probability: float = limited(0.0, 0, 1)
-    """The guidance is a stroke inside the object instead of its mask."""
+    """Probability that the guidance is a stroke inside the object instead of its mask."""
     point_probability: float = limited(0.0, 0, 1)
-    """The guidance is a spot inside the object."""
+    """Probability that the guidance is a spot inside the object instead of its mask."""
     mask_jitter_probability: float = limited(0.2, 0, 1)
-    """A guidance mask is slightly dilated, eroded or shifted."""
+    """Probability that a mask is slightly dilated, eroded or shifted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -254,7 +254,7 @@ class LossConfig(Section, title="train: loss"):
     known_l1: float = limited(1.0)
     """L1 over all other pixels."""
     known_smooth_l1: float = limited(1.0)
-    """Smooth L1 over the known pixels of a binary sample, whose edge is not worth learning."""
+    """Smooth L1 over the known pixels of a binary sample. The edge of such a sample is not learned."""
     laplacian: float = limited(1.0)
     """L1 between Laplacian pyramids of five levels; needs images of 64 px or more."""
     gradient_penalty: float = limited(1.0)
@@ -266,8 +266,9 @@ class LossConfig(Section, title="train: loss"):
     l1: float = limited(0.0)
     """L1, mean over the image; for binary samples, too."""
     binary_rule: BinaryRule = "binary"
-    """Which samples are binary. Of the published losses, they only take known_smooth_l1. "binary": each pixel is 0 or 1
-    (the paper). "constant": all pixels are 0, or all are 1 (the released code)."""
+    """Which samples count as binary. "binary": those in which each pixel is 0 or 1 (the paper). "constant": those in
+    which all pixels are 0, or all are 1 (the released code). Of the published losses, only known_smooth_l1 applies to
+    binary samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -279,35 +280,35 @@ class LossConfig(Section, title="train: loss"):
 class MatchStageConfig(Section, title="train: match"):
     """Samples of the stages "match", "end-to-end" and "objects": mosaics of images.
 
-    The reference's object is in one tile of a mosaic, in several, or in none. The stage "end-to-end" stores no views;
-    of the numbers of views it only checks whether ``large_views_per_group`` is 0.
+    The reference's object is in one tile of a mosaic, in several, or in none. The stage "end-to-end" stores no views.
+    It reads the number of large views only to decide whether there are large images (0: none).
     """
 
     views_per_group: int = limited(12, 1)
-    """Number of views of a group whose tokens are computed, at canvas size; drawn by the seed."""
+    """Number of views of each group whose tokens are stored. A view is a random crop of an image, of canvas size."""
     large_views_per_group: int = limited(0)
-    """Number of views computed at twice that size in addition. They are used for mosaics of one image and for half of
-    the references, so that all mosaics have about the same number of tokens. 0: none."""
+    """Number of further views of twice that size. They are used for mosaics of one image and for half of the
+    references, so that all mosaics have about the same number of tokens. 0: none."""
     max_views_per_image: int = limited(3, 1)
-    """Largest number of views of one image, for small groups."""
+    """Largest number of views of one image, for groups with few images."""
     rotate_every: int = limited(0)
     """Number of steps after which "match" and "objects" replace a part of every group's views by views of its next
-    images, so that in time all images are used. The next part is encoded gradually during these steps. 0: views are
+    images, so that in the end all images are used. The next part is encoded gradually during these steps. 0: views are
     never replaced."""
     rotation_parts: int = limited(4, 1)
     """Number of parts of the views; each rotation replaces one of them."""
     negative_probability: float = limited(0.2, 0, 1)
-    """The reference's object is in no tile."""
+    """Probability that no tile shows the reference's object."""
     multiple_probability: float = limited(0.0, 0, 1)
-    """In mosaics of several tiles with the object: further tiles may show it, too."""
+    """Probability, in mosaics of several tiles with the object, that further tiles may show it too."""
     same_image_probability: float = limited(0.1, 0, 1)
-    """The reference is another view of the target's own image, even if its group has other images."""
+    """Probability that the reference is another view of the target's own image, although its group has other images."""
     reference_count_weights: tuple[float, ...] = (1.0,)
     """Sampling weights of batches with one reference per mosaic, two, and so on."""
     layout_weights: tuple[float, ...] = (0.3, 0.4, 0.25, 0.05)
     """Sampling weights of mosaics of one image, two in a row, two in a column, and two by two."""
     presence_weight: float = limited(0.3)
-    """Weight of the cross-entropy of whether the object is present."""
+    """Weight of the loss (cross-entropy) of the prediction whether the object is present."""
     feature_noise: float = limited(0.0)
     """Largest standard deviation of the noise added to the features that "match" and "objects" compare. The features
     themselves have a standard deviation of 1."""
@@ -326,26 +327,30 @@ class ClickConfig(Section, title="train: clicks"):
     count_weights: tuple[float, ...] = (0.2, 0.25, 0.2, 0.2, 0.15)
     """Sampling weights of batches without clicks, with one click, two, and so on. (1.0,) trains without clicks."""
     alone_probability: float = limited(0.3, 0, 1)
-    """In batches with clicks: there is no coarse alpha, so that the clicks alone select the object."""
+    """Probability, in batches with clicks, that there is no coarse alpha, so that the clicks alone select the object.
+    """
     box_probability: float = limited(0.2, 0, 1)
-    """In batches without a coarse alpha: a box around the object precedes the clicks."""
+    """Probability, in batches without a coarse alpha, that a box around the object precedes the clicks."""
     other_object_probability: float = limited(0.35, 0, 1)
-    """In mosaics of several tiles with clicks: they select the object of a tile that does not show the reference's
-    object."""
+    """Probability, in mosaics of several tiles, that the clicks select an object in a tile that does not show the
+    reference's object."""
     corruption_probability: float = limited(0.5, 0, 1)
-    """The alpha that the clicks correct is made worse: regions are added and removed."""
+    """Probability that the alpha that the clicks correct is made worse: regions are added and removed."""
     corruption_logit: float = limited(5.0)
-    """Largest standard deviation of what corruption adds to the logit of an alpha."""
+    """Strength of this corruption: the largest standard deviation of the noise that is added to the logit of an alpha.
+    """
     centre_probability: float = limited(0.7, 0, 1)
-    """A click is at the centre of the largest error, as in benchmarks, instead of anywhere in an error."""
+    """Probability that a click is at the centre of the largest error, as in benchmarks, instead of anywhere in an
+    error."""
     redundant_probability: float = limited(0.1, 0, 1)
-    """A click confirms what is right already."""
+    """Probability that a click is where the alpha is right already."""
     jitter: float = limited(0.01)
     """Standard deviation of a click's displacement, as a fraction of the long side."""
     edge_probability: float = limited(0.2, 0, 1)
-    """A displaced click may leave the error that it corrects, so that it is on the wrong side of an edge."""
+    """Probability that a displaced click may leave the error that it corrects, so that it is on the wrong side of an
+    edge."""
     stroke_probability: float = limited(0.15, 0, 1)
-    """In place of a click there is a stroke: several points in the errors of the same prediction."""
+    """Probability that there is a stroke in place of a click: several points in the errors of the same prediction."""
     iou_weight: float = limited(0.5)
     """Weight of the squared error of the predicted IoU."""
 
@@ -362,20 +367,21 @@ class RefineStageConfig(Section, title="train: refine"):
     """Side of a crop, in px of the canvas."""
     crops_per_image: int = limited(4, 1)
     token_probability: float = limited(0.35, 0, 1)
-    """The coarse alpha is degraded like the output of a head that works on a grid of tokens."""
+    """Probability that the coarse alpha is degraded like the output of a head that works on a grid of tokens."""
     object_probability: float = limited(0.0, 0, 1)
-    """The coarse alpha is degraded like an object mask: a smooth outline without hair. All other coarse alphas have an
-    outline that is displaced or blurred."""
+    """Probability that the coarse alpha is degraded like an object mask: a smooth outline without hair. All other
+    coarse alphas have an outline that is displaced or blurred."""
     uncertain_probability: float = limited(0.5, 0, 1)
-    """In addition the coarse alpha is uncertain about some regions, inside and outside the object."""
+    """Probability that, in addition, the coarse alpha is uncertain in some regions, inside and outside the object."""
     predicted_probability: float = limited(0.7, 0, 1)
-    """For sources with ``coarse``: the alpha that a first stage predicted is used as the coarse alpha."""
+    """Probability, for sources with ``coarse``, that the alpha of the other model is used as the coarse alpha."""
     photograph_probability: float = limited(0.5, 0, 1)
-    """An image with a soft alpha is shown as it is instead of as a composite."""
+    """Probability that an image with a soft alpha is used as it is, instead of a composite of its object."""
     edge_weight: float = limited(0.5, 0, 1)
     """Weight of pixels at the edge of an alpha that is not exact. Only alphas of composites are exact."""
     unknown_weight: float = limited(4.0, 1)
-    """Weight of unknown pixels, at edges and where the coarse alpha is wrong; other pixels have weight 1."""
+    """Weight of unknown pixels: those at edges, and those where the coarse alpha is wrong. Other pixels have weight 1.
+    """
     l1: float = limited(1.0)
     cross_entropy: float = limited(0.5)
     gradient: float = limited(2.0)
@@ -399,7 +405,7 @@ class TrainConfig(Section, title="train"):
     for GPUs): the token-match head and the backbone, on images. "objects": the object model, on the predictions of a
     trained head. "refine": the edges, which need no pairs."""
     minutes: float | None = limited(None, is_open=True)
-    """The run ends after this many minutes of steps, instead of after ``steps``; so does a cosine schedule."""
+    """If given, the run and its cosine schedule end after this many minutes of steps, instead of after ``steps``."""
     steps: int = limited(20_000, 1)
     batch_size: int = limited(8, 1)
     """Samples per step, over all processes."""
@@ -414,7 +420,7 @@ class TrainConfig(Section, title="train"):
     """Learning rate of the backbone; 0 keeps it frozen."""
     weight_decay: float = limited(0.0)
     warmup_steps: int = limited(250)
-    """Number of steps in which the learning rate grows linearly, from 1e-6 of its value."""
+    """Number of steps in which the learning rate grows linearly, from one millionth to its full value."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up; "cosine" falls to 0 at the end of the run."""
     clip_norm: float | None = limited(None, is_open=True)
@@ -422,8 +428,8 @@ class TrainConfig(Section, title="train"):
     ema_decay: float | None = limited(None, 0, 1, is_open=True)
     """Decay per step of the exponential moving average of the weights, which is validated and saved."""
     batch_norm: Literal["batch", "fixed"] = "batch"
-    """Statistics of the head's BatchNorm layers: "batch", those of each process's micro-batch, as published; "fixed",
-    their running averages. The backbone always uses its running averages."""
+    """Statistics that the head's BatchNorm layers use. "batch": those of each process's micro-batch, as published.
+    "fixed": their running averages. The backbone always uses its running averages."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision."""
     seed: int = limited(0, 0, MAX_SEED)
@@ -440,7 +446,7 @@ class TrainConfig(Section, title="train"):
     clicks: ClickConfig = field(default_factory=ClickConfig)
     refine: RefineStageConfig = field(default_factory=RefineStageConfig)
     trimap_kernel_px: int = limited(25, 1)
-    """Side of the square that dilates 0 < alpha < 1 to the unknown region, if the data have no trimaps."""
+    """If the data have no trimaps, the unknown region is 0 < alpha < 1, dilated by a square of this side."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,20 +27,20 @@ class TrainingItem:
     name: str
     image: Path
     alpha: Path | None
-    """None: the alpha channel of the image."""
+    """File of the alpha; None if it is the alpha channel of the image."""
     trimap: Path | None
     group: str
-    """Items of a group show the same kind of object. The name is unique over all sources."""
+    """Name of the group, unique over all sources. Items of a group show the same kind of object."""
     is_foreground: bool
-    """The image has no meaningful colours outside its alpha."""
+    """Whether the image has no meaningful colours outside its alpha."""
     is_binary: bool
-    """The alpha is a mask of 0 and 255."""
+    """Whether the alpha is a mask of 0 and 255."""
     classes: frozenset[str] = frozenset()
     """Classes of the object; items that share a class are never negatives for each other."""
     soften_px: float = 0.0
     """Standard deviation of the blur that softens its hard mask."""
     coarse: Path | None = None
-    """The alpha that a first stage predicted for it."""
+    """Its alpha that another model computed, if there is one."""
 
     def is_negative_for(self, other: TrainingItem) -> bool:
         """Whether the image does not show the object of another item, according to groups and classes."""

@@ -68,7 +68,7 @@ def _size_bytes(layer: object) -> int:
 class Scene:
     """An image with its alpha: rgb uint8 [h,w,3], alpha uint8 [h,w], and valid bool [h,w], False at padding.
 
-    If the data have them: a trimap, uint8 [h,w] of 0, 128 and 255, and a first stage's coarse alpha, uint8 [h,w].
+    If the data have them: a trimap, uint8 [h,w] of 0, 128 and 255, and another model's coarse alpha, uint8 [h,w].
     """
 
     rgb: ImageU8
@@ -196,8 +196,8 @@ class SceneMaker:
     def make_photograph(self, item: TrainingItem, rng: Rng) -> Scene:
         """Place an item's image on the canvas by a random transform.
 
-        The image fits the canvas untransformed if the augmentation moves no pixels, or if no random transform leaves
-        enough of the object visible.
+        If the augmentation moves no pixels, or if no random transform leaves enough of the object visible, the whole
+        image is fitted into the canvas.
         """
         if not self.augment.moves_pixels:
             return self._fit_photograph(item)
@@ -264,7 +264,7 @@ class SceneMaker:
         return replace(scene, rgb=np.ascontiguousarray(degrade_image(rgb, self.augment, rng)))
 
     def _fit_photograph(self, item: TrainingItem) -> Scene:
-        """Return the whole image in the canvas' corner, as at inference."""
+        """Place the whole image in the top left corner of the canvas, as in inference."""
         layer = read_photograph(item)
         placement = CanvasRule(self.canvas_px, 1, square=True).placement(*layer.alpha.shape)
         valid = placement.content_mask()
@@ -291,9 +291,9 @@ class SceneMaker:
         border: int = cv2.BORDER_CONSTANT,
         interpolation: int = cv2.INTER_LINEAR,
     ) -> NDArray[Any]:
-        """Warp a layer to the canvas; outside of it are zeros, or with BORDER_REPLICATE its edge pixels.
+        """Warp a layer to the canvas. Beyond the layer, the canvas is 0, or with BORDER_REPLICATE repeats its edge.
 
-        The layer is first reduced by area averaging if the transform would skip pixels.
+        If the transform reduces the layer so much that it would skip pixels, the layer is first reduced by averaging.
         """
         scale = float(np.sqrt(abs(np.linalg.det(affine[:, :2]))))
         if scale < 0.75 and interpolation == cv2.INTER_LINEAR:

@@ -177,10 +177,10 @@ def require_token_match_head(model: InContextMatting, stage: str) -> TokenMatchH
 
 
 def fit_config_to_groups(config: MatchStageConfig, pool: TrainingPool) -> tuple[MatchStageConfig, str]:
-    """Return the settings for the mosaics of a pool, and a notice if they differ from ``config``, else "".
+    """Adapt the settings of mosaics to a pool. Return them, and a notice if they were changed, else "".
 
-    If all images show the same object, mosaics are single images that show it. Raises UsageError if only some of the
-    groups have negatives.
+    If all images show the same object, there are no negatives: each mosaic is a single image that shows the object.
+    Raises UsageError if only some of the groups have negatives.
     """
     firsts = [items[0] for items in pool.groups.values()]
     without_negative = [item for item in firsts if not any(item.is_negative_for(other) for other in firsts)]
@@ -348,10 +348,10 @@ def _stack_views(views: Sequence[View]) -> View:
 
 
 def add_feature_noise(batch: MosaicBatch, max_std: float, rng: np.random.Generator) -> MosaicBatch:
-    """Add noise to the features that are compared, so that the head errs as it does on images it never saw.
+    """Add noise to the features that are compared, so that the head makes mistakes as on images it never saw.
 
-    Each image has noise of its own strength, with a standard deviation of up to ``max_std``: partly per token, partly
-    in larger regions. The features themselves have a variance of 1.
+    The noise of each image has its own strength, up to a standard deviation of ``max_std``. One part of it differs from
+    token to token, the other part from region to region. The features themselves have a variance of 1.
     """
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
 

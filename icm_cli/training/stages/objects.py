@@ -75,7 +75,7 @@ class ObjectMatcher(nn.Module):
 
 
 class _Rounds:
-    """Rounds of a batch, each with one click more."""
+    """Predictions for one batch in rounds: each round has one click more than the round before."""
 
     def __init__(
         self, objects: Objects, batch: MosaicBatch, coarse: Tensor, config: ClickConfig, rng: np.random.Generator
@@ -102,18 +102,22 @@ class _Rounds:
         self._has_other_object = [is_other for _, is_other in drawn]
 
     def complete(self, *, can_corrupt: bool = False) -> None:
-        """Complete the coarse alphas without clicks. Samples with a corrupt one or another object have no loss."""
-        count, is_early = len(self._coarse), self._rng.random() < 0.5
+        """Complete the coarse alphas without clicks.
+
+        With ``can_corrupt``, some alphas are made worse: either the coarse ones or the completed ones. A sample has no
+        loss in this round if its coarse alpha was made worse, or if the clicks will select another object.
+        """
+        count, corrupts_coarse = len(self._coarse), self._rng.random() < 0.5
         is_corrupt = [can_corrupt and self._rng.random() < self._config.corruption_probability for _ in range(count)]
-        coarse = self._corrupt(self._coarse, is_corrupt) if is_early else self._coarse
+        coarse = self._corrupt(self._coarse, is_corrupt) if corrupts_coarse else self._coarse
         logit = self._objects(self._embedding, coarse[:, None])
         alpha = torch.sigmoid(logit.detach())
-        self._alpha = alpha if is_early else self._corrupt(alpha[:, 0], is_corrupt)[:, None]
-        is_counted = [
-            not (is_other or (corrupt and is_early))
+        self._alpha = alpha if corrupts_coarse else self._corrupt(alpha[:, 0], is_corrupt)[:, None]
+        has_loss = [
+            not (is_other or (corrupt and corrupts_coarse))
             for is_other, corrupt in zip(self._has_other_object, is_corrupt, strict=True)
         ]
-        self._rounds.append((logit, logit.new_zeros(count), torch.tensor(is_counted).to(logit)))
+        self._rounds.append((logit, logit.new_zeros(count), torch.tensor(has_loss).to(logit)))
 
     def draw_boxes(self) -> None:
         """Select the objects by boxes."""

@@ -1,8 +1,8 @@
 """The stage "refine": train the edges on images with a mask or an alpha, and degraded coarse alphas.
 
 It needs no pairs: any image with a mask or an alpha can be used. Alphas of composites are exact, so all their pixels
-count fully. Outlines drawn by hand locate the edge but not its softness, so pixels at their edges have a smaller
-weight. Coarse alphas are degraded true ones, like those that a first stage or a hasty user would give.
+count fully. An outline drawn by hand shows where the edge is, but not how soft it is, so pixels at such edges have a
+smaller weight. Coarse alphas are degraded true ones: they have the errors of a head's output or of a rough mask.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ TOKEN_CELL = (1 / 52, 1 / 14)
 OBJECT_CELL = (1 / 256, 1 / 128)
 """Side of an object mask's cell, as a fraction of the image's long side."""
 OBJECT_BLUR = (0.4, 3.0)
-"""Standard deviation, in cells, of the blur of an object mask's outline. A network trained with larger ones distrusts
-masks that are correct."""
+"""Standard deviation, in cells, of the blur of an object mask's outline. A network that was trained with more blur
+changes masks that are correct."""
 CERTAIN_LOGIT = 4.0
-"""Smallest distance below 0 of an object mask's logit far from the object."""
+"""Far from the object, the logit of an object mask is at most minus this."""
 MAX_REGION_FRACTION = 0.12
 """Largest fraction of the image that an uncertain region covers."""
 INSIDE_PROBABILITY = 0.65
@@ -265,8 +265,8 @@ def degrade_to_object_mask(alpha: Float, rng: Rng) -> Float:
 def add_uncertain_regions(coarse: Float, rgb: ImageU8, truth: Float, rng: Rng) -> Float:
     """Make a coarse alpha, [H,W] 0..1, uncertain about one to three regions of similar colour.
 
-    Regions of the object fade and regions of the background appear, as with a first stage that judges by appearance.
-    ``rgb`` is the image, uint8 [H,W,3].
+    Regions of the object fade, and regions of the background appear, as in the output of a head that judges by
+    similarity. ``rgb`` is the image, uint8 [H,W,3].
     """
     height, width = truth.shape
     scale = min(1.0, 160 / max(height, width))

@@ -1,9 +1,9 @@
 """View sets of the stage "match": the images whose tokens are stored, and their replacement during training.
 
-The images of each group are shuffled with the seed. Rotation part number n of the views takes the next images in that
-order, and starts again at its end. A view set is a window of :attr:`MatchStageConfig.rotation_parts` parts. Every
-:attr:`MatchStageConfig.rotate_every` steps the window moves by one part. The parts depend only on the seed, so a
-resumed run has the same view sets.
+The images of each group are shuffled with the seed and divided into rotation parts, one after another; after the last
+image, the first one follows again. A view set consists of :attr:`MatchStageConfig.rotation_parts` consecutive parts.
+After every :attr:`MatchStageConfig.rotate_every` steps, the next view set is used: it lacks the first part of the one
+before, and has one further part. The parts depend only on the seed, so a resumed run has the same view sets.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ class ViewPlan:
         return [file for part in parts for file in self.files_of_part(part)]
 
     def files_due(self, step: int) -> list[ViewFile]:
-        """Return the files of the next part that must be computed when ``step`` ends; their number grows evenly."""
+        """Return the files of the next part that must be computed when ``step`` ends.
+
+        Their number grows evenly from step to step, so that no step takes much longer than others.
+        """
         interval = self._config.rotate_every
         if not interval:
             return []
