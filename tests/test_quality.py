@@ -94,6 +94,10 @@ class TestSignals:
         for name in ("foreground", "coarse_agreement", "largest_component", "left", "border", "lightness"):
             assert large[name] == pytest.approx(small[name], abs=0.02 * max(1, abs(small[name])))
 
+    def test_no_agreement_with_a_coarse_alpha_that_hints_correct(self) -> None:
+        signals = measure_signals(draw_image(), None, draw_disc(), draw_disc(), {})
+        assert signals == {name: value for name, value in signals_of(draw_disc()).items() if name != "coarse_agreement"}
+
     def test_agreement(self) -> None:
         assert measure_agreement(draw_disc(), cv2.resize(draw_disc(), (320, 240))) > 0.97
         assert measure_agreement(np.zeros(SIZE, np.float32), np.zeros(SIZE, np.float32)) == 1

@@ -367,8 +367,9 @@ class Predictor:
         found = frame.shows_object or bool((alpha > 0.5).mean() >= FOUND_FRACTION)
         if not is_finite:
             return FrameAlpha(alpha, found)
-        earlier = coarse.alpha.numpy(force=True), completed.numpy(force=True)
-        return FrameAlpha(alpha, found, measure_signals(frame.rgb, *earlier, alpha, coarse.signals))
+        before = None if frame.hints is not None else coarse.alpha.numpy(force=True)
+        signals = measure_signals(frame.rgb, before, completed.numpy(force=True), alpha, coarse.signals)
+        return FrameAlpha(alpha, found, signals)
 
     @property
     def prompted_objects(self) -> Objects:

@@ -9,6 +9,11 @@ to two targets as they are, the same two with a photograph of another group next
 object pasted, and one image in which the object is absent. Objects of the same class are never used
 as another object.
 
+The head was trained on these groups, so it knows too well whether their objects are present. Every
+second round therefore uses photographs of ``edges/ecssd``, on which it was not trained. The
+reference is a mirrored, brighter or darker copy of the first target. The targets are the photograph
+with another one next to it, and another photograph, from which the object is absent.
+
 An alpha that shows an object has the expected IoU ``sigmoid(offset + sum of weight * (signal -
 mean) / std)``, fitted by maximum likelihood with a penalty of the squared weights. An empty alpha
 has a model of its own for the probability that the object is absent. A reason is given below or
@@ -25,7 +30,7 @@ import argparse
 import json
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +50,13 @@ SEED = 7
 SOURCE_WEIGHTS = {"dreambooth": 1.0, "caltech101": 1.5, "eth80": 0.5, "ccp": 0.9, "coco_small": 0.8}
 GROUP_WEIGHT = 0.6
 """Weight of other sources, for the root of their number of groups."""
-SHOWN_SIGNALS = (
-    *("coarse_agreement", "completed_agreement", "completed_confidence"),
-    *("similarity", "background_similarity", "soft_interior", "border"),
-)
-EMPTY_SIGNALS = ("presence", "similarity")
+SHOWN_SIGNALS = {
+    **dict.fromkeys(("coarse_agreement", "completed_agreement", "completed_confidence", "presence", "similarity"), 1),
+    "background_similarity": -1,
+}
+"""Signals of the model of alphas that show an object, and the sign of their influence. A signal whose fitted weight has
+the other sign is removed."""
+EMPTY_SIGNALS = {"presence": -1, "similarity": -1}
 PENALTY = 2.0
 """Weight of the squared weights of standardised signals."""
 REASONS = {
@@ -72,6 +79,7 @@ class Groups:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._new = list_images(root / "edges" / "ecssd")
         classes = json.loads((root / "classes.json").read_text())
         folders = [each for top in ("dreambooth", "caltech101", "groups/*") for each in sorted(root.glob(f"{top}/*"))]
         self._sources: dict[str, list[Path]] = {}
@@ -105,6 +113,16 @@ class Groups:
             absent = paste_object(absent, third, rng)
         samples.append(("absent", (absent[0], np.zeros_like(absent[1]))))
         return reference, samples
+
+    def draw_new_round(self, number: int) -> tuple[Sample, list[tuple[str, Sample]]]:
+        """Return the reference and the targets of a round with objects on which the head was not trained."""
+        rng = np.random.default_rng([SEED, number])
+        first, absent = (read_sample(self._new[index]) for index in rng.choice(len(self._new), 2, replace=False))
+        rgb, alpha = first
+        other, _ = self._draw_other(rng, self._root, frozenset())
+        copy = np.clip(rgb[:, ::-1] * rng.uniform(0.7, 1.3, 3), 0, 255).astype(np.uint8)
+        samples = [("distractor", put_next_to(first, other, rng)), ("absent", (absent[0], np.zeros_like(absent[1])))]
+        return (copy, np.ascontiguousarray(alpha[:, ::-1])), samples
 
     def _draw_group(self, rng: np.random.Generator) -> Path:
         groups = self._sources[self._names[rng.choice(len(self._names), p=self._weights)]]
@@ -178,7 +196,8 @@ def matte_rounds(predictor: Predictor, groups: Groups, count: int, path: Path | 
         if any(name.startswith(f"{prefix}absent") for name in known):  # the last of a round
             yield from (record for name, record in known.items() if name.startswith(prefix))
             continue
-        reference, samples = groups.draw_round(number)
+        draw = groups.draw_new_round if number % 2 else groups.draw_round
+        reference, samples = draw(number // 2)
         if not (reference[1] > 250).any():
             continue
         prepared = predictor.reference([reference])
@@ -190,21 +209,23 @@ def matte_rounds(predictor: Predictor, groups: Groups, count: int, path: Path | 
             yield record
 
 
-def fit_model(records: Sequence[Record], names: Sequence[str]) -> dict[str, Any]:
+def fit_model(records: Sequence[Record], signs: Mapping[str, int]) -> dict[str, Any]:
     """Fit the true quality of alphas by their signals. A missing signal is its mean."""
+    names = list(signs)
     values = np.array([[record.signals.get(name, np.nan) for name in names] for record in records])
     mean, std = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
-    low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
     standardised = np.nan_to_num((values - mean) / std)
-    weights = fit_logistic(standardised, np.array([record.true_quality for record in records]))
+    offset, *weights = fit_logistic(standardised, np.array([record.true_quality for record in records]))
+    wrong = [name for name, weight in zip(names, weights, strict=True) if weight * signs[name] < 0]
+    if wrong:
+        return fit_model(records, {name: sign for name, sign in signs.items() if name not in wrong})
+    columns = {"mean": mean, "std": std, "min": np.nanmin(values, axis=0), "max": np.nanmax(values, axis=0)}
+    columns["weight"] = np.array(weights)
     signals = {
-        name: {
-            key: round(float(value[index]), 5)
-            for key, value in {"mean": mean, "std": std, "min": low, "max": high, "weight": weights[1:]}.items()
-        }
+        name: {key: round(float(column[index]), 5) for key, column in columns.items()}
         for index, name in enumerate(names)
     }
-    return {"offset": round(float(weights[0]), 5), "signals": signals}
+    return {"offset": round(float(offset), 5), "signals": signals}
 
 
 def fit_logistic(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
