@@ -26,7 +26,7 @@ from icm_cli.config import load_model_config
 from icm_cli.errors import OutputError, Problem
 from icm_cli.reports.contact_sheet import write_contact_sheet
 from icm_cli.reports.report import Report
-from icm_cli.reports.result import ImageEvaluation, ImageResult, Scores
+from icm_cli.reports.result import ImageEvaluation, ImageResult, MattingDetails, Scores
 from icm_cli.reports.write import ReportFiles, _escape_formula, write_report
 from icm_cli.scoring.metrics import compute_scores
 
@@ -210,7 +210,8 @@ def test_no_csv_cell_starts_as_a_formula(text: str) -> None:
     assert escaped.replace("'", "") == text.replace("'", "")
 
 
-def test_page_escapes_text_wherever_it_appears(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_scored", [True, False])
+def test_page_escapes_text_wherever_it_appears(tmp_path: Path, is_scored: bool) -> None:
     text = "\"><img src=x onerror=alert(1)>'{{ 7 * 7 }}</script>\u202e"
     result = ImageResult(
         *(f"{text}{number}" for number in (1, 2)),
@@ -219,7 +220,8 @@ def test_page_escapes_text_wherever_it_appears(tmp_path: Path) -> None:
         group=text,
         categories={text: text},
         truth=text,
-        evaluation=ImageEvaluation({"whole": Scores(0.1, 1, 1, 1, 0.1)}),
+        matting=MattingDetails(quality=0.5, reasons=(text, text)),
+        evaluation=ImageEvaluation({"whole": Scores(0.1, 1, 1, 1, 0.1)} if is_scored else {}),
         reason=text,
     )
     others = [replace(result, name=f"{text} {number}", status="done", reason="") for number in range(4)]
@@ -229,7 +231,8 @@ def test_page_escapes_text_wherever_it_appears(tmp_path: Path) -> None:
         "versions": {text: text},
         "protocol": {"title": text, "notes": [text], "size": text, "metric_variant": text},
     }
-    report = Report(settings, [result, *others], [Problem("unreadable", text, text)], references=[{text: [text]}] * 2)
+    problems, references = [Problem("unreadable", text, text)], [{text: [text]}] * 2
+    report = Report(settings, [result, *others], problems, references=references, review_list=Path(text))
     write_report(tmp_path / "r.html", report)
     html = (tmp_path / "r.html").read_text()
     assert html.count("onerror") > 30

@@ -201,7 +201,8 @@ def test_page_begins_with_the_lowest_quality_and_links_every_row(tmp_path: Path)
     count = 70
     copy_many(Path(__file__).parent / "composites" / "imgs" / "lawn.jpg", tmp_path / "imgs & more", 2)
     source = tmp_path / "imgs & more" / "0000.jpg"
-    alpha = tmp_path / "a#b.png"
+    alpha = tmp_path / "r" / "javascript:a#b.png"
+    alpha.parent.mkdir()
     cv2.imwrite(str(alpha), np.full((32, 48), 200, np.uint8))
     results = [
         ImageResult(
@@ -218,7 +219,7 @@ def test_page_begins_with_the_lowest_quality_and_links_every_row(tmp_path: Path)
     assert re.findall(r"<h3>\s*<a[^>]*>([0-9]{3}\.jpg)</a>", text) == [f"{n:03d}.jpg" for n in range(69, 9, -1)]
     assert "49 of 70 alphas have a quality below 0.8; the 60 lowest are shown" in text
     table = text[text.index("All images") :]
-    for address in ("../imgs%20%26%20more/0000.jpg", "../a%23b.png"):
+    for address in ("../imgs%20%26%20more/0000.jpg", "javascript%3Aa%23b.png"):
         assert table.count(f'href="{address}"') == count
     assert table.index(">069.jpg") < table.index(">001.jpg") < table.index(">000.jpg")
 

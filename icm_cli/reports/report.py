@@ -178,6 +178,7 @@ class Report:
                 "complete": self.is_complete,
                 **{status.replace(" ", "_"): self.count(status) for status in statuses},
                 "to_review": len(self.to_review),
+                "review_below": self.review_below,
                 "skipped_files": dict(self.skipped_files),
                 "seconds": self.seconds,
                 "matting_seconds": self.matting_seconds,
