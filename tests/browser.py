@@ -102,21 +102,24 @@ class ReviewServer:
         return {item["name"]: item for item in self.get("/api/images")["images"]}
 
     def wait_until_ready(self) -> None:
-        """Wait until the model is loaded."""
+        """Wait until the model is loaded, which the first list of images begins."""
+        self.images()
         wait_until(lambda: self.get("/api/run")["model_state"] == "ready", "the model is not ready")
 
     def kill(self) -> None:
         """Kill the process, which cannot react to it."""
         self.process.kill()
-        self.process.wait()
+        self._wait()
 
-    def close(self) -> None:
-        """End the process as Ctrl-C does."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait(TIMEOUT_S)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+    def stop(self) -> None:
+        """End the process as a farm or a service manager does."""
+        self.process.terminate()
+        self._wait()
+
+    def _wait(self) -> None:
+        assert self.process.stdout is not None
+        self.process.wait(TIMEOUT_S)
+        self.process.stdout.close()
 
 
 @dataclass

@@ -24,7 +24,7 @@ import numpy as np
 from playwright.sync_api import Page
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from browser import ReviewServer, open_browser
+from browser import ReviewServer, open_browser, wait_until
 
 DEMO = Path(__file__).parents[1] / "demo"
 IMAGES_PER_FOLDER = 100
@@ -105,13 +105,13 @@ def measure_scrolling(page: Page, pixels_per_second: float, seconds: float) -> d
         page.mouse.wheel(0, elapsed * pixels_per_second - turned)
         turned = elapsed * pixels_per_second
         time.sleep(0.03)
-    page.wait_for_function(ALL_DRAWN)
+    wait_until(lambda: page.evaluate(ALL_DRAWN), "thumbnails are missing")
     while_scrolling = page.evaluate("blankCells.longest")
     page.evaluate("blankCells.longest = 0")
     numbers = random.Random(0)
     for _ in range(10):
         page.mouse.wheel(0, numbers.uniform(-1, 1) * 50_000)
-        page.wait_for_function(ALL_DRAWN)
+        wait_until(lambda: page.evaluate(ALL_DRAWN), "thumbnails are missing")
     found = page.evaluate("({ jump: blankCells.longest, empty: blankCells.empty })")
     return {"scrolling": while_scrolling, **found}
 
@@ -128,7 +128,7 @@ def measure(alphas: Path, options: argparse.Namespace, title: str) -> None:
             page.goto(server.url, wait_until="commit")
             page.wait_for_selector("[data-id]")
             first_cells = time.monotonic() - before
-            page.wait_for_function(ALL_DRAWN)
+            wait_until(lambda: page.evaluate(ALL_DRAWN), "thumbnails are missing")
             first_view = time.monotonic() - before
             blank = measure_scrolling(page, options.speed, options.seconds)
         cells = " ".join(
@@ -144,7 +144,7 @@ def measure(alphas: Path, options: argparse.Namespace, title: str) -> None:
         )
         print(f"{cells} |", flush=True)
     finally:
-        server.close()
+        server.stop()
 
 
 def main() -> None:

@@ -1,0 +1,609 @@
+"""``icm review`` in a real browser: Chromium uses the page of a real server over a small run."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from browser import CHROMIUM, TIMEOUT_S, ReviewPage, ReviewServer, open_browser
+from conftest import DEMO, SMALL_MODEL, alphas, arguments, read, shrink
+from playwright.sync_api import Browser, Page, expect
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
+]
+
+IMAGES = ("day/brickwall.jpg", "day/lawn.jpg", "night/cat.jpg", "night/deepfield.jpg", "night/launchpad.jpg")
+WRONG = "night/cat.jpg"
+"""An image whose alpha is empty, although the object is in it."""
+ON_OBJECT, OFF_OBJECT = (185, 140), (60, 60)
+"""Pixels of that image, x and y."""
+HOSTILE_NAMES = (
+    "<img src=x onerror=document.title='hacked'>.jpg",
+    "</script><script>alert(1)</script>.jpg".replace("/", "∕"),
+    "\"double\" 'single' `ticks` & &amp; ${0}.jpg",
+    "ünïcode 猫 🐈 \u202egpj.exe.jpg",
+    "%2e%2e%2f..%2f..%2fetc%2fpasswd.jpg",
+    "#fragment?query=1&x=%00.jpg",
+    "line\nbreak\ttab.jpg",
+    os.fsdecode(b"latin-\xe9.jpg"),
+    f"{'long ' * 48}.jpg",
+)
+TARGETS_OUTSIDE = (
+    "/static/../server.py",
+    "/static/..%2fserver.py",
+    "/static/%2e%2e/server.py",
+    "/static//etc/passwd",
+    "/static/%2fetc%2fpasswd",
+    "//etc/passwd",
+    "/../../../../etc/passwd",
+    "/api/images/../run",
+    "/api/images/%2e%2e%2f%2e%2e/thumbnail?view=alpha",
+    "/api/images/0/thumbnail?view=../../../etc/passwd",
+    "/api/images/-1",
+    "/api/images/99999999999999999999",
+    "/api/images/0x0/source",
+    "/api/images/%D9%A3/source",
+)
+CELLS = "#grid .cell[data-id]:visible"
+expect.set_options(TIMEOUT_S * 1000)
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run: ref.png, mask.png, small.yaml, imgs/, and their alphas in alphas/."""
+    folder = tmp_path_factory.mktemp("review") / "run"
+    folder.mkdir()
+    shrink(DEMO / "ref.jpg", folder / "ref.png", 200)
+    shrink(DEMO / "mask.png", folder / "mask.png", 200)
+    for name in IMAGES:
+        target = folder / "imgs" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shrink(DEMO / "imgs" / target.name, target, 240)
+    (folder / "imgs" / "odd").mkdir()
+    content = cv2.imencode(".jpg", cv2.resize(read(folder / "imgs" / WRONG), (80, 60)))[1].tobytes()
+    for name in HOSTILE_NAMES:
+        (folder / "imgs" / "odd" / name).write_bytes(content)
+    (folder / "small.yaml").write_text(SMALL_MODEL)
+    run_matte(folder, folder / "alphas")
+    shutil.copytree(folder, folder.with_name("template"))
+    return folder
+
+
+@pytest.fixture
+def folder(run_folder: Path) -> Path:
+    """The folder of the run, as it was before any review."""
+    shutil.rmtree(run_folder)
+    return shutil.copytree(run_folder.with_name("template"), run_folder)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with open_browser() as found:
+        yield found
+
+
+@pytest.fixture
+def start(folder: Path) -> Iterator[Callable[..., ReviewServer]]:
+    """A function that starts the server over the run."""
+    servers: list[ReviewServer] = []
+
+    def start_server(*flags: str) -> ReviewServer:
+        servers.append(ReviewServer.start(folder / "alphas", "--device", "cpu", *flags))
+        return servers[-1]
+
+    yield start_server
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def server(start: Callable[..., ReviewServer]) -> ReviewServer:
+    return start()
+
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Open]:
+    """A function that opens the page of a server in a new tab, with cookies of its own.
+
+    After the test, no tab may have reported an error, or asked for anything elsewhere.
+    """
+    opened: list[tuple[ReviewPage, ReviewServer]] = []
+
+    def open_tab(server: ReviewServer, width: int = 1280, height: int = 800) -> Page:
+        tab = ReviewPage(browser.new_context(viewport={"width": width, "height": height}).new_page())
+        opened.append((tab, server))
+        tab.page.goto(server.url)
+        expect(tab.page.locator(CELLS).first).to_be_visible()
+        return tab.page
+
+    yield open_tab
+    for tab, _ in opened:
+        tab.page.context.close()
+    for tab, server in opened:
+        assert not tab.errors
+        assert [url for url in tab.requests if not url.startswith((server.origin, "blob:", "data:"))] == []
+
+
+def run_matte(folder: Path, out: Path, *flags: str) -> None:
+    """Run ``icm matte`` on the images of a folder as a user does."""
+    options = {"ref": "ref.png", "mask": "mask.png", "src": "imgs", "model": "small.yaml"}
+    values = {name: folder / value for name, value in options.items()} | {"out": out, "device": "cpu"}
+    command = [sys.executable, "-m", "icm_cli.cli", "matte", "--quiet", *arguments(values), *flags]
+    subprocess.run(command, check=True, timeout=120)
+
+
+def open_image(page: Page, server: ReviewServer, name: str) -> dict[str, Any]:
+    """Open an image by its address; return what the server says about it."""
+    item = server.images()[name]
+    page.goto(f"{server.origin}/#image-{item['id']}")
+    expect(page.locator("#image-name")).to_have_attribute("title", item["name"])
+    expect(page.locator("#single")).to_have_attribute("aria-busy", "false")
+    return server.get(f"/api/images/{item['id']}")
+
+
+def to_page(page: Page, image: dict[str, Any], point: tuple[float, float]) -> tuple[float, float]:
+    """Return where a pixel of an image is on the page that shows the whole image."""
+    box = page.locator("#marks").bounding_box()
+    assert box is not None
+    zoom = min(4, box["width"] / image["width"], box["height"] / image["height"])
+    left = box["x"] + (box["width"] - zoom * image["width"]) / 2
+    top = box["y"] + (box["height"] - zoom * image["height"]) / 2
+    return left + zoom * (point[0] + 0.5), top + zoom * (point[1] + 0.5)
+
+
+def shown_alpha(page: Page, image: dict[str, Any], point: tuple[int, int]) -> int:
+    """Return the alpha that the page shows at a pixel, 0..255."""
+    page.mouse.move(*to_page(page, image, point))
+    readout = page.locator("#readout")
+    expect(readout).to_contain_text(f"{point[0]}, {point[1]} ")
+    return int(readout.inner_text().rpartition(" A ")[2].split()[0])
+
+
+def wait_for_answer(page: Page) -> None:
+    """Wait until the page shows the refined alpha of the hints."""
+    expect(page.locator("#hints-state")).to_contain_text("not saved")
+    expect(page.locator("#answer-state")).to_have_text("")
+
+
+def listed_ids(page: Page) -> list[int]:
+    """Return the ids of the images in view, from left to right and from top to bottom."""
+    script = """(cells) => cells.map((cell) => [cell.getBoundingClientRect(), Number(cell.dataset.id)])
+        .sort(([a, _a], [b, _b]) => a.top - b.top || a.left - b.left).map(([_, id]) => id)"""
+    return page.locator(CELLS).evaluate_all(script)
+
+
+class TestOverview:
+    def test_sort_filter_and_thumbnails(self, server: ReviewServer, open_page: Open) -> None:
+        page = open_page(server)
+        total = len(IMAGES) + len(HOSTILE_NAMES)
+        expect(page.locator("#list-title")).to_contain_text(f"{total} ")
+        expect(page.locator(CELLS)).to_have_count(total)
+        expect(page.locator("#grid .thumbnail.loaded")).to_have_count(total)
+        items = {item["id"]: item for item in server.images().values()}
+        qualities = [items[each]["quality"] for each in listed_ids(page)]
+        assert qualities == sorted(qualities)
+        page.locator("#sort").select_option("name")
+        expect(page.locator("#grid .thumbnail.loaded")).to_have_count(total)
+        assert [items[each]["name"] for each in listed_ids(page)][: len(IMAGES)] == list(IMAGES)
+        page.locator("#filter-folder").select_option("night")
+        expect(page.locator(CELLS)).to_have_count(3)
+        page.locator("#filter-text").fill("DEEP")
+        expect(page.locator(f"{CELLS} .cell-name")).to_have_text(["deepfield.jpg"])
+        page.locator("#filter-text").fill("nothing has this name")
+        expect(page.locator("#grid-empty")).to_be_visible()
+        page.locator('[data-action="reset-filters"]').click()
+        expect(page.locator(CELLS)).to_have_count(total)
+        for view in ("alpha", "overlay", "source"):
+            page.locator("#thumbnail-view").select_option(view)
+            expect(page.locator("#grid .thumbnail.loaded")).to_have_count(total)
+
+    @pytest.mark.parametrize("width", [1280, 1920])
+    def test_no_horizontal_scrolling(self, server: ReviewServer, open_page: Open, width: int) -> None:
+        page = open_page(server, width, 720)
+        check_width(page)
+        for action in ("help", "teach"):
+            page.locator(f'[data-action="open-{action}"]').click()
+            expect(page.locator(f"#{action}")).to_be_visible()
+            check_width(page)
+            page.keyboard.press("Escape")
+            expect(page.locator(f"#{action}")).to_be_hidden()
+        open_image(page, server, f"odd/{HOSTILE_NAMES[-1]}")
+        check_width(page)
+
+
+def check_width(page: Page) -> None:
+    """The page is as wide as the window, and all that can be pressed is in the window."""
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    outside = """() => [...document.querySelectorAll("button, input, select")]
+        .filter((each) => each.checkVisibility() && each.getBoundingClientRect().right > innerWidth + 1)
+        .map((each) => each.outerHTML)"""
+    assert page.evaluate(outside) == []
+
+
+class TestNames:
+    def test_hostile_names_are_text(self, server: ReviewServer, open_page: Open) -> None:
+        page = open_page(server)
+        page.locator("#filter-folder").select_option("odd")
+        expect(page.locator(CELLS)).to_have_count(len(HOSTILE_NAMES))
+        shown = page.locator("#grid .cell-name").evaluate_all("(cells) => cells.map((cell) => cell.textContent)")
+        names = [name for name in HOSTILE_NAMES if name.isprintable() or "\u202e" in name]
+        assert set(names) <= set(shown)
+        for name in HOSTILE_NAMES:
+            open_image(page, server, f"odd/{name}")
+        assert "hacked" not in page.title()
+        assert page.locator("main script, main img[src='x']").count() == 0
+
+    def test_alphas_of_hostile_names_are_accepted(self, server: ReviewServer, open_page: Open, folder: Path) -> None:
+        server.wait_until_ready()
+        page = open_page(server)
+        for name in HOSTILE_NAMES:
+            item = server.images()[f"odd/{name}"]
+            hints = {"shapes": [{"label": "fg", "shape_type": "point", "points": [[62, 46]]}]}
+            accepted = server.post(f"/api/images/{item['id']}/accept", {"revision": item["revision"], "hints": hints})
+            assert (accepted["status"], accepted["has_hints"]) == ("accepted", True)
+        expect(page.locator("#counts")).to_contain_text(f"{len(HOSTILE_NAMES)} accepted")
+        found = sorted(os.fsencode(path.name) for path in (folder / "alphas" / ".icm" / "hints" / "odd").iterdir())
+        assert found == sorted(os.fsencode(str(Path(name).with_suffix(".json"))) for name in HOSTILE_NAMES)
+
+
+class TestSecurity:
+    def test_only_the_link_opens_the_page(self, server: ReviewServer, browser: Browser, open_page: Open) -> None:
+        stranger = browser.new_context().new_page()
+        for target in ("/", "/?token=wrong", f"/?token={server.token[:-1]}", "/api/images", "/static/main.js"):
+            answer = stranger.goto(server.origin + target)
+            assert answer is not None
+            assert answer.status == 403, target
+        rebound = server.url.replace("127.0.0.1", "other.example")
+        answer = stranger.goto(rebound)
+        assert answer is not None
+        assert answer.status == 403
+        stranger.context.close()
+        page = open_page(server)
+        assert page.url == f"{server.origin}/"
+        assert page.evaluate("document.cookie") == ""
+        (cookie,) = page.context.cookies()
+        assert (cookie["name"], cookie["httpOnly"], cookie["sameSite"]) == (f"icm-{server.port}", True, "Strict")
+
+    def test_other_pages_change_and_read_nothing(self, server: ReviewServer, open_page: Open, tmp_path: Path) -> None:
+        """A page of another program on this machine, which the browser sends the cookie to."""
+        page = open_page(server)
+        (tmp_path / "index.html").write_text("<title>other</title>")
+        with serve_folder(tmp_path) as other:
+            attacker = page.context.new_page()
+            attacker.goto(other)
+            body = json.dumps({"revision": 0})
+            statuses = attacker.evaluate(
+                """async ([target, body]) => {
+                    const kinds = ["application/json", "text/plain"];
+                    const post = (kind) => fetch(target + "/api/images/0/reject", {
+                        method: "POST", body, credentials: "include", mode: kind === kinds[1] ? "no-cors" : "cors",
+                        headers: { "Content-Type": kind } }).then((answer) => answer.status, () => "refused");
+                    const read = fetch(target + "/api/run", { credentials: "include" })
+                        .then((answer) => answer.text(), () => "refused");
+                    return [...await Promise.all(kinds.map(post)), await read];
+                }""",
+                [server.origin, body],
+            )
+            assert statuses[0] == statuses[2] == "refused"
+            attacker.set_content(
+                f"<iframe src='{server.origin}/'></iframe><form method=post action='{server.origin}/api/recompute'>"
+            )
+            attacker.wait_for_timeout(300)
+            assert [frame.url for frame in attacker.frames[1:]] == ["chrome-error://chromewebdata/"]
+            with attacker.expect_navigation():
+                attacker.evaluate("document.forms[0].submit()")
+            assert "403" in attacker.content() or "403" in attacker.evaluate(
+                "String(performance.getEntriesByType('navigation')[0].responseStatus)"
+            )
+        assert {item["status"] for item in server.images().values()} == {"open"}
+        assert server.get("/api/recompute")["state"] == "idle"
+
+    def test_headers_and_refused_requests(self, server: ReviewServer) -> None:
+        for target in ("/", "/static/main.js", "/api/images", "/api/images/0/thumbnail?view=alpha", "/nothing"):
+            _, headers, _ = server.request("GET", target)
+            assert "default-src 'none'" in headers["content-security-policy"], target
+            assert headers["x-content-type-options"] == "nosniff"
+            assert headers["referrer-policy"] == "no-referrer"
+        assert server.request("GET", "/api/run")[0] == 200
+        assert server.request("GET", "/api/run", Host=f"localhost:{server.port}")[0] == 200
+        for host in ("other.example", f"127.0.0.1.other.example:{server.port}", "", "127.0.0.1@other.example"):
+            assert server.request("GET", "/api/run", Host=host)[0] in (400, 403), host
+        for cookie in ("", f"icm-{server.port}=", f"icm-{server.port}={server.token}x", f"icm-1={server.token}"):
+            assert server.request("GET", "/api/run", Cookie=cookie)[0] == 403, cookie
+        reject, body = "/api/images/0/reject", {"revision": 0}
+        for origin in ("", "null", "http://other.example", "http://127.0.0.1", f"https://other.example:{server.port}"):
+            assert server.request("POST", reject, body, Origin=origin)[0] == 403, origin
+        for kind in ("", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+            assert server.request("POST", reject, body, Content_Type=kind)[0] in (400, 403, 415), kind
+        assert {item["status"] for item in server.images().values()} == {"open"}
+
+    def test_no_other_file_is_served(self, server: ReviewServer) -> None:
+        for target in TARGETS_OUTSIDE:
+            status, _, content = server.request("GET", target)
+            assert status in (400, 404), target
+            assert b"root:" not in content
+            assert b"import " not in content
+
+
+@contextlib.contextmanager
+def serve_folder(folder: Path) -> Iterator[str]:
+    """Serve the files of a folder at a free port of this machine; yield the address."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{other.server_port}/"
+        other.shutdown()
+        thread.join()
+
+
+class TestFixes:
+    def test_clicks_give_the_alpha_of_the_hint_file(self, server: ReviewServer, open_page: Open, folder: Path) -> None:
+        page = open_page(server)
+        image = open_image(page, server, WRONG)
+        server.wait_until_ready()
+        assert shown_alpha(page, image, ON_OBJECT) < 128
+        page.mouse.click(*to_page(page, image, ON_OBJECT))
+        wait_for_answer(page)
+        assert shown_alpha(page, image, ON_OBJECT) > 127
+        for point, options in ((OFF_OBJECT, {"button": "right"}), ((20, 150), {"modifiers": ["Alt"]})):
+            x, y = to_page(page, image, point)
+            box = page.locator("#marks").bounding_box()
+            assert box is not None
+            position = {"x": x - box["x"], "y": y - box["y"]}
+            page.locator("#marks").click(position=position, **options)  # type: ignore[arg-type]
+            wait_for_answer(page)
+            assert shown_alpha(page, image, point) < 128
+        expect(page.locator("#hints-state")).to_contain_text("3 hints, not saved")
+        shapes = server.get(f"/api/images/{image['id']}")["hints"]
+        assert shapes is None
+        page.locator('[data-action="accept-stay"]').click()
+        expect(page.locator("#status")).to_contain_text("accepted")
+        expect(page.locator("#hints-state")).to_contain_text("3 hints, saved")
+        saved = server.get(f"/api/images/{image['id']}")
+        assert (saved["status"], saved["has_hints"]) == ("accepted", True)
+        body = {"hints": saved["hints"], "refined": True}
+        status, _, answer = server.request("POST", f"/api/images/{image['id']}/answer", body)
+        assert status == 200
+        run_matte(folder, folder / "again", "--hints", str(folder / "alphas" / ".icm" / "hints"))
+        again, reviewed = read(folder / "again" / "night" / "cat.png"), read(folder / "alphas" / "night" / "cat.png")
+        assert (again == reviewed).all()
+        assert (again == cv2.imdecode(np.frombuffer(answer, np.uint8), cv2.IMREAD_GRAYSCALE)).all()
+        assert again[ON_OBJECT[::-1]] > 127 > again[OFF_OBJECT[::-1]]
+
+    def test_box_brush_and_undo(self, server: ReviewServer, open_page: Open, folder: Path) -> None:
+        before = alphas(folder / "alphas")
+        page = open_page(server)
+        image = open_image(page, server, WRONG)
+        server.wait_until_ready()
+        page.locator('#tools [data-tool="box"]').click()
+        drag(page, image, [(140, 80), (215, 175)])
+        wait_for_answer(page)
+        assert shown_alpha(page, image, ON_OBJECT) > 127
+        page.locator('#tools [data-tool="keep"]').click()
+        drag(page, image, [(20, 20), (40, 20), (60, 24)])
+        wait_for_answer(page)
+        assert shown_alpha(page, image, (40, 20)) == 255
+        page.locator('#tools [data-tool="drop"]').click()
+        drag(page, image, [(185, 100), (185, 150)])
+        wait_for_answer(page)
+        assert shown_alpha(page, image, (185, 125)) == 0
+        page.keyboard.press("Control+z")
+        wait_for_answer(page)
+        assert shown_alpha(page, image, (185, 125)) > 127
+        page.keyboard.press("Control+Shift+z")
+        wait_for_answer(page)
+        assert shown_alpha(page, image, (185, 125)) == 0
+        page.keyboard.press("Shift+A")
+        expect(page.locator("#status")).to_contain_text("accepted")
+        written = read(folder / "alphas" / "night" / "cat.png")
+        assert (written[20, 40], written[125, 185]) == (255, 0)
+        shapes = json.loads((folder / "alphas" / ".icm" / "hints" / "night" / "cat.json").read_text())["shapes"]
+        assert [(each["label"], each["shape_type"]) for each in shapes] == [
+            ("fg", "rectangle"),
+            ("keep", "mask"),
+            ("drop", "mask"),
+        ]
+        run_matte(folder, folder / "again", "--hints", str(folder / "alphas" / ".icm" / "hints"))
+        assert (read(folder / "again" / "night" / "cat.png") == written).all()
+        page.keyboard.press("u")
+        expect(page.locator("#image-status")).to_have_attribute("data-status", "open")
+        after = alphas(folder / "alphas")
+        assert {name: content for name, content in after.items() if not name.startswith(".icm")} == {
+            name: content for name, content in before.items() if not name.startswith(".icm")
+        }
+        assert not (folder / "alphas" / ".icm" / "hints" / "night" / "cat.json").exists()
+
+    def test_keys_alone_are_enough(self, server: ReviewServer, open_page: Open) -> None:
+        """Find an image, correct it, accept it, reject the next and take that back, without a mouse."""
+        server.wait_until_ready()
+        page = open_page(server)
+        page.locator("#filter-folder").select_option("night")
+        page.locator("#sort").select_option("name")
+        page.locator("#grid").focus()
+        page.keyboard.press("Home")
+        page.keyboard.press("Enter")
+        expect(page.locator("#image-name")).to_have_text("cat.jpg")
+        expect(page.locator("#single")).to_have_attribute("aria-busy", "false")
+        page.keyboard.press("?")
+        expect(page.locator("#help")).to_be_visible()
+        page.keyboard.press("Escape")
+        for number, view in enumerate(("source", "alpha", "overlay", "checker", "colour"), 1):
+            page.keyboard.press(str(number))
+            expect(page.locator(f'#views [data-view="{view}"]')).to_have_attribute("aria-pressed", "true")
+        page.keyboard.press("Shift+ArrowDown")
+        page.keyboard.press("Enter")
+        wait_for_answer(page)
+        page.keyboard.press("Control+z")
+        expect(page.locator("#hints-state")).to_contain_text("No hints")
+        page.keyboard.press("a")
+        expect(page.locator("#image-name")).to_have_text("deepfield.jpg")
+        expect(page.locator("#status")).to_contain_text("cat.jpg: accepted")
+        expect(page.locator("#single")).to_have_attribute("aria-busy", "false")
+        page.keyboard.press("r")
+        expect(page.locator("#image-name")).to_have_text("launchpad.jpg")
+        expect(page.locator("#status")).to_contain_text("deepfield.jpg: rejected")
+        expect(page.locator("#single")).to_have_attribute("aria-busy", "false")
+        page.keyboard.press("u")
+        expect(page.locator("#image-name")).to_have_text("deepfield.jpg")
+        expect(page.locator("#image-status")).to_have_attribute("data-status", "open")
+        page.keyboard.press("Escape")
+        expect(page.locator("#counts")).to_contain_text("1 accepted")
+        statuses = {name: item["status"] for name, item in server.images().items() if name.startswith("night")}
+        assert statuses == {"night/cat.jpg": "accepted", "night/deepfield.jpg": "open", "night/launchpad.jpg": "open"}
+
+    def test_every_control_has_a_name(self, server: ReviewServer, open_page: Open) -> None:
+        page = open_page(server)
+        open_image(page, server, IMAGES[0])
+        unnamed = """() => [...document.querySelectorAll("button, input, select, canvas[tabindex], [role=listbox]")]
+            .filter((each) => !(each.getAttribute("aria-label") || each.textContent.trim() || each.title
+                || each.labels?.length)).map((each) => each.outerHTML)"""
+        assert page.evaluate(unnamed) == []
+
+
+def drag(page: Page, image: dict[str, Any], points: list[tuple[float, float]]) -> None:
+    """Press the mouse at the first of these pixels, and release it at the last."""
+    page.mouse.move(*to_page(page, image, points[0]))
+    page.mouse.down()
+    for point in points[1:]:
+        page.mouse.move(*to_page(page, image, point), steps=4)
+    page.mouse.up()
+
+
+class TestSeveralPeople:
+    def test_a_decision_about_a_changed_image_is_refused(self, server: ReviewServer, open_page: Open) -> None:
+        first, second = open_page(server), open_page(server)
+        for page in (first, second):
+            open_image(page, server, IMAGES[0])
+        second.route("**/api/images?since=*", lambda route: route.abort())
+        first.locator('[data-action="reject"]').click()
+        expect(first.locator("#status")).to_contain_text("brickwall.jpg: rejected")
+        second.locator('[data-action="accept-stay"]').click()
+        expect(second.locator('#alerts .alert[data-topic^="decision"]')).to_contain_text("another window")
+        assert server.images()[IMAGES[0]]["status"] == "rejected"
+        expect(second.locator("#image-status")).to_have_attribute("data-status", "rejected")
+
+    def test_other_tabs_follow(self, server: ReviewServer, open_page: Open) -> None:
+        first, second = open_page(server), open_page(server)
+        open_image(first, server, IMAGES[1])
+        first.locator('[data-action="reject"]').click()
+        expect(second.locator("#counts")).to_contain_text("1 rejected")
+
+
+class TestKills:
+    def test_nothing_is_lost(self, start: Callable[..., ReviewServer], folder: Path) -> None:
+        """Kill the server after decisions and during one; the next server has all of them."""
+        server = start()
+        server.wait_until_ready()
+        ids = {name: item["id"] for name, item in server.images().items()}
+        hints = {"shapes": [{"label": "fg", "shape_type": "point", "points": [[*ON_OBJECT]]}]}
+        server.post(f"/api/images/{ids[WRONG]}/accept", {"revision": 0, "hints": hints})
+        server.post(f"/api/images/{ids[IMAGES[0]]}/accept", {"revision": 0, "hints": None})
+        server.post(f"/api/images/{ids[IMAGES[1]]}/reject", {"revision": 0})
+        written = alphas(folder / "alphas")
+        hints = {"shapes": [{"label": "drop", "shape_type": "rectangle", "points": [[0, 0], [90, 90]]}]}
+        late = threading.Thread(target=try_accept, args=(server, ids[IMAGES[3]], hints))
+        late.start()
+        time.sleep(0.15)
+        server.kill()
+        late.join()
+        server = start()
+        items = server.images()
+        assert [items[name]["status"] for name in (WRONG, *IMAGES[:2])] == ["accepted", "accepted", "rejected"]
+        assert items[WRONG]["has_hints"]
+        now = alphas(folder / "alphas")
+        assert [
+            name for name in written if name.endswith(".png") and ".icm/" not in name and now[name] != written[name]
+        ] in (
+            [],
+            ["night/deepfield.png"],
+        )
+        assert read(folder / "alphas" / "night" / "deepfield.png") is not None
+        accepted = server.get(f"/api/images/{ids[WRONG]}")
+        server.wait_until_ready()
+        undone = server.post(f"/api/images/{ids[WRONG]}/undo", {"revision": accepted["revision"]})
+        assert (undone["status"], undone["has_hints"]) == ("open", False)
+
+    def test_the_page_reports_a_stopped_server(self, server: ReviewServer, open_page: Open) -> None:
+        page = open_page(server)
+        server.kill()
+        expect(page.locator('#alerts .alert[data-topic="connection"]')).to_be_visible()
+
+
+def try_accept(server: ReviewServer, id: int, hints: dict[str, Any]) -> None:
+    """Accept an image at a server that may end meanwhile."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        server.request("POST", f"/api/images/{id}/accept", {"revision": 0, "hints": hints})
+
+
+class TestFailures:
+    def test_a_model_that_cannot_be_loaded(
+        self, start: Callable[..., ReviewServer], open_page: Open, folder: Path
+    ) -> None:
+        (folder / "small.yaml").write_text(
+            "backbone: {name: efficientnet-lite, long_side_px: -3}\nhead: {name: token-match}"
+        )
+        server = start()
+        page = open_page(server)
+        image = open_image(page, server, IMAGES[0])
+        expect(page.locator("#model-state")).to_have_attribute("data-state", "failed")
+        expect(page.locator('#alerts .alert[data-topic="model"]')).to_contain_text("long_side_px is -3")
+        page.mouse.click(*to_page(page, image, (20, 20)))
+        page.keyboard.press("Control+z")
+        page.locator('[data-action="reject"]').click()
+        expect(page.locator("#status")).to_contain_text("rejected")
+
+    def test_sources_that_are_gone_or_damaged(
+        self, start: Callable[..., ReviewServer], open_page: Open, folder: Path
+    ) -> None:
+        (folder / "imgs" / IMAGES[0]).unlink()
+        (folder / "imgs" / IMAGES[1]).write_bytes(b"no image any more")
+        (folder / "alphas" / "night" / "cat.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        (folder / "alphas" / "night" / "deepfield.png").unlink()
+        server = start()
+        page = open_page(server)
+        for name in IMAGES:
+            item = server.images()[name]
+            page.goto(f"{server.origin}/#image-{item['id']}")
+            expect(page.locator("#image-name")).to_have_attribute("title", name)
+            expect(page.locator("#single")).to_have_attribute("aria-busy", "false")
+            alert, status = page.locator('#alerts .alert[data-topic="image"]'), page.locator("#image-status")
+            if name in IMAGES[:2]:
+                expect(alert).to_contain_text(Path(name).name)
+            else:
+                expect(alert).to_have_count(0)
+            if name in IMAGES[2:4]:
+                expect(status).to_contain_text("no alpha")
+                expect(page.locator('[data-action="accept-stay"]')).to_be_disabled()
+            else:
+                expect(status).not_to_contain_text("no alpha")
+
+    def test_a_folder_without_a_run(self, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "icm_cli.cli", "review", str(tmp_path), "--no-browser"]
+        outcome = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert outcome.returncode == 2
+        assert "icm matte" in outcome.stderr
