@@ -367,9 +367,11 @@ class Predictor:
         found = frame.shows_object or bool((alpha > 0.5).mean() >= FOUND_FRACTION)
         if not is_finite:
             return FrameAlpha(alpha, found)
-        before = None if frame.hints is not None else coarse.alpha.numpy(force=True)
-        signals = measure_signals(frame.rgb, before, completed.numpy(force=True), alpha, coarse.signals)
-        return FrameAlpha(alpha, found, signals)
+        before = completed.numpy(force=True)
+        earlier = {} if self.model.edges is None else {"completed_agreement": before}
+        if earlier and frame.hints is None:
+            earlier["coarse_agreement"] = coarse.alpha.numpy(force=True)
+        return FrameAlpha(alpha, found, measure_signals(frame.rgb, alpha, before, earlier, coarse.signals))
 
     @property
     def prompted_objects(self) -> Objects:

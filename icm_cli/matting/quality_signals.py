@@ -34,13 +34,13 @@ def measure_agreement(one: Float, other: Float) -> float:
 
 
 def measure_signals(
-    rgb: ImageU8, coarse: Float | None, completed: Float, alpha: Float, of_head: Mapping[str, float]
+    rgb: ImageU8, alpha: Float, completed: Float, earlier: Mapping[str, Float], of_head: Mapping[str, float]
 ) -> dict[str, float]:
-    """Measure the signals of an alpha of an image, sRGB uint8 [H,W,3], and of its earlier stages.
+    """Measure the signals of an alpha of an image, sRGB uint8 [H,W,3].
 
-    ``coarse``, ``completed``, ``alpha``: of the head, with the completed object, and the final one, float32 [h,w] in
-    0..1 of any sizes. Each covers exactly the image. ``coarse`` is None if hints correct it. Returns the signals
-    ``of_head``, which are
+    All alphas are float32 [h,w] in 0..1 of any sizes and cover exactly the image. ``completed`` is the alpha before its
+    edges were refined, and ``earlier`` are the alphas with which it is compared, by the name of the signal. Returns the
+    signals ``of_head``, which are
 
     - ``confidence``: that of the head;
     - ``presence``: logit of the presence of the object. It is missing if the head does not predict it, or a hint says
@@ -52,7 +52,7 @@ def measure_signals(
 
     - ``aspect_ratio``: width of the image as a fraction of its height;
     - ``foreground``: mean of the alpha;
-    - ``coarse_agreement``, ``completed_agreement``: IoU of the alpha with its earlier stages, if they are given;
+    - ``coarse_agreement``, ``completed_agreement``: IoU of the alpha with that of the head, and with the completed one;
     - ``completed_confidence``: mean of |2a - 1| of the completed alpha over the pixels that are not background;
     - ``softness``: fraction of soft pixels among those that are not background; ``soft_interior``: the same far from
       the outline;
@@ -64,18 +64,16 @@ def measure_signals(
     The signals after ``softness`` are missing if the alpha is nowhere above one half.
     """
     size = downscaled_size(rgb.shape[:2], LONG_SIDE_PX)
-    second, last = resize(completed, size), resize(alpha, size)
+    last = resize(alpha, size)
     is_visible = last > SOFT[0]
     is_soft = is_visible & (last < SOFT[1])
     signals = dict(of_head) | {
         "aspect_ratio": rgb.shape[1] / rgb.shape[0],
         "foreground": float(last.mean()),
-        "completed_agreement": _soft_iou(second, last),
-        "completed_confidence": _confidence(second),
+        "completed_confidence": _confidence(resize(completed, size)),
         "softness": float(is_soft.sum() / max(1, is_visible.sum())),
     }
-    if coarse is not None:
-        signals["coarse_agreement"] = _soft_iou(resize(coarse, size), last)
+    signals |= {name: _soft_iou(resize(each, size), last) for name, each in earlier.items()}
     if (mask := last > 0.5).any():
         signals |= _measure_interior(mask, is_soft) | _measure_components(mask) | _measure_position(mask)
         signals |= _measure_colour(resize(rgb, size), mask)
