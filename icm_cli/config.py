@@ -265,6 +265,7 @@ def preset_paths() -> dict[str, Path]:
 
 
 def _parse_component(kind: ComponentKind, mapping: object, where: str) -> ComponentConfig:
+    """Convert the section of a component: its name, and the settings of its class. Raises ConfigError."""
     fields = require_mapping(mapping, where)
     name = fields.get("name")
     if not isinstance(name, str):

@@ -266,6 +266,7 @@ def _process_space() -> str:
 
 
 def _is_running(pid: int) -> bool:
+    """Return whether a process with this id exists on this machine."""
     try:
         os.kill(pid, 0)
     except OSError as error:

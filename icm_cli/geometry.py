@@ -58,6 +58,7 @@ class CanvasRule:
         return Placement((height, width), content, canvas)
 
     def _long_side(self, source: int) -> int:
+        """Return the long side of the canvas for a frame whose long side is ``source`` px."""
         if self.max_enlargement * source >= self.long_side_px:
             return self.long_side_px
         return max(_round_up(math.ceil(self.max_enlargement * source), self.multiple_px), self.long_side_px // 2)

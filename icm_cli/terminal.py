@@ -245,6 +245,7 @@ def _scores_table(report: Report) -> Table:
 
 
 def _protocol_line(protocol: Mapping[str, Any], note: str | None) -> str | None:
+    """Return the title of the table of scores: how they were computed."""
     if not protocol:
         return None
     parts = [
@@ -258,6 +259,7 @@ def _protocol_line(protocol: Mapping[str, Any], note: str | None) -> str | None:
 
 
 def _summary_rows(report: Report) -> list[tuple[str, str]]:
+    """Return the rows of the summary: counts of images, time and memory."""
     rate = f" ({report.images_per_second:.2f} images/s)" if report.count("done") else ""
     rows = [
         ("done", f"{report.count('done')}{rate}"),

@@ -215,6 +215,7 @@ def find_dataset(
 def _locate_files(
     name: str, dataset: Dataset, root: str | Path | None, split: Split, patterns: Sequence[str | None]
 ) -> tuple[Layout, FileSets]:
+    """Find the files of a dataset by its root, or by the patterns of images, alphas and trimaps. Raises UsageError."""
     images, alphas, trimaps = patterns
     if any(patterns) and name != "folder":
         raise UsageError(f"--images, --alphas and --trimaps are for --dataset folder; give --data-root for {name}")
@@ -232,6 +233,7 @@ def _locate_files(
 
 
 def _find_backgrounds(dataset: Dataset, layout: Layout, folder: str | Path | None) -> list[Path]:
+    """Return the background images that a dataset of foregrounds needs; none for others. Raises UsageError."""
     if not layout.backgrounds_per_foreground:
         if folder is not None:
             raise UsageError(f"--backgrounds has no effect: {dataset.title} contains complete images; remove it")

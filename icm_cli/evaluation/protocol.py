@@ -198,6 +198,7 @@ class Evaluation:
         }
 
     def _page_images(self, references: ReferenceRounds) -> PageImages:
+        """Return the images that the HTML report shows in addition to sources and alphas."""
         samples = self.by_name
         return PageImages(
             references={

@@ -169,6 +169,7 @@ def fill_polygon(points: Sequence[Point], size: tuple[int, int]) -> Area:
 
 
 def _labelme_shapes(content: dict[str, Any], size: tuple[int, int]) -> Iterator[_Shape]:
+    """Yield the shapes of a file of labelme. Raises ValueError for a shape that is not valid."""
     _check_size(content.get("imageHeight"), content.get("imageWidth"), size)
     for number, shape in enumerate(content["shapes"]):
         kind, name, points = shape.get("shape_type") or "polygon", f"shapes[{number}]", shape["points"]
@@ -184,6 +185,7 @@ def _labelme_shapes(content: dict[str, Any], size: tuple[int, int]) -> Iterator[
 
 
 def _coco_shapes(content: dict[str, Any], size: tuple[int, int], image: Path | None) -> Iterator[_Shape]:
+    """Yield the shapes that a COCO file has for an image. Raises ValueError for one that is not valid."""
     entry = _find_coco_image(content["images"], image)
     _check_size(entry.get("height"), entry.get("width"), size)
     names = {each["id"]: each["name"] for each in content.get("categories", [])}
@@ -234,6 +236,7 @@ def _find_coco_image(entries: Sequence[dict[str, Any]], image: Path | None) -> d
 
 
 def _check_size(height: int | None, width: int | None, size: tuple[int, int]) -> None:
+    """Raise ValueError if the size that a file states is not that of the image. It may state none."""
     stated = height or size[0], width or size[1]
     if stated != size:
         raise ValueError(

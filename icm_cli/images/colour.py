@@ -226,6 +226,7 @@ def colour_space_attributes(space: str, config: str) -> dict[str, Any]:
 
 
 def _convert_colours(pixels: Float, config: str, space: str, wanted: str) -> Float:
+    """Convert colours [H,W,3] from one colour space of a configuration to another."""
     values = np.array(pixels, np.float32, order="C")
     _load_config(config).getProcessor(space, wanted).getDefaultCPUProcessor().apply(_packed_image(values))
     return values
@@ -251,6 +252,7 @@ def _icc_transform(profile: bytes, mode: str) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _load_config(path: str) -> Any:
+    """Load an OpenColorIO configuration; "" is that of $OCIO, or the built-in one. Raises UsageError."""
     chosen = path or os.environ.get("OCIO", "") or BUILT_IN
     try:
         if chosen.startswith("ocio://"):

@@ -173,6 +173,7 @@ def retry_decoding(file: ImageFile, decode: Callable[[], Result]) -> Result:
 
 
 def _decode(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
+    """Decode with the library that suits the format of the file."""
     if file.type.name in ("tiff", "pnm"):
         return _decode_tiff_or_pnm(file, frame, wanted)
     if file.type.name == "png":
@@ -215,6 +216,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def _read_size(file: ImageFile) -> tuple[int, int]:
+    """Return height and width of the first image of a file; see :func:`image_size`."""
     frame = containers.tiff_pages(file)[0] if file.type.name == "tiff" else 0
     if file.type.name in _PILLOW_FORMATS or (file.type.name == "png" and not containers.is_deep_png(file.head)):
         try:

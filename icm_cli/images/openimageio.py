@@ -71,6 +71,7 @@ def open_reader(file: ImageFile, *, must_open: bool = True) -> Iterator[Any]:
 
 
 def _may_have_straight_alpha(file: ImageFile) -> bool:
+    """Return whether a file may have an alpha that OpenImageIO would multiply with the colours."""
     if file.type.name == "png":
         return containers.has_png_alpha(file)
     if file.type.name == "tiff":
@@ -355,6 +356,7 @@ def _colour_layers(reader: Any) -> tuple[list[ImageLayer], Parts]:
 
 
 def _layers_of_part(part: int, part_name: str, channels: tuple[str, ...]) -> list[ImageLayer]:
+    """Return the layers of a part that have R, G and B, by the prefixes of its channels."""
     by_prefix: dict[str, dict[str, int]] = {}
     for number, channel in enumerate(channels):
         prefix, _, name = channel.rpartition(".")

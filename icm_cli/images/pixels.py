@@ -156,6 +156,7 @@ class DecodedImage:
         return replace(self._change_planes(lambda plane: self.windows.move_pixels(plane, windows)), own_windows=windows)
 
     def _change_planes(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> DecodedImage:
+        """Apply a function to pixels, alpha and indices."""
         alpha = None if self.alpha is None else change(self.alpha)
         indices = None if self.indices is None else change(self.indices)
         return replace(self, pixels=change(self.pixels), alpha=alpha, indices=indices)

@@ -207,6 +207,7 @@ def read_source_image(
 
 
 def _enlarge_to_cover(background: ImageU8, height: int, width: int) -> ImageU8:
+    """Enlarge a background so that it covers height x width, and cut out its upper left part."""
     ratio = max(height / background.shape[0], width / background.shape[1])
     if ratio > 1:
         size = math.ceil(background.shape[1] * ratio), math.ceil(background.shape[0] * ratio)

@@ -66,11 +66,12 @@ def crop_box(
 
 
 def enlarge_box(box: CropBox, mask: NDArray[np.bool_], size: tuple[int, int], settings: CropSettings) -> CropBox:
-    """Enlarge a box in a frame of ``size`` at each side that cuts the object, ``mask`` bool [h,w] of the crop."""
+    """Enlarge a box in a frame of ``size`` at each side that cuts the object. ``mask``: the object, bool [h,w] of the
+    crop."""
     sides = []
-    for side, along, length in zip(box.slices, (mask, mask.T), size, strict=True):
+    for side, lines, length in zip(box.slices, (mask, mask.T), size, strict=True):
         growth = math.ceil(settings.growth * (side.stop - side.start))
-        cuts_first, cuts_last = (along[edge].mean() >= settings.cut_fraction for edge in (0, -1))
+        cuts_first, cuts_last = (lines[edge].mean() >= settings.cut_fraction for edge in (0, -1))
         sides.append(slice(max(0, side.start - growth * cuts_first), min(length, side.stop + growth * cuts_last)))
     return CropBox(*sides)
 

@@ -143,6 +143,7 @@ def _orient_mask(
 
 
 def _mask_from_alpha(stored: DecodedImage, path: Path, notice: Callable[[str], None]) -> Mask:
+    """Return the mask of a file whose alpha varies: its opaque pixels. Raises UsageError."""
     assert stored.alpha is not None
     _check_transparency(stored, path)
     is_visible, values = stored.alpha > 0, stored.values
@@ -186,6 +187,7 @@ def _mask_from_indices(stored: DecodedImage, opaque: NDArray[np.bool_] | None, p
 
 
 def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
+    """Return the mask of a file with one colour on black. Raises UsageError for several colours."""
     packed = _pack_colours(values, scale)
     every = _merge_noise(_flat_fractions(packed), path)
     flat = {each: fraction for each, fraction in every.items() if _max_channel(each) > END_TOLERANCE * 255} or every
@@ -204,6 +206,7 @@ def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: C
 
 
 def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
+    """Return the mask of a grey file: a trimap, a soft or binary mask, or one label. Raises UsageError."""
     present = np.unique(values)
     if len(present) > MAX_LABELS or _is_trimap(present, WHITES[0]):
         white = next((white for white in WHITES if present[-1] <= white), scale)
@@ -269,6 +272,7 @@ def _is_trimap(present: NDArray[Any], scale: float) -> bool:
 
 
 def _select_label(stored: DecodedImage, label: str, path: Path) -> Mask:
+    """Return the mask of the label, index or colour that the user gave. Raises UsageError."""
     values, unknown = stored.values, np.zeros(stored.values.shape[:2], np.bool_)
     tolerance = GREY_TOLERANCE if _is_lossy(path) else 0
     if stored.indices is not None and stored.has_label_palette and not label.startswith("#"):
@@ -299,6 +303,7 @@ def _select_label(stored: DecodedImage, label: str, path: Path) -> Mask:
 
 
 def _all_labels(stored: DecodedImage) -> dict[str, float]:
+    """Return the fraction of the image of each label, as text that can be given as --mask-label."""
     values = stored.indices if stored.indices is not None and stored.has_label_palette else stored.values
     if values.ndim == 2:
         return {_label_text(each): fraction for each, fraction in _value_fractions(values).items()}

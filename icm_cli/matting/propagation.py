@@ -69,16 +69,17 @@ class PropagationConfig:
     max_logit: float = 3.0
     """Largest logit of a propagated alpha."""
     min_alpha: float = 0.02
-    """Smallest distance of an alpha from 0 and 1, so that propagated evidence and the model can override each other."""
+    """Alphas are clipped to this distance from 0 and 1, so that propagated evidence and the model can override each
+    other."""
     colour_tolerance: float = 15.0
-    """Colour difference along the flow, in levels of 255, at which the weight of the frame before is 1/e. The flow is
-    unreliable at large differences."""
+    """Colour difference along the flow, in levels of 255, at which the weight of the frame before is 1/e. The larger the
+    difference, the less reliable is the flow."""
     stabilisation: float = 0.5
-    """Fraction of the difference from the moved alpha of the frame before that is removed where colours agree."""
+    """Where colours agree, the final alpha is moved by this fraction towards the moved alpha of the frame before."""
     max_frames_back: int = 3
     """An alpha is propagated from at most this many frames before."""
     correction_weight: float = 3.0
-    """Factor of the evidence of an alpha where hints have corrected it: it then overrides a model that is certain."""
+    """Factor of the evidence where hints have corrected an alpha. With it, the evidence overrides a certain model."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
@@ -158,9 +159,9 @@ class FlowField:
         return (foreground / (foreground + 1.0 - alpha)).clamp(max=1.0)
 
     def stabilise(self, rgb: ImageU8, alpha: Float) -> Float:
-        """Move a final alpha [h,w] in 0..1 of the frame ``rgb`` towards that of the earlier frame.
+        """Move the final alpha [h,w] in 0..1 of the frame ``rgb`` towards that of the earlier frame.
 
-        The difference is computed at the reduced size, so that edges stay fine.
+        The change is computed at the reduced size and then enlarged, so that fine edges are preserved.
         """
         config = self.config
         now = FrameMemory.from_frame(rgb, alpha, config, self.windows).alpha / np.float32(255)
@@ -252,10 +253,11 @@ class FlowPropagator:
     def _matte_frame(self, job: Job, frame: Frame, source: TrackingReferences | CoarseAlpha) -> FrameAlpha:
         """Matte one frame from its coarse alpha, or by tracking; remember its alpha if the object is found."""
         earlier = self._find_earlier(job, _reduce_image(frame.rgb, frame.windows, self._config).shape)
-        coarse = source
-        if isinstance(coarse, TrackingReferences):
+        if isinstance(source, TrackingReferences):
             previous_alpha = None if earlier is None else earlier.alpha
-            coarse = coarse.coarse_alpha(self._predictor, frame, previous_alpha, self._config.tracking)
+            coarse = source.coarse_alpha(self._predictor, frame, previous_alpha, self._config.tracking)
+        else:
+            coarse = source
         if not coarse.found or not coarse.alpha.isfinite().all():
             return self._predictor.refine_alphas([frame], [coarse])[0]
         flow = None if earlier is None else FlowField.estimate(earlier, frame.rgb, self._config, frame.windows)
@@ -269,7 +271,7 @@ class FlowPropagator:
         if job.hints is not None:
             before = FrameMemory.from_frame(frame.rgb, coarse.alpha.numpy(force=True), self._config, frame.windows)
             memory = replace(memory, correction=_find_correction(before.alpha, memory.alpha))
-            self._memories, self._start = {}, job.output  # it is kept for the frames on both sides
+            self._memories, self._start = {}, job.output  # a start is kept for the frames before and after it
         self._memories[job.output] = memory
         recent = [output for output in self._memories if output != self._start]
         for output in recent[: -self._config.max_frames_back]:
@@ -293,9 +295,10 @@ class FlowPropagator:
                 memory = self._memories.get(job.output) if is_planned else self._read_existing(job)
             else:
                 break
-            if memory is not None and memory.rgb.shape == size:
-                return memory
-            mismatched += [name.name] if memory is not None else []
+            if memory is not None:
+                if memory.rgb.shape == size:
+                    return memory
+                mismatched.append(name.name)
             if keyframe is not None:
                 break
         if mismatched:
@@ -305,6 +308,7 @@ class FlowPropagator:
         return None
 
     def _reference_memory(self, reference: Reference) -> FrameMemory:
+        """Return the memory of a keyframe: its image and its mask, which is 0.5 where it is unknown."""
         alpha = reference.guidance.astype(np.float32)
         if reference.unknown is not None:
             alpha[reference.unknown] = 0.5
@@ -338,25 +342,27 @@ class TrackingReferences:
     def coarse_alpha(
         self, predictor: Predictor, frame: Frame, previous_alpha: ImageU8 | None, config: TrackingConfig
     ) -> CoarseAlpha:
-        """Return the coarse alpha of a frame.
+        """Return the coarse alpha of a frame, from a crop around the object of an earlier frame.
 
-        ``previous_alpha``: that of an earlier frame, uint8 [h,w] of its display window; None if there is none.
+        If that crop shows too little of the object, the full frame is matted, and a crop around the object that is
+        found there. The crop with the larger object is used. ``previous_alpha``: that of the earlier frame, uint8 [h,w]
+        of its display window; None if there is none.
         """
         position = np.zeros(frame.size, np.bool_) if previous_alpha is None else previous_alpha > HALF_U8
         box = crop_box(position, frame.size, config.crop, frame.windows)
         tracked = box and self._matte_crop_of(predictor, frame, box, config)
         display = frame.size if frame.windows is None else frame.windows.display
-        scale = display[0] * display[1] / (frame.size[0] * frame.size[1])
+        scale = display[0] * display[1] / (frame.size[0] * frame.size[1])  # areas are fractions of different windows
         if tracked and tracked.found and tracked.area >= config.min_area_ratio * float(position.mean()) * scale:
             return tracked
         (full,) = predictor.coarse_alphas([frame], self.full)
         box = crop_box((full.alpha > 0.5).numpy(force=True), frame.size, config.crop) if full.found else None
         found_again = box and self._matte_crop_of(predictor, frame, box, config)
-        candidates = [each for each in (tracked, found_again) if each and each.found]
-        return max(candidates, key=lambda each: each.area) if candidates else full
+        candidates = [coarse for coarse in (tracked, found_again) if coarse and coarse.found]
+        return max(candidates, key=lambda coarse: coarse.area) if candidates else full
 
     def _matte_crop_of(self, predictor: Predictor, frame: Frame, box: CropBox, config: TrackingConfig) -> CoarseAlpha:
-        """Coarse alpha of a frame from a crop; it is 0 outside the crop."""
+        """Return the coarse alpha of a frame from a crop; it is 0 outside the crop."""
 
         def matte_crop(box: CropBox) -> tuple[CoarseAlpha, Tensor]:
             crop = predictor.prepare_crop(frame, box)

@@ -229,6 +229,7 @@ def _read_reference(
     *,
     needs_mask: bool = True,
 ) -> Reference:
+    """Read a reference with its mask, from a file or from prompts. Raises UsageError or ResourceError."""
     try:
         image = read_image(ref, colour)
         for sentence in (*image.notices, *extra_frame_notices("reference", ref)):
@@ -315,6 +316,7 @@ def _make_prompted_reference(
 
 
 def _make_reference(image: SourceImage, mask: Mask, name: str, notice: Callable[[str], None]) -> Reference:
+    """Return a reference with a mask that was read or made. Raises UsageError."""
     guidance = make_guidance(mask.inside.astype(np.uint8) * 255, image.windows, name, notice)
     if not mask.unknown.any():
         return Reference(image.rgb, guidance, windows=image.windows)

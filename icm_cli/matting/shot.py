@@ -81,12 +81,12 @@ class Shot:
 
         Keyframes count as frames, so that shards with different references split the shot in the same places.
         """
-        begin, end = (len(self.names) * each // count for each in (number - 1, number))
+        begin, end = len(self.names) * (number - 1) // count, len(self.names) * number // count
         names = set(self.names[begin:end])
         order = [job for job in self.order if job.name in names]
-        own = {job.output for job in order}
-        previous = {output: job for output, job in self.previous.items() if output in own and job.output in own}
-        keyframes = {output: key for output, key in self.keyframes.items() if output in own}
+        outputs = {job.output for job in order}
+        previous = {output: job for output, job in self.previous.items() if {output, job.output} <= outputs}
+        keyframes = {output: keyframe for output, keyframe in self.keyframes.items() if output in outputs}
         return Shot(order, previous, keyframes, self.names[begin:end])
 
     def job_digest(self, job: Job, digest: str) -> str:
@@ -102,6 +102,7 @@ class Shot:
 
     @functools.cached_property
     def _hints(self) -> dict[Path, ImageHints]:
+        """The hints that decide the alpha of each frame, by its output; see :meth:`find_hints`."""
         hints: dict[Path, ImageHints] = {}
         for job in self.order:
             previous = self.previous.get(job.output)

@@ -213,15 +213,24 @@ def _keep_images(root: Path, paths: Sequence[Path], skipped: SkippedPaths, skipp
     """Return the images among the files of a walk. Files without an image suffix are inspected."""
     skipped_files.add_skipped_paths(skipped)
     inspected = {path: SourceFile.inspect(path) for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES}
-    is_locked = {path: file.error is not None and not file.error.is_transient for path, file in inspected.items()}
-    paths = skipped_files.exclude(paths, lambda path: is_locked.get(path, False), UNREADABLE_FILE)
-    types = {path: file.type for path, file in inspected.items() if file.error is None}
-    kept = skipped_files.exclude(paths, lambda path: path in types and types[path].is_movie, A_MOVIE)
-    kept = skipped_files.exclude(kept, lambda path: path in types and not types[path].name, NOT_AN_IMAGE)
-    return Sources(root, kept, inspected={path: inspected[path] for path in kept if path in inspected})
+    reasons = {path: _reason_to_skip(file) for path, file in inspected.items()}
+    for reason in (UNREADABLE_FILE, A_MOVIE, NOT_AN_IMAGE):
+        excluded = {path for path in paths if reasons.get(path) == reason}
+        paths = skipped_files.exclude(paths, excluded.__contains__, reason)
+    return Sources(root, paths, inspected={path: inspected[path] for path in paths if path in inspected})
+
+
+def _reason_to_skip(file: SourceFile) -> str:
+    """Return the reason to skip an inspected file; "" for an image, and for a file that may be readable later."""
+    if file.error is not None:
+        return "" if file.error.is_transient else UNREADABLE_FILE
+    if file.type.is_movie:
+        return A_MOVIE
+    return "" if file.type.name else NOT_AN_IMAGE
 
 
 def _find_sequence(pattern: FramePattern, text: str, skipped_files: SkippedFiles) -> Sources:
+    """Return the files that match a frame pattern. Raises UsageError if there are none."""
     skipped: SkippedPaths = {}
     folder = Path(pattern.folder)
     files = folder.iterdir() if folder.is_dir() else expand_glob(str(folder / "*"), skipped)

@@ -253,6 +253,7 @@ def convert_published_tensors(tensors: Mapping[str, Tensor], where: str) -> dict
 
 
 def _read_published(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of the published checkpoint by their names in this package. Raises ConfigError."""
     content = _read_pickle(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, Mapping):

@@ -135,6 +135,7 @@ def _is_alias(name: str) -> bool:
 
 
 def _function_stub(name: str, options_class: type[CommandOptions]) -> str:
+    """Return the declaration of a function of the API, with its arguments and its docstring."""
     function = getattr(icm_cli, name).__wrapped__
     summary = (inspect.getdoc(function) or "").partition("\n\n")[0]
     others = [each for each in inspect.signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]

@@ -220,6 +220,7 @@ class OptionField:
         return self._convert_one(value)
 
     def _convert_one(self, value: object) -> Any:
+        """Convert and check one value. Raises UsageError."""
         try:
             is_number_choice = _is_number(value, int) and str(value) in self.choices  # depth=16 is depth="16"
             converted = _convert(str(value) if is_number_choice else value, self.value_type)
@@ -444,6 +445,7 @@ def _convert(value: object, hint: Any) -> Any:
 
 
 def _to_plain(value: object) -> object:
+    """Return a value as JSON can store it."""
     if isinstance(value, tuple):
         return [_to_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value

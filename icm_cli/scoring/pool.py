@@ -65,6 +65,7 @@ class ScoringPool:
             self._running.popleft()  # after the callback, so that an interrupt loses no result
 
     def _run_task(self, task: Task) -> Any:
+        """Run a task in an idle process; return None if the process dies."""
         process = self._idle.get()
         try:
             process = process or _ScoringProcess()

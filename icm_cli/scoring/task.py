@@ -158,6 +158,7 @@ class ScoreTask:
         return problems
 
     def _check_values(self, path: Path, alpha: GroundTruthAlpha) -> list[Problem]:
+        """Return the problem of an alpha with colour, or with values of 0 and 1 instead of 0 and 255."""
         if alpha.has_colour:
             reason = f"{path} has colour; expected an alpha with a single grey channel"
             return [Problem("colour-alpha", self.name, reason)]

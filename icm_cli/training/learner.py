@@ -78,6 +78,7 @@ class Learner:
         self.set_training_mode()
 
     def _check_backbone_settings(self) -> None:
+        """Raise ConfigError for settings that do not suit the backbone of the model."""
         config, rule = self.config, self.model.backbone.canvas
         if rule.square and config.canvas_px != rule.long_side_px:
             raise ConfigError(f"train: canvas_px is {config.canvas_px}, and the backbone needs {rule.long_side_px} px")
@@ -90,6 +91,7 @@ class Learner:
             )
 
     def _freeze_parts_except(self, trained_parts: Collection[str]) -> None:
+        """Freeze all parts of the model that are not trained. A frozen backbone gets the dtypes of inference."""
         for name in ("backbone", "head", "objects", "edges"):
             if (part := getattr(self.model, name)) is not None and name not in trained_parts:
                 part.requires_grad_(False)

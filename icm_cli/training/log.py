@@ -73,6 +73,7 @@ class RunLog:
         self._try_writing(lambda: self._writer.add_image("samples", image, step, dataformats="HWC"))
 
     def _open_files(self, folder: Path, first_step: int) -> None:
+        """Remove later rows from the CSV file, and open TensorBoard's log."""
         from torch.utils.tensorboard import SummaryWriter
 
         rows = [row for row in _read_rows(self._path) if int(row["step"]) <= first_step]
@@ -81,6 +82,7 @@ class RunLog:
         self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step + 1)
 
     def _append_row(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a row to the CSV file, and its values to TensorBoard's log."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(self._format_csv([{"step": step, **metrics}], header=False))
         for name, value in metrics.items():
@@ -92,6 +94,7 @@ class RunLog:
         self._writer.flush()
 
     def _try_writing(self, write: Callable[[], None]) -> None:
+        """Call ``write``; if it fails, report that and log no more."""
         if not self._is_on:
             return
         try:

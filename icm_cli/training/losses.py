@@ -134,6 +134,7 @@ LOSS_FUNCTIONS = {
 
 
 def _is_binary(truth: Tensor, rule: BinaryRule) -> Tensor:
+    """Return which samples are binary, bool [B]; see ``LossConfig.binary_rule``."""
     flat = truth.flatten(1)
     zeros, ones = flat == 0.0, flat == 1.0
     return (zeros | ones).all(dim=1) if rule == "binary" else zeros.all(dim=1) | ones.all(dim=1)

@@ -265,6 +265,7 @@ class _TrainingLoop:
         return self._progress.step >= self._recipe.steps if elapsed is None else elapsed >= 1.0
 
     def _summarise(self) -> TrainingSummary:
+        """Return the result of the run."""
         run, stats, learner = self._run, self._stats, self._learner
         path, seconds = run.folder / (BEST_NAME if run.best else LAST_NAME), max(1e-9, stats.seconds)
         return TrainingSummary(

@@ -100,6 +100,7 @@ class VitMatteEdges(Edges):
         return [self._refine_alpha(rgb, alpha) for rgb, alpha in zip(images, coarse, strict=True)]
 
     def _refine_alpha(self, rgb: ImageU8, coarse: Tensor) -> Tensor:
+        """Compute the unknown pixels of one alpha in tiles."""
         size = rgb.shape[0], rgb.shape[1]
         trimap = torch.from_numpy(trimap_from_coarse(coarse.numpy(force=True), size, self.config.band))
         trimap = trimap.to(coarse.device)

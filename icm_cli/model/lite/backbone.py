@@ -134,6 +134,7 @@ class DinoV2Lite(Backbone):
         return self._extract_features(image, valid, self.config.scale_blocks)
 
     def _extract_features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
+        """Compute the tokens of images, and the outputs of ``scale_blocks`` as feature scales."""
         half = F.avg_pool2d(image, 2)
         grid = [side // TOKEN_PX for side in image.shape[-2:]]
         patches = F.interpolate(half, size=[PATCH_PX * side for side in grid], mode="bilinear", align_corners=False)
@@ -166,6 +167,7 @@ def _standardise_tokens(feature: Tensor) -> Tensor:
 
 
 def _onnx_path(weights: str | None) -> Path:
+    """Return the file of the pretrained transformer. Raises ConfigError if its package is not installed."""
     if weights is not None:
         raise ConfigError(
             f"--weights {weights!r} cannot be used with the dinov2-lite backbone, whose weights "

@@ -209,6 +209,7 @@ def _enlarge_feature(feature: Tensor, factor: int) -> Tensor:
 
 
 def _make_blocks() -> list[EfficientNetBlock]:
+    """Return all blocks of EfficientNet-Lite2."""
     blocks = []
     inputs = STEM_CHANNELS
     for kernel, stride, expansion, outputs, count in STAGES:
@@ -223,6 +224,7 @@ def _make_blocks() -> list[EfficientNetBlock]:
 
 
 def _package_weights_path(weights: str | None) -> Path:
+    """Return the file of the pretrained weights. Raises ConfigError if its package is not installed."""
     if weights is not None:
         raise ConfigError(
             f"--weights {weights!r} cannot be used with the efficientnet-lite backbone, whose "

@@ -232,6 +232,7 @@ def load_parts(folder: Path, *, timestep: int) -> StableDiffusionParts:
 
 
 def _load_unet(folder: Path) -> Any:
+    """Load the U-Net of a folder without its unused layers. Raises ConfigError."""
     path = folder / "unet/config.json"
     with torch.device("meta"):
         unet = _from_config(UNet2DConditionModel, path)
@@ -246,6 +247,7 @@ def _load_unet(folder: Path) -> Any:
 
 
 def _load_vae_encoder(folder: Path) -> Any:
+    """Load the VAE of a folder without its decoder. Raises ConfigError."""
     with torch.device("meta"):
         vae = _from_config(AutoencoderKL, folder / "vae/config.json")
     expected = vae.state_dict()
@@ -300,6 +302,7 @@ def _load_empty_prompt_embedding(folder: Path) -> Tensor:
 
 @torch.no_grad()
 def _encode_empty_prompt(folder: Path) -> Tensor:
+    """Compute the embedding of the empty prompt with the text encoder of a folder. Raises ConfigError."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
     try:

@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-LATENT_STRIDE = 8
-"""Side of a latent's cell, in px of the canvas."""
 FEATURE_STRIDES = (32, 16)
 """Strides of the outputs of up_blocks[0] and up_blocks[1]."""
 Grid: TypeAlias = tuple[int, int]

@@ -50,6 +50,7 @@ def export_shards(data: str | Path, out: Path, *, long_side_px: int, shard_bytes
 
 
 def _split_into_shards(files: Iterator[tuple[str, bytes]], shard_bytes: int) -> Iterator[list[tuple[str, bytes]]]:
+    """Split the files of an export into lists of at most ``shard_bytes``, each for one tar file."""
     shard: list[tuple[str, bytes]] = []
     size = 0
     for name, content in files:

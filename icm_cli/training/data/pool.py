@@ -165,6 +165,7 @@ def explain_data_error(where: str, error: UsageError) -> UsageError:
 
 
 def _find_items(number: int, source: SourceConfig, problems: list[Problem]) -> tuple[TrainingItem, ...]:
+    """Find the items of source ``number``, and add the problems of its files. Raises UsageError."""
     try:
         items = _find_cutouts(source) if source.dataset == CUTOUTS else _find_dataset_items(source, problems)
     except UsageError as error:
@@ -226,6 +227,7 @@ def _read_json(key: str, path: str, expected: str) -> Any:
 
 
 def _find_cutouts(source: SourceConfig) -> list[TrainingItem]:
+    """Return the RGBA images of a folder; each subfolder is a group. Raises UsageError."""
     if source.root is None:
         raise UsageError("data: a source with 'dataset: cutouts' has no 'root'; expected the folder of RGBA images")
     root = Path(source.root)
@@ -238,6 +240,7 @@ def _find_cutouts(source: SourceConfig) -> list[TrainingItem]:
 
 
 def _find_dataset_items(source: SourceConfig, problems: list[Problem]) -> list[TrainingItem]:
+    """Return the images of a dataset of ``icm eval``, and add the problems of its files."""
     dataset_samples = find_dataset(
         source.dataset,
         source.root,

@@ -138,6 +138,7 @@ def read_background(path: Path, long_side_px: int) -> ImageU8:
 
 
 def _read_image_and_alpha(item: TrainingItem) -> tuple[ImageU8, ImageU8]:
+    """Read the image, uint8 [H,W,3], and the alpha, uint8 [H,W], of an item. Raises ImageError."""
     image = read_image(item.image).to_display_window()
     if item.alpha is not None:
         alpha = read_alpha(item.alpha)
@@ -160,6 +161,7 @@ def _read_image_and_alpha(item: TrainingItem) -> tuple[ImageU8, ImageU8]:
 
 
 def _read_trimap(path: Path, shape: tuple[int, ...], size: tuple[int, int]) -> ImageU8:
+    """Read a trimap for an image of ``shape``, and resize it. Raises ImageError."""
     trimap = read_alpha(path)
     if trimap.shape != shape:
         raise ImageError(f"trimap {path} is {trimap.shape[1]}x{trimap.shape[0]}, not its image's {shape[1]}x{shape[0]}")
