@@ -72,8 +72,8 @@ class PropagationConfig:
     """Alphas are clipped to this distance from 0 and 1, so that propagated evidence and the model can override each
     other."""
     colour_tolerance: float = 15.0
-    """Colour difference along the flow, in levels of 255, at which the weight of the frame before is 1/e. The larger the
-    difference, the less reliable is the flow."""
+    """Colour difference along the flow, in levels of 255, at which the weight of the frame before is 1/e. The
+    larger the difference, the less reliable is the flow."""
     stabilisation: float = 0.5
     """Where colours agree, the final alpha is moved by this fraction towards the moved alpha of the frame before."""
     max_frames_back: int = 3
