@@ -144,7 +144,7 @@ def read_negatives(
             raise UsageError(
                 f"{error.problem}; expected white on what is not the object, and black elsewhere; give such a mask"
             ) from error
-        if masks and image.guidance.all():
+        if masks and mask is None and image.guidance.all():
             notice(f"{ref} has no --not-mask, so all of it is negative")
         negatives.append(Reference.negative(image.rgb, image.guidance, image.windows))
     return negatives
@@ -247,9 +247,8 @@ def _read_reference(
             height, width = image.rgb.shape[:2]
             stored = image.stored
             placement = MaskPlacement((height, width), stored.orientation, orientation) if stored else None
-            return _make_reference(
-                image, read_mask(mask, label, notice, placement, image.windows), f"mask {mask}", notice
-            )
+            found = read_mask(mask, label, notice, placement, image.windows)
+            return _make_reference(image, found, f"mask {mask}", notice, may_be_full=not needs_mask)
         if image.alpha is not None and image.alpha.min() != image.alpha.max():
             name = f"the alpha of reference {ref}"
             guidance = make_guidance(image.alpha, image.windows, name, notice)
@@ -315,8 +314,12 @@ def _make_prompted_reference(
     return Reference(image.rgb, guidance, windows=image.windows, attended_points=hints.binding_points()[0])
 
 
-def _make_reference(image: SourceImage, mask: Mask, name: str, notice: Callable[[str], None]) -> Reference:
+def _make_reference(
+    image: SourceImage, mask: Mask, name: str, notice: Callable[[str], None], *, may_be_full: bool = False
+) -> Reference:
     """Return a reference with a mask that was read or made. Raises UsageError."""
+    if may_be_full and mask.inside.all():
+        return Reference(image.rgb, np.ones(image.rgb.shape[:2], np.bool_), windows=image.windows)
     guidance = make_guidance(mask.inside.astype(np.uint8) * 255, image.windows, name, notice)
     if not mask.unknown.any():
         return Reference(image.rgb, guidance, windows=image.windows)

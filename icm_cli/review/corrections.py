@@ -28,6 +28,7 @@ from icm_cli.review.state import ModelNotReadyError, ReviewState, ReviewStatus, 
 from icm_cli.review.undo import UndoCopies, identify
 
 if TYPE_CHECKING:
+    from icm_cli.matting.references import Reference
     from icm_cli.review.model import RunModel
 
 ModelState = Literal["loading", "ready", "failed"]
@@ -71,6 +72,11 @@ class Corrections:
         """Return the options of the run with the device, the hints and the taught references of the review."""
         options = add_taught(self._run, self._state.read_all()[1])
         return options if self._device is None else with_values(options, device=self._device)
+
+    def base_references(self) -> Sequence[Reference]:
+        """Return the references of the run itself. Raises ModelNotReadyError."""
+        self._check_ready()
+        return self._ready_model().references[: len(self._run.options.references.ref)]
 
     def reload(self) -> None:
         """Prepare the references again, because others are taught."""

@@ -48,15 +48,18 @@ class DisplayImages:
         """Return the alpha, 8 bit. Raises ImageError."""
         return encode_alpha(self.read_alpha(id))
 
-    def read_alpha(self, id: int) -> ImageU8:
-        """Return the alpha of an image in its display window, uint8 [H,W]. Raises ImageError."""
-        job, output = self._run.jobs[id], self._run.output
+    def read_alpha(self, id: int, path: Path | None = None) -> ImageU8:
+        """Return the alpha of an image in its display window, uint8 [H,W]. Raises ImageError.
+
+        ``path``: another file, with an earlier alpha of the image.
+        """
+        path, output = path or self._run.jobs[id].output, self._run.output
         if output.foreground != "none":
-            image = read_image(job.output, RAW_VALUES).to_display_window()
+            image = read_image(path, RAW_VALUES).to_display_window()
             if image.alpha is None:
-                raise ImageError(f"{job.output} has no alpha channel; run icm matte again")
+                raise ImageError(f"{path} has no alpha channel; run icm matte again")
             return image.alpha
-        values = read_alpha(job.output)
+        values = read_alpha(path)
         return np.asarray(255 - values, np.uint8) if output.invert else values
 
     def display_size(self, id: int) -> tuple[int, int]:

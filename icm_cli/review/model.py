@@ -63,12 +63,12 @@ class RunModel:
         """
         self._run, self._options, self._notice = run, options, notice
         self._choice = ModelChoice.from_options(options.model, 1, device=parse_devices(options.model.device)[0])
-        self._references = read_all_references(options, notice)
-        self._choice.check_guidance(self._references)
+        self.references = read_all_references(options, notice)
+        self._choice.check_guidance(self.references)
         steps = self._choice.resolve_learn_steps(options.sequences.learn_steps, is_shot=run.is_shot)
-        self._digest = run_digest(options, self._references, run.output, self._choice)
+        self._digest = run_digest(options, self.references, run.output, self._choice)
         self._predictor: Predictor = earlier._predictor if earlier else self._choice.load_predictor()
-        self._prepared = prepare_references(self._predictor, self._references, steps, notice, is_shot=run.is_shot)
+        self._prepared = prepare_references(self._predictor, self.references, steps, notice, is_shot=run.is_shot)
         for sentence in self._prepared.notices:
             notice(sentence)
         self._images: OrderedDict[int, OpenImage] = OrderedDict()
@@ -173,7 +173,7 @@ class RunModel:
                 jobs.append(job)
             elif not any(real_path(path) in references for path in frame.files):
                 jobs.append(replace(frame, hints=ImageHints.check(frame.name, paths) if paths else None))
-        return order_as_shot(jobs, self._options.references.ref, self._references, None)[1]
+        return order_as_shot(jobs, self._options.references.ref, self.references, None)[1]
 
     def _matte_in_shot(self, id: int, image: OpenImage) -> ImageU8:
         """Return the alpha of a frame without hints, to which those of other frames are propagated."""

@@ -2,45 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
+
+from icm_cli.errors import UsageError
+from icm_cli.geometry import ImageU8
+from icm_cli.images.image_file import ICM_MASK_MARK
+from icm_cli.images.writing import write_mask, write_trimap
+from icm_cli.matting.jobs import Job
+from icm_cli.matting.planning import choose_colours
 from icm_cli.options import MatteOptions
-from icm_cli.review.run import ReviewRun, with_values
+from icm_cli.options.definition import OptionField
+from icm_cli.review.run import BASE_PREFIX, NEGATIVES_NAME, REFERENCES_NAME, ReviewRun
 from icm_cli.review.state import ImageState
 
+if TYPE_CHECKING:
+    from icm_cli.matting.references import Reference
+
 Kind = Literal["reference", "negative"]
+Area = Literal["alpha", "image"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-FOLDERS: Mapping[Kind, str] = {"reference": "references", "negative": "negatives"}
-"""Folder below ``.icm`` with the masks of what is taught, by kind."""
+MASK_OPTIONS = ("mask_label", "mask_orientation", "point", "not_point", "box", "scribble", "guidance")
+"""Options that say how the masks of the references are read or made; they would count for taught masks too."""
 
 
-def mask_path(run: ReviewRun, kind: Kind, file_name: str) -> Path:
-    """Return the path of a mask of a taught image."""
-    return run.record_folder / FOLDERS[kind] / file_name
+def mask_path(record_folder: Path, kind: Kind, name: str) -> Path:
+    """Return the path of the mask of a taught image, by its file name."""
+    return record_folder / (REFERENCES_NAME if kind == "reference" else NEGATIVES_NAME) / name
+
+
+def check_teachable(options: MatteOptions, job: Job, kind: Kind, area: Area) -> None:
+    """Raise UsageError if an image of a run cannot be given as ``kind`` with the options of the run."""
+    if kind == "reference" and area == "image":
+        raise UsageError("a reference needs the alpha of its object; choose the alpha, or use the image as a negative")
+    if job.planned.page:
+        raise UsageError(
+            f"{job.source} has several images, and references are read from the first one; save page "
+            f"{job.planned.page} as a file of its own, and give it with --ref"
+        )
+    sources, references = choose_colours(options.colour)
+    if sources != references:
+        raise UsageError(
+            "this run reads its references with --ref-colorspace or --ref-layer, unlike its images, so an image cannot "
+            "become a reference; run icm matte with references of the colour space of the images"
+        )
+    if kind == "reference" and options.references.guidance == "paper":
+        raise UsageError("this run uses --guidance paper, which takes a single reference; run icm matte with a mask")
+
+
+def needs_base_masks(options: MatteOptions) -> bool:
+    """Return whether the references of a run need masks of their own before others are added."""
+    given = options.references
+    return not given.mask or any(name in options.given for name in MASK_OPTIONS)
+
+
+def write_base_masks(record_folder: Path, references: Sequence[Reference]) -> None:
+    """Write the masks of the references of a run as plain images. Raises OutputError."""
+    for path, reference in zip(_base_masks(record_folder, len(references)), references, strict=True):
+        if path.exists():
+            continue
+        if reference.unknown is None:
+            write_mask(path, reference.display_mask)
+            continue
+        trimap = np.where(reference.guidance, np.uint8(255), np.where(reference.unknown, np.uint8(128), np.uint8(0)))
+        if reference.windows is not None:
+            trimap = reference.windows.move_pixels(trimap, reference.windows.display_window)
+        write_trimap(path, trimap, {ICM_MASK_MARK.decode(): "mask"})
+
+
+def write_taught_mask(path: Path, alpha: ImageU8, kind: Kind) -> None:
+    """Write the mask of what is taught: where an alpha, uint8 [H,W], is above one half. Raises UsageError."""
+    inside = alpha > 128  # not the unknown pixels of trimaps
+    if not inside.any():
+        raise UsageError("the alpha shows nothing, so nothing can be taught by it; correct it first")
+    if kind == "reference" and inside.all():
+        raise UsageError("the alpha shows the whole image as the object; correct it first")
+    write_mask(path, inside)
 
 
 def add_taught(run: ReviewRun, states: Mapping[str, ImageState]) -> MatteOptions:
-    """Return the options of a run with all taught images, in the order of the run.
-
-    Negatives with a mask come before those without one, because masks are assigned in order.
-    """
-    given = run.options.references
-    pairs: dict[Kind, list[tuple[Path, Path | None]]] = {kind: [] for kind in KINDS}
+    """Return the options of a run with all taught images, in the order of the run."""
+    pairs: dict[Kind, list[tuple[Path, Path]]] = {kind: [] for kind in KINDS}
     for name, job in zip(run.names, run.jobs, strict=True):
-        taught = states[name].taught if name in states else None
-        if taught is not None:
-            mask = None if taught["mask"] is None else mask_path(run, taught["kind"], taught["mask"])
-            pairs[taught["kind"]].append((job.files[0], mask))
-    if not any(pairs.values()):
-        return run.options
-    count, masked = len(given.not_mask), [pair for pair in pairs["negative"] if pair[1]]
-    unmasked = [source for source, mask in pairs["negative"] if mask is None]
-    return with_values(
-        run.options,
-        ref=[*given.ref, *(source for source, _ in pairs["reference"])],
-        mask=[*given.mask, *(mask for _, mask in pairs["reference"])],
-        not_ref=[*given.not_ref[:count], *(source for source, _ in masked), *given.not_ref[count:], *unmasked],
-        not_mask=[*given.not_mask, *(mask for _, mask in masked)],
-    )
+        if name in states and (taught := states[name].taught) is not None:
+            pairs[taught["kind"]].append((job.files[0], mask_path(run.record_folder, taught["kind"], taught["mask"])))
+    given, values = run.options.references, dict[str, Any]()
+    if pairs["reference"]:
+        masks: Sequence[Path] = given.mask
+        if needs_base_masks(run.options):
+            masks = _base_masks(run.record_folder, len(given.ref))
+        values["ref"] = [*given.ref, *(source for source, _ in pairs["reference"])]
+        values["mask"] = [*masks, *(mask for _, mask in pairs["reference"])]
+    if pairs["negative"]:  # masks are assigned in order, so negatives without a mask are the last ones
+        count = len(given.not_mask)
+        values["not_ref"] = [*given.not_ref[:count], *(each for each, _ in pairs["negative"]), *given.not_ref[count:]]
+        values["not_mask"] = [*given.not_mask, *(mask for _, mask in pairs["negative"])]
+    dropped = MASK_OPTIONS if pairs["reference"] else ()
+    fields: list[OptionField] = [each for each in MatteOptions.option_fields() if each.name in run.options.given]
+    kept = {each.name: run.options.get_value(each.name) for each in fields if each.name not in dropped}
+    return MatteOptions.from_values({**kept, **values}, kept.keys() | values.keys())
+
+
+def _base_masks(record_folder: Path, count: int) -> list[Path]:
+    folder = record_folder / REFERENCES_NAME
+    return [folder / f"{BASE_PREFIX}{number}.png" for number in range(1, count + 1)]

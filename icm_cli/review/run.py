@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ from icm_cli.review.shapes import Shapes, read_shapes
 from icm_cli.review.state import ImageState
 
 INDEX_NAME, HINTS_NAME = "index.json", "hints"
+REFERENCES_NAME, NEGATIVES_NAME = "references", "negatives"
+"""Folders below ``.icm`` with the masks of what a review teaches."""
+BASE_PREFIX = "base-"
+"""Start of the names of masks that were made for the references of the run itself."""
 INDEX_SHAPE = {"schema_version": int, "alphas": {"*": {"identity": [int], "stamp": {"*": str}}}}
 INDEX_VERSION = 1
 STAMP_KEYS = (NAME_KEY, ROOT_KEY, RESULT_KEY, REVIEWED_KEY)
@@ -76,7 +81,7 @@ class ReviewRun:
         """
         self.folder = Path(os.path.abspath(folder))  # noqa: PTH100  resolve() follows links
         self.record_folder = self.folder / RECORD_FOLDER
-        recorded = _moved_here(read_run_record(self.folder), self.folder)
+        recorded = _without_taught(_moved_here(read_run_record(self.folder), self.folder))
         self.options, self.hints_folder, self._pattern = self._choose_hints(recorded, hints)
         self.output, self.layout = choose_output(self.options.output)
         self.colour: ColourSettings = choose_colours(self.options.colour)[0]
@@ -270,6 +275,29 @@ def _moved_here(options: MatteOptions, folder: Path) -> MatteOptions:
         return options
     out = folder if layout.pattern is None else folder / Path(options.output.out).name
     return with_values(options, out=str(out))
+
+
+def _without_taught(options: MatteOptions) -> MatteOptions:
+    """Return the options of a run without the references and negatives that a review has taught."""
+
+    def is_taught(mask: Path) -> bool:
+        is_review_file = (
+            mask.parent.name in (REFERENCES_NAME, NEGATIVES_NAME) and mask.parent.parent.name == RECORD_FOLDER
+        )
+        return is_review_file and not mask.name.startswith(BASE_PREFIX)
+
+    given = options.references
+    positives = [pair for pair in zip_longest(given.ref, given.mask) if not (pair[1] and is_taught(pair[1]))]
+    negatives = [pair for pair in zip_longest(given.not_ref, given.not_mask) if not (pair[1] and is_taught(pair[1]))]
+    if len(positives) == len(given.ref) and len(negatives) == len(given.not_ref):
+        return options
+    return with_values(
+        options,
+        ref=[ref for ref, _ in positives],
+        mask=[mask for _, mask in positives if mask],
+        not_ref=[ref for ref, _ in negatives],
+        not_mask=[mask for _, mask in negatives if mask],
+    )
 
 
 def _read_index(path: Path) -> dict[str, AlphaFile]:

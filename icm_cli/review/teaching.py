@@ -1,46 +1,248 @@
-"""Teaching by reviewed images, and computing the other alphas again."""
+"""Teaching by reviewed images, and computing the other alphas again.
+
+The recompute is the command that the page shows, in a process of its own: what reproduces the result is what has made
+it; it can be stopped as every run, finishes its files even if the server is killed, and neither its memory nor a crash
+affects the server.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
+
+from icm_cli.environment import start_module
+from icm_cli.errors import ImageError, UsageError, format_count
+from icm_cli.files import combined_digest, error_for_failed_write
+from icm_cli.matting.run_record import command_line
 from icm_cli.options import MatteOptions
 from icm_cli.review.corrections import Corrections
+from icm_cli.review.images import DisplayImages
+from icm_cli.review.references import (
+    Area,
+    Kind,
+    check_teachable,
+    mask_path,
+    needs_base_masks,
+    write_base_masks,
+    write_taught_mask,
+)
 from icm_cli.review.run import ReviewRun
-from icm_cli.review.state import ModelNotReadyError, ReviewState
+from icm_cli.review.state import ImageState, ReviewState
+
+BEFORE_NAME, LOG_NAME = "before", "recompute.log"
+SAVE_INTERVAL_S = 3.0
+"""Interval in which the changes that a recompute has made are saved, so that the page shows them."""
+STOP_TIMEOUT_S = 60.0
+"""Seconds that a recompute has to finish its files when the server ends."""
+LOW_PRIORITY = 3
+RecomputeState = Literal["idle", "running", "done", "stopped", "failed"]
+
+
+@dataclass
+class _Progress:
+    state: RecomputeState = "idle"
+    done: int = 0
+    total: int = 0
+    message: str = ""
+    changed: dict[int, float] = field(default_factory=dict)
+    """Mean absolute difference of every alpha that was recomputed, 0..1, by the id of the image."""
 
 
 class Teaching:
-    """References and negatives from reviewed images, and the recompute."""
+    """References and negatives from reviewed images, and the recompute. All methods may be called by any thread."""
 
     def __init__(
         self, run: ReviewRun, state: ReviewState, corrections: Corrections, notice: Callable[[str], None]
     ) -> None:
         self._run, self._state, self._corrections, self._notice = run, state, corrections, notice
+        self._images = DisplayImages(run)
+        self._lock = threading.Lock()
+        self._progress = _Progress()
+        for name, image in state.read_all()[1].items():
+            if image.change and (id := run.find_id(name)) is not None:
+                self._progress.changed[id] = image.change
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
 
-    def teach(self, id: int, kind: str, area: str) -> None:  # noqa: ARG002
-        """Use an image as a reference or as a negative."""
-        raise ModelNotReadyError("the model is loading; try again")
+    def teach(self, id: int, kind: Kind, area: Area) -> None:
+        """Use an image as a reference or as a negative: what its alpha shows, or the whole image.
 
-    def forget(self, id: int) -> None:  # noqa: ARG002
+        A copy of its mask is kept. Raises UsageError, ImageError, OutputError, or ModelNotReadyError.
+        """
+        run, name = self._run, self._run.names[id]
+        check_teachable(run.options, run.jobs[id], kind, area)
+        if kind == "reference" and not run.refresh(id).is_reviewed:
+            raise UsageError(f"{name} is not accepted; a reference needs a correct alpha: accept it first")
+        if kind == "reference" and needs_base_masks(run.options):
+            write_base_masks(run.record_folder, self._corrections.base_references())
+        height, width = self._images.display_size(id)
+        alpha = np.full((height, width), 255, np.uint8) if area == "image" else self._images.read_alpha(id)
+        file_name = f"{combined_digest(name, alpha.tobytes())[:16]}.png"
+        write_taught_mask(mask_path(run.record_folder, kind, file_name), alpha, kind)
+        self._replace_taught(name, {"kind": kind, "area": area, "mask": file_name})
+
+    def forget(self, id: int) -> None:
         """Use an image no more as a reference or negative."""
-        raise ModelNotReadyError("the model is loading; try again")
+        self._replace_taught(self._run.names[id], None)
 
     def options(self) -> MatteOptions:
         """Return the options of the run with the hints and the taught images."""
-        return self._run.options
+        return self._corrections.options()
 
     def progress(self) -> dict[str, Any]:
-        """Return the state of the recompute, as values of JSON."""
-        return {"state": "idle", "done": 0, "total": 0, "message": "", "changed": []}
+        """Return the state of the recompute, as values of JSON: the largest change first."""
+        with self._lock:
+            progress = self._progress
+            changed = sorted(progress.changed.items(), key=lambda item: -item[1])
+            return {
+                "state": progress.state,
+                "done": progress.done,
+                "total": progress.total,
+                "message": progress.message,
+                "changed": [{"id": id, "difference": value} for id, value in changed if value > 0],
+            }
 
     def start(self) -> None:
-        """Begin to compute the other alphas again."""
-        raise ModelNotReadyError("the model is loading; try again")
+        """Begin to compute the other alphas again; does nothing if that is running. Raises OutputError."""
+        with self._lock:
+            if self._progress.state == "running":
+                return
+            self._progress = _Progress("running", total=len(self._run.jobs))
+            self._thread = threading.Thread(target=self._recompute, name="icm-recompute")
+            self._thread.start()
 
     def stop(self) -> None:
-        """Stop the recompute after the current image."""
+        """Stop the recompute after the images that are being written."""
+        with self._lock:
+            if self._progress.state == "running":
+                self._progress.message = "stopping"
+                if self._process is not None:
+                    self._process.terminate()
 
     def close(self) -> None:
         """Stop the recompute, and wait for its end."""
+        self.stop()
+        if self._thread is not None:
+            self._thread.join(STOP_TIMEOUT_S)
+        if self._process is not None:
+            self._process.kill()
+
+    def _replace_taught(self, name: str, taught: dict[str, Any] | None) -> None:
+        with self._state.edit(name) as image:
+            before, image.taught = image.taught, taught
+        if before is not None and before != taught:
+            mask_path(self._run.record_folder, before["kind"], before["mask"]).unlink(missing_ok=True)
+        if before != taught:
+            self._corrections.reload()
+
+    def _recompute(self) -> None:
+        """Run the command, and compare every alpha that it writes with the one before."""
+        before = self._run.record_folder / BEFORE_NAME
+        state: RecomputeState = "failed"
+        message = "the recompute ended unexpectedly; the log of the server says more"
+        try:
+            self._save_alphas(before)
+            with self._state.edit_all() as images:
+                for image in images.values():
+                    image.change = None
+            state, message = self._run_command(before)
+        except (UsageError, OSError) as error:
+            message = str(error)
+        finally:
+            if state == "done":
+                shutil.rmtree(before, ignore_errors=True)
+            with self._lock:
+                self._progress.state, self._progress.message = state, message
+                self._process = None
+
+    def _save_alphas(self, folder: Path) -> None:
+        """Keep the alphas as links to their files, except those that an unfinished recompute has kept."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for id, job in enumerate(self._run.jobs):
+                saved = self._saved_alpha(folder, id)
+                if job.output.is_file() and not saved.exists():
+                    try:
+                        os.link(job.output, saved)
+                    except OSError:  # the drive has no hard links
+                        shutil.copy2(job.output, saved)
+        except OSError as error:
+            raise error_for_failed_write(folder, error) from error
+
+    def _saved_alpha(self, folder: Path, id: int) -> Path:
+        output = self._run.jobs[id].output
+        return folder / f"{combined_digest(self._run.names[id])[:32]}{output.suffix}"
+
+    def _run_command(self, before: Path) -> tuple[RecomputeState, str]:
+        """Run ``icm matte``, and return how it ended."""
+        words = [*shlex.split(command_line(self.options()))[1:], "--progress", "json"]
+        with (self._run.record_folder / LOG_NAME).open("wb") as log:
+            process = start_module("icm_cli", *words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+            with self._lock:
+                self._process = process
+                if self._progress.message:  # stop was called meanwhile
+                    process.terminate()
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, process.pid, LOW_PRIORITY)  # so that answers stay fast
+            with process:
+                failures, error = self._read_events(process, before)
+            code = process.returncode
+        if code in (130, 143, -15) and self._progress.message:
+            return "stopped", "stopped; the alphas that are not recomputed yet are unchanged"
+        if error or code not in (0, 1):
+            return "failed", error or f"icm matte ended with exit code {code}; see {log.name}"
+        return "done", f"{format_count(failures, 'image')} failed; see {log.name}" if failures else ""
+
+    def _read_events(self, process: subprocess.Popen[bytes], before: Path) -> tuple[int, str]:
+        """Follow the events of a run; return the number of images that failed, and the error that ended the run."""
+        assert process.stdout is not None
+        failures, error, unsaved, saved_at = 0, "", dict[int, float](), time.monotonic()
+        for line in process.stdout:
+            event = json.loads(line)
+            if event["event"] == "error":
+                error = event["message"]
+            elif event["event"] == "image":
+                failures += event["status"] == "failed"
+                unsaved |= self._compare(event, before)
+                with self._lock:
+                    self._progress.done, self._progress.total = event["ended"], event["total"]
+                    self._progress.changed |= unsaved
+            if time.monotonic() - saved_at > SAVE_INTERVAL_S:
+                self._save_changes(unsaved)
+                unsaved, saved_at = {}, time.monotonic()
+        self._save_changes(unsaved)
+        return failures, error
+
+    def _compare(self, event: Mapping[str, Any], before: Path) -> dict[int, float]:
+        """Return the mean absolute difference, 0..1, of an alpha that was written to the one before."""
+        id = self._run.find_id(event["name"])
+        if id is None or event["status"] != "done":
+            return {}
+        with contextlib.suppress(ImageError):
+            after, saved = self._images.read_alpha(id), self._saved_alpha(before, id)
+            earlier = self._images.read_alpha(id, saved) if saved.exists() else np.zeros_like(after)
+            if earlier.shape == after.shape:
+                return {id: float(np.abs(after.astype(np.float32) - earlier).mean()) / 255}
+        return {id: 1.0}
+
+    def _save_changes(self, changes: Mapping[int, float]) -> None:
+        """Save the differences, and open the images again that were rejected before."""
+        if not changes:
+            return
+        with self._state.edit_all() as images:
+            for id, difference in changes.items():
+                image = images.setdefault(self._run.names[id], ImageState())
+                image.change = difference
+                image.status = "open" if image.status == "rejected" else image.status

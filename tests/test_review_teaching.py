@@ -1,0 +1,214 @@
+"""Teaching of ``icm review``: references and negatives from reviewed images, and the recompute."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from conftest import Icm, alphas, read, shrink
+from test_review_corrections import OpenReview, open_review, revision, small_decoder, wait_for_model
+from typer.testing import CliRunner
+
+from icm_cli.errors import UsageError
+from icm_cli.matting.matte import read_all_references
+from icm_cli.matting.run_record import command_line
+from icm_cli.review.run import ReviewRun
+from icm_cli.review.state import ReviewState
+from icm_cli.review.teaching import Teaching
+
+__all__ = ["open_review", "small_decoder"]
+pytestmark = pytest.mark.usefixtures("small_decoder")
+
+
+def open_teaching(open_review: OpenReview) -> tuple[ReviewRun, ReviewState, Teaching]:
+    run, state, corrections = open_review()
+    return run, state, Teaching(run, state, corrections, lambda _: None)
+
+
+def accept(run: ReviewRun, state: ReviewState, teaching: Teaching, name: str) -> int:
+    id = run.find_id(name)
+    assert id is not None
+    teaching._corrections.accept(id, revision(state, run, id), None)
+    return id
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 400
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def recompute(teaching: Teaching) -> dict[str, Any]:
+    teaching.start()
+    wait_until(lambda: teaching.progress()["state"] != "running")
+    return teaching.progress()
+
+
+def run_command(line: str) -> Any:
+    from icm_cli.cli import app
+
+    return CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
+
+
+@pytest.mark.slow
+def test_references_negatives_and_recompute(icm: Icm, scene: Path, open_review: OpenReview) -> None:
+    assert icm().exit_code == 0
+    before = alphas(scene / "out")
+    run, state, teaching = open_teaching(open_review)
+    plain = command_line(teaching.options())
+    wall, pad, deep = (run.find_id(name) for name in ("wall.jpg", "pad.0101.png", "sub/deep.png"))
+    assert wall is not None
+    assert pad is not None
+    assert deep is not None
+    with pytest.raises(UsageError, match="accept it first"):
+        teaching.teach(wall, "reference", "alpha")
+    accept(run, state, teaching, "wall.jpg")
+    with pytest.raises(UsageError, match="a reference needs the alpha"):
+        teaching.teach(wall, "reference", "image")
+    teaching.teach(wall, "reference", "alpha")
+    teaching.teach(deep, "negative", "image")
+    wait_for_model(teaching._corrections)
+    command = command_line(teaching.options())
+    assert f"--ref {scene}/imgs/wall.jpg" in command
+    assert f"--not-ref {scene}/imgs/sub/deep.png" in command
+    kept = (scene / "out" / "wall.png").read_bytes()
+    progress = recompute(teaching)
+    assert (progress["state"], progress["message"]) == ("done", "")
+    after = alphas(scene / "out")
+    assert after["wall.png"] == kept
+    differences = {
+        id: np.abs(read_bytes(before[name]).astype(float) - read_bytes(after[name])).mean() / 255
+        for id, name in ((pad, "pad.0101.png"), (deep, "sub/deep.png"))
+    }
+    found = {each["id"]: each["difference"] for each in progress["changed"]}
+    assert found == pytest.approx({id: value for id, value in differences.items() if value}, abs=1e-6)
+    assert found[deep] > 0.001
+    values = [each["difference"] for each in progress["changed"]]
+    assert values == sorted(values, reverse=True)
+    assert state.read("sub/deep.png").change == pytest.approx(found[deep])
+    assert not (run.record_folder / "before").exists()
+    # The command reproduces everything, and the review that is opened again knows what was taught.
+    fresh = command.replace(f"--out {scene}/out", f"--out {scene}/fresh")
+    assert run_command(fresh).exit_code == 0
+    made = alphas(scene / "fresh")
+    assert {name: after[name] for name in made if name != "wall.png"} == {n: d for n, d in made.items()}
+    again, _, other = open_teaching(open_review)
+    assert again.names == run.names
+    assert again.item(wall, state.read("wall.jpg"))["taught"] == "reference"
+    assert command_line(other.options()) == command
+    other.forget(wall)
+    other.forget(deep)
+    assert command_line(other.options()) == plain
+    assert not any([*(run.record_folder / name).iterdir()] for name in ("references", "negatives"))
+
+
+def read_bytes(content: bytes) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+@pytest.mark.parametrize("form", ["cut-out", "label", "trimap"])
+def test_references_of_the_run_stay_the_same_when_others_are_added(
+    icm: Icm, scene: Path, open_review: OpenReview, form: str
+) -> None:
+    rgb, mask = read(scene / "ref.png"), read(scene / "mask.png")
+    mask = mask if mask.ndim == 2 else mask[..., 0]
+    options: dict[str, Any] = {}
+    if form == "cut-out":
+        cv2.imwrite(str(scene / "ref.png"), np.dstack([rgb, mask]))
+        options["mask"] = None
+    elif form == "label":
+        cv2.imwrite(str(scene / "mask.png"), np.where(mask > 127, 7, np.where(np.indices(mask.shape)[0] < 9, 3, 0)))
+        options["mask_label"] = "7"
+    else:
+        unknown = cv2.dilate(mask, np.ones((5, 5), np.uint8)) > 127
+        cv2.imwrite(str(scene / "mask.png"), np.where(mask > 127, 255, np.where(unknown, 128, 0)))
+        options["mask_orientation"] = "upright"
+    assert icm(**options).exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    wall = accept(run, state, teaching, "wall.jpg")
+    teaching.teach(wall, "reference", "alpha")
+    (before,) = read_all_references(run.options, lambda _: None)
+    first, second = read_all_references(teaching.options(), lambda _: None)
+    assert first.digest == before.digest
+    assert (second.guidance == (read(scene / "out" / "wall.png") > 128)).all()
+    assert "None" not in command_line(teaching.options())
+    preview = run_command(f"{command_line(teaching.options())} --dry-run")
+    assert preview.exit_code == 0, preview.output
+    reopened = ReviewRun(scene / "out", None, lambda _: None)
+    assert reopened.names == run.names
+
+
+def test_what_cannot_be_taught_is_refused(icm: Icm, open_review: OpenReview) -> None:
+    assert icm(ref_colorspace="Linear Rec.709 (sRGB)").exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    wall = accept(run, state, teaching, "wall.jpg")
+    with pytest.raises(UsageError, match="ref-colorspace"):
+        teaching.teach(wall, "reference", "alpha")
+    assert state.read("wall.jpg").taught is None
+
+
+@pytest.mark.slow
+def test_a_stopped_recompute_continues_and_a_failed_one_says_why(
+    icm: Icm, scene: Path, open_review: OpenReview
+) -> None:
+    for number in range(4):
+        shrink(scene / "imgs" / "wall.jpg", scene / "imgs" / f"many{number:02d}.png", 160)
+    assert icm().exit_code == 0
+    before = alphas(scene / "out")
+    run, _, teaching = open_teaching(open_review)
+    deep = run.find_id("sub/deep.png")
+    assert deep is not None
+    teaching.teach(deep, "negative", "image")
+    teaching.start()
+    teaching.start()  # does nothing
+    wait_until(lambda: teaching.progress()["done"] >= 1)
+    teaching.stop()
+    wait_until(lambda: teaching.progress()["state"] != "running")
+    stopped = teaching.progress()
+    assert stopped["state"] in ("stopped", "done")
+    finished = recompute(teaching)
+    assert finished["state"] == "done"
+    after = alphas(scene / "out")
+    changed = {run.names[each["id"]] for each in finished["changed"]} | {
+        run.names[each["id"]] for each in stopped["changed"]
+    }
+    assert {Path(name).with_suffix(".png").as_posix() for name in changed} == {
+        name
+        for name in after
+        if before[name] != after[name] and (read_bytes(before[name]) != read_bytes(after[name])).any()
+    }
+    (scene / "mask.png").unlink()
+    failed = recompute(teaching)
+    assert failed["state"] == "failed"
+    assert f"{scene}/mask.png" in failed["message"]
+    assert alphas(scene / "out") == after
+    teaching.close()
+
+
+@pytest.mark.slow
+def test_a_rejected_alpha_that_is_recomputed_is_open_again(icm: Icm, scene: Path, open_review: OpenReview) -> None:
+    assert icm().exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    pad, deep = run.find_id("pad.0101.png"), run.find_id("sub/deep.png")
+    assert pad is not None
+    assert deep is not None
+    teaching._corrections.reject(pad, 0)
+    hints = run.hint_target(pad)
+    hints.parent.mkdir(exist_ok=True)
+    hints.write_text(
+        json.dumps({"shapes": [{"label": "drop", "shape_type": "rectangle", "points": [[0, 0], [50, 50]]}]})
+    )
+    assert recompute(teaching)["state"] == "done"
+    run.refresh(pad)
+    item = run.item(pad, state.read("pad.0101.png"))
+    assert (item["status"], item["has_hints"]) == ("open", True)
+    assert not read(scene / "out" / "pad.0101.png")[:50, :50].any()
+    assert state.read("sub/deep.png").change is None
