@@ -1,20 +1,17 @@
 // Alphas for hints that are being drawn: a coarse one at once, a refined one after a pause. Only the newest counts.
-
 import { api, isAborted } from "./api.js";
 import { clearError, reportError } from "./messages.js";
 import { store } from "./store.js";
 
-const PAUSE_MS = 300;
+const PAUSE_MS = 200;
 
 export class Answers {
   controller = new AbortController();
   timer = 0;
-  /** While dragging: whether a request runs, and whether the hints have changed since it began. */
+  /** Whether a coarse answer is being computed. */
   isBusy = false;
-  isOutdated = false;
   /** The draft that waits for the model. */
   waiting = null;
-
   /** `show(draft, shapes, blob, isRefined, signal)` gets the answers, `describe(text)` what is being computed. */
   constructor(show, describe) {
     Object.assign(this, { show, describe });
@@ -22,40 +19,32 @@ export class Answers {
       if (this.waiting !== null && store.run.model_state === "ready") this.ask(this.waiting);
     });
   }
-
   /** Drop all requests. */
   cancel() {
     this.controller.abort();
     this.controller = new AbortController();
     clearTimeout(this.timer);
-    this.isBusy = this.isOutdated = false;
+    this.isBusy = false;
     this.waiting = null;
     this.describe("");
   }
-
-  /** Ask for the coarse answer at once, and for the refined one if the hints stay the same for a moment. */
-  ask(draft) {
+  /** Ask for the coarse answer at once, and then for the refined one if the hints stay the same for a moment. */
+  async ask(draft) {
     this.cancel();
-    this.request(draft, false);
-    this.timer = setTimeout(() => this.request(draft, true), PAUSE_MS);
-  }
-
-  /** Ask for coarse answers one after the other while the user drags something. */
-  async askWhileDragging(draft) {
-    this.isOutdated = this.isBusy;
-    if (this.isBusy) return;
-    this.cancel();
-    this.isBusy = true;
     const { signal } = this.controller;
     await this.request(draft, false);
-    if (signal.aborted) return;
-    this.isBusy = false;
-    if (this.isOutdated) this.askWhileDragging(draft);
+    if (!signal.aborted) this.timer = setTimeout(() => this.request(draft, true), PAUSE_MS);
   }
-
+  /** Ask for a coarse answer unless one is being computed: the next movement, or the end of the drag, asks again. */
+  askWhileDragging(draft) {
+    if (this.isBusy) return;
+    this.cancel();
+    this.request(draft, false);
+  }
   async request(draft, isRefined) {
     const { signal } = this.controller;
     const { shapes } = draft;
+    this.isBusy = true;
     this.describe(isRefined ? "Refining edges …" : "Computing alpha …");
     try {
       const hints = await draft.encode();
@@ -64,11 +53,9 @@ export class Answers {
       clearError("answer");
       await this.show(draft, shapes, blob, isRefined, signal);
       if (isRefined && !signal.aborted) this.describe("");
-    } catch (error) {
-      if (!isAborted(error) && !signal.aborted) this.handleFailure(draft, error);
-    }
+    } catch (error) { if (!isAborted(error) && !signal.aborted) this.handleFailure(draft, error); }
+    if (!signal.aborted) this.isBusy = false;
   }
-
   handleFailure(draft, error) {
     if (error.status === 409) return; // superseded by a newer request
     this.cancel();

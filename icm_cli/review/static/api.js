@@ -2,12 +2,8 @@
 
 /** A request that failed: its message is a sentence; `image` is the newest state of the image after a conflict (409). */
 export class ApiError extends Error {
-  constructor(message, status, image = null) {
-    super(message);
-    Object.assign(this, { status, image });
-  }
+  constructor(message, status, image = null) { super(message); Object.assign(this, { status, image }); }
 }
-
 /** Return whether an error only says that a request was aborted. */
 export const isAborted = (error) => error.name === "AbortError";
 
@@ -37,8 +33,8 @@ export const api = {
   images: (since) => json("GET", since === null ? "/api/images" : `/api/images?since=${since}`),
   details: (id) => json("GET", `/api/images/${id}`),
   thumbnail: (id, view, v, signal) => blob("GET", part(id, "thumbnail", { view, v }), { signal }),
-  source: (id, signal) => blob("GET", part(id, "source"), { signal }),
-  alpha: (id, v, signal) => blob("GET", part(id, "alpha", { v }), { signal }),
+  source: (id) => blob("GET", part(id, "source")),
+  alpha: (id, v) => blob("GET", part(id, "alpha", { v })),
   answer: (id, hints, refined, signal) => blob("POST", part(id, "answer"), { body: { hints, refined, tab }, signal }),
   accept: (id, revision, hints) => json("POST", part(id, "accept"), { body: { revision, hints } }),
   reject: (id, revision) => json("POST", part(id, "reject"), { body: { revision } }),

@@ -1,5 +1,4 @@
 // Decoded sources and alphas of the last few images, and of the next one, which is loaded ahead.
-
 import { api } from "./api.js";
 
 const MAX_KEPT = 4;
@@ -9,29 +8,21 @@ export const decodeImage = (blob) => createImageBitmap(blob, { colorSpaceConvers
 
 /** Return a function that loads and decodes an image, and that keeps the last few results. */
 function createCache(load) {
-  const entries = new Map();
+  const promises = new Map();
   return (...values) => {
     const key = values.join(" ");
-    const entry = entries.get(key) ?? { controller: new AbortController() };
-    entries.delete(key);
-    entries.set(key, entry); // now the newest
-    if (entry.promise === undefined) {
-      entry.promise = load(...values, entry.controller.signal).then(decodeImage);
-      entry.promise.catch(() => entries.delete(key)); // asked for again the next time
-    }
-    if (entries.size > MAX_KEPT) {
-      const [oldest, { controller }] = entries.entries().next().value;
-      controller.abort();
-      entries.delete(oldest);
-    }
-    return entry.promise;
+    const promise = promises.get(key) ?? load(...values).then(decodeImage);
+    promise.catch(() => promises.delete(key)); // asked for again the next time
+    promises.delete(key);
+    promises.set(key, promise); // now the newest
+    if (promises.size > MAX_KEPT) promises.delete(promises.keys().next().value);
+    return promise;
   };
 }
 
-const sources = createCache(api.source);
-const alphas = createCache(api.alpha);
+const loadSourceById = createCache(api.source);
+const loadAlphaByVersion = createCache(api.alpha);
 
-/** Return the promise of the source of an image. */
-export const loadSource = (item) => sources(item.id);
+export const loadSource = (item) => loadSourceById(item.id);
 /** Return the promise of the alpha of an image; null if it has none. */
-export const loadAlpha = (item) => (item.has_alpha ? alphas(item.id, item.version) : Promise.resolve(null));
+export const loadAlpha = async (item) => (item.has_alpha ? loadAlphaByVersion(item.id, item.version) : null);

@@ -1,5 +1,4 @@
 // Accept, reject, undo, teach. The page does not wait for them: the next image opens while the last one is saved.
-
 import { api } from "./api.js";
 import { baseName } from "./dom.js";
 import { findDraft } from "./drafts.js";
@@ -40,21 +39,15 @@ export async function undo(id) {
   notify(`${nameOf(id)}: decision taken back`);
   openImage(id);
 }
-
 /** Use an image as "reference" or "negative". `area`: "alpha" or "image". A reference is accepted first. */
 export async function teach(id, kind, area) {
   const needsAccept = kind === "reference" && (store.items.get(id).status !== "accepted" || store.isDraft(id));
   if (needsAccept && !(await accept(id))) return;
-  if (await send(id, "teach", () => api.teach(id, kind, area))) {
-    notify(`${nameOf(id)} is used as a ${kind} when the rest is recomputed.`);
-    await store.refreshRun();
-  }
+  const isDone = await send(id, "teach", () => api.teach(id, kind, area));
+  if (isDone) notify(`${nameOf(id)} is used as a ${kind} when the rest is recomputed.`);
 }
-
 /** Stop using an image as a reference or a negative. */
-export async function forget(id) {
-  if (await send(id, "forget", () => api.forget(id))) await store.refreshRun();
-}
+export const forget = (id) => send(id, "forget", () => api.forget(id));
 
 async function decide(id, action, request) {
   if (store.pending.has(id)) return false;
@@ -65,31 +58,19 @@ async function decide(id, action, request) {
   return isSaved;
 }
 
-function removeDecided(id) {
-  const at = decided.lastIndexOf(id);
-  if (at >= 0) decided.splice(at, 1);
-}
+function removeDecided(id) { const at = decided.lastIndexOf(id); if (at >= 0) decided.splice(at, 1); }
 
 /** Send a change of an image. Returns whether the server has made it. */
 async function send(id, action, request) {
-  const attempt = async () => {
-    try {
-      store.update([await request(store.items.get(id))]);
-      return true;
-    } catch (error) {
-      reportFailure(id, action, error);
-      return false;
-    }
-  };
-  const result = attempt();
-  running.set(id, result);
+  const save = async () => store.update([await request(store.items.get(id))]);
+  running.set(id, save().then(() => true, (error) => reportFailure(id, action, error)));
   store.setPending(id, true);
-  await result;
+  const isDone = await running.get(id);
   running.delete(id);
   store.setPending(id, false);
-  return result;
+  return isDone;
 }
-
+/** Report why a change was not made. Returns false. */
 function reportFailure(id, action, error) {
   const isConflict = error.status === 409 && Boolean(error.image);
   if (isConflict) store.update([error.image]);
@@ -98,4 +79,5 @@ function reportFailure(id, action, error) {
     : `${nameOf(id)} (${action}): ${error.message}`;
   const kept = store.isDraft(id) ? " Your hints are kept." : "";
   reportError(text + kept, { topic: `decision ${id}`, action: { label: "Open image", run: () => openImage(id) } });
+  return false;
 }

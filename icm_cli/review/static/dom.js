@@ -2,21 +2,20 @@
 
 export const byId = (id) => document.getElementById(id);
 
-/** Create an element from properties and children. Keys with a dash and `role` are attributes. */
+/** Create an element from properties and children. */
 export function create(tag, properties = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name.includes("-") || name === "role") element.setAttribute(name, value);
-    else element[name] = value;
-  }
+  const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
   return element;
 }
-
-/** Write a text into an element, only if it differs: equal text is not announced again. */
-export function setText(element, text) {
-  if (element.textContent !== String(text)) element.textContent = text;
+/** Clone a template of index.html. Returns its element as `root`, and those with the attribute data-part by its value. */
+export function clone(id) {
+  const root = byId(id).content.firstElementChild.cloneNode(true);
+  const parts = [...root.querySelectorAll("[data-part]")].map((part) => [part.dataset.part, part]);
+  return { root, ...Object.fromEntries(parts) };
 }
+/** Write a text into an element, only if it differs: equal text is not announced again. */
+export function setText(element, text) { if (element.textContent !== String(text)) element.textContent = text; }
 
 export const formatQuality = (quality) => (quality === null ? "–" : quality.toFixed(2));
 export const formatPercent = (fraction) => `${(100 * fraction).toFixed(fraction < 0.1 ? 1 : 0)} %`;

@@ -1,5 +1,4 @@
 // Hints that are being drawn. They stay in memory while the user visits other images, until they are saved.
-
 import { encodeShapes, readShapes } from "./shapes.js";
 import { store } from "./store.js";
 
@@ -12,23 +11,17 @@ class Draft {
   future = [];
   /** The last refined answer: {shapes, blob}. */
   answer = null;
-
   constructor({ id, width, height }, shapes) {
     Object.assign(this, { id, width, height, shapes, saved: shapes });
   }
-
   /** Whether the shapes differ from those that the server has. */
-  get isDirty() {
-    return this.shapes !== this.saved;
-  }
-
+  get isDirty() { return this.shapes !== this.saved; }
   /** Set new shapes. `isStep`: whether undo returns to the shapes before. */
   change(shapes, isStep = true) {
     if (isStep) this.past.push(this.shapes);
     this.future = [];
     this.set(shapes, this.saved);
   }
-
   /** Go one step back, or forward again. Returns whether there was one. */
   undo(from = this.past, to = this.future) {
     if (from.length === 0) return false;
@@ -36,22 +29,14 @@ class Draft {
     this.set(from.pop(), this.saved);
     return true;
   }
-
-  redo() {
-    return this.undo(this.future, this.past);
-  }
-
+  redo() { return this.undo(this.future, this.past); }
   set(shapes, saved) {
     const wasDirty = this.isDirty;
     Object.assign(this, { shapes, saved });
     if (wasDirty !== this.isDirty) store.emit("items", new Set([this.id]));
   }
-
   /** Note which shapes the server has; null: none of those here. The shapes here stay. */
-  markSaved(saved) {
-    this.set(this.shapes, saved);
-  }
-
+  markSaved(saved) { this.set(this.shapes, saved); }
   /** Take the shapes that the server sent, unless there are others here that are not saved. */
   receive(shapes) {
     if (this.isDirty && !isEqual(this.shapes, shapes)) this.markSaved(shapes);
@@ -60,7 +45,6 @@ class Draft {
       this.set(shapes, shapes);
     } else this.set(this.saved, this.saved);
   }
-
   /** Return the promise of the hints as the server takes them. */
   encode() {
     const { shapes, width, height } = this;
@@ -68,7 +52,6 @@ class Draft {
     return this.encoded.hints;
   }
 }
-
 /** Return the draft of an image whose details the server sent. */
 export async function openDraft(details) {
   const shapes = await readShapes(details.hints);
@@ -77,10 +60,8 @@ export async function openDraft(details) {
   draft.receive(shapes);
   return draft;
 }
-
 /** Return the draft of an image, or undefined if it was never open. */
 export const findDraft = (id) => drafts.get(id);
-/** Return whether any image has hints that are not saved. */
 export const hasDirtyDraft = () => [...drafts.values()].some((draft) => draft.isDirty);
 
 store.isDraft = (id) => drafts.get(id)?.isDirty ?? false;

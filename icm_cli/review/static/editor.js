@@ -1,9 +1,8 @@
 // Tools on the image: points, box, brushes, moving and zooming, and a pointer that the keyboard moves.
-
 import { byId, setText } from "./dom.js";
 import { COLOURS, Marks } from "./marks.js";
 import { notify } from "./messages.js";
-import { boxCorners, coversPoint, isBox, isPoint, isPositive } from "./shapes.js";
+import { boxCorners, isBox, isPoint, isPositive } from "./shapes.js";
 import { store } from "./store.js";
 
 const HIT_PX = 9;
@@ -12,14 +11,6 @@ const DIVIDER_PX = 8;
 const MOVE_PX = 4;
 const ZOOM_STEP = 1.2;
 const KEY_STEP_PX = 10;
-const TOOL_HINTS = {
-  point: "Click: object. Right-click or Alt-click: not the object. Drag a point to move it, click it to remove it.",
-  box: "Drag a box around the object.",
-  keep: "Paint what belongs to the object. Alpha is 1 there.",
-  drop: "Paint what does not belong to it. Alpha is 0 there.",
-  erase: "Paint over painted areas to remove them.",
-  pan: "Drag the image. With other tools: middle button, or Space and drag.",
-};
 const BRUSHES = { keep: COLOURS.positive, drop: COLOURS.negative, erase: COLOURS.erase };
 /** Label of paint -> label of the points that it replaces. */
 const OPPOSITES = { keep: "bg", drop: "fg" };
@@ -34,35 +25,30 @@ export class Editor {
   crosshair = null;
   /** The drag in progress: {move(point, event), end()}. */
   drag = null;
-
   /** `changed(isDragging)` is called when the hints of the draft have changed. */
   constructor(viewer, changed) {
     Object.assign(this, { viewer, changed, canvas: byId("marks") });
     this.marks = new Marks(this.canvas, viewer);
     const handlers = {
-      pointerdown: (event) => this.handleDown(event),
-      pointermove: (event) => this.handleMove(event),
-      pointerup: () => this.endDrag(),
-      pointercancel: () => this.endDrag(),
-      pointerleave: () => this.setCursor(null),
-      contextmenu: (event) => event.preventDefault(),
-      wheel: (event) => this.handleWheel(event),
+      pointerdown: (event) => this.handleDown(event), pointermove: (event) => this.handleMove(event),
+      pointerup: () => this.endDrag(), pointercancel: () => this.endDrag(), pointerleave: () => this.setCursor(null),
+      contextmenu: (event) => event.preventDefault(), wheel: (event) => this.handleWheel(event),
     };
     for (const [name, handle] of Object.entries(handlers)) this.canvas.addEventListener(name, handle, { passive: false });
     byId("brush-size").addEventListener("input", (event) => this.setBrush(Number(event.target.value)));
     this.setTool(this.tool);
     this.setBrush(store.settings.brush);
   }
-
   setDraft(draft) {
-    this.draft = draft;
-    this.drag = this.crosshair = null;
+    Object.assign(this, { draft, drag: null, crosshair: null });
     this.draw();
   }
   setTool(tool) {
     this.tool = tool;
-    for (const button of byId("tools").children) button.setAttribute("aria-pressed", button.dataset.tool === tool);
-    setText(byId("tool-hint"), TOOL_HINTS[tool]);
+    for (const button of byId("tools").children) {
+      button.setAttribute("aria-pressed", button.dataset.tool === tool);
+      if (button.dataset.tool === tool) setText(byId("tool-hint"), button.title);
+    }
     byId("brush-field").hidden = !(tool in BRUSHES);
     this.canvas.dataset.tool = tool;
     this.draw();
@@ -79,21 +65,20 @@ export class Editor {
     byId("compare-position").value = 100 * division;
     this.viewer.set({ division: Math.min(1, Math.max(0, division)) });
   }
-  setCursor(point) {
-    this.cursor = point;
-    this.showPixel(point);
+  setCursor(cursor) {
+    this.cursor = cursor;
     this.draw();
   }
   draw() {
     const brush = this.tool in BRUSHES ? { radius: store.settings.brush, colour: BRUSHES[this.tool] } : null;
     this.marks.draw({ ...this, shapes: this.draft?.shapes ?? [], brush });
+    this.showPixel(this.crosshair ?? this.cursor);
   }
   showPixel(point) {
     const [red, green, blue, alpha] = (point && this.viewer.readPixel(...point)) ?? [];
     const colour = `RGB ${red} ${green} ${blue}   A ${alpha} (${(alpha / 255).toFixed(2)})`;
     setText(byId("readout"), alpha === undefined ? "" : `x, y ${point.map(Math.floor).join(", ")}   ${colour}`);
   }
-
   handleDown(event) {
     if (this.draft === null || this.drag !== null) return;
     const { viewer, canvas } = this;
@@ -125,7 +110,6 @@ export class Editor {
     this.drag = null;
     drag?.end();
   }
-
   /** Move the pointer of the keyboard by steps of the screen. */
   moveCrosshair(x, y, stepPx = KEY_STEP_PX) {
     if (this.draft === null) return;
@@ -133,7 +117,6 @@ export class Editor {
     const centre = this.viewer.toImage(this.canvas.clientWidth / 2, this.canvas.clientHeight / 2);
     const target = this.crosshair === null ? centre : [this.crosshair[0] + x * step, this.crosshair[1] + y * step];
     this.crosshair = this.clip(target);
-    this.showPixel(this.crosshair);
     this.drag?.move(this.crosshair);
     this.draw();
   }
@@ -145,7 +128,6 @@ export class Editor {
     if (isBoxStart) notify("Move the pointer to the opposite corner, and press Enter.");
     else this.endDrag();
   }
-
   /** Begin to use the tool at a point of the image. */
   press(point, isNegative) {
     if (this.tool in BRUSHES) this.pressBrush(point);
@@ -161,15 +143,9 @@ export class Editor {
     this.draw();
     this.changed(true);
   }
-
   addPoint(point, isNegative) {
     const { shapes } = this.draft;
-    const [label, opposite] = isNegative ? ["bg", "keep"] : ["fg", "drop"];
-    if (coversPoint(shapes, opposite, point)) {
-      notify(`This point is in an area that is painted as "${opposite}". Erase the paint first (E).`);
-      return;
-    }
-    const shape = { label, shape_type: "point", points: [toPixelCentre(point)] };
+    const shape = { label: isNegative ? "bg" : "fg", shape_type: "point", points: [toPixelCentre(point)] };
     this.change([...(isNegative ? shapes : shapes.map((each) => growBox(each, point))), shape]);
     this.movePoint(shape, true);
   }
@@ -193,11 +169,8 @@ export class Editor {
   }
   findPoint([x, y]) {
     const reach = (HIT_PX * this.viewer.ratio) / this.viewer.zoom;
-    const isNear = ({ points: [[otherX, otherY]] }) => Math.hypot(otherX - x, otherY - y) <= reach;
-    const isHit = (shape) => this.isVisible && shape.shape_type === "point" && isNear(shape);
-    return this.draft.shapes.findLast(isHit);
+    return this.draft.shapes.findLast((shape) => this.isVisible && isNear(shape, [x, y], reach));
   }
-
   /** Begin a box, which replaces the one before and the points on the object outside it. */
   pressBox(start) {
     const before = this.draft.shapes;
@@ -205,19 +178,18 @@ export class Editor {
       const end = this.clip(point).map(Math.round);
       if (start[0] === end[0] || start[1] === end[1]) return;
       const box = { label: "fg", shape_type: "rectangle", points: [start, end] };
-      const others = before.filter((each) => !isBox(each) && !isOutside(each, box));
+      const isOutside = (each) => isPoint(each) && isPositive(each) && !each.points.every((at) => contains(box, at));
+      const others = before.filter((each) => !isBox(each) && !isOutside(each));
       this.change([box, ...others], this.draft.shapes === before);
     };
     this.drag = { move, end: () => this.draft.shapes !== before && this.changed(false) };
   }
-
   /** Begin a stroke, which replaces the paint below it and the points that contradict it. */
   pressBrush(point) {
-    const { tool: label } = this;
-    const radius = store.settings.brush;
+    const [label, radius] = [this.tool, store.settings.brush];
     let stroke = null;
     const paint = (target) => {
-      const isReplaced = (each) => each === stroke || (each.label === OPPOSITES[label] && isCovered(each, target, radius));
+      const isReplaced = (each) => each === stroke || (each.label === OPPOSITES[label] && isNear(each, target, radius + 1));
       const kept = this.draft.shapes.filter((each) => !isReplaced(each));
       const isFirst = stroke === null;
       stroke = { label, shape_type: "brush", radius, points: [...(stroke?.points ?? []), target.map(roundTenth)] };
@@ -227,33 +199,25 @@ export class Editor {
     paint(point);
     this.drag = { move: paint, end: () => this.changed(false) };
   }
-
-  isInside([x, y]) {
-    return x >= 0 && y >= 0 && x < this.draft.width && y < this.draft.height;
-  }
-  clip([x, y]) {
-    return [Math.min(this.draft.width, Math.max(0, x)), Math.min(this.draft.height, Math.max(0, y))];
-  }
+  isInside([x, y]) { return x >= 0 && y >= 0 && x < this.draft.width && y < this.draft.height; }
+  clip([x, y]) { return [Math.min(this.draft.width, Math.max(0, x)), Math.min(this.draft.height, Math.max(0, y))]; }
 }
-
 /** Return the centre of the pixel that contains a point; for a point on the last edge, of the last pixel. */
 const toPixelCentre = (point) => point.map((value) => Math.max(0, Math.ceil(value) - 1) + 0.5);
 const roundTenth = (value) => Math.round(10 * value) / 10;
 
-const isCovered = ({ shape_type: type, points: [[otherX, otherY]] }, [x, y], radius) =>
-  type === "point" && Math.hypot(otherX - x, otherY - y) <= radius + 1;
+/** Return whether a shape is a point near another point. */
+const isNear = ({ shape_type: type, points: [[pointX, pointY]] }, [x, y], distance) =>
+  type === "point" && Math.hypot(pointX - x, pointY - y) <= distance;
 
 /** Return a box that also contains a point; other shapes as they are. */
 function growBox(shape, [x, y]) {
-  const [left, top, right, bottom] = boxCorners(shape.points);
-  if (!isBox(shape) || (x >= left && x <= right && y >= top && y <= bottom)) return shape;
-  const start = [Math.floor(Math.min(left, x)), Math.floor(Math.min(top, y))];
-  return { ...shape, points: [start, [Math.ceil(Math.max(right, x)), Math.ceil(Math.max(bottom, y))]] };
+  if (!isBox(shape) || contains(shape, [x, y])) return shape;
+  const [left, top, right, bottom] = boxCorners([...shape.points, [x, y]]);
+  return { ...shape, points: [[Math.floor(left), Math.floor(top)], [Math.ceil(right), Math.ceil(bottom)]] };
 }
 
-/** Return whether a shape is a point on the object outside a box. */
-function isOutside(shape, box) {
+function contains(box, [x, y]) {
   const [left, top, right, bottom] = boxCorners(box.points);
-  const isBeyond = ([x, y]) => x < left || x > right || y < top || y > bottom;
-  return isPoint(shape) && isPositive(shape) && shape.points.some(isBeyond);
+  return x >= left && x <= right && y >= top && y <= bottom;
 }

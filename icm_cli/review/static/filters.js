@@ -1,6 +1,5 @@
 // Filters of the overview, and the counters of the header.
-
-import { byId, create, setText } from "./dom.js";
+import { byId, clone, create, setText } from "./dom.js";
 import { store } from "./store.js";
 
 /** Entries of the status filter that are shown only if images have them. */
@@ -9,7 +8,6 @@ const RARE = ["changed", "taught", "unsaved"];
 export class Filters {
   /** Rows of the reasons: {root, input, count} by reason. */
   reasonRows = new Map();
-
   constructor() {
     const connect = (id, event, handle) => byId(id).addEventListener(event, ({ target }) => handle(target.value, target));
     connect("filter-text", "input", (text) => store.setFilter({ text: text.trim() }));
@@ -27,7 +25,6 @@ export class Filters {
     byId("thumbnail-size").value = store.settings.thumbnailSize;
     for (const name of ["items", "filter", "run"]) store.on(name, () => this.draw());
   }
-
   /** Remove all filters; the order stays. */
   reset() {
     byId("filter-text").value = byId("filter-folder").value = "";
@@ -35,7 +32,6 @@ export class Filters {
     for (const { input } of this.reasonRows.values()) input.checked = false;
     store.setFilter({ text: "", status: "all", folder: "", reasons: new Set() });
   }
-
   draw() {
     const items = [...store.items.values()];
     this.drawHeader(items);
@@ -51,17 +47,14 @@ export class Filters {
     const options = folders.map((value) => create("option", { value }, value || "(top folder)"));
     byId("filter-folder").replaceChildren(create("option", { value: "" }, "all folders"), ...options);
   }
-
   drawHeader(items) {
     const counts = { open: 0, accepted: 0, rejected: 0 };
     for (const item of items) counts[item.status] += 1;
     const { accepted, rejected } = counts;
-    byId("reviewed-bar").max = Math.max(1, items.length);
-    byId("reviewed-bar").value = accepted + rejected;
+    Object.assign(byId("reviewed-bar"), { max: items.length || 1, value: accepted + rejected });
     const reviewed = `${accepted + rejected} of ${items.length} reviewed`;
     setText(byId("counts"), `${reviewed} · ${accepted} accepted · ${rejected} rejected`);
   }
-
   drawReasons(items) {
     const counts = new Map();
     for (const item of items) {
@@ -75,12 +68,11 @@ export class Filters {
     }
     byId("filter-reasons").hidden = this.reasonRows.size === 0;
   }
-
   addReason(reason) {
-    const input = create("input", { type: "checkbox", value: reason });
-    const count = create("span", { className: "count" });
-    const root = create("label", { className: "choice" }, input, reason, count);
-    this.reasonRows.set(reason, { root, input, count });
-    byId("filter-reasons").append(root);
+    const row = clone("reason-template");
+    row.input.value = reason;
+    setText(row.text, reason);
+    this.reasonRows.set(reason, row);
+    byId("filter-reasons").append(row.root);
   }
 }

@@ -1,6 +1,5 @@
 // Overview: a virtual grid. Only the cells near the visible part exist; they are reused while scrolling.
-
-import { STATUS_LABELS, baseName, byId, create, formatPercent, formatQuality, setText } from "./dom.js";
+import { STATUS_LABELS, baseName, byId, clone, formatPercent, formatQuality, setText } from "./dom.js";
 import { store } from "./store.js";
 import { releaseThumbnail, showThumbnail } from "./thumbnails.js";
 
@@ -17,18 +16,14 @@ export class Grid {
   cells = new Map();
   spare = [];
   columns = 1;
-
-  /** `open(id)` is called when the user opens an image. */
   constructor(open) {
     this.open = open;
     this.box = byId("grid");
-    this.content = create("div", { className: "grid-content", role: "presentation" });
-    this.box.append(this.content);
+    this.content = byId("grid-content");
     this.box.addEventListener("scroll", () => this.draw(), { passive: true });
     this.box.addEventListener("keydown", (event) => this.handleKey(event));
-    this.box.addEventListener("click", ({ target }) => {
-      const cell = target.closest(".cell");
-      if (cell !== null) open(Number(cell.dataset.id));
+    this.content.addEventListener("click", ({ target }) => {
+      if (target !== this.content) open(Number(target.closest(".cell").dataset.id));
     });
     new ResizeObserver(() => this.layOut()).observe(this.box);
     store.on("settings", () => this.layOut());
@@ -36,7 +31,6 @@ export class Grid {
       for (const id of changed) if (this.cells.has(id)) this.fill(this.cells.get(id), id);
     });
   }
-
   /** Show a list of ids. The active cell stays the same image if the list still contains it. */
   setIds(ids) {
     const index = Math.max(0, this.ids.indexOf(this.active));
@@ -45,7 +39,6 @@ export class Grid {
     byId("grid-empty").hidden = ids.length > 0;
     this.layOut();
   }
-
   /** Make a cell the active one, and scroll so that it is visible. */
   activate(id) {
     const index = this.ids.indexOf(id);
@@ -57,12 +50,8 @@ export class Grid {
     else if (top + this.rowPx > scrollTop + clientHeight) this.box.scrollTop = top + this.rowPx - clientHeight;
     this.draw();
   }
-
   /** Free all cells, and abort their requests: the overview is hidden. */
-  clear() {
-    for (const id of this.cells.keys()) this.free(id);
-  }
-
+  clear() { for (const id of this.cells.keys()) this.free(id); }
   layOut() {
     const width = this.box.clientWidth - GAP_PX;
     if (width <= 0) return; // the overview is hidden
@@ -73,7 +62,6 @@ export class Grid {
     this.content.style.height = `${Math.ceil(this.ids.length / this.columns) * this.rowPx + GAP_PX}px`;
     this.draw();
   }
-
   /** Place the cells of the visible rows first, then those around; cells of other rows are freed. */
   draw() {
     const { scrollTop, clientHeight, clientWidth } = this.box;
@@ -89,49 +77,31 @@ export class Grid {
     for (const index of shown) this.place(index);
     this.box.setAttribute("aria-activedescendant", `cell-${this.active}`);
   }
-
   free(id) {
     const cell = this.cells.get(id);
     releaseThumbnail(cell.image);
-    cell.root.hidden = true;
-    cell.root.removeAttribute("id");
+    cell.root.remove();
     this.cells.delete(id);
     this.spare.push(cell);
   }
-
   place(index) {
     const id = this.ids[index];
     if (!this.cells.has(id)) {
-      const cell = this.spare.pop() ?? this.createCell();
+      const cell = this.spare.pop() ?? clone("cell-template");
       this.cells.set(id, cell);
-      cell.root.hidden = false;
       cell.root.id = `cell-${id}`;
       cell.root.dataset.id = id;
+      this.content.append(cell.root);
       this.fill(cell, id);
     }
     const { root, image } = this.cells.get(id);
     const left = GAP_PX + (index % this.columns) * (this.cellPx + GAP_PX);
     const top = GAP_PX + Math.floor(index / this.columns) * this.rowPx;
-    root.style.transform = `translate(${left}px, ${top}px)`;
-    root.style.width = `${this.cellPx}px`;
-    root.style.height = `${this.rowPx - GAP_PX}px`;
-    root.setAttribute("aria-posinset", index + 1);
-    root.setAttribute("aria-setsize", this.ids.length);
-    root.setAttribute("aria-selected", id === this.active);
+    const size = { width: `${this.cellPx}px`, height: `${this.rowPx - GAP_PX}px` };
+    Object.assign(root.style, { transform: `translate(${left}px, ${top}px)`, ...size });
+    Object.assign(root, { ariaPosInSet: index + 1, ariaSetSize: this.ids.length, ariaSelected: id === this.active });
     showThumbnail(image, store.items.get(id), store.settings.thumbnailView);
   }
-
-  createCell() {
-    const span = (className, ...children) => create("span", { className }, ...children);
-    const image = create("img", { alt: "", draggable: false, decoding: "async" });
-    const [name, quality, reasons] = [span("cell-name"), span("cell-quality"), span("cell-reasons")];
-    const badge = span("badge");
-    const root = create("div", { className: "cell", role: "option" });
-    root.append(span("thumbnail", image), badge, name, quality, reasons);
-    this.content.append(root);
-    return { root, image, name, quality, reasons, badge };
-  }
-
   fill({ root, image, name, quality, reasons, badge }, id) {
     const item = store.items.get(id);
     const more = item.reasons.length - MAX_REASONS;
@@ -141,12 +111,10 @@ export class Grid {
     setText(reasons, item.reasons.slice(0, MAX_REASONS).join(", ") + (more > 0 ? ` +${more}` : ""));
     setText(badge, marks.join(" · "));
     root.dataset.status = item.status;
-    root.title = [item.name, ...item.reasons].join("\n");
     const label = [item.name, `quality ${formatQuality(item.quality)}`, ...item.reasons, ...marks];
-    root.setAttribute("aria-label", label.join(", "));
+    Object.assign(root, { title: [item.name, ...item.reasons].join("\n"), ariaLabel: label.join(", ") });
     showThumbnail(image, item, store.settings.thumbnailView);
   }
-
   handleKey(event) {
     const page = Math.max(1, Math.floor(this.box.clientHeight / this.rowPx)) * this.columns;
     const vertical = { ArrowUp: -this.columns, ArrowDown: this.columns, PageUp: -page, PageDown: page };
@@ -167,12 +135,7 @@ const range = (start, end) => Array.from({ length: end - start }, (_, at) => sta
 /** Return what the badge of an image says: its status, and what else is special. */
 function describeMarks(item) {
   const isSaving = store.pending.has(item.id);
-  return [
-    isSaving && "saving",
-    !isSaving && item.status !== "open" && STATUS_LABELS[item.status],
-    !item.has_alpha && "no alpha",
-    store.isDraft(item.id) && "hints not saved",
-    item.taught,
-    item.change > 0 && `changed ${formatPercent(item.change)}`,
-  ].filter(Boolean);
+  const status = item.status !== "open" && STATUS_LABELS[item.status];
+  const marks = [isSaving ? "saving" : status, !item.has_alpha && "no alpha", store.isDraft(item.id) && "hints not saved"];
+  return [...marks, item.taught, item.change > 0 && `changed ${formatPercent(item.change)}`].filter(Boolean);
 }

@@ -1,5 +1,4 @@
 // Keys. The help in index.html says which key runs which action on which page.
-
 import { byId } from "./dom.js";
 
 /** Handle the keys of the help. `actions`: functions by name; `page()`: the page that is shown, overview or single. */
@@ -17,7 +16,6 @@ export function connectKeys(actions, page) {
     action();
   });
 }
-
 /** Return the name of a key with its modifiers, such as "Ctrl+Shift+z". Shift is not named for characters like "?". */
 function keyName(event) {
   const isLetter = /^[a-z]$/i.test(event.key);
@@ -25,7 +23,6 @@ function keyName(event) {
   const shift = event.shiftKey && (isLetter || key.length > 1) ? "Shift+" : "";
   return (event.ctrlKey || event.metaKey ? "Ctrl+" : "") + (event.altKey ? "Alt+" : "") + shift + key;
 }
-
 /** Return whether the control with the focus uses a key itself. */
 function isUsedByControl({ target, key }) {
   if (target.matches('input[type="search"], select')) return key !== "Escape";

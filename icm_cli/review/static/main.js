@@ -1,5 +1,5 @@
 // Start of the page: connects the parts, the buttons and the keys. The address says which image is open.
-
+import { api } from "./api.js";
 import * as decisions from "./decisions.js";
 import { byId, setText } from "./dom.js";
 import { hasDirtyDraft } from "./drafts.js";
@@ -50,14 +50,12 @@ function showOverview() {
   if (last !== null) grid.activate(last);
   byId("grid").focus({ preventScroll: true });
 }
-
 /** Show the images that match the filters. */
 function refreshList() {
   if (byId("overview").hidden) return;
   grid.setIds(store.select());
   setText(byId("list-title"), `${grid.ids.length} of ${store.items.size} images`);
 }
-
 /** Decide on the image that is open, or the active one of the overview; go to the next one without waiting. */
 function decide(decision, isNext) {
   const id = single.id ?? grid.active;
@@ -79,42 +77,25 @@ function undoDecision() {
   if (id === undefined) notify("There is no decision to take back.");
   else decisions.undo(id);
 }
-
 /** What buttons (by their attribute data-action) and keys (by the help in index.html) do. */
 const ACTIONS = {
-  "open-help": () => byId("help").showModal(),
-  "close-help": () => byId("help").close(),
-  "open-teach": () => teachDialog.show(),
-  "close-teach": () => byId("teach").close(),
-  recompute: () => teachDialog.start(),
-  "stop-recompute": () => teachDialog.stop(),
+  "open-help": () => byId("help").showModal(), "close-help": () => byId("help").close(),
+  "open-teach": () => teachDialog.show(), "close-teach": () => byId("teach").close(),
+  recompute: () => teachDialog.send(api.recompute), "stop-recompute": () => teachDialog.send(api.stopRecompute),
   "copy-command": () => teachDialog.copyCommand(),
-  search: () => byId("filter-text").focus(),
-  "reset-filters": () => filters.reset(),
-  overview: () => (location.hash = ""),
-  previous: () => single.step(-1),
-  next: () => single.step(1),
-  "previous-frame": () => single.stepInShot(-1),
-  "next-frame": () => single.stepInShot(1),
-  compare: () => single.toggleCompare(),
-  marks: () => single.toggleMarks(),
-  "zoom-in": () => viewer.zoomTo(viewer.zoom * ZOOM_STEP),
-  "zoom-out": () => viewer.zoomTo(viewer.zoom / ZOOM_STEP),
-  "zoom-100": () => viewer.zoomTo(1),
-  fit: () => viewer.fit(),
-  hold: () => (editor.isSpaceDown = true),
-  press: () => editor.pressCrosshair(false),
-  "press-negative": () => editor.pressCrosshair(true),
+  search: () => byId("filter-text").focus(), "reset-filters": () => filters.reset(),
+  overview: () => (location.hash = ""), previous: () => single.step(-1), next: () => single.step(1),
+  "previous-frame": () => single.stepInShot(-1), "next-frame": () => single.stepInShot(1),
+  compare: () => single.toggleCompare(), marks: () => single.toggleMarks(),
+  "zoom-in": () => viewer.zoomTo(viewer.zoom * ZOOM_STEP), "zoom-out": () => viewer.zoomTo(viewer.zoom / ZOOM_STEP),
+  "zoom-100": () => viewer.zoomTo(1), fit: () => viewer.fit(), hold: () => (editor.isSpaceDown = true),
+  press: () => editor.pressCrosshair(false), "press-negative": () => editor.pressCrosshair(true),
   "brush-smaller": () => editor.setBrush(store.settings.brush / BRUSH_STEP),
   "brush-larger": () => editor.setBrush(store.settings.brush * BRUSH_STEP + 1),
-  "undo-hint": () => single.undoHint(),
-  "redo-hint": () => single.redoHint(),
-  "clear-hints": () => single.replaceHints([]),
-  "discard-hints": () => single.replaceHints(single.draft.saved),
-  accept: () => decide(decisions.accept, true),
-  "accept-stay": () => decide(decisions.accept, false),
-  reject: () => decide(decisions.reject, true),
-  undo: undoDecision,
+  "undo-hint": () => single.undoHint(), "redo-hint": () => single.redoHint(),
+  "clear-hints": () => single.replaceHints([]), "discard-hints": () => single.replaceHints(single.draft.saved ?? []),
+  accept: () => decide(decisions.accept, true), "accept-stay": () => decide(decisions.accept, false),
+  reject: () => decide(decisions.reject, true), undo: undoDecision,
   reference: () => single.details && decisions.teach(single.id, "reference", "alpha"),
   negative: () => single.details && decisions.teach(single.id, "negative", byId("negative-area").value),
   forget: () => decisions.forget(single.id),
@@ -127,14 +108,9 @@ for (const [name, x, y] of [["Left", -1, 0], ["Right", 1, 0], ["Up", 0, -1], ["D
 }
 
 function connect() {
-  document.addEventListener("click", ({ target }) => {
-    const { action, view, tool } = target.closest("button")?.dataset ?? {};
-    ACTIONS[action ?? (view ? `view-${view}` : `tool-${tool}`)]?.();
-  });
+  document.addEventListener("click", ({ target }) => ACTIONS[target.closest("button")?.dataset.action]?.());
   connectKeys(ACTIONS, () => (single.id === null ? "overview" : "single"));
-  document.addEventListener("keyup", ({ key }) => {
-    if (key === " ") editor.isSpaceDown = false;
-  });
+  document.addEventListener("keyup", ({ key }) => { if (key === " ") editor.isSpaceDown = false; });
   window.addEventListener("hashchange", route);
   window.addEventListener("beforeunload", (event) => {
     if (hasDirtyDraft() || store.pending.size > 0) event.preventDefault();

@@ -1,10 +1,9 @@
 // Drawing of the hints, the pointer and the divider over the image.
-
 import { boxCorners, drawArea, drawPaint, isBox, isPaint, isPoint, isPositive } from "./shapes.js";
 
 export const COLOURS = { positive: "#3ddc72", negative: "#ff5548", box: "#ffd24a", erase: "#fff" };
 const SHADOW = "#000a";
-const PAINT_OPACITY = 0.4;
+const PAINT_OPACITY = 0.3;
 const POINT_RADIUS_PX = 8;
 const CROSS_PX = 14;
 
@@ -13,13 +12,12 @@ export class Marks {
     Object.assign(this, { canvas, viewer, context: canvas.getContext("2d") });
     this.layer = document.createElement("canvas").getContext("2d");
   }
-
   /** Draw shapes and pointers. `cursor`, `crosshair`: points of the image or null; `brush`: {radius, colour} or null. */
   draw({ shapes, isVisible, cursor, crosshair, brush }) {
     const { canvas, context, viewer } = this;
+    const { width, height } = viewer.canvas;
     for (const each of [canvas, this.layer.canvas]) {
-      if (each.width !== viewer.canvas.width) each.width = viewer.canvas.width;
-      if (each.height !== viewer.canvas.height) each.height = viewer.canvas.height;
+      if (each.width !== width || each.height !== height) Object.assign(each, { width, height });
     }
     context.clearRect(0, 0, canvas.width, canvas.height);
     if (viewer.image === null) return;
@@ -28,7 +26,6 @@ export class Marks {
     if (cursor !== null && brush !== null) this.drawBrush(viewer.toCanvas(cursor), brush);
     if (crosshair !== null) this.drawCrosshair(viewer.toCanvas(crosshair));
   }
-
   drawShapes(shapes) {
     if (shapes.some(isPaint)) {
       this.drawTinted(COLOURS.positive, (layer) => drawPaint(layer, shapes, "keep"));
@@ -41,7 +38,6 @@ export class Marks {
       else this.drawTinted(colour, (layer) => drawArea(layer, shape));
     }
   }
-
   /** Draw with one colour and opacity, however often the drawing covers a pixel. */
   drawTinted(colour, draw) {
     const { canvas, layer, viewer } = this;
@@ -58,18 +54,19 @@ export class Marks {
     this.context.drawImage(layer.canvas, 0, 0);
     this.context.globalAlpha = 1;
   }
-
   drawPoint(point, hasPlus, colour) {
     const [x, y] = this.viewer.toCanvas(point);
     const radius = POINT_RADIUS_PX * this.viewer.ratio;
     this.drawDisc(x, y, radius, colour);
-    this.drawLines([[x - radius / 2, y, x + radius / 2, y]], [2, "#000"]);
-    if (hasPlus) this.drawLines([[x, y - radius / 2, x, y + radius / 2]], [2, "#000"]);
+    const [minus, bar] = [[x - radius / 2, y, x + radius / 2, y], [x, y - radius / 2, x, y + radius / 2]];
+    this.drawLines(hasPlus ? [minus, bar] : [minus], [2, "#000"]);
   }
   drawBox([left, top, right, bottom]) {
     const [[x0, y0], [x1, y1]] = [this.viewer.toCanvas([left, top]), this.viewer.toCanvas([right, bottom])];
-    const sides = [[x0, y0, x1, y0], [x1, y0, x1, y1], [x1, y1, x0, y1], [x0, y1, x0, y0]];
-    this.drawLines(sides, [4, SHADOW], [2, COLOURS.box]);
+    this.context.beginPath();
+    this.context.rect(x0, y0, x1 - x0, y1 - y0);
+    this.stroke(4, SHADOW);
+    this.stroke(2, COLOURS.box);
   }
   drawBrush([x, y], { radius, colour }) {
     this.context.beginPath();
@@ -85,7 +82,6 @@ export class Marks {
     this.drawLines([[x, 0, x, this.canvas.height]], [3, SHADOW], [1, "#fff"]);
     this.drawDisc(x, this.canvas.height / 2, 9 * this.viewer.ratio, "#fff");
   }
-
   drawDisc(x, y, radius, colour) {
     this.context.beginPath();
     this.context.arc(x, y, radius, 0, 2 * Math.PI);

@@ -1,9 +1,7 @@
 // Messages to the user: short notices that disappear, and errors that stay until they are closed.
-
-import { byId, create } from "./dom.js";
+import { byId, clone, create, setText } from "./dom.js";
 
 const NOTICE_MS = 6000;
-const MAX_ALERTS = 4;
 let timer = 0;
 
 /** Show a notice for some seconds. `action`: {label, run} of a button next to it. */
@@ -13,20 +11,17 @@ export function notify(text, action = null) {
   byId("status").replaceChildren(text, ...createButtons(action, clear));
   timer = setTimeout(clear, NOTICE_MS);
 }
-
 /** Show an error until it is closed. An error of the same `topic` replaces the one before. */
 export function reportError(text, { action = null, topic = text } = {}) {
   clearError(topic);
-  const alert = create("div", { className: "alert" }, create("span", {}, text));
-  const close = create("button", { type: "button", "aria-label": "Close this message" }, "×");
-  close.addEventListener("click", () => alert.remove());
-  alert.dataset.topic = topic;
-  alert.append(...createButtons(action, () => alert.remove()), close);
-  byId("alerts").append(alert);
-  if (byId("alerts").children.length > MAX_ALERTS) byId("alerts").firstChild.remove();
+  const alert = clone("alert-template");
+  const remove = () => alert.root.remove();
+  alert.root.dataset.topic = topic;
+  setText(alert.text, text);
+  alert.text.after(...createButtons(action, remove));
+  alert.close.addEventListener("click", remove);
+  byId("alerts").append(alert.root);
 }
-
-/** Remove the error of a topic. */
 export function clearError(topic) {
   for (const alert of [...byId("alerts").children]) if (alert.dataset.topic === topic) alert.remove();
 }
@@ -34,9 +29,7 @@ export function clearError(topic) {
 function createButtons(action, close) {
   if (action === null) return [];
   const button = create("button", { type: "button" }, action.label);
-  button.addEventListener("click", () => {
-    close();
-    action.run();
-  });
+  button.addEventListener("click", close);
+  button.addEventListener("click", action.run);
   return [button];
 }

@@ -2,7 +2,6 @@
 //
 // A stroke is {shape_type: "brush", label: "keep" | "drop" | "erase", radius, points}. The order of shapes counts: paint
 // replaces the paint below it, so that areas to keep and to drop never overlap.
-
 import { createCanvas } from "./viewer.js";
 
 const LABELS = { bg: "bg", background: "bg", keep: "keep", drop: "drop" };
@@ -25,7 +24,6 @@ export function boxCorners(points) {
   const [xs, ys] = [points.map(([x]) => x), points.map(([, y]) => y)];
   return [Math.min(...xs), Math.min(...ys), Math.max(...xs), Math.max(...ys)];
 }
-
 /** Return the shapes of hints with the labels fg, bg, keep or drop, and decode their masks. */
 export async function readShapes(hints) {
   const shapes = (hints?.shapes ?? []).map((shape) => {
@@ -35,7 +33,6 @@ export async function readShapes(hints) {
   for (const shape of shapes) if (shape.shape_type === "mask") masks.set(shape, await decodeMask(shape.mask));
   return shapes;
 }
-
 /** Return the hints as the server takes them: the strokes and areas of a label are one mask. */
 export async function encodeShapes(shapes, width, height) {
   if (!shapes.some(isBrush)) return { shapes };
@@ -43,7 +40,6 @@ export async function encodeShapes(shapes, width, height) {
   const encoded = [encodePaint(paint, "keep", width, height), encodePaint(paint, "drop", width, height)];
   return { shapes: [...shapes.filter((shape) => !isPaint(shape)), ...(await Promise.all(encoded)).filter(Boolean)] };
 }
-
 /** Draw what remains of the paint of a label, opaque, into an empty canvas in coordinates of the image. */
 export function drawPaint(context, shapes, label) {
   for (const shape of shapes.filter(isPaint)) {
@@ -52,7 +48,6 @@ export function drawPaint(context, shapes, label) {
   }
   context.globalCompositeOperation = "source-over";
 }
-
 /** Draw a line or fill an area with the current style. */
 export function drawArea(context, shape) {
   const { shape_type: type, points, radius = LINE_PX / 2 } = shape;
@@ -72,15 +67,6 @@ export function drawArea(context, shape) {
     context.stroke();
   } else context.fill("evenodd");
 }
-
-/** Return whether the paint of a label covers a point. */
-export function coversPoint(shapes, label, [x, y]) {
-  const context = createCanvas(1, 1, { willReadFrequently: true });
-  context.translate(-Math.floor(x), -Math.floor(y));
-  drawPaint(context, shapes, label);
-  return context.getImageData(0, 0, 1, 1).data[3] >= MIN_PAINT;
-}
-
 /** Return the paint of a label as one mask; null: there is none. */
 async function encodePaint(paint, label, width, height) {
   const corners = paint.filter((shape) => shape.label === label).flatMap(outerCorners);
@@ -96,14 +82,12 @@ async function encodePaint(paint, label, width, height) {
   const points = [[x, y], [x + columns - 1, y + rows - 1]];
   return hasPixels ? { label, shape_type: "mask", points, mask: await encodePng(context.canvas) } : null;
 }
-
 /** Return corners of a box that contains a shape. */
 function outerCorners({ shape_type: type, points, radius = LINE_PX }) {
   const [left, top, right, bottom] = boxCorners(points);
   const margin = type === "circle" ? Math.hypot(right - left, bottom - top) : radius + 1;
   return [[left - margin, top - margin], [right + margin, bottom + margin]];
 }
-
 /** Return a canvas that is opaque where the mask of a hint file is above 0, and transparent elsewhere. */
 async function decodeMask(base64) {
   const png = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
@@ -113,7 +97,6 @@ async function decodeMask(base64) {
   setOpaque(context, (data, at) => data[at] > 0);
   return context.canvas;
 }
-
 /** Make the pixels opaque for which `isInside(data, at)` holds, and the others transparent. Returns whether any is. */
 function setOpaque(context, isInside) {
   const pixels = context.getImageData(0, 0, context.canvas.width, context.canvas.height);
@@ -126,6 +109,5 @@ function setOpaque(context, isInside) {
   context.putImageData(pixels, 0, 0);
   return isAny;
 }
-
 /** Return the PNG of a canvas in base64. */
 const encodePng = (canvas) => canvas.toDataURL("image/png").split(",")[1];

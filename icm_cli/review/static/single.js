@@ -1,5 +1,4 @@
 // One image: its views, its hints with their answers, its details and decisions.
-
 import { api } from "./api.js";
 import { Answers } from "./answers.js";
 import { decodeImage, loadAlpha, loadSource } from "./bitmaps.js";
@@ -21,11 +20,8 @@ export class Single {
   ids = [];
   details = null;
   draft = null;
-  /** Alpha and revision that are shown. */
-  version = null;
+  /** The revision that is shown. */
   revision = null;
-
-  /** `open(id)` opens another image. */
   constructor(open) {
     this.open = open;
     this.viewer = new Viewer(() => {
@@ -41,7 +37,6 @@ export class Single {
     store.on("items", (changed) => this.handleItems(changed));
     this.setView(store.settings.view);
   }
-
   /** Show an image. The image before stays visible until this one is loaded. */
   async load(id) {
     this.leave();
@@ -49,41 +44,36 @@ export class Single {
     for (const topic of ["image", "answer"]) clearError(topic);
     this.showItem();
     this.setBusy(true);
-    const item = store.items.get(id);
-    try {
-      const [details, source, alpha] = await Promise.all([api.details(id), loadSource(item), loadAlpha(item)]);
-      const draft = await openDraft(details);
-      if (this.id !== id) return; // the user has moved on
-      this.viewer.setImage({ ...details, source, before: alpha });
-      this.version = item.version;
-      await this.showDetails(details, draft);
-      if (this.version !== details.version) await this.reload();
-      this.loadAhead();
-    } catch (error) {
-      if (this.id !== id) return;
-      this.viewer.set({ image: null });
-      reportError(`${item.name}: ${error.message}`, { topic: "image" });
-    }
+    await this.refresh(true);
+    if (this.id !== id) return; // the user has moved on
     this.setBusy(false);
+    const next = store.items.get(this.ids[this.ids.indexOf(id) + 1]);
+    if (next === undefined) return;
+    for (const promise of [loadSource(next), loadAlpha(next)]) promise.catch(() => {}); // reported when it is opened
   }
-
-  /** Load what has changed on the server; the hints that are not saved stay. */
-  async reload() {
+  /** Load what the server has; hints that are not saved stay. `isNew`: whether another image was shown before. */
+  async refresh(isNew) {
     const { id } = this;
-    const item = store.items.get(id);
-    this.revision = item.revision;
     try {
-      const [details, alpha] = await Promise.all([api.details(id), loadAlpha(item)]);
-      const draft = await openDraft(details);
+      const details = await api.details(id);
+      this.revision = details.revision;
+      const loads = [loadSource(details), loadAlpha(details), openDraft(details)];
+      const [source, before, draft] = await Promise.all(loads);
       if (this.id !== id) return;
-      if (this.version !== item.version) this.viewer.setAlpha("before", alpha);
-      this.version = item.version;
-      await this.showDetails(details, draft);
+      if (isNew) this.viewer.setImage({ ...details, source, before });
+      else this.viewer.setAlpha("before", before);
+      Object.assign(this, { details, draft });
+      this.editor.setDraft(draft);
+      this.showItem();
+      if (!draft.isDirty) this.viewer.setAlpha("after", null);
+      else if (draft.answer?.shapes === draft.shapes) this.viewer.setAlpha("after", await decodeImage(draft.answer.blob));
+      else this.answers.ask(draft);
     } catch (error) {
-      reportError(`${item.name}: ${error.message}`, { topic: "image" });
+      if (this.id !== id) return;
+      if (isNew) this.viewer.set({ image: null });
+      reportError(`${store.items.get(id).name}: ${error.message}`, { topic: "image" });
     }
   }
-
   /** Return to the overview. */
   close() {
     this.leave();
@@ -95,34 +85,16 @@ export class Single {
     this.id = this.details = this.draft = null;
     this.editor.setDraft(null);
   }
-
-  async showDetails(details, draft) {
-    Object.assign(this, { details, draft, revision: details.revision });
-    this.editor.setDraft(draft);
-    this.showItem();
-    if (!draft.isDirty) this.viewer.setAlpha("after", null);
-    else if (draft.answer?.shapes === draft.shapes) this.viewer.setAlpha("after", await decodeImage(draft.answer.blob));
-    else this.answers.ask(draft);
-  }
-
   handleItems(changed) {
     if (!changed.has(this.id)) return;
     this.showItem();
     const isNewer = store.items.get(this.id).revision > this.revision;
-    if (this.details !== null && isNewer && !store.pending.has(this.id)) this.reload();
+    if (this.details !== null && isNewer && !store.pending.has(this.id)) this.refresh(false);
   }
-
-  loadAhead() {
-    const next = store.items.get(this.ids[this.ids.indexOf(this.id) + 1]);
-    if (next === undefined) return;
-    for (const promise of [loadSource(next), loadAlpha(next)]) promise.catch(() => {}); // reported when it is opened
-  }
-
   setBusy(isBusy) {
     byId("loading").hidden = !isBusy;
-    byId("single").setAttribute("aria-busy", isBusy);
+    byId("single").ariaBusy = isBusy;
   }
-
   /** Return the id of the next image that is not reviewed, from here to the end and then from the start. */
   nextOpen() {
     const at = this.ids.indexOf(this.id);
@@ -135,10 +107,7 @@ export class Single {
     if (target !== undefined) this.open(target);
     else notify(step > 0 ? "This is the last image." : "This is the first image.");
   }
-  stepInShot(step) {
-    this.step(step, this.details?.shot ?? this.ids);
-  }
-
+  stepInShot(step) { this.step(step, this.details?.shot ?? this.ids); }
   /** Show the alpha of the hints, after they have changed. */
   answer(isDragging = false) {
     this.editor.draw();
@@ -156,18 +125,10 @@ export class Single {
     if (isRefined) draft.answer = { shapes, blob };
     this.viewer.setAlpha("after", bitmap);
   }
-  undoHint() {
-    if (this.draft?.undo()) this.answer();
-  }
-  redoHint() {
-    if (this.draft?.redo()) this.answer();
-  }
+  undoHint() { if (this.draft?.undo()) this.answer(); }
+  redoHint() { if (this.draft?.redo()) this.answer(); }
   /** Replace all hints: by none, or by the saved ones. */
-  replaceHints(shapes) {
-    this.draft.change(shapes);
-    this.answer();
-  }
-
+  replaceHints(shapes) { this.draft.change(shapes); this.answer(); }
   setView(view) {
     if (view !== store.settings.view) store.setSetting("view", view);
     for (const button of byId("views").children) button.setAttribute("aria-pressed", button.dataset.view === view);
@@ -181,16 +142,16 @@ export class Single {
     this.setView(this.viewer.view);
   }
   toggleCompare() {
-    this.viewer.set({ isComparing: !this.viewer.isComparing });
-    byId("compare-position").hidden = !this.viewer.isComparing;
-    pressButton("compare", this.viewer.isComparing);
+    const isComparing = !this.viewer.isComparing;
+    byId("compare-position").hidden = !isComparing;
+    findButton("compare").setAttribute("aria-pressed", isComparing);
+    this.viewer.set({ isComparing });
   }
   toggleMarks() {
     this.editor.isVisible = !this.editor.isVisible;
+    findButton("marks").setAttribute("aria-pressed", this.editor.isVisible);
     this.editor.draw();
-    pressButton("marks", this.editor.isVisible);
   }
-
   /** Show what is known about the image: in the panel, the strip and the buttons. */
   showItem() {
     const item = store.items.get(this.id);
@@ -200,10 +161,9 @@ export class Single {
     document.title = `${baseName(item.name)} – icm review`;
     setText(byId("image-name"), baseName(item.name));
     byId("image-name").title = item.name;
-    byId("image-status").dataset.status = item.status;
     const status = isSaving ? "saving …" : STATUS_LABELS[item.status];
+    byId("image-status").dataset.status = item.status;
     setText(byId("image-status"), status + change + (item.has_alpha ? "" : ", no alpha"));
-    byId("image-quality").hidden = item.quality === null;
     byId("quality").value = item.quality ?? 0;
     setText(byId("quality-value"), `quality ${formatQuality(item.quality)}`);
     byId("image-reasons").replaceChildren(...item.reasons.map((reason) => create("li", {}, reason)));
@@ -217,37 +177,27 @@ export class Single {
     const cells = Object.entries(rows).flatMap(([name, value]) => [create("dt", {}, name), create("dd", {}, value)]);
     byId("image-details").replaceChildren(...cells);
   }
-
   showStrip() {
     const shot = this.details?.shot;
     setText(byId("position"), `${this.ids.indexOf(this.id) + 1} of ${this.ids.length}`);
     if (shot) this.strip.show(shot, this.id, `Frames of the shot: ${shot.indexOf(this.id) + 1} of ${shot.length} · list:`);
     else if (!store.run?.is_shot) this.strip.show(this.ids, this.id, "Images of the list:");
   }
-
   enableButtons(item, isReady) {
     const { details, draft } = this;
     const canAccept = isReady && (item.has_alpha || draft.isDirty);
     const isEnabled = {
-      accept: canAccept,
-      "accept-stay": canAccept,
-      reject: isReady,
+      accept: canAccept, "accept-stay": canAccept, reject: isReady,
       undo: isReady && (details.can_undo || lastDecided() !== undefined),
-      reference: canAccept && item.taught !== "reference",
-      negative: isReady && item.taught !== "negative",
-      "undo-hint": isReady && draft.past.length > 0,
-      "redo-hint": isReady && draft.future.length > 0,
-      "clear-hints": isReady && draft.shapes.length > 0,
-      "discard-hints": isReady && draft.isDirty,
+      reference: canAccept && item.taught !== "reference", negative: isReady && item.taught !== "negative",
+      "undo-hint": draft?.past.length > 0, "redo-hint": draft?.future.length > 0,
+      "clear-hints": draft?.shapes.length > 0, "discard-hints": draft?.isDirty,
     };
     for (const [action, value] of Object.entries(isEnabled)) findButton(action).disabled = !value;
     findButton("forget").hidden = item.taught === null;
   }
 }
-
-/** Return the button of an action. */
 export const findButton = (action) => document.querySelector(`#single [data-action="${action}"]`);
-const pressButton = (action, isPressed) => findButton(action).setAttribute("aria-pressed", isPressed);
 
 function describeHints({ shapes, isDirty }) {
   const number = shapes.length === 1 ? "1 hint" : `${shapes.length || "No"} hints`;

@@ -1,5 +1,4 @@
 // State of the page: the run, its images as the server knows them, the filters, and settings kept in the browser.
-
 import { api } from "./api.js";
 import { clearError, reportError } from "./messages.js";
 
@@ -22,78 +21,51 @@ class Store extends EventTarget {
   revision = null;
   recompute = { state: "idle", done: 0, total: 0, message: "", changed: [] };
   filter = { text: "", status: "all", folder: "", reasons: new Set(), sort: "quality" };
-  settings = { ...DEFAULTS, ...readSettings() };
+  settings = { ...DEFAULTS, ...JSON.parse(localStorage.getItem(SETTINGS_KEY) ?? "{}") };
   /** Ids whose decision is being saved. */
   pending = new Set();
   /** Returns whether an image has hints that are not saved; set by drafts.js. */
   isDraft = () => false;
-
   /** Dispatch an event: "run", "items" (detail: Set of changed ids), "filter", "settings" or "recompute". */
-  emit(name, detail = null) {
-    this.dispatchEvent(new CustomEvent(name, { detail }));
-  }
-
-  on(name, handle) {
-    this.addEventListener(name, (event) => handle(event.detail));
-  }
-
+  emit(name, detail = null) { this.dispatchEvent(new CustomEvent(name, { detail })); }
+  on(name, handle) { this.addEventListener(name, (event) => handle(event.detail)); }
   /** Ask the server for changes of the run, the images and the recomputation, now and every few seconds. */
   async start() {
     try {
-      if (this.run?.model_state !== "ready") await this.refreshRun();
+      const run = await api.run();
+      const isNew = JSON.stringify(run) !== JSON.stringify(this.run);
+      this.run = run;
+      if (isNew) this.emit("run");
       const { revision, images } = await api.images(this.revision);
       this.revision = revision;
       this.update(images);
       this.setRecompute(await api.recomputeState());
       clearError("connection");
-    } catch (error) {
-      reportError(error.message, { topic: "connection" });
-    }
+    } catch (error) { reportError(error.message, { topic: "connection" }); }
     setTimeout(() => this.start(), POLL_MS);
   }
-
-  async refreshRun() {
-    const before = JSON.stringify(this.run);
-    this.run = await api.run();
-    if (JSON.stringify(this.run) !== before) this.emit("run");
-  }
-
-  setRecompute(state) {
-    const differs = JSON.stringify(state) !== JSON.stringify(this.recompute);
-    this.recompute = state;
-    if (differs) this.emit("recompute");
-  }
-
+  setRecompute(state) { this.recompute = state; this.emit("recompute"); }
   /** Store images that the server sent; older revisions than the known ones are ignored. */
   update(images) {
     const newer = images.filter(({ id, revision }) => !(this.items.get(id)?.revision > revision));
     for (const item of newer) this.items.set(item.id, item);
     if (newer.length > 0) this.emit("items", new Set(newer.map((item) => item.id)));
   }
-
   setPending(id, isPending) {
-    if (isPending) this.pending.add(id);
-    else this.pending.delete(id);
+    this.pending[isPending ? "add" : "delete"](id);
     this.emit("items", new Set([id]));
   }
-
-  setFilter(values) {
-    Object.assign(this.filter, values);
-    this.emit("filter");
-  }
-
+  setFilter(values) { this.emit("filter", Object.assign(this.filter, values)); }
   setSetting(name, value) {
     this.settings[name] = value;
     localStorage.setItem(SETTINGS_KEY, JSON.stringify(this.settings));
     this.emit("settings");
   }
-
   /** Return the ids that match the filters, in the order of the list. */
   select() {
     const items = [...this.items.values()].filter((item) => this.matches(item));
     return items.sort(ORDERS[this.filter.sort]).map((item) => item.id);
   }
-
   /** Return whether an image matches the filters, except the one that is called `without`. */
   matches(item, without = null) {
     const { text, status, folder, reasons } = this.filter;
@@ -101,7 +73,6 @@ class Store extends EventTarget {
     if (without !== "status" && !this.hasStatus(item, status)) return false;
     return without === "reasons" || reasons.size === 0 || item.reasons.some((reason) => reasons.has(reason));
   }
-
   /** Return whether an image belongs to an entry of the status filter. */
   hasStatus(item, status) {
     if (status === "all") return true;
@@ -110,14 +81,6 @@ class Store extends EventTarget {
     if (status === "unsaved") return this.isDraft(item.id);
     if (status === "taught") return item.taught !== null;
     return item.status === status;
-  }
-}
-
-function readSettings() {
-  try {
-    return JSON.parse(localStorage.getItem(SETTINGS_KEY) ?? "{}");
-  } catch {
-    return {}; // written by something else
   }
 }
 

@@ -1,6 +1,5 @@
 // Film strip: the frames of the shot, or the neighbours in the list, around the image that is open.
-
-import { STATUS_LABELS, baseName, byId, create, formatQuality, setText } from "./dom.js";
+import { STATUS_LABELS, baseName, byId, clone, formatQuality, setText } from "./dom.js";
 import { store } from "./store.js";
 import { releaseThumbnail, showThumbnail } from "./thumbnails.js";
 
@@ -9,75 +8,48 @@ const FRAME_PX = 112;
 export class Strip {
   ids = [];
   current = null;
-  /** How many frames the user has scrolled away from the current one. */
-  offset = 0;
   frames = new Map();
-
   constructor(open) {
     this.box = byId("strip-frames");
     this.box.addEventListener("click", ({ target }) => {
-      const frame = target.closest(".frame");
-      if (frame !== null) open(Number(frame.dataset.id));
-    });
-    this.box.addEventListener("wheel", (event) => {
-      event.preventDefault();
-      this.draw(this.offset + Math.sign(event.deltaY + event.deltaX) * 2);
+      if (target !== this.box) open(Number(target.closest(".frame").dataset.id));
     });
     new ResizeObserver(() => this.draw()).observe(this.box);
     store.on("items", (changed) => {
       for (const [id, frame] of this.frames) if (changed.has(id)) this.fill(id, frame);
     });
   }
-
   /** Show ids around the current one. `title` says what they are. */
   show(ids, current, title) {
     Object.assign(this, { ids, current });
     setText(byId("strip-title"), title);
     this.draw();
   }
-
-  clear() {
-    for (const id of this.frames.keys()) this.remove(id);
-  }
-
-  draw(offset = 0) {
+  clear() { for (const id of this.frames.keys()) this.remove(id); }
+  draw() {
     const count = Math.max(1, Math.floor(this.box.clientWidth / FRAME_PX));
     const centred = this.ids.indexOf(this.current) - Math.floor(count / 2);
-    const first = Math.max(0, Math.min(this.ids.length - count, centred + offset));
-    this.offset = offset === 0 ? 0 : first - centred;
+    const first = Math.max(0, Math.min(this.ids.length - count, centred));
     const shown = this.ids.slice(first, first + count);
     for (const id of this.frames.keys()) if (!shown.includes(id)) this.remove(id);
     for (const id of shown) {
-      if (!this.frames.has(id)) this.frames.set(id, createFrame(id));
+      if (!this.frames.has(id)) this.frames.set(id, clone("frame-template"));
       this.fill(id, this.frames.get(id));
       this.box.append(this.frames.get(id).root);
     }
   }
-
   remove(id) {
     const { root, image } = this.frames.get(id);
     releaseThumbnail(image);
     root.remove();
     this.frames.delete(id);
   }
-
   fill(id, { root, image, caption }) {
     const item = store.items.get(id);
-    root.dataset.status = item.status;
-    root.title = item.name;
+    Object.assign(root.dataset, { id, status: item.status });
     const label = `${item.name}, quality ${formatQuality(item.quality)}, ${STATUS_LABELS[item.status]}`;
-    root.setAttribute("aria-label", label);
-    root.setAttribute("aria-current", id === this.current);
+    Object.assign(root, { title: item.name, ariaLabel: label, ariaCurrent: id === this.current });
     setText(caption, baseName(item.name));
     showThumbnail(image, item, store.settings.thumbnailView);
   }
-}
-
-function createFrame(id) {
-  const image = create("img", { alt: "", draggable: false });
-  const caption = create("span", { className: "caption" });
-  const thumbnail = create("span", { className: "thumbnail" }, image);
-  const root = create("button", { type: "button", className: "frame" }, thumbnail, caption);
-  root.dataset.id = id;
-  return { root, image, caption };
 }

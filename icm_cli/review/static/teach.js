@@ -1,53 +1,38 @@
 // Dialog of teaching: the taught images, the recomputation with its progress, and the command that reproduces the run.
-
 import { api } from "./api.js";
 import { forget } from "./decisions.js";
-import { byId, create, formatPercent, setText } from "./dom.js";
+import { byId, clone, formatPercent, setText } from "./dom.js";
 import { notify, reportError } from "./messages.js";
 import { store } from "./store.js";
 import { showThumbnail } from "./thumbnails.js";
 
 const MAX_LISTED = 200;
 const STATES = { idle: "", running: "Running", done: "Done", stopped: "Stopped", failed: "Failed" };
-const MODEL_STATES = { loading: "model is loading", ready: "model is ready", failed: "model failed" };
 
 export class TeachDialog {
-  /** `open(id)` opens an image. */
   constructor(open) {
     this.open = open;
     this.dialog = byId("teach");
     this.dialog.addEventListener("click", (event) => this.handleClick(event));
+    this.dialog.addEventListener("close", () => document.body.append(byId("messages")));
     for (const name of ["items", "recompute", "run"]) store.on(name, () => this.draw());
   }
-
   show() {
+    this.dialog.append(byId("messages")); // above the page
     this.dialog.showModal();
     this.draw();
   }
-  async start() {
-    await this.send(api.recompute);
-  }
-  async stop() {
-    await this.send(api.stopRecompute);
-  }
+  /** Start or stop the recomputation. */
   async send(request) {
     try {
       store.setRecompute(await request());
-    } catch (error) {
-      reportError(`Recompute: ${error.message}`, { topic: "recompute" });
-    }
+    } catch (error) { reportError(`Recompute: ${error.message}`, { topic: "recompute" }); }
   }
-
-  async copyCommand() {
-    try {
-      await navigator.clipboard.writeText(store.run.command);
-      notify("The command is copied.");
-    } catch {
-      getSelection().selectAllChildren(byId("command")); // browsers refuse the clipboard to pages without HTTPS
-      notify("The command is selected. Copy it with Ctrl+C.");
-    }
+  copyCommand() {
+    getSelection().selectAllChildren(byId("command"));
+    document.execCommand("copy"); // navigator.clipboard needs HTTPS
+    notify("The command is copied.");
   }
-
   handleClick({ target }) {
     const id = Number(target.closest("[data-id]")?.dataset.id);
     if (target.dataset.action === "forget-row") forget(id);
@@ -56,15 +41,13 @@ export class TeachDialog {
       this.open(id);
     }
   }
-
   draw() {
     this.drawHeader();
     if (!this.dialog.open) return;
     const { state, done, total, message, changed } = store.recompute;
     const progress = ["running", "stopped"].includes(state) ? `: ${done} of ${total} images` : "";
     setText(byId("recompute-state"), [STATES[state] + progress, message].filter(Boolean).join(". "));
-    byId("recompute-bar").max = Math.max(1, total);
-    byId("recompute-bar").value = state === "done" ? byId("recompute-bar").max : done;
+    Object.assign(byId("recompute-bar"), { max: total || 1, value: state === "done" ? total || 1 : done });
     this.dialog.querySelector('[data-action="recompute"]').disabled = state === "running";
     this.dialog.querySelector('[data-action="stop-recompute"]').disabled = state !== "running";
     const taught = [...store.items.values()].filter((item) => item.taught !== null);
@@ -75,17 +58,15 @@ export class TeachDialog {
     byId("changed").hidden = rows.length === 0;
     setText(byId("command"), store.run?.command ?? "");
   }
-
   drawHeader() {
     const { state, done, total } = store.recompute;
     setText(byId("open-teach"), state === "running" ? `Recomputing ${done} of ${total}` : "Teach and recompute");
     if (store.run === null) return;
-    setText(byId("model-state"), MODEL_STATES[store.run.model_state]);
+    setText(byId("model-state"), `model: ${store.run.model_state}`);
     byId("model-state").dataset.state = store.run.model_state;
     byId("model-state").title = store.run.model_error || store.run.model;
   }
 }
-
 /** Draw rows [item, text] into a list, if they have changed. */
 function drawRows(id, rows, canForget) {
   const key = JSON.stringify(rows.map(([item, text]) => [item.id, item.version, text]));
@@ -94,18 +75,13 @@ function drawRows(id, rows, canForget) {
   byId(id).replaceChildren(...rows.map(([item, text]) => createRow(item, text, canForget)));
 }
 
-function createRow(item, text, canForget) {
-  const image = create("img", { alt: "", draggable: false });
-  const open = create("button", { type: "button", className: "row-open" });
-  const name = create("span", { className: "row-name" }, item.name);
-  open.append(create("span", { className: "thumbnail" }, image), name, text);
+function createRow(item, description, canForget) {
+  const { root, image, name, text, remove } = clone("row-template");
+  root.dataset.id = item.id;
+  setText(name, item.name);
+  setText(text, description);
+  remove.hidden = !canForget;
+  remove.setAttribute("aria-label", `Remove ${item.name}`);
   showThumbnail(image, item, "cutout");
-  const row = create("li", {}, open);
-  row.dataset.id = item.id;
-  if (canForget) {
-    const button = create("button", { type: "button", "aria-label": `Do not use ${item.name} any more` }, "Remove");
-    button.dataset.action = "forget-row";
-    row.append(button);
-  }
-  return row;
+  return root;
 }

@@ -1,5 +1,4 @@
-// Thumbnails: requested only while somebody wants them, few at a time, aborted when nobody does; the last ones are kept.
-
+// Thumbnails: requested only while an <img> wants them, few at a time, aborted when it does not; the last ones are kept.
 import { api, isAborted } from "./api.js";
 
 /** Browsers open 6 connections to a server; the others are for the image, its answers and the state. */
@@ -8,9 +7,9 @@ const MAX_KEPT = 800;
 
 /** URLs of loaded thumbnails by key, the oldest first. */
 const loaded = new Map();
-/** Requests that run or wait by key, in the order of loading: {load, images, controller}. */
-const wanted = new Map();
-/** The key of the thumbnail that an image element shows or waits for. */
+/** Requests that run or wait by their <img>, in the order of loading: {key, load, controller}. */
+const requests = new Map();
+/** The key of the thumbnail that an <img> shows or waits for. */
 const keys = new WeakMap();
 let running = 0;
 
@@ -21,61 +20,45 @@ export function showThumbnail(image, item, view) {
   if (before === key) return;
   releaseThumbnail(image);
   keys.set(image, key);
-  if (loaded.has(key)) setImage(image, loaded.get(key));
-  else {
-    if (!before?.startsWith(`${item.id} `)) setImage(image, null);
-    const load = (signal) => api.thumbnail(item.id, view, item.version, signal);
-    if (!wanted.has(key)) wanted.set(key, { load, images: new Set(), controller: null });
-    wanted.get(key).images.add(image);
-    queueMicrotask(loadNext);
-  }
+  if (!before?.startsWith(`${item.id} `) || loaded.has(key)) setImage(image, loaded.get(key));
+  if (loaded.has(key)) return;
+  requests.set(image, { key, load: (signal) => api.thumbnail(item.id, view, item.version, signal), controller: null });
+  queueMicrotask(loadNext);
 }
-
-/** Stop waiting for the thumbnail of an <img>; a request that nobody waits for is aborted. */
+/** Stop waiting for the thumbnail of an <img>. */
 export function releaseThumbnail(image) {
-  const key = keys.get(image);
-  const request = wanted.get(key);
+  requests.get(image)?.controller?.abort();
+  requests.delete(image);
   keys.delete(image);
-  request?.images.delete(image);
-  if (request?.images.size === 0) {
-    request.controller?.abort();
-    wanted.delete(key);
-  }
 }
 
 function loadNext() {
-  for (const [key, request] of wanted) {
-    if (running >= MAX_REQUESTS) return;
-    if (request.controller === null) load(key, request);
+  for (const [image, request] of requests) {
+    if (running < MAX_REQUESTS && request.controller === null) loadThumbnail(image, request);
   }
 }
 
-async function load(key, request) {
+async function loadThumbnail(image, request) {
   running += 1;
   request.controller = new AbortController();
   try {
     const url = URL.createObjectURL(await request.load(request.controller.signal));
-    remember(key, url);
-    for (const image of request.images) setImage(image, url);
-  } catch (error) {
-    if (!isAborted(error)) for (const image of request.images) image.parentElement.classList.add("failed");
-  }
+    loaded.set(request.key, url);
+    if (keys.get(image) === request.key) setImage(image, url);
+  } catch (error) { if (!isAborted(error)) image.parentElement.classList.add("failed"); }
   running -= 1;
-  if (wanted.get(key) === request) wanted.delete(key);
+  if (requests.get(image) === request) requests.delete(image);
+  if (loaded.size > MAX_KEPT) {
+    const [oldest, url] = loaded.entries().next().value;
+    loaded.delete(oldest);
+    URL.revokeObjectURL(url);
+  }
   loadNext();
 }
 
-function remember(key, url) {
-  loaded.set(key, url);
-  if (loaded.size <= MAX_KEPT) return;
-  const [oldest, oldestUrl] = loaded.entries().next().value;
-  loaded.delete(oldest);
-  URL.revokeObjectURL(oldestUrl);
-}
-
 function setImage(image, url) {
-  image.parentElement.classList.toggle("loaded", url !== null);
+  image.parentElement.classList.toggle("loaded", url !== undefined);
   image.parentElement.classList.remove("failed");
-  if (url === null) image.removeAttribute("src");
+  if (url === undefined) image.removeAttribute("src");
   else image.src = url;
 }

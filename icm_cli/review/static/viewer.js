@@ -2,7 +2,6 @@
 //
 // A blend is top * alpha + bottom * (1 - alpha), made of canvas operations on the visible part only, since reading the
 // pixels of large images back would be slow. Zoomed out, a smaller copy of the image is drawn.
-
 import { byId, setText } from "./dom.js";
 
 const MAX_ZOOM = 40;
@@ -18,9 +17,7 @@ const TINT_OPACITY = 0.55;
 
 /** An image with copies of half, a quarter, ... of its size. */
 class Pyramid {
-  constructor(bitmap) {
-    this.levels = [bitmap];
-  }
+  constructor(bitmap) { this.levels = [bitmap]; }
   /** Return the smallest copy that has at least as many pixels as will be drawn. */
   findLevel(width) {
     let level = 0;
@@ -45,17 +42,16 @@ export class Viewer {
   left = 0;
   top = 0;
   isFitted = true;
-
   /** `drawn()` is called after every drawing of the image. */
   constructor(drawn) {
     this.drawn = drawn;
     this.canvas = byId("view");
     this.context = this.canvas.getContext("2d", { alpha: false });
     this.layer = document.createElement("canvas").getContext("2d");
+    this.checker = createChecker(Math.round(CHECKER_PX * window.devicePixelRatio));
     this.pixel = createCanvas(1, 1, { willReadFrequently: true });
     new ResizeObserver(() => this.resize()).observe(byId("stage"));
   }
-
   /** Show an image. `source` and `before` are ImageBitmaps; the alpha `before` may be null. */
   setImage({ width, height, source, before }) {
     const isSameSize = this.image?.width === width && this.image?.height === height;
@@ -64,15 +60,8 @@ export class Viewer {
     this.invalidate();
   }
   /** Set the alpha "before" or "after"; null: there is none. */
-  setAlpha(name, bitmap) {
-    this.image[name] = toPyramid(bitmap);
-    this.invalidate();
-  }
-  set(values) {
-    Object.assign(this, values);
-    this.invalidate();
-  }
-
+  setAlpha(name, bitmap) { this.image[name] = toPyramid(bitmap); this.invalidate(); }
+  set(values) { Object.assign(this, values); this.invalidate(); }
   resize() {
     const { width, height } = byId("stage").getBoundingClientRect();
     if (width === 0) return; // hidden
@@ -85,11 +74,9 @@ export class Viewer {
   fit() {
     if (this.image === null) return;
     const { width, height } = this.image;
-    this.zoom = Math.min(MAX_FIT_ZOOM, this.canvas.width / width, this.canvas.height / height);
-    this.left = (this.canvas.width - width * this.zoom) / 2;
-    this.top = (this.canvas.height - height * this.zoom) / 2;
-    this.isFitted = true;
-    this.invalidate();
+    const zoom = Math.min(MAX_FIT_ZOOM, this.canvas.width / width, this.canvas.height / height);
+    const [left, top] = [(this.canvas.width - width * zoom) / 2, (this.canvas.height - height * zoom) / 2];
+    this.set({ zoom, left, top, isFitted: true });
   }
   /** Change the zoom; the point of the stage (CSS pixels) stays where it is. Without a point: the centre. */
   zoomTo(zoom, x = this.canvas.width / this.ratio / 2, y = this.canvas.height / this.ratio / 2) {
@@ -108,15 +95,12 @@ export class Viewer {
     const top = clip(this.top + y * this.ratio, this.image.height, this.canvas.height);
     this.set({ left, top, isFitted: false });
   }
-
   /** Return the point of the image at a point of the stage (CSS pixels). */
   toImage(x, y) {
     return [(x * this.ratio - Math.round(this.left)) / this.zoom, (y * this.ratio - Math.round(this.top)) / this.zoom];
   }
   /** Return the point of the canvas, in its pixels, at a point of the image. */
-  toCanvas([x, y]) {
-    return [Math.round(this.left) + x * this.zoom, Math.round(this.top) + y * this.zoom];
-  }
+  toCanvas([x, y]) { return [Math.round(this.left) + x * this.zoom, Math.round(this.top) + y * this.zoom]; }
   /** Return [red, green, blue, alpha] of a pixel, 0..255; null outside the image. */
   readPixel(x, y) {
     if (this.image === null || x < 0 || y < 0 || x >= this.image.width || y >= this.image.height) return null;
@@ -129,11 +113,7 @@ export class Viewer {
     };
     return [...read(this.image.source).slice(0, 3), read(this.image.after ?? this.image.before)[0]];
   }
-
-  /** Draw in the next frame. */
-  invalidate() {
-    this.frame ??= requestAnimationFrame(() => this.draw());
-  }
+  invalidate() { this.frame ??= requestAnimationFrame(() => this.draw()); }
   draw() {
     cancelAnimationFrame(this.frame);
     this.frame = null;
@@ -148,7 +128,6 @@ export class Viewer {
     this.drawLabels();
     this.drawn();
   }
-
   /** Draw one view between two columns of the canvas. */
   drawPart(start, end, view, alpha) {
     const [left, top] = [Math.round(this.left), Math.round(this.top)];
@@ -172,10 +151,9 @@ export class Viewer {
     if (view === "source") drawSource(this.context);
     else if (view === "alpha") drawAlpha(this.context);
     else if (view === "overlay") this.blend(box, drawColour(this.tint), drawAlpha, drawSource, TINT_OPACITY);
-    else this.blend(box, drawSource, drawAlpha, drawColour(view === "colour" ? this.background : this.getChecker()));
+    else this.blend(box, drawSource, drawAlpha, drawColour(view === "colour" ? this.background : this.checker));
     for (const context of [this.context, this.layer]) context.restore();
   }
-
   /** Draw top * m + bottom * (1 - m), m = alpha * opacity. The arguments draw into the context that they are given. */
   blend(box, drawTop, drawAlpha, drawBottom, opacity = 1) {
     const { context, layer } = this;
@@ -194,22 +172,12 @@ export class Viewer {
     combine(context, "multiply", drawBottom);
     combine(context, "lighter", () => context.drawImage(layer.canvas, ...box, ...box));
   }
-
-  getChecker() {
-    const side = Math.round(CHECKER_PX * this.ratio);
-    if (this.checker?.side !== side) this.checker = { side, pattern: createChecker(side) };
-    return this.checker.pattern;
-  }
-
   drawLabels() {
-    const isShown = this.isComparing && this.image !== null;
-    for (const id of ["compare-left", "compare-right"]) byId(id).hidden = !isShown;
-    if (!isShown) return;
-    const hasAnswer = this.image.after !== null;
+    byId("compare-labels").hidden = !this.isComparing || this.image === null;
+    byId("compare-labels").style.left = `${100 * this.division}%`;
+    const hasAnswer = Boolean(this.image?.after);
     setText(byId("compare-left"), hasAnswer ? "before: alpha of the file" : "before: source");
     setText(byId("compare-right"), hasAnswer ? "after: with hints" : `after: ${this.view}`);
-    byId("compare-left").style.right = `${100 * (1 - this.division)}%`;
-    byId("compare-right").style.left = `${100 * this.division}%`;
   }
 }
 
@@ -222,10 +190,7 @@ export function createCanvas(width, height, settings = {}) {
   return context;
 }
 
-function fill(context, style, box) {
-  context.fillStyle = style;
-  context.fillRect(...box);
-}
+function fill(context, style, box) { context.fillStyle = style; context.fillRect(...box); }
 
 function halve(image) {
   const context = createCanvas(Math.ceil(image.width / 2), Math.ceil(image.height / 2), { alpha: false });
