@@ -19,6 +19,7 @@ from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import ImageError, OutputError, UsageError
 from icm_cli.files import RECORD_FOLDER, SkippedPaths, atomic_write, error_for_failed_write, read_json, walk_files
 from icm_cli.images.colour import ColourSettings
+from icm_cli.images.decoding import library_settings
 from icm_cli.images.image_file import IMAGE_SUFFIXES
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.frames import FrameName, FramePattern
@@ -106,7 +107,7 @@ class ReviewRun:
 
     def scan_alphas(self) -> None:
         """Look at the alphas of all images. Only files that have changed are read."""
-        with ThreadPoolExecutor(DEFAULT_WORKERS, "icm-stamps") as executor:
+        with library_settings(), ThreadPoolExecutor(DEFAULT_WORKERS, "icm-stamps") as executor:
             found = list(executor.map(self._look_at, range(len(self.jobs)), chunksize=64))
         with self._lock:
             is_changed = {name: alpha.identity for name, alpha in self._alphas.items()} != {
@@ -217,7 +218,8 @@ class ReviewRun:
     def _plan(self, notice: Callable[[str], None]) -> list[Job]:
         skipped = SkippedFiles(lambda _: None)
         try:
-            jobs = list(plan_images(self.options, self.layout, self.colour, skipped, lambda _: None).jobs)
+            with library_settings():  # changed once, and not for each file
+                jobs = list(plan_images(self.options, self.layout, self.colour, skipped, lambda _: None).jobs)
         except UsageError as error:
             notice(f"the sources of the run cannot be found, and only the alphas are shown: {error}")
             jobs = []

@@ -109,6 +109,7 @@ def review(options: ReviewOptions, listener: ReviewListener) -> None:
     page = options.page
     run = ReviewRun(page.alphas, page.hints, listener.on_notice)
     state = ReviewState(run.record_folder)
+    run.scan_alphas()  # takes seconds for thousands of new alphas, and the page is fast afterwards
     with _bind(page.host, page.port) as listening:
         port = listening.getsockname()[1]
         token = secrets.token_urlsafe(24)
