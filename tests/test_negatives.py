@@ -155,6 +155,10 @@ class TestCommand:
         assert whole.is_negative
         assert whole.selected.all()
         assert notices == [f"{scene / 'imgs' / 'wall.jpg'} has no --not-mask, so all of it is negative"]
+        cv2.imwrite(str(scene / "white.png"), np.full(read(mask).shape[:2], 255, np.uint8))
+        (white,) = read_negatives([ref], [scene / "white.png"], notices.append)
+        assert white.selected.all()  # as without a mask
+        assert len(notices) == 1
         with pytest.raises(UsageError, match="2 --not-mask but 1 --not-ref were given"):
             read_negatives([ref], [mask, mask], print)
         labels = np.zeros(read(mask).shape[:2], np.uint8)

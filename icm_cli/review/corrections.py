@@ -109,6 +109,10 @@ class Corrections:
             return future.result()
         except CancelledError as error:
             raise StaleAnswerError("newer hints replace these") from error
+        finally:
+            with self._lock:
+                if self._pending.get(key) is future:
+                    del self._pending[key]
 
     def accept(self, id: int, revision: int, shapes: Shapes | None) -> None:
         """Accept the alpha of an image as it is, or with ``shapes`` the one that these hints make.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from icm_cli.device import parse_devices
 from icm_cli.errors import IcmError
-from icm_cli.files import write_json
+from icm_cli.files import FileIdentity, write_json
 from icm_cli.geometry import ImageU8, alpha_to_u8
 from icm_cli.guidance.hints import Hints
 from icm_cli.images.pixels import ImageWindows
@@ -30,6 +30,7 @@ from icm_cli.options import MatteOptions
 from icm_cli.reports.result import ImageResult
 from icm_cli.review.run import ReviewRun
 from icm_cli.review.shapes import Annotation, Shapes, clean_shapes, make_annotation, parse_shapes
+from icm_cli.review.undo import identify
 
 MAX_SESSIONS = 16
 MAX_SESSION_BYTES = 1 << 29
@@ -40,8 +41,8 @@ MAX_SESSION_BYTES = 1 << 29
 class OpenImage:
     """An image that is ready for answers."""
 
-    source_state: tuple[tuple[int, int], ...]
-    """Sizes and modification times of its files when it was read."""
+    source_state: tuple[FileIdentity | None, ...]
+    """Identities of its files when it was read."""
     frame: Frame
     windows: ImageWindows
     session: Session
@@ -81,7 +82,7 @@ class RunModel:
     def open_image(self, id: int) -> OpenImage:
         """Return an image that is ready for answers. Raises ImageError."""
         job = self._run.jobs[id]
-        state = tuple((status.st_size, status.st_mtime_ns) for status in (path.stat() for path in job.files))
+        state = tuple(map(identify, job.files))
         image = self._images.pop(id, None)
         if image is None or image.source_state != state:
             source = job.read_image()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from types import MappingProxyType, NoneType
 from typing import Any, Literal, get_args
 
 from icm_cli.errors import IcmError, UsageError
-from icm_cli.files import locked_file, read_json, write_json
+from icm_cli.files import atomic_write, locked_file, read_json
 
 STATE_NAME, LOCK_NAME = "review.json", "review.lock"
 SCHEMA_VERSION = 1
@@ -101,8 +102,8 @@ class ReviewState:
         Raises StaleRevisionError if ``revision`` is given and is not that of the image, and StateBusyError if another
         process holds the state for long.
         """
-        with self.edit_all() as images:
-            image = images.setdefault(name, ImageState())
+        with self._saving() as images:
+            image = images[name] = copy.deepcopy(images.get(name, ImageState()))
             if revision is not None and revision != image.revision:
                 raise StaleRevisionError(
                     f"{name} was changed in another tab or by another person; its newest state is shown: check it, and "
@@ -113,11 +114,18 @@ class ReviewState:
     @contextlib.contextmanager
     def edit_all(self) -> Iterator[dict[str, ImageState]]:
         """Edit the states of several images by name. Those that differ at the end get a new revision."""
+        with self._saving() as images:
+            images |= copy.deepcopy(images)
+            yield images
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[dict[str, ImageState]]:
+        """Context that saves the states which it replaces in a copy of the mapping. States in it must not be edited."""
         with self._lock, locked_file(self._lock_path, LOCK_TIMEOUT_S) as is_free:
             if not is_free:
                 raise StateBusyError(f"another process has used {self._lock_path} for too long; try again")
             self._refresh()
-            images = copy.deepcopy(self._images)
+            images = dict(self._images)
             yield images
             self._save(images)
 
@@ -129,8 +137,10 @@ class ReviewState:
         for name in changed:
             images[name].revision = revision
         kept = {name: image for name, image in images.items() if image.revision}
-        content = {name: dataclasses.asdict(image) for name, image in kept.items()}
-        write_json(self._path, {"schema_version": SCHEMA_VERSION, "revision": revision, "images": content})
+        content = {name: vars(image) for name, image in kept.items()}
+        text = json.dumps({"schema_version": SCHEMA_VERSION, "revision": revision, "images": content})
+        with atomic_write(self._path) as file:
+            file.write(text.encode())
         self._images, self._revision, self._identity = kept, revision, self._read_identity()
 
     def _refresh(self) -> None:

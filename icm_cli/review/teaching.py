@@ -214,7 +214,7 @@ class Teaching:
             if event["event"] == "error":
                 error = event["message"]
             elif event["event"] == "image":
-                failures += event["status"] == "failed"
+                failures += self._has_failed(event)
                 unsaved |= self._compare(event, before)
                 with self._lock:
                     self._progress.done, self._progress.total = event["ended"], event["total"]
@@ -224,6 +224,11 @@ class Teaching:
                 unsaved, saved_at = {}, time.monotonic()
         self._save_changes(unsaved)
         return failures, error
+
+    def _has_failed(self, event: Mapping[str, Any]) -> bool:
+        """Return whether an image has failed, and not because a person has accepted its alpha during the recompute."""
+        id = self._run.find_id(event["name"])
+        return event["status"] == "failed" and not (id is not None and self._run.refresh(id).is_reviewed)
 
     def _compare(self, event: Mapping[str, Any], before: Path) -> dict[int, float]:
         """Return the mean absolute difference, 0..1, of an alpha that was written to the one before."""
