@@ -53,7 +53,7 @@ def read_shapes(paths: Sequence[Path], image: Path, size: tuple[int, int]) -> Sh
         content = read_json(path, "annotation", {}, "expected an annotation") if is_annotation(path) else {}
         hints = read_hints(path, size, image=image)
         if "shapes" not in content:
-            shapes += _shapes_of_hints(hints)
+            shapes += shapes_of_hints(hints)
             continue
         for shape in clean_shapes(content["shapes"], size):
             shapes.append({**shape, "label": LABELS.get(shape["label"].strip().lower(), "fg")})
@@ -105,7 +105,8 @@ def _mask_at(inside: Area, left: int, top: int) -> dict[str, Any]:
     return {"points": corners, "shape_type": "mask", "mask": base64.b64encode(encoded.getvalue()).decode()}
 
 
-def _shapes_of_hints(hints: Hints) -> Iterator[dict[str, Any]]:
+def shapes_of_hints(hints: Hints) -> Iterator[dict[str, Any]]:
+    """Yield shapes that say the same as hints."""
     sides: list[tuple[str, Sequence[Point]]] = [("fg", hints.points), ("bg", hints.not_points)]
     for label, points in sides:
         yield from (_as_shape(label, [list(point)], "point") for point in points)
