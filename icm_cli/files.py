@@ -237,11 +237,11 @@ def _is_stale(path: Path) -> bool:
         os.close(descriptor)
     space, _, pid = path.name.removeprefix(TEMPORARY_PREFIX).rpartition("-")[0].rpartition("-")
     is_local = space == _process_space() and pid.isdigit()
-    if is_free is False:
+    if is_free is False:  # a process writes it
         return False
     if is_local and not _is_running(int(pid)):
         return True
-    if is_local and is_free is None:
+    if is_local and is_free is None:  # the drive has no locks, and the process is alive
         return False
     return time.time() - path.stat().st_mtime > STALE_AFTER_S and _age_on_drive_s(path) > STALE_AFTER_S
 
@@ -480,7 +480,7 @@ def special_file_kind(mode: int) -> str:
 
 
 def describe_obstacle(path: str | Path) -> str:
-    """Return what a path is that is no file and that a write must not replace, such as "a folder"; "" for others."""
+    """Return what is at a path if a write must not replace it, such as "a folder"; "" for a file, and for nothing."""
     if is_file(path) or not os.path.lexists(path):
         return ""
     if os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises errors

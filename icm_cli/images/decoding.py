@@ -207,7 +207,7 @@ def _frame_count_or_one(file: ImageFile) -> int:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return height and width of an upright image, of an EXR its display window.
+    """Return height and width of an image with its EXIF orientation applied. An EXR has the size of its display window.
 
     Reads the header only. Raises ImageError.
     """

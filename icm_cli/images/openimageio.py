@@ -93,7 +93,7 @@ def is_plain_8_bit(spec: Any) -> bool:
 
 
 def display_size(reader: Any, file: ImageFile, frame: int) -> tuple[int, int]:
-    """Return height and width of an upright image, of an EXR its display window. Raises ImageError."""
+    """Return height and width of an image; see :func:`~icm_cli.images.decoding.image_size`. Raises ImageError."""
     reader.seek_subimage(_find_layer(reader, file, frame, "")[0].part, 0)
     spec = reader.spec()
     return _image_windows(spec, file.type, valid_orientation(_integer_attribute(spec, "Orientation"))).display

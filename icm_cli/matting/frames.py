@@ -90,7 +90,10 @@ class FramePattern:
         return cls(folder, name[: token.start()], name[token.end() :], digits)
 
     def matching_names(self, names: Iterable[str]) -> list[str]:
-        """Return the names that match. The text around the number may have wildcards."""
+        """Return the names that match. The text around the number may have wildcards.
+
+        With four digits, 0001 and 10000 match, but 1 and 00001 do not.
+        """
         digits = r"\\d+" if self.digits == 1 else rf"(?:\\d{{{self.digits}}}|[1-9]\\d{{{self.digits},}})"
         expression = self._compile_expression(digits)
         return [name for name in names if expression.match(name)]
@@ -142,7 +145,7 @@ class FrameRanges:
         return FrameRanges(tuple(part for each in self.ranges for part in _split_range(each, ordered)))
 
     def __str__(self) -> str:
-        """Return the numbers as text: ``1001-1003,1010``; of many ranges only the first ones."""
+        """Return the numbers as text, such as ``1001-1003,1010``; if there are many ranges, only the first ones."""
         if self.count <= MAX_EXPANDED_FRAMES:
             parts = str(frameset.FrameSet.framesToFrameRange(sorted(self))).split(",")
         else:
@@ -192,12 +195,16 @@ def _split_range(frames: range, numbers: Sequence[int]) -> list[range]:
 
 
 def _subtract_range(frames: range, other: range, text: str) -> list[range]:
-    """Return ``frames`` without ``other``. Raises UsageError if too many ranges are left."""
+    """Return the numbers of ``frames`` that are not in ``other``, as few ranges. Raises UsageError for too many.
+
+    If every n-th number is removed, the rest is either the pieces between the removed numbers, or n - 1 ranges with n
+    times the step. The smaller number of ranges is returned.
+    """
     common = _common_frames(frames, other)
     if not common:
         return [frames]
     start, end = frames.index(common[0]), frames.index(common[-1])
-    period = common.step // frames.step
+    period = common.step // frames.step  # n
     count = (common[-1] - common[0]) // common.step + 1
     if min(period, count) > MAX_EXPANDED_FRAMES:
         raise UsageError(f"--frames {text!r} has too many separate ranges; give fewer or simpler ranges")

@@ -303,7 +303,7 @@ def _select_label(stored: DecodedImage, label: str, path: Path) -> Mask:
 
 
 def _all_labels(stored: DecodedImage) -> dict[str, float]:
-    """Return the fraction of the image of each label, as text that can be given as --mask-label."""
+    """Return all labels, as text for --mask-label, each with its fraction of the image."""
     values = stored.indices if stored.indices is not None and stored.has_label_palette else stored.values
     if values.ndim == 2:
         return {_label_text(each): fraction for each, fraction in _value_fractions(values).items()}

@@ -73,7 +73,7 @@ class MatteFile:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash of the content; of the path for a file that cannot be read, whose image will fail."""
+        """Hash of the content. If the file cannot be read, its image will fail, and the path is hashed."""
         try:
             return file_digest(self.path)
         except ImageError:

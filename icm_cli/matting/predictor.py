@@ -643,7 +643,7 @@ def _refuse_masked_array(array: Any, name: str) -> None:
 
 
 def _describe(value: Any) -> str:
-    """Return the type of a value, of an array its dtype and shape, for a message."""
+    """Return the type of a value for a message; for an array, its dtype and shape."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {list(value.shape)}"
     return "None" if value is None else f"of type {type(value).__module__}.{type(value).__qualname__}"

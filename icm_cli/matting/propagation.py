@@ -134,7 +134,8 @@ class FlowField:
     def estimate(
         cls, earlier: FrameMemory, rgb: ImageU8, config: PropagationConfig, windows: ImageWindows | None = None
     ) -> FlowField:
-        """Estimate the flow of an image, sRGB uint8 [H,W,3]; its display window has the size of the earlier one."""
+        """Estimate the flow from an image, sRGB uint8 [H,W,3], to an earlier frame with a display window of the same
+        size."""
         now = _reduce_image(rgb, windows, config)
         flow = _compute_flow(now, earlier.rgb, config)
         difference = np.abs(_warp(earlier.rgb.astype(np.float32), flow) - now).mean(axis=-1)

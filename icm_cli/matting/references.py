@@ -268,6 +268,7 @@ def _read_reference(
 def _read_annotation(
     path: Path, ref: Path, size: tuple[int, int], label: str | None, notice: Callable[[str], None]
 ) -> Hints:
+    """Read an annotation of a reference of ``size``. A notice says if it names another image. Raises UsageError."""
     hints = read_hints(path, size, image=ref, label=label, can_select=True)
     if name := find_other_image(path, ref):
         notice(OTHER_IMAGE.format(path=path, name=name, image=ref))

@@ -58,7 +58,7 @@ class SkippedFiles(Counter[str]):
     def exclude(
         self, paths: Sequence[Path], is_excluded: Callable[[Path], bool], reason: str, *, is_reported: bool = True
     ) -> list[Path]:
-        """Return the paths without those for which ``is_excluded`` is true, which are counted."""
+        """Count the paths for which ``is_excluded`` is true, with a reason, and return the other paths."""
         excluded = {path for path in paths if is_excluded(path)}
         self.add(sorted(excluded), reason, is_reported=is_reported)
         return [path for path in paths if path not in excluded]

@@ -272,8 +272,11 @@ def _read_published(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> Any:
-    """Read a torch file with empty placeholders for classes of old Lightning versions, which are keys of its
-    "callbacks" and which ``weights_only`` refuses."""
+    """Read a torch file without running code of it (``weights_only``).
+
+    The published file refers to classes of an old Lightning version. Empty placeholder classes replace them. Raises
+    ConfigError for a file that refers to other classes, and for a damaged one.
+    """
     try:
         refused = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         foreign = [name for name in refused if not name.startswith(PLACEHOLDER_PACKAGES)]

@@ -79,7 +79,7 @@ def pack_checkpoint(
         tensors |= {f"edges.{name}": tensor for name, tensor in sources[-1].component("edges").items()}
         config = replace(config, edges=sources[-1].config.edges)
     if model is not None:
-        config = _replaced_settings(config, model)
+        config = _load_requested_config(model, config)
     merged = Checkpoint(tensors, config, _merge_metadata(sources), f"the model packed from {checkpoint}")
     packed = build_model(config, merged, None, offline=True, seed=0).eval()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -97,8 +97,9 @@ def _shared_objects(paths: Sequence[Path], checkpoints: Sequence[_TrainedCheckpo
     return shared
 
 
-def _replaced_settings(config: ModelConfig, model: str) -> ModelConfig:
-    """Return the configuration ``model``, which may differ in the settings of head and edges. Raises ConfigError."""
+def _load_requested_config(model: str, config: ModelConfig) -> ModelConfig:
+    """Return the configuration of ``--model``. Raises ConfigError if it differs from ``config``, that of the
+    checkpoints, in more than the settings of head and edges."""
     requested = load_model_config(model)
     if (requested.backbone, requested.objects) != (config.backbone, config.objects):
         raise ConfigError(

@@ -135,7 +135,7 @@ class OptionField:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Names on the command line; of a positional option its name in messages."""
+        """Names on the command line. A positional option has none; messages call it by its name in capitals."""
         if self.properties.is_positional:
             return (self.name.upper(),)
         return self.properties.flags or (f"--{self.name.replace('_', '-')}",)
@@ -318,7 +318,7 @@ class CommandOptions:
         return {name: _to_plain(value) for name, value in values.items()}
 
     def refuse_given(self, names: Iterable[str], why: str) -> None:
-        """Raise UsageError if any of these options was given; ``why`` begins the sentence."""
+        """Raise UsageError if any of these options was given. ``why``: the reason, with which the message begins."""
         for field in self.option_fields():
             if field.name in names and field.name in self.given:
                 raise UsageError(f"{why}, so {field.flag} has no effect; remove it")

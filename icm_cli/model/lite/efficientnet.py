@@ -107,6 +107,10 @@ class EfficientNetLite(Backbone):
         return self._extract_features(image, valid, self.config.scale_blocks)
 
     def _extract_features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
+        """Compute correspondence features, and for each of ``scale_blocks`` a feature scale with its intra-similarity.
+
+        At the stride of the correspondence features, these are used for the intra-similarity too.
+        """
         blocks = self.config.correspondence_blocks
         outputs = self.run_blocks(image, (*blocks, *scale_blocks))
         stride = min(image.shape[-1] // outputs[block].shape[-1] for block in blocks)

@@ -10,6 +10,7 @@ decoder, one that completes coarse alphas and one that follows points and boxes;
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,10 +217,12 @@ class MobileSam(Objects):
         return [each[:height, :width] for each, (height, width) in zip(alpha[:, 0], sizes, strict=True)]
 
     def _fill_canvas(self, rgb: ImageU8) -> tuple[Float, tuple[int, int]]:
-        """Return an image on the encoder's canvas, float32 [h,w,3], and its mask size."""
+        """Resize an image and pad it to a multiple of CELL_PX. Return the canvas, float32 [h,w,3], and the size of a
+        mask of the image, whose pixels are MASK_SCALE px of the canvas."""
         scale = self.config.long_side_px / max(rgb.shape[:2])
         height, width = (max(MASK_SCALE, MASK_SCALE * round(side * scale / MASK_SCALE)) for side in rgb.shape[:2])
-        canvas = np.empty((*(-(-side // CELL_PX) * CELL_PX for side in (height, width)), 3), np.float32)
+        padded = [math.ceil(side / CELL_PX) * CELL_PX for side in (height, width)]
+        canvas = np.empty((*padded, 3), np.float32)
         canvas[:] = IMAGENET_MEAN  # the padding is 0 after normalisation, as in the published code
         canvas[:height, :width] = resize(rgb, (height, width)) / np.float32(255)
         return canvas, (height // MASK_SCALE, width // MASK_SCALE)

@@ -267,8 +267,10 @@ def _from_config(cls: Any, path: Path) -> Any:
 
 
 def _load_tensors(module: nn.Module, expected: Mapping[str, Tensor], path: Path) -> None:
-    """Load the tensors of a module that was built without values from a safetensors file, which must contain exactly
-    those of the complete model, ``expected``."""
+    """Load the tensors of a module from a safetensors file. The module was built on the meta device, without values.
+
+    The file must contain exactly the tensors of the complete model, ``expected``. Raises ConfigError.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = {_current_name(name): name for name in file.keys()}  # noqa: SIM118 (not a mapping)

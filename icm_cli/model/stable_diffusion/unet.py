@@ -25,8 +25,10 @@ CHUNK_BYTES = 1 << 24
 
 
 def drop_unused_layers(unet: Any) -> None:
-    """Remove the layers of a diffusers U-Net after its last output: query and key of the last self-attention in
-    ``up_blocks[2]``."""
+    """Remove the layers of a diffusers U-Net that do not affect its features and attention maps.
+
+    The last layers that are kept compute query and key of the last self-attention in ``up_blocks[2]``.
+    """
     del unet.up_blocks[3]
     unet.up_blocks[2].upsamplers = None
     unet.conv_norm_out = unet.conv_act = unet.conv_out = None

@@ -182,8 +182,10 @@ class TrainingFree(Head):
         return contrast, float(best / own)
 
     def _solve_alpha(self, contrast: Tensor, image: Tensor) -> Tensor:
-        """Compute the alpha [H,W] of one frame without padding, or its trimap if a later component refines the edges,
-        from its contrast [H,W] and sRGB image [3,H,W] on the CPU."""
+        """Compute the alpha [H,W] of one frame from its contrast [H,W] and its sRGB image [3,H,W], on the CPU.
+
+        If a later component refines the edges, the result is the trimap instead.
+        """
         size = downscaled_size(image.shape[1:], self.config.solve_long_side_px)
         small = F.interpolate(torch.cat([image, contrast[None]])[None], size=size, mode="area")[0]
         rgb, evidence = small[:3].permute(1, 2, 0), small[3]

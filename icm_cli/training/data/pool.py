@@ -101,7 +101,7 @@ class TrainingPool:
         return replace(self, sources=tuple(source for source in kept if source), weights=tuple(weights))
 
     def draw_item(self, rng: np.random.Generator) -> TrainingItem:
-        """Draw a source by its weight, then one of its groups, then one of the group's items, both evenly."""
+        """Draw a source by its weight, then one of its groups and one of the group's items with equal probability."""
         groups = self._groups_of_sources[
             rng.choice(len(self.sources), p=np.asarray(self.weights) / np.sum(self.weights))
         ]

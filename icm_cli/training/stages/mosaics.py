@@ -384,14 +384,18 @@ def _render_preview(mosaic: Mosaic[Scene]) -> list[ImageU8]:
     References are dark outside their masks. Several references are arranged in two columns.
     """
     references = [darken_outside(scene.rgb, scene.alpha > HALF_U8) for scene in mosaic.references]
-    width = 1 if len(references) == 1 else 2
-    references += [np.full_like(references[0], UNKNOWN)] * (-len(references) % width)
-    alphas = [to_rgb(scene.alpha * np.uint8(tile in mosaic.positive_tiles)) for tile, scene in enumerate(mosaic.tiles)]
+    columns = 1 if len(references) == 1 else 2
+    references += [np.full_like(references[0], UNKNOWN)] * (-len(references) % columns)  # fill the last row
     images = [scene.rgb for scene in mosaic.tiles]
-    return [
-        np.concatenate([np.concatenate(tiles[i : i + count], axis=1) for i in range(0, len(tiles), count)])
-        for tiles, count in ((references, width), (images, mosaic.columns), (alphas, mosaic.columns))
+    alphas = [
+        to_rgb(scene.alpha * np.uint8(shows)) for scene, shows in zip(mosaic.tiles, mosaic.is_positive, strict=True)
     ]
+
+    def arrange(cells: list[ImageU8], columns: int) -> ImageU8:
+        rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+        return np.concatenate([np.concatenate(row, axis=1) for row in rows])
+
+    return [arrange(references, columns), arrange(images, mosaic.columns), arrange(alphas, mosaic.columns)]
 
 
 def stack_scenes(scenes: Sequence[Scene]) -> list[Tensor]:
