@@ -101,3 +101,21 @@ def test_command_predictor_and_session_give_the_same_bytes_for_the_demo(tmp_path
     hints = read_hints(path, rgb.shape[:2], image=image)
     assert (predictor.matte(rgb, reference, hints) == written).all()
     assert (predictor.session(rgb, reference).matte(hints) == written).all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # Ray raises deprecation warnings of its own
+@pytest.mark.timeout(480)
+@pytest.mark.parametrize("processes", [{"device": "cpu,cpu"}, {"device": None, "ray": "auto", "ray_cpus": 2}])
+def test_several_processes_apply_the_same_corrections(icm: Icm, scene: Path, processes: dict[str, Any]) -> None:
+    """Points prompt a decoder, which each process loads."""
+    write_shapes(scene / "hints" / "wall.json", fg=[[30, 30]], bg=[[100, 65]])
+    write_shapes(scene / "hints" / "sub" / "deep.json", drop=[[0, 0], [20, 0], [20, 40], [0, 40]])
+    flags = ("--exclude", "pad*")
+    assert icm(*flags, hints=scene / "hints", out=scene / "alone").exit_code == 0
+    done = icm(*flags, hints=scene / "hints", **processes)
+    assert done.exit_code == 0, done.output
+    assert alphas(scene / "out") == alphas(scene / "alone")
+    wall, deep = (read(scene / "out" / name) for name in ("wall.png", "sub/deep.png"))
+    assert wall[30, 30] > 127 > wall[65, 100]
+    assert not deep[:40, :20].any()
