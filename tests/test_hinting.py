@@ -29,6 +29,8 @@ from icm_cli.matting.hinting import (
     says_present,
 )
 from icm_cli.matting.predictor import Frame, Predictor
+from icm_cli.matting.prompting import MAX_CROP_SIDE, find_zoom_box
+from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import Matte, Presence
 
 SIZES = st.tuples(st.integers(1, 24), st.integers(1, 24))
@@ -202,6 +204,45 @@ def test_points_hold_in_the_trimap() -> None:
     bound = bind_trimap(np.full((40, 40), 128, np.uint8), hints)
     assert (bound[3, 10], bound[3, 20], bound[3, 15]) == (255, 0, 128)
     assert (bound[30:] == 255).all()
+
+
+@given(hints_and_alphas(), st.floats(0.0, 0.3))
+@settings(max_examples=60, deadline=None)
+def test_a_crop_contains_what_is_on_the_object(case: tuple[Hints, Float], threshold: float) -> None:
+    """So its hints can be moved into it. Hints of 16 times the size have crops that are smaller than the image."""
+    small, alpha = case
+    large = replace(
+        small,
+        size=(16 * small.size[0], 16 * small.size[1]),
+        points=[(16 * x, 16 * y) for x, y in small.points],
+        not_points=[(16 * x, 16 * y) for x, y in small.not_points],
+        **{
+            name: area if area is None else area.repeat(16, 0).repeat(16, 1)
+            for name in ("object_area", "background_area", "keep", "drop")
+            for area in [getattr(small, name)]
+        },
+    )
+    found = torch.from_numpy(alpha * threshold) + (0.5 if threshold > 0.2 else 0.0)
+    box = find_zoom_box(found, large)
+    if box is None:
+        return
+    assert max(box.size) <= MAX_CROP_SIDE * max(large.size)
+    moved = move_hints(large, ImageWindows(box.size, (box.rows.start, box.columns.start), large.size))
+    assert len(moved.points) == len(large.points)
+    inside = np.zeros(large.size, np.bool_)
+    inside[box.slices] = True
+    for area in (large.object_area, large.keep):
+        assert area is None or not (area & ~inside).any()
+    assert not (resize_alpha(found, large.size).numpy() > 0.5)[~inside].any()
+
+
+def test_a_crop_changes_rarely() -> None:
+    alpha = torch.zeros(64, 64)
+    alpha[20:24, 30:36] = 1
+    boxes = {repr(find_zoom_box(alpha, Hints(size=(640, 640), points=[(310 + n, 215)]))) for n in range(20)}
+    assert len(boxes) == 1
+    alpha[:, 10:50] = 1
+    assert find_zoom_box(alpha, Hints(size=(640, 640), points=[(310, 215)])) is None
 
 
 def test_what_says_that_the_object_is_present() -> None:

@@ -169,6 +169,22 @@ class TestCompleted:
         assert torch.equal(together[3], objects.complete_embedded_alphas(embedded[3:], [None], [click])[0])
         assert not torch.equal(together[0], objects.complete_embedded_alphas(embedded[:1], coarse[:1])[0])
 
+    def test_results_have_no_pattern_of_every_other_pixel(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        objects = small_objects()
+        image = objects.embed_images([np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)])
+        click = PointPrompts(torch.tensor([[0.3, 0.6]]), torch.tensor([1]))
+        (plain,) = objects.complete_embedded_alphas(image, [torch.full((4, 4), 0.6)], [click])
+        decode = objects.decode_prompts
+
+        def decode_with_pattern(*arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logit, iou = decode(*arguments)
+            rows, columns = (torch.arange(side) % 2 for side in logit.shape[-2:])
+            return logit + 0.3 * rows[:, None] - 0.5 * columns - 0.15 + 0.25, iou
+
+        monkeypatch.setattr(objects, "decode_prompts", decode_with_pattern)
+        (found,) = objects.complete_embedded_alphas(image, [torch.full((4, 4), 0.6)], [click])
+        torch.testing.assert_close(found[1:-1, 1:-1], plain[1:-1, 1:-1], atol=1e-5, rtol=0)
+
     def test_order_of_the_points_does_not_matter(self) -> None:
         objects = small_objects()
         image = objects.embed_images([np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,6 +13,9 @@ from conftest import model_choice
 
 import icm_cli
 from icm_cli.geometry import ImageU8
+from icm_cli.matting import prompting
+from icm_cli.matting.crops import CropBox
+from icm_cli.matting.prompting import find_zoom_box
 from icm_cli.model.contracts import Matte
 
 SIZE = (96, 128)
@@ -63,12 +67,22 @@ def test_alphas_are_those_of_the_predictor(model: str, is_uncertain: bool, monke
         calls["embed"] += len(images)
         return embed(images)
 
+    boxes: list[CropBox] = []
+
+    def find_box(*arguments: Any) -> CropBox | None:
+        box = find_zoom_box(*arguments)
+        boxes.extend([box] if box else [])
+        return box
+
+    monkeypatch.setattr(prompting, "find_zoom_box", find_box)
     monkeypatch.setattr(predictor.model, "infer", count_infer)
     monkeypatch.setattr(predictor.prompted_objects, "embed_images", count_embed)
     session = predictor.session(image, reference)
     answers = [(session.coarse(hints), session.matte(hints)) for hints in hints_of_a_person()]
     if not is_uncertain or model != "lite":
-        assert calls == {"infer": 1, "embed": 1}
+        assert calls["infer"] == 1
+        assert calls["embed"] == 1 + len({repr(box) for box in boxes})  # the image, and each crop once
+        assert boxes
     for hints, (coarse, alpha) in zip(hints_of_a_person(), answers, strict=True):
         assert (alpha == predictor.matte(image, reference, hints)).all()
         assert (coarse.shape, coarse.dtype) == (SIZE, np.uint8)

@@ -32,9 +32,14 @@ class CropBox:
         return self.rows, self.columns
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    @property
     def area(self) -> int:
         """Number of pixels."""
-        return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
+        return self.size[0] * self.size[1]
 
     def crop(self, pixels: Pixels) -> Pixels:
         """Copy the crop out of an array [H,W,...] of the frame."""
@@ -63,6 +68,17 @@ def crop_box(
             return None
         sides.append(slice(low, high))
     return CropBox(*sides)
+
+
+def align_box(box: CropBox, size: tuple[int, int], cells: int) -> CropBox:
+    """Enlarge a box in a frame of ``size`` to a grid of ``cells`` cells along the longer side of the frame."""
+    step = max(size) / cells
+    starts = (math.floor(math.floor(side.start / step) * step) for side in box.slices)
+    stops = (
+        min(length, math.ceil(math.ceil(side.stop / step) * step))
+        for side, length in zip(box.slices, size, strict=True)
+    )
+    return CropBox(*map(slice, starts, stops))
 
 
 def enlarge_box(box: CropBox, mask: NDArray[np.bool_], size: tuple[int, int], settings: CropSettings) -> CropBox:

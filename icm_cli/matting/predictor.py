@@ -22,13 +22,14 @@ from icm_cli.guidance.hints import Hints
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
-from icm_cli.matting.hinting import bind_alpha, clip_to_boxes, edit_coarse_alpha, make_prompts, says_present
+from icm_cli.matting.hinting import bind_alpha, edit_coarse_alpha, make_prompts, says_present
 from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.mattes import Mattes
+from icm_cli.matting.prompting import ImageEmbedder, complete_by_prompts
 from icm_cli.matting.quality_signals import measure_agreement, measure_signals
 from icm_cli.matting.references import MakeMask, Reference, check_negatives, make_guidance, mask_from_hints
 from icm_cli.model.alphas import resize_alpha
-from icm_cli.model.contracts import EmbeddedImage, Head, Matte, Objects, PreparedReferences, ignore_progress
+from icm_cli.model.contracts import Head, Matte, Objects, PreparedReferences, ignore_progress
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import FOUND_FRACTION, confidence_and_found
 from icm_cli.options import MAX_LEARN_STEPS, MatteOptions
@@ -45,7 +46,7 @@ class Frame:
         placement: Position of the frame on the canvas.
         windows: Position of the pixels in the display window; None if they fill it.
         hints: What a person says about the object in these pixels.
-        embedded: Embedding of the pixels by the object decoder, if it was kept.
+        embedder: Embeddings of the pixels by the object decoder, if they are kept.
         mattes: Garbage and keep mattes of these pixels.
         visible: Pixels that the model sees, sRGB uint8 [H,W,3]: without the garbage area; None if they are ``rgb``.
     """
@@ -55,7 +56,7 @@ class Frame:
     placement: Placement
     windows: ImageWindows | None = None
     hints: Hints | None = None
-    embedded: EmbeddedImage | None = None
+    embedder: ImageEmbedder | None = None
     mattes: Mattes | None = None
     visible: ImageU8 | None = None
 
@@ -132,15 +133,16 @@ class Session:
         It may depend only on :attr:`Frame.shows_object`, and is called once for each of its values.
         """
         self._predictor, self._decide_alpha = predictor, decide_alpha
-        (embedded,) = predictor.prompted_objects.embed_images([frame.visible_rgb])
-        self._frame = replace(frame, embedded=embedded)
+        embedder = ImageEmbedder(predictor.prompted_objects, frame.visible_rgb)
+        embedder.image  # noqa: B018  computes it now
+        self._frame = replace(frame, embedder=embedder)
         self._decided: dict[bool, CoarseAlpha] = {}
 
     def coarse(self, hints: Hints | None = None) -> ImageU8:
         """Return the alpha, uint8 [H,W], without refined edges. The hints hold in it too, and it takes less time."""
         predictor, frame = self._predictor, self._frame_with_hints(hints)
         with device_errors(predictor.device, "an image was matted"):
-            (completed,) = predictor.complete_alphas([frame], [self._coarse_alpha(frame)])
+            (completed,) = predictor.complete_alphas([frame], [self._coarse_alpha(frame)], embeds_crops=False)
             alpha = resize_alpha(completed, frame.size).numpy(force=True)
             return alpha_to_u8(_follow_corrections(alpha, frame))
 
@@ -327,12 +329,14 @@ class Predictor:
         return [self._make_result(*each) for each in zip(frames, coarse, completed, final, strict=True)]
 
     @torch.inference_mode()
-    def complete_alphas(self, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha]) -> list[Tensor]:
+    def complete_alphas(
+        self, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha], *, embeds_crops: bool = True
+    ) -> list[Tensor]:
         """Complete the objects of coarse alphas, and return alphas float32 [h,w] of any size; see
-        :meth:`refine_alphas`."""
+        :meth:`refine_alphas`, and :func:`~icm_cli.matting.prompting.complete_by_prompts` for ``embeds_crops``."""
         alphas = [each.alpha for each in coarse]
         finite = [index for index, alpha in enumerate(alphas) if bool(alpha.isfinite().all())]
-        prompted = [index for index in finite if self._complete_by_hints(frames[index], alphas, index)]
+        prompted = [index for index in finite if self._complete_by_hints(frames[index], alphas, index, embeds_crops)]
         if self.model.edges is not None:
             unfinished = [index for index in finite if not coarse[index].is_completed and index not in prompted]
             completed = self._complete_objects([frames[n] for n in unfinished], [alphas[n] for n in unfinished])
@@ -340,7 +344,7 @@ class Predictor:
                 alphas[index] = alpha
         return alphas
 
-    def _complete_by_hints(self, frame: Frame, alphas: list[Tensor], index: int) -> bool:
+    def _complete_by_hints(self, frame: Frame, alphas: list[Tensor], index: int, embeds_crops: bool) -> bool:
         """Edit the coarse alpha of a frame as its hints say, and complete it by their prompts, in place.
 
         Returns whether there were prompts, so that the alpha is complete.
@@ -353,9 +357,8 @@ class Predictor:
         objects = self.prompted_objects
         if not (frame.shows_object or objects.has_object(alphas[index])):
             return False
-        embedded = frame.embedded or objects.embed_images([frame.visible_rgb])[0]
-        (alpha,) = objects.complete_embedded_alphas([embedded], [alphas[index]], [prompts])
-        alphas[index] = clip_to_boxes(alpha, hints)
+        embedder = frame.embedder or ImageEmbedder(objects, frame.visible_rgb)
+        alphas[index] = complete_by_prompts(objects, embedder, alphas[index], hints, prompts, embeds_crops=embeds_crops)
         return True
 
     def _make_result(self, frame: Frame, coarse: CoarseAlpha, completed: Tensor, alpha: Float) -> FrameAlpha:
@@ -393,7 +396,8 @@ class Predictor:
         objects = self.model.objects
         if objects is None:
             return list(coarse)
-        return objects.complete_alphas([frame.embedded or frame.visible_rgb for frame in frames], coarse)
+        images = [frame.visible_rgb if frame.embedder is None else frame.embedder.image for frame in frames]
+        return objects.complete_alphas(images, coarse)
 
     @torch.inference_mode()
     def decide_presence(self, frame: Frame, coarse: CoarseAlpha, reference: PreparedReferences) -> CoarseAlpha:

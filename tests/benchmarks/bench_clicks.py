@@ -29,9 +29,12 @@ from torch import Tensor
 
 import icm_cli
 from icm_cli.images.reading import read_alpha, read_image
+from icm_cli.matting.crops import CropBox
+from icm_cli.matting.hinting import make_prompts
 from icm_cli.matting.predictor import Predictor
+from icm_cli.matting.prompting import ImageEmbedder, complete_by_prompts
 from icm_cli.model.checkpoint import read_checkpoint
-from icm_cli.model.contracts import EmbeddedImage, Objects, PointPrompts
+from icm_cli.model.contracts import EmbeddedImage, Objects
 from icm_cli.training.stages.clicks import Click, find_largest_error
 
 TRUTH_PX = 512
@@ -43,14 +46,20 @@ DEMO = Path(__file__).parents[1] / "demo"
 
 @dataclass(frozen=True)
 class Case:
-    """An image with its object: bool [h,w], and the model's coarse alphas, None if there is no reference."""
+    """An image of a size (height, width) with its object, bool [h,w], and the model's coarse alphas, None without a
+    reference."""
 
     name: str
     part: str
-    image: EmbeddedImage
+    embedder: ImageEmbedder
+    size: tuple[int, int]
     truth: np.ndarray
     coarse: Tensor | None
     coarse_if_present: Tensor | None
+
+    @property
+    def image(self) -> EmbeddedImage:
+        return self.embedder.image
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,26 @@ class Cache:
         return None if self._folder is None else self._folder / self._digest / f"{name}.pt"
 
 
+class CachedEmbedder(ImageEmbedder):
+    """Embeddings of an image, which is given, and of its crops, from a cache."""
+
+    def __init__(self, objects: Objects, source: Path, image: EmbeddedImage, cache: Cache) -> None:
+        self._objects, self._source, self._cache = objects, source, cache
+        vars(self)["image"] = image
+
+    def has_crop(self, box: CropBox) -> bool:  # noqa: ARG002
+        return True
+
+    def crop(self, box: CropBox) -> EmbeddedImage:
+        key = Path(f"{self._source} {box}")
+        stored = self._cache.load(key)
+        if stored is not None:
+            return stored[0]
+        (image,) = self._objects.embed_images([box.crop(read_image(self._source).rgb)])
+        self._cache.store(key, image, None, None)
+        return image
+
+
 def load_decoder(objects: Objects, checkpoint: Path) -> None:
     """Replace the decoder of the objects, and the weights of its masks."""
     stored = read_checkpoint(checkpoint).component("objects")
@@ -175,8 +204,9 @@ def read_group(
             (image,) = objects.embed_images([frame.rgb])
             stored = image, found.alpha, found.alpha_if_present
             cache.store(source, *stored)
-        truth = shrink_mask(read_alpha(group / alphas / f"{source.stem}.png"))
-        yield Case(f"{group.name}/{source.stem}", part, stored[0], truth, *stored[1:])
+        truth = read_alpha(group / alphas / f"{source.stem}.png")
+        embedder = CachedEmbedder(objects, source, stored[0], cache)
+        yield Case(f"{group.name}/{source.stem}", part, embedder, truth.shape, shrink_mask(truth), *stored[1:])
 
 
 def read_edges(root: Path, objects: Objects, cache: Cache, count: int) -> Iterator[Case]:
@@ -189,7 +219,9 @@ def read_edges(root: Path, objects: Objects, cache: Cache, count: int) -> Iterat
             (image,) = objects.embed_images([read_image(source).rgb])
             stored = image, None, None
             cache.store(source, *stored)
-        yield Case(mask.stem, "edges", stored[0], shrink_mask(read_alpha(mask)), None, None)
+        embedder = CachedEmbedder(objects, source, stored[0], cache)
+        truth = read_alpha(mask)
+        yield Case(mask.stem, "edges", embedder, truth.shape, shrink_mask(truth), None, None)
 
 
 def shrink_mask(alpha: np.ndarray) -> np.ndarray:
@@ -225,12 +257,22 @@ def click_through(
         click = find_largest_error(found > 0.5, case.truth)
         if click is not None:  # otherwise the alpha is perfect and stays so
             clicks.append(click)
-            height, width = case.truth.shape
-            positions = [((each.column + 0.5) / width, (each.row + 0.5) / height) for each in clicks]
-            prompts = PointPrompts(torch.tensor(positions), torch.tensor([each.label for each in clicks]))
-            is_present = if_present is not None and any(each.label for each in clicks)
-            start = if_present if is_present else coarse
-            (alpha,) = objects.complete_embedded_alphas([case.image], [start], [prompts])
+            scale = case.size[0] / case.truth.shape[0], case.size[1] / case.truth.shape[1]
+            on, off = (
+                [
+                    ((each.column + 0.5) * scale[1], (each.row + 0.5) * scale[0])
+                    for each in clicks
+                    if each.label == label
+                ]
+                for label in (1, 0)
+            )
+            hints = icm_cli.Hints(size=case.size, points=on, not_points=off)
+            prompts = make_prompts(hints)
+            start = if_present if if_present is not None and on else coarse
+            if start is None:
+                (alpha,) = objects.complete_embedded_alphas([case.image], [None], [prompts])
+            else:
+                alpha = complete_by_prompts(objects, case.embedder, start, hints, prompts)
             found = enlarge_alpha(alpha, case.truth)
         ious.append(overlap(found, case.truth))
     return ious

@@ -41,8 +41,9 @@ FULL_PX = CELL_PX * FULL_CELLS
 """Largest long side of an image on the canvas."""
 COARSE_WEIGHT, MASK_WEIGHT = 1.0, 0.25
 """Initial weights, before training, with which the logits of the coarse alpha and of the first mask are added."""
-PROMPTED_FACTOR = 0.5
-"""Factor of the coarse alpha's weight if there are points or boxes, so that they can override it."""
+MAX_REPEATED_POINTS = 2
+"""If no more points select an object without a coarse alpha, they are decoded twice, with the first result as the alpha
+to correct."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,6 @@ class ObjectDecoder(sam.MaskDecoder):
         masks = masks.float()
         if logit is None:
             logit = torch.zeros_like(masks[:, :1])
-        elif points is not None:
-            logit = logit * PROMPTED_FACTOR
         layers = torch.cat([logit, masks], dim=1)
         return (self.mask_weights[:, None, None] * layers).sum(dim=1, keepdim=True) + self.offset, iou
 
@@ -190,13 +189,15 @@ class MobileSam(Objects):
         images: Sequence[EmbeddedImage],
         coarse: Sequence[Tensor | None],
         prompts: Sequence[PointPrompts | None] | None = None,
+        *,
+        are_completed: bool = False,
     ) -> list[Tensor]:
         items = []
         for image, alpha, points in zip(images, coarse, prompts or [None] * len(images), strict=True):
             if alpha is None or (points is not None and not self.has_object(alpha)):
-                items.append(_Item(image, None, points))
+                items.append(_Item(image, None, points, are_completed))
             else:
-                items.append(_Item(image, _pad_to_canvas(image, alpha), points))
+                items.append(_Item(image, _pad_to_canvas(image, alpha), points, are_completed))
         return apply_in_batches(
             self._complete_batch, items, _Item.batch_key, max_batch_size(self.coarse_decoder.offset.device)
         )
@@ -207,11 +208,13 @@ class MobileSam(Objects):
         alpha = None
         if batch[0].alpha is not None:
             alpha = torch.stack([item.alpha for item in batch if item.alpha is not None])[:, None]
-            alpha = torch.sigmoid(self(embedding, alpha))
+            alpha = alpha if batch[0].is_completed else torch.sigmoid(self(embedding, alpha))
         if batch[0].prompts is not None:
             points = [item.canvas_points(embedding.device) for item in batch]
             coordinates, labels = (torch.stack(each) for each in zip(*points, strict=True))
-            alpha = torch.sigmoid(self.decode_prompts(embedding, alpha, coordinates, labels)[0])
+            is_repeated = alpha is None and labels.shape[1] <= MAX_REPEATED_POINTS and bool((labels <= 1).all())
+            for _ in range(1 + is_repeated):
+                alpha = torch.sigmoid(_smooth(self.decode_prompts(embedding, alpha, coordinates, labels)[0]))
         assert alpha is not None, "an image needs a coarse alpha or prompts"
         sizes = [item.image.mask_size for item in batch]
         return [each[:height, :width] for each, (height, width) in zip(alpha[:, 0], sizes, strict=True)]
@@ -236,6 +239,8 @@ class _Item:
     alpha: Tensor | None
     """Its coarse alpha on the canvas, float32 [4h,4w]."""
     prompts: PointPrompts | None
+    is_completed: bool
+    """Whether ``alpha`` is that of a complete object."""
 
     def batch_key(self) -> tuple[object, ...]:
         """Return a key that is equal for items that can be completed in one batch."""
@@ -251,6 +256,15 @@ class _Item:
         (height, width), (rows, columns) = self.image.mask_size, self.image.embedding.shape[-2:]
         size = torch.tensor([width / columns, height / rows]) / MASK_SCALE
         return (self.prompts.coordinates * size).to(device), self.prompts.labels.to(device)
+
+
+def _smooth(logit: Tensor) -> Tensor:
+    """Return a logit [B,1,h,w] averaged with its neighbours, with the weights 1, 2, 1 in each direction.
+
+    This removes the pattern of every other pixel that transposed convolutions leave where the decoder is uncertain.
+    """
+    padded = F.pad(logit, (1, 1, 1, 1), mode="replicate")
+    return F.avg_pool2d(F.avg_pool2d(padded, 2, stride=1), 2, stride=1)
 
 
 def _pad_to_canvas(image: EmbeddedImage, alpha: Tensor) -> Tensor:

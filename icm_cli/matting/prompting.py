@@ -1,0 +1,102 @@
+"""Complete alphas by the prompts of hints: in the whole image, and again in a crop if the object is small."""
+
+from __future__ import annotations
+
+import functools
+
+import cachetools
+import numpy as np
+from torch import Tensor
+
+from icm_cli.config import CropSettings
+from icm_cli.geometry import ImageU8, resize
+from icm_cli.guidance.hints import Hints
+from icm_cli.images.pixels import ImageWindows
+from icm_cli.matting.crops import CropBox, align_box, crop_box
+from icm_cli.matting.hinting import clip_to_boxes, make_prompts, move_hints
+from icm_cli.model.alphas import resize_alpha
+from icm_cli.model.contracts import EmbeddedImage, Objects, PointPrompts
+
+ZOOM = CropSettings(margin=0.3, min_side=0.15)
+MAX_CROP_SIDE = 0.6
+"""Longer side of the largest crop, as a fraction of that of the image: a larger one would show little more detail."""
+GRID_CELLS = 16
+"""Crops are aligned to a grid of so many cells along the longer side, so that a correction rarely changes them."""
+MAX_KEPT_CROPS = 4
+"""Number of crops whose embeddings are kept."""
+
+
+class ImageEmbedder:
+    """Embeddings of an image and of its crops by an object decoder, which are computed once."""
+
+    def __init__(self, objects: Objects, rgb: ImageU8) -> None:
+        """``rgb``: sRGB uint8 [H,W,3]."""
+        self._objects, self._rgb = objects, rgb
+        self._crops: cachetools.LRUCache[str, EmbeddedImage] = cachetools.LRUCache(MAX_KEPT_CROPS)
+
+    @functools.cached_property
+    def image(self) -> EmbeddedImage:
+        """Embedding of the whole image."""
+        return self._objects.embed_images([self._rgb])[0]
+
+    def has_crop(self, box: CropBox) -> bool:
+        """Return whether the embedding of a crop is kept."""
+        return repr(box) in self._crops
+
+    def crop(self, box: CropBox) -> EmbeddedImage:
+        """Return the embedding of a crop."""
+        if not self.has_crop(box):
+            (self._crops[repr(box)],) = self._objects.embed_images([box.crop(self._rgb)])
+        return self._crops[repr(box)]
+
+
+def complete_by_prompts(
+    objects: Objects,
+    embedder: ImageEmbedder,
+    coarse: Tensor,
+    hints: Hints,
+    prompts: PointPrompts,
+    *,
+    embeds_crops: bool = True,
+) -> Tensor:
+    """Complete a coarse alpha, float32 [h,w] of any size, by the prompts of hints.
+
+    A small object is decoded again in a crop, with the first result as its mask. ``embeds_crops``: whether this is done
+    if the embedding of the crop is not kept, which takes more time than the rest. Returns float32 [h',w'] in 0..1.
+    """
+    (alpha,) = objects.complete_embedded_alphas([embedder.image], [coarse], [prompts])
+    alpha = clip_to_boxes(alpha, hints)
+    box = find_zoom_box(alpha, hints)
+    if box is None or not (embeds_crops or embedder.has_crop(box)):
+        return alpha
+    windows = ImageWindows(box.size, (box.rows.start, box.columns.start), hints.size)
+    hints_in_crop = move_hints(hints, windows)
+    prompts_in_crop = make_prompts(hints_in_crop)
+    if prompts_in_crop is None:
+        return alpha
+    zoomed = resize_alpha(alpha, hints.size).clone()
+    (in_crop,) = objects.complete_embedded_alphas(
+        [embedder.crop(box)], [zoomed[box.slices]], [prompts_in_crop], are_completed=True
+    )
+    zoomed[box.slices] = clip_to_boxes(resize_alpha(in_crop, box.size), hints_in_crop)
+    return zoomed
+
+
+def find_zoom_box(alpha: Tensor, hints: Hints) -> CropBox | None:
+    """Return the box of a crop around a small object: the foreground of an alpha [h,w], and what hints mark on the
+    object. None if there is no object, or if it is not small."""
+    mask = (alpha > 0.5).numpy(force=True)
+    scale = np.array(mask.shape[::-1]) / hints.size[::-1]
+    corners = np.concatenate(
+        [np.reshape(each, (-1, 2)) for each in (hints.points, hints.boxes) if each] or [np.empty((0, 2))]
+    )
+    columns, rows = np.minimum((corners * scale).astype(int), np.array(mask.shape[::-1]) - 1).T
+    mask[rows, columns] = True
+    for area in (hints.object_area, hints.keep):
+        if area is not None:
+            mask |= resize(area.astype(np.float32), (mask.shape[0], mask.shape[1])) > 0
+    box = crop_box(mask, hints.size, ZOOM)
+    if box is None:
+        return None
+    box = align_box(box, hints.size, GRID_CELLS)
+    return box if max(box.size) <= MAX_CROP_SIDE * max(hints.size) else None
