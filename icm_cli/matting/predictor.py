@@ -133,9 +133,7 @@ class Session:
         It may depend only on :attr:`Frame.shows_object`, and is called once for each of its values.
         """
         self._predictor, self._decide_alpha = predictor, decide_alpha
-        embedder = ImageEmbedder(predictor.prompted_objects, frame.visible_rgb)
-        embedder.image  # noqa: B018  computes it now
-        self._frame = replace(frame, embedder=embedder)
+        self._frame = replace(frame, embedder=ImageEmbedder(predictor.prompted_objects, frame.visible_rgb))
         self._decided: dict[bool, CoarseAlpha] = {}
 
     def coarse(self, hints: Hints | None = None) -> ImageU8:

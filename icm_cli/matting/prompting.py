@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import cachetools
 import numpy as np
 from torch import Tensor
@@ -27,17 +25,18 @@ MAX_KEPT_CROPS = 4
 
 
 class ImageEmbedder:
-    """Embeddings of an image and of its crops by an object decoder, which are computed once."""
+    """Embeddings of an image and of its crops by an object decoder, which are computed once.
+
+    Attributes:
+        image: Embedding of the whole image.
+    """
 
     def __init__(self, objects: Objects, rgb: ImageU8) -> None:
-        """``rgb``: sRGB uint8 [H,W,3]."""
+        """Embed the image, sRGB uint8 [H,W,3]."""
         self._objects, self._rgb = objects, rgb
         self._crops: cachetools.LRUCache[str, EmbeddedImage] = cachetools.LRUCache(MAX_KEPT_CROPS)
-
-    @functools.cached_property
-    def image(self) -> EmbeddedImage:
-        """Embedding of the whole image."""
-        return self._objects.embed_images([self._rgb])[0]
+        self.image: EmbeddedImage
+        (self.image,) = objects.embed_images([rgb])
 
     def has_crop(self, box: CropBox) -> bool:
         """Return whether the embedding of a crop is kept."""

@@ -144,7 +144,7 @@ class CachedEmbedder(ImageEmbedder):
 
     def __init__(self, objects: Objects, source: Path, image: EmbeddedImage, cache: Cache) -> None:
         self._objects, self._source, self._cache = objects, source, cache
-        vars(self)["image"] = image
+        self.image = image
 
     def has_crop(self, box: CropBox) -> bool:  # noqa: ARG002
         return True
