@@ -300,6 +300,8 @@ class TestOptions:
             "fail_fast": True,
             "report": scene / "r.json",
             "contact_sheet": scene / "sheet.png",
+            "review_list": scene / "review.txt",
+            "review_below": 0.5,
             "save_mask": scene / "made.png",
             "dry_run": True,
             "quiet": True,
