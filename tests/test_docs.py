@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
 import subprocess
 import sys
@@ -124,6 +125,16 @@ def test_every_module_is_in_the_file_map() -> None:
                 assert all(path.exists() for path in paths), paths
                 named |= {path.resolve() for path in paths}
     assert modules <= named, sorted(str(path.relative_to(package)) for path in modules - named)
+
+
+def test_docs_explain_every_reason() -> None:
+    from icm_cli.quality import batch, estimate
+
+    reasons = {estimate.NOTHING_FOUND, *json.loads(estimate.WEIGHTS_PATH.read_text())["reasons"], batch.JUMP}
+    reasons |= {f"{measure} unlike the others" for measure in batch.MIN_STD}
+    text = (ROOT / "docs" / "quality.md").read_text()
+    table = "".join(line.split("|")[1] for line in text.split("## Reasons")[1].splitlines() if line.startswith("| `"))
+    assert set(re.findall("`([^`]+)`", table)) == reasons
 
 
 def test_help_and_docs_name_every_dataset() -> None:
