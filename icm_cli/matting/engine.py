@@ -101,7 +101,7 @@ class LoadedImage:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of the engine. Except for ``shot``, none of them changes an alpha: the digests represent what does.
+    """Options of the engine. Only ``shot`` changes alphas; everything else that changes them is part of ``digests``.
 
     Attributes:
         digests: For each example, the digest of everything that its alphas depend on, except their sources.
@@ -147,10 +147,10 @@ WORKING_BYTES = 150_000_000
 
 
 class MemoryBudget:
-    """Memory that the images of a run may use at once, each from its decoding until it is written.
+    """Limits the memory of the images that are being processed: those that are decoded and not yet written.
 
-    Images reserve memory in the order of their jobs, so that none waits for a later one. An image that fits into the
-    free memory only alone waits until it is alone.
+    Images reserve memory in the order of their jobs, so that none waits for a later one. A large image, which fits into
+    the free memory only when it is alone, waits until the others are written.
     """
 
     def __init__(self, measure: Callable[[], FreeMemory]) -> None:
@@ -285,7 +285,7 @@ class Engine:
             self._notice(f"images are matted in batches of {self.batch_size}, because only {free}")
 
     def _free_memory(self) -> FreeMemory:
-        """Memory that is free for images: without that which the model needs to run."""
+        """Return the memory that is free for images, without the memory that the model needs to run."""
         free = free_memory()
         working = WORKING_BYTES * self.batch_size if self.predictor.device.torch_device.type == "cpu" else 0
         return FreeMemory(max(0.0, free.size / self.options.processes - working), free.where)
@@ -293,7 +293,7 @@ class Engine:
     def _read_ahead(
         self, readers: ThreadPoolExecutor, jobs: Iterable[Job], ahead: int
     ) -> Iterator[Future[LoadedImage | ImageResult]]:
-        """Yield the images that reader threads read, in the order of the jobs, before at most ``ahead`` are ready."""
+        """Yield the images in the order of the jobs, while reader threads read at most ``ahead`` images in advance."""
         pending: deque[Future[LoadedImage | ImageResult]] = deque()
         for job in jobs:
             self._memory.add_job(job)

@@ -21,7 +21,7 @@ BORDER_PX = 3.0
 BOX_MARGINS = 0.05, 0.10
 """Distances from a box, as fractions of its longer side, over which an alpha fades to 0. Boxes are drawn by hand."""
 MIN_DIFFERENCE = 1 / 255
-"""Smallest difference from one half of a pixel that holds, so that it is on its side in every file format too."""
+"""A pixel follows a hint if its alpha differs from one half by at least this, so that it does in every file format."""
 OFF_OBJECT, ON_OBJECT, BOX_START, BOX_END = range(4)
 """Labels of :class:`~icm_cli.model.contracts.PointPrompts`."""
 
@@ -140,14 +140,14 @@ def clip_to_boxes(alpha: Tensor, hints: Hints) -> Tensor:
 
 
 def bind_alpha(alpha: Float, hints: Hints) -> Float:
-    """Return the final alpha, float32 [H,W] of the size of the hints, such that the hints hold in it.
+    """Correct a final alpha, float32 [H,W] of the size of the hints, where it does not follow them; return the result.
 
-    It is above one half at points and in areas on the object, and below at those off it, also after rounding to 8
-    bits. It is 1 in ``keep`` and 0 in ``drop``. Of a rough mask, which is wrong at the edge of the object, only the
-    points that stand for it hold. ``keep`` and ``drop`` take precedence over areas.
+    The result is above one half at points and in areas on the object, and below one half at those off it, also after
+    rounding to 8 bits. It is 1 in ``keep`` and 0 in ``drop``, which take precedence over areas. A rough mask is wrong
+    at the edge of the object, so only points inside it are followed.
 
-    A pixel that does not hold becomes 1 or 0. Other pixels change only closer than ``BORDER_PX`` to such a pixel, or to
-    ``keep`` or ``drop``.
+    A pixel that does not follow the hints becomes 1 or 0. Other pixels change only if they are closer than
+    ``BORDER_PX`` to such a pixel, or to ``keep`` or ``drop``.
     """
     bound, (on, off, keep, drop) = alpha.copy(), _binding_areas(hints)
     for side, other, is_on in ((on, off, True), (off, on, False)):

@@ -322,7 +322,7 @@ def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> N
 
 
 def check_obstacles(jobs: Sequence[Job]) -> None:
-    """Raise UsageError if an output path is a folder, a pipe or another thing that is no file."""
+    """Raise UsageError if an output path is a folder, a pipe or anything else that is not a file."""
     obstacles = [(path, what) for job in jobs for path in job.outputs if (what := describe_obstacle(path))]
     if obstacles:
         path, what = obstacles[0]
@@ -375,7 +375,7 @@ def _plan_missing_frames(
 
 
 def _earlier_alphas(pattern: FramePattern, frames: FrameRanges, root: Path, layout: OutputLayout) -> list[Path]:
-    """Return the existing alphas of missing frames in order. The number of frames costs nothing."""
+    """Return the existing alphas of missing frames, in order. The time does not depend on the number of frames."""
 
     def alpha_of(number: int) -> Path:
         return layout.output_path(name_below(Path(pattern.folder, pattern.frame_name(number)), root))
@@ -403,6 +403,8 @@ def _content_digest(file: ImageFile, state: str) -> str:
 
 
 def _is_wanted(name: Path, source_filter: SourceFilter) -> bool:
+    """Return whether an image of this name below the root passes ``include`` and ``exclude``."""
+
     def matches_any(patterns: Sequence[str]) -> bool:
         return any(fnmatch(name.as_posix(), pattern) or fnmatch(name.name, pattern) for pattern in patterns)
 
@@ -441,7 +443,7 @@ def _jobs_of_file(
 
 
 def _check_filters(found: Sequence[Path], root: Path, source_filter: SourceFilter) -> None:
-    """Raise UsageError for a filter that matches no image, which is a mistake."""
+    """Raise UsageError for a filter that matches no image, because it is probably mistyped."""
     include = SourceFilter(source_filter.include)
     if source_filter.include and not any(_is_wanted(name_below(path, root), include) for path in found):
         patterns = " and ".join(f"--include {pattern!r}" for pattern in source_filter.include)
@@ -514,7 +516,7 @@ def _check_similar_names(writers: Mapping[Path, str], folder: Path) -> None:
 
 
 def _fold_name(name: str) -> str:
-    """Return a name without differences that some drives ignore."""
+    """Return a name without the differences that some drives ignore: case, and the encoding of accents."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 

@@ -205,14 +205,19 @@ def keep_existing_alphas(
     reusable_outputs: Callable[[Collection[Path], Collection[Path]], set[Path]] | None = None,
     on_outdated: Callable[[Job, ExistingAlpha], None] | None = None,
 ) -> list[Job]:
-    """Report the images whose alpha is kept, and return the other jobs. Needs no model.
+    """Report the images whose alpha is kept, and return the jobs of all other images. Needs no model.
 
-    Notices count the alphas that another version of icm made, to which ``hint`` is added, those that are kept despite
-    other settings because of ``keep_all`` or a review, and those that were retouched. ``reusable_outputs`` returns
-    those of the outputs that depend on no other job, because frames of a shot depend on frames before them; its second
-    argument are the reviewed ones, which are always kept. With ``keep_all`` all are kept. ``on_outdated`` is called
-    with each complete alpha that is not kept. Raises UsageError, before
-    anything is reported, if an output that would be replaced is the alpha of another source or was retouched.
+    Notices count the alphas that another version of icm made, those that are kept although settings have changed, and
+    those that were retouched. Raises UsageError, before anything is reported, if an output that would be replaced is
+    the alpha of another source or was retouched.
+
+    Args:
+        digest_for: Returns the digest that the alpha of a job would have now.
+        keep_all: Keep every alpha that icm made from the same source, whatever its digest.
+        hint: End of the notice about alphas of another version of icm.
+        reusable_outputs: For frames of shots, which depend on the frames before them. Called with the outputs that
+            could be kept, and those that are reviewed; returns the outputs to keep. Not used with ``keep_all``.
+        on_outdated: Called with each complete alpha that is not kept.
     """
 
     def inspect(job: Job) -> tuple[ExistingAlpha | OtherSourceError | None, bool]:
@@ -369,7 +374,10 @@ def _read_own_provenance(path: Path, job: Job) -> dict[str, str]:
 
 
 def _is_foreign_file(path: Path) -> bool:
-    """Return whether a file is neither empty nor begins as an alpha of icm. Raises ImageError."""
+    """Return whether icm did not write a file: it is not empty, and does not begin as an alpha of icm does.
+
+    Raises ImageError.
+    """
     with open_image(path) as file:
         return file.size_bytes > 0 and not (file.type.is_icm_output and ICM_ALPHA_MARK in file.head)
 

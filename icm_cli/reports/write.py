@@ -71,7 +71,8 @@ class ReportFiles:
     def check_no_overwrite(
         self, other_files: Sequence[str | Path], remedy: str | None = "give another name, or remove the file"
     ) -> None:
-        """Raise UsageError if a path is no file, one of ``other_files``, given twice, or a file that icm did not write.
+        """Raise UsageError if a path is a folder or the like, is one of ``other_files``, is given twice, or is a file
+        that icm did not write.
 
         ``remedy``: advice for a file that icm did not write; None: it may be replaced.
         """
