@@ -25,13 +25,13 @@ Area: TypeAlias = NDArray[np.bool_]
 MAX_AREA_POINTS = 8
 """Largest number of points that stand for an area."""
 MIN_POINT_DISTANCE = 4.0
-"""Points of an area that are closer than this many of its half widths to a chosen one are not chosen."""
+"""Smallest distance between two points that stand for an area, as a multiple of half of the area's width there."""
 MAX_CELLS = 512
 """Largest number of cells along a side of the grid on which the points of an area are searched."""
 RIDGE_TOLERANCE = 0.5
 """A pixel is on a centre line if no neighbour is deeper inside the area by this much, in px."""
 MIN_WIDTH_RATIO = 0.5
-"""Smallest width of a place for a point, relative to the widest place of the same connected area."""
+"""Points are placed only where the area has at least this fraction of its largest width (of each connected part)."""
 MIN_MASK_FRACTION = 0.95
 """Fraction of marked pixels above which two areas are a rough mask, perhaps with soft edges, and no strokes."""
 MAX_SHOWN_NUMBERS = 8
@@ -83,7 +83,7 @@ class Hints:
 
     @property
     def is_rough_mask(self) -> bool:
-        """Whether the areas say on which side nearly every pixel is, as a roughly painted mask does."""
+        """Whether the two areas together mark nearly every pixel, as a roughly painted mask does."""
         on, off = self.object_area, self.background_area
         if on is None or off is None or not (on.any() and off.any()):
             return False
@@ -151,6 +151,7 @@ class Hints:
                 )
 
     def _check_contradictions(self) -> None:
+        """Raise UsageError if a pixel is marked both on the object and off it, or a point is outside all boxes."""
         pixels = {(int(x), int(y)) for x, y in self.points}
         for x, y in self.not_points:
             if (int(x), int(y)) in pixels:

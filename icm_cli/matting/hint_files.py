@@ -182,11 +182,11 @@ class HintFiles:
     def assign_files(
         self, images: Sequence[Path], sources: Sources, is_excluded: Callable[[Path], bool], skipped_files: SkippedFiles
     ) -> dict[Path, list[Path]]:
-        """Return the files of the images that have some. ``images``: names of the images that are matted.
+        """Assign the files to images. Return the files of each image that has some, by its name.
 
-        Files without any image are reported, and so are files that are no hints, unless the folder contains the
-        sources. ``is_excluded``: whether a file is an image or an output itself. Raises UsageError for a file that may
-        belong to several images.
+        Files that fit no image are reported, and so are files that are no hints, unless the folder contains the
+        sources. ``images``: names of the images that are matted. ``is_excluded``: whether a file is an image or an
+        output itself. Raises UsageError for a file that may belong to several images.
         """
         owners = defaultdict[str | int | None, list[Path]](list)
         for image in images:

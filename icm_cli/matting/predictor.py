@@ -130,14 +130,14 @@ class Session:
     def __init__(self, predictor: Predictor, frame: Frame, decide_alpha: Callable[[Frame], CoarseAlpha]) -> None:
         """``decide_alpha``: returns the final coarse alpha of the frame.
 
-        It may depend only on :attr:`Frame.shows_object`, and is called once for each of its values.
+        Of the hints, only :attr:`Frame.shows_object` may change its result, so it is called at most twice.
         """
         self._predictor, self._decide_alpha = predictor, decide_alpha
         self._frame = replace(frame, embedder=ImageEmbedder(predictor.prompted_objects, frame.visible_rgb))
         self._decided: dict[bool, CoarseAlpha] = {}
 
     def coarse(self, hints: Hints | None = None) -> ImageU8:
-        """Return the alpha, uint8 [H,W], without refined edges. The hints hold in it too, and it takes less time."""
+        """Return the alpha, uint8 [H,W], without refined edges. It follows the hints too, and takes less time."""
         predictor, frame = self._predictor, self._frame_with_hints(hints)
         with device_errors(predictor.device, "an image was matted"):
             (completed,) = predictor.complete_alphas([frame], [self._coarse_alpha(frame)], embeds_crops=False)
@@ -255,6 +255,7 @@ class Predictor:
             return Session(self, frame, decide_alpha)
 
     def _check_arguments(self, rgb: Any, reference: Any, garbage: Any, keep: Any) -> Frame:
+        """Check the arguments of :meth:`matte`, and return the prepared frame without hints. Raises UsageError."""
         check_not_forked()
         if not hasattr(reference, "notices"):
             raise UsageError(f"reference is {_describe(reference)}; expected the result of Predictor.reference")
@@ -425,8 +426,11 @@ class Predictor:
     def _coarse_alpha_from_crop(
         self, frame: Frame, alpha: Tensor, reference: PreparedReferences
     ) -> tuple[Tensor, float] | None:
-        """Return the completed alpha, float32 [H,W] and 0 outside a crop around the foreground of ``alpha`` [h,w], if
-        the object is present, and its presence logit; None if a crop would show no more than the frame."""
+        """Matte a crop around the foreground of ``alpha`` [h,w].
+
+        Returns the completed alpha under the assumption that the object is present, float32 [H,W], which is 0 outside
+        the crop; and the presence logit of the crop. Returns None if a crop would show hardly more than the frame does.
+        """
         config = self.model.second_pass
         box = crop_box((alpha > 0.5).numpy(force=True), frame.size, config.crop)
 
@@ -445,6 +449,7 @@ class Predictor:
         return paste_crop(in_crop, final_box, frame.size, config.fade), coarse.presence_logit
 
     def _reference_tensors(self, reference: Reference, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a reference on its canvas: image, guidance and valid; see ``ReferenceImage`` in the contracts."""
         frame = self.prepare_frame(reference.rgb)
         coverage = frame.placement.fit_to_canvas(reference.guidance.astype(np.uint8) * 255)
         guidance = coverage > max(0, min(127, int(coverage.max()) - 1))  # an object of a few pixels must not vanish
@@ -471,7 +476,7 @@ class Predictor:
 
 
 def check_learn_steps(steps: int, head: type[Head]) -> None:
-    """Raises UsageError for a number that the option refuses, and for a head that cannot learn references."""
+    """Raise UsageError for a number that the option refuses, and for a head that cannot learn references."""
     is_whole = isinstance(steps, numbers.Integral) and not isinstance(steps, bool)
     if not is_whole or not 0 <= steps <= MAX_LEARN_STEPS:
         raise UsageError(f"--learn-steps is {steps!r}; expected a whole number from 0 to {MAX_LEARN_STEPS}")
@@ -505,7 +510,7 @@ def _coarse_alpha_of(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
 
 
 def _follow_corrections(alpha: Float, frame: Frame) -> Float:
-    """Return an alpha of the size of a frame bound to its garbage matte, then to its keep matte, then to its hints."""
+    """Correct an alpha of the size of a frame by its garbage matte, then its keep matte, then its hints."""
     if frame.mattes is not None:
         alpha = frame.mattes.apply_to_alpha(alpha)
     return alpha if frame.hints is None else bind_alpha(alpha, frame.hints)
@@ -524,7 +529,7 @@ def _hide_garbage(coarse: CoarseAlpha, frame: Frame) -> CoarseAlpha:
 
 
 def check_guidance(references: Sequence[Reference], head: type[Head]) -> None:
-    """Raises UsageError for references whose guidance is extended by attention that the head does not use."""
+    """Raise UsageError for references whose guidance attention would extend, if the head does not use attention."""
     if any(reference.attended_points for reference in references) and not head.needs_attention_matrix:
         raise UsageError(
             "--guidance paper extends points by attention maps, which this model does not use; omit it, or choose a "
@@ -560,8 +565,8 @@ def _as_negatives(negatives: Any, make_mask: MakeMask) -> list[Reference]:
     references = []
     for number, each in enumerate(negatives, 1):
         if isinstance(each, (tuple, list)) and len(each) == 2:
-            shown = _as_reference(each[0], each[1], f"of negative {number}", make_mask)
-            references.append(Reference.negative(shown.rgb, shown.guidance))
+            image = _as_reference(each[0], each[1], f"of negative {number}", make_mask)
+            references.append(Reference.negative(image.rgb, image.guidance))
         else:
             rgb = _as_rgb(each, f"negative {number}")
             references.append(Reference.negative(rgb, np.ones(rgb.shape[:2], np.bool_)))
@@ -569,6 +574,7 @@ def _as_negatives(negatives: Any, make_mask: MakeMask) -> list[Reference]:
 
 
 def _as_reference(image: Any, mask: Any, of_which: str, make_mask: MakeMask) -> Reference:
+    """Return a reference from an image and its mask or hints. ``of_which``: names it in messages. Raises UsageError."""
     rgb, name = _as_rgb(image, f"the image {of_which}"), f"the mask {of_which}"
     notice = functools.partial(warnings.warn, stacklevel=5)
     if isinstance(mask, Hints):
