@@ -1,7 +1,7 @@
 // Decoded sources and alphas of the last few images, and of the next one, which is loaded ahead.
 import { api } from "./api.js";
 
-const MAX_KEPT = 4;
+const MAX_KEPT = 3;
 
 /** Decode an image without a conversion of its values. */
 export const decodeImage = (blob) => createImageBitmap(blob, { colorSpaceConversion: "none" });

@@ -18,6 +18,8 @@ export class Single {
   id = null;
   /** The list that previous and next follow, as it was when the overview was left. */
   ids = [];
+  /** The ids of the shot of the image, also while the next frame is loaded; null: it is in none. */
+  shot = null;
   details = null;
   draft = null;
   /** The revision that is shown. */
@@ -41,6 +43,7 @@ export class Single {
   async load(id) {
     this.leave();
     this.id = id;
+    if (!this.shot?.includes(id)) this.shot = null;
     for (const topic of ["image", "answer"]) clearError(topic);
     this.showItem();
     this.setBusy(true);
@@ -56,13 +59,14 @@ export class Single {
     const { id } = this;
     try {
       const details = await api.details(id);
-      this.revision = details.revision;
-      const loads = [loadSource(details), loadAlpha(details), openDraft(details)];
-      const [source, before, draft] = await Promise.all(loads);
+      const draft = await openDraft(details);
       if (this.id !== id) return;
-      if (isNew) this.viewer.setImage({ ...details, source, before });
+      Object.assign(this, { details, draft, shot: details.shot, revision: details.revision });
+      this.showItem(); // decisions are possible even if the source cannot be read
+      const [source, before] = await Promise.all([loadSource(details), loadAlpha(details)]);
+      if (this.id !== id) return;
+      if (isNew || this.viewer.image === null) this.viewer.setImage({ ...details, source, before });
       else this.viewer.setAlpha("before", before);
-      Object.assign(this, { details, draft });
       this.editor.setDraft(draft);
       this.showItem();
       if (!draft.isDirty) this.viewer.setAlpha("after", null);
@@ -107,7 +111,7 @@ export class Single {
     if (target !== undefined) this.open(target);
     else notify(step > 0 ? "This is the last image." : "This is the first image.");
   }
-  stepInShot(step) { this.step(step, this.details?.shot ?? this.ids); }
+  stepInShot(step) { this.step(step, this.shot ?? this.ids); }
   /** Show the alpha of the hints, after they have changed. */
   answer(isDragging = false) {
     this.editor.draw();
@@ -125,8 +129,8 @@ export class Single {
     if (isRefined) draft.answer = { shapes, blob };
     this.viewer.setAlpha("after", bitmap);
   }
-  undoHint() { if (this.draft?.undo()) this.answer(); }
-  redoHint() { if (this.draft?.redo()) this.answer(); }
+  undoHint() { if (this.editor.draft?.undo()) this.answer(); }
+  redoHint() { if (this.editor.draft?.redo()) this.answer(); }
   /** Replace all hints: by none, or by the saved ones. */
   replaceHints(shapes) { this.draft.change(shapes); this.answer(); }
   setView(view) {
@@ -178,20 +182,20 @@ export class Single {
     byId("image-details").replaceChildren(...cells);
   }
   showStrip() {
-    const shot = this.details?.shot;
+    const { shot } = this;
     setText(byId("position"), `${this.ids.indexOf(this.id) + 1} of ${this.ids.length}`);
     if (shot) this.strip.show(shot, this.id, `Frames of the shot: ${shot.indexOf(this.id) + 1} of ${shot.length} · list:`);
-    else if (!store.run?.is_shot) this.strip.show(this.ids, this.id, "Images of the list:");
+    else this.strip.show(this.ids, this.id, "Images of the list:");
   }
   enableButtons(item, isReady) {
-    const { details, draft } = this;
+    const { details, draft, editor: { draft: edited } } = this;
     const canAccept = isReady && (item.has_alpha || draft.isDirty);
     const isEnabled = {
       accept: canAccept, "accept-stay": canAccept, reject: isReady,
       undo: isReady && (details.can_undo || lastDecided() !== undefined),
       reference: canAccept && item.taught !== "reference", negative: isReady && item.taught !== "negative",
-      "undo-hint": draft?.past.length > 0, "redo-hint": draft?.future.length > 0,
-      "clear-hints": draft?.shapes.length > 0, "discard-hints": draft?.isDirty,
+      "undo-hint": edited?.past.length > 0, "redo-hint": edited?.future.length > 0,
+      "clear-hints": edited?.shapes.length > 0, "discard-hints": edited?.isDirty,
     };
     for (const [action, value] of Object.entries(isEnabled)) findButton(action).disabled = !value;
     findButton("forget").hidden = item.taught === null;
