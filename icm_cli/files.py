@@ -138,12 +138,12 @@ def retry_transient(operation: Callable[[], Result]) -> Result:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, check: WriteCheck | None = None) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, check: WriteCheck | None = None, *, is_synced: bool = True) -> Iterator[BinaryIO]:
     """Open a hidden temporary file next to ``path``.
 
     On success it is synced and renamed, on failure removed. It is locked while it is written. ``check`` is called
     immediately before the rename, and raises an error to prevent it. No other process of icm writes ``path`` between
-    the two.
+    the two. A file that is not synced is written faster, and may be incomplete after a power failure.
 
     Raises OutputError if the disk is full, FileWriteError if this file cannot be written.
     """
@@ -155,7 +155,8 @@ def atomic_write(path: Path, check: WriteCheck | None = None) -> Iterator[Binary
                 _lock(file.fileno())
                 yield file
                 file.flush()
-                _sync(file.fileno())
+                if is_synced:
+                    _sync(file.fileno())
             _rename(temporary, path, check)
         finally:
             with contextlib.suppress(FileNotFoundError):

@@ -30,6 +30,8 @@ CHECKER_PX = 16
 CHECKER_GREYS = 96, 144
 OVERLAY_COLOUR = 255, 64, 64
 OVERLAY_OPACITY = 0.55
+JPEG_END = b"\xff\xd9"
+"""Last bytes of a complete JPEG."""
 
 
 class DisplayImages:
@@ -81,9 +83,11 @@ class DisplayImages:
             parts["alpha"] = self._run.refresh(id).version
         path = self._thumbnail_path(id, view, combined_digest(*parts.values())[:16])
         with contextlib.suppress(OSError):
-            return path.read_bytes()
+            content = path.read_bytes()
+            if content.endswith(JPEG_END):
+                return content
         content = _encode_jpeg(self._draw(id, view), 88)
-        with contextlib.suppress(OutputError), atomic_write(path) as file:
+        with contextlib.suppress(OutputError), atomic_write(path, is_synced=False) as file:
             file.write(content)
         for other in path.parent.glob(f"{path.name.rpartition('-')[0]}-*.jpg"):
             if other != path:

@@ -54,6 +54,8 @@ REVIEW_BELOW = 0.8
 MAX_BODY_BYTES = 1 << 26
 STOP_TIMEOUT_S = 2
 """Seconds that open requests have to end when the server stops."""
+MODEL_DELAY_S = 2
+"""Seconds from the first list of images until the model is loaded, which slows the first thumbnails down."""
 STATIC_TYPES = {
     ".html": "text/html",
     ".css": "text/css",
@@ -231,7 +233,9 @@ class ReviewApp:
         self.run.scan_alphas()
         revision, states = self.state.read_all()
         images = [self.run.item(id, states.get(name, ImageState())) for id, name in enumerate(self.run.names)]
-        threading.Thread(target=lambda: self.corrections, daemon=True).start()
+        loading = threading.Timer(MODEL_DELAY_S, lambda: self.corrections)
+        loading.daemon = True
+        loading.start()
         return {"revision": revision, "images": images}
 
     def _list_changes(self, since: int) -> dict[str, Any]:

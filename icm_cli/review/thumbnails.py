@@ -11,6 +11,7 @@ from concurrent.futures import CancelledError, Future
 from typing import TypeAlias
 
 from icm_cli.environment import DEFAULT_WORKERS
+from icm_cli.images.decoding import library_settings
 from icm_cli.review.images import View
 
 MAX_WAITING = 128
@@ -61,6 +62,10 @@ class ThumbnailWorkers:
             self._condition.notify_all()
 
     def _work(self) -> None:
+        with library_settings():  # changed once, and not for each file
+            self._take_requests()
+
+    def _take_requests(self) -> None:
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._waiting or self._is_closed)
