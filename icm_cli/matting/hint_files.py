@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from icm_cli.images.image_file import IMAGE_SUFFIXES
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import read_stored_pixels
 from icm_cli.matting.frames import FrameName, FramePattern
-from icm_cli.matting.sources import SkippedFiles, Sources, find_sources, name_below, real_path
+from icm_cli.matting.sources import PathResolver, SkippedFiles, Sources, find_sources, name_below, real_path
 
 JSON_SUFFIX = ".json"
 SUFFIXES = (JSON_SUFFIX, ".png")
@@ -134,6 +134,7 @@ class HintFiles:
     real_paths: frozenset[Path]
     others: Sequence[Path] = ()
     """Files of the folder that are no hints."""
+    _resolve: PathResolver = field(default_factory=PathResolver, repr=False, compare=False)
 
     @classmethod
     def find(cls, where: str, skipped_files: SkippedFiles) -> HintFiles:
@@ -164,10 +165,10 @@ class HintFiles:
 
         It is in a folder of hints inside the root, matches the frame pattern, or is a JSON file with hints.
         """
-        real, real_root = real_path(path), real_path(root)
-        if self.folder is not None and real_root in self.folder.parents:
-            return self.folder in real.parents
-        return real in self.real_paths and (self.folder is None or path.suffix.lower() == JSON_SUFFIX)
+        if self.folder is not None and self._resolve(root) in self.folder.parents:
+            return self.folder in self._resolve(path).parents
+        may_be_hint = bool(self.real_paths) and (self.folder is None or path.suffix.lower() == JSON_SUFFIX)
+        return may_be_hint and self._resolve(path) in self.real_paths
 
     def without_hints(self, images: Sequence[Path], root: Path) -> list[Path]:
         """Return the images that are no hints, if the folder of hints is the root of the sources.

@@ -31,13 +31,21 @@ from icm_cli.files import (
     temporary_name,
 )
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
-from icm_cli.images.decoding import SourceFile, open_image
+from icm_cli.images.decoding import SourceFile, library_settings, open_image
 from icm_cli.images.image_file import ImageFile
 from icm_cli.images.reading import CompositeSource, SourceImage, compose_image, read_image, read_source_image
 from icm_cli.matting.frames import FrameName, FramePattern, FrameRanges, missing_frames
 from icm_cli.matting.hint_files import HintFiles, ImageHints, check_image_hints
 from icm_cli.matting.mattes import ImageMattes, MatteFiles, assign_mattes
-from icm_cli.matting.sources import MAX_LISTED_FILES, SkippedFiles, Sources, name_below, natural_sort_key, real_path
+from icm_cli.matting.sources import (
+    MAX_LISTED_FILES,
+    PathResolver,
+    SkippedFiles,
+    Sources,
+    name_below,
+    natural_sort_key,
+    real_path,
+)
 from icm_cli.options import MissingPolicy
 from icm_cli.reports.result import ImageResult
 
@@ -226,8 +234,8 @@ def plan_jobs(
     jobs that fail, as ``source_filter.missing`` says. A notice is given if no image is left. Raises UsageError before
     anything is written.
     """
-    root, found = sources.root, sources.files
-    real_root, real_out = real_path(root), real_path(layout.folder)
+    root, found, resolve = sources.root, sources.files, PathResolver()
+    real_root, real_out = resolve(root), resolve(layout.folder)
     if real_root == real_out and layout.template == DEFAULT_NAME and layout.pattern is None:
         raise UsageError(f"the source folder {root} is also the output folder; give --out another folder")
     _check_filters(found, root, source_filter)
@@ -236,12 +244,12 @@ def plan_jobs(
             raise UsageError(f"the folder of --hints {hint_files.where} is also the output folder; give another --out")
         found = images = hint_files.without_hints(found, root)
     if real_root in real_out.parents:
-        found = skipped_files.exclude(found, lambda path: real_out in real_path(path).parents, "in the output folder")
-    protected = {real_path(path) for path in references}
-    found = skipped_files.exclude(found, lambda path: real_path(path) in protected, "a reference or its mask")
+        found = skipped_files.exclude(found, lambda path: real_out in resolve(path).parents, "in the output folder")
+    protected = {resolve(path) for path in references}
+    found = skipped_files.exclude(found, lambda path: resolve(path) in protected, "a reference or its mask")
     matte_paths = [path for each in (garbage, keep) if each is not None for path in each.paths]
-    real_mattes = {real_path(path) for path in matte_paths}
-    found = skipped_files.exclude(found, lambda path: real_path(path) in real_mattes, "a garbage or keep matte")
+    real_mattes = {resolve(path) for path in matte_paths}
+    found = skipped_files.exclude(found, lambda path: resolve(path) in real_mattes, "a garbage or keep matte")
     found = [path for path in found if not path.name.startswith(TEMPORARY_PREFIX)]
     found = skipped_files.exclude(
         found,
@@ -249,7 +257,8 @@ def plan_jobs(
         "excluded by --include or --exclude",
         is_reported=False,
     )
-    inspected = {path: sources.inspected.get(path) or SourceFile.inspect(path) for path in found}
+    with library_settings():  # once for all files
+        inspected = {path: sources.inspected.get(path) or SourceFile.inspect(path) for path in found}
     found = skipped_files.exclude(found, lambda path: inspected[path].type.is_icm_output, "made by icm")
     missing = _plan_missing_frames(found, sources, source_filter, layout, skipped_files, protected)
     if (frames := source_filter.frames) is not None:
@@ -264,22 +273,22 @@ def plan_jobs(
     if not jobs:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped_files.items() if count)
         skipped_files.notify(f"there is nothing to matte, as every image in {root} is skipped: {reasons}")
-    check_overwrites(jobs, [path for job in jobs for path in job.files], "a source image")
-    check_overwrites(jobs, references, "a reference or its mask")
-    check_overwrites(jobs, matte_paths, "a garbage or keep matte")
+    check_overwrites(jobs, [path for job in jobs for path in job.files], "a source image", resolve)
+    check_overwrites(jobs, references, "a reference or its mask", resolve)
+    check_overwrites(jobs, matte_paths, "a garbage or keep matte", resolve)
     _check_collisions(jobs, layout)
     mattes = assign_mattes([job.name for job in jobs], garbage, keep)
     jobs = [replace(job, mattes=each) for job, each in zip(jobs, mattes, strict=True)]
     files: dict[Path, list[Path]] = {}
     if hint_files is not None:
-        excluded = protected.union(map(real_path, images))
+        excluded = protected.union(map(resolve, images))
         files = hint_files.assign_files(
             [job.name for job in jobs],
             sources,
-            lambda path: (real := real_path(path)) in excluded or _is_output(real, real_out),
+            lambda path: (real := resolve(path)) in excluded or _is_output(real, real_out),
             skipped_files,
         )
-        check_overwrites(jobs, [path for paths in files.values() for path in paths], "a hint")
+        check_overwrites(jobs, [path for paths in files.values() for path in paths], "a hint", resolve)
     if source_filter.shard is not None:
         jobs = _select_shard(jobs, *source_filter.shard)
     return _add_hints(jobs, files, skipped_files.notify)
@@ -313,11 +322,13 @@ def parse_shard(text: str) -> tuple[int, int]:
     return number, count
 
 
-def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> None:
+def check_overwrites(
+    jobs: Sequence[Job], files: Sequence[Path], what: str, resolve: Callable[[Path], Path] = real_path
+) -> None:
     """Raise UsageError if an output is one of these files. ``what``: what they are, for the message."""
-    protected = {os.path.realpath(path) for path in files}
-    for output in (output for job in jobs for output in job.outputs):
-        if os.path.realpath(output) in protected:
+    protected = {resolve(path) for path in files}
+    for output in (output for job in jobs for output in job.outputs) if protected else ():
+        if resolve(output) in protected:
             raise UsageError(f"{output} would be written over {what}; give --out another folder")
 
 

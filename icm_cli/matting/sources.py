@@ -141,7 +141,10 @@ def _may_be_image(file: SourceFile) -> bool:
 
 def name_below(path: Path, root: Path) -> Path:
     """Return the path relative to the root. A path outside the root, whose image will fail, loses its leading /."""
-    return path.relative_to(root) if path.is_relative_to(root) else path.relative_to(path.anchor)
+    try:
+        return path.relative_to(root)
+    except ValueError:
+        return path.relative_to(path.anchor)
 
 
 def natural_sort_key(path: Path) -> list[list[tuple[int, int, str, str]]]:
@@ -162,6 +165,33 @@ def _natural_name_key(name: str) -> list[tuple[int, int, str, str]]:
 def real_path(path: Path) -> Path:
     """Return the path with links followed. Unlike ``Path.resolve`` this accepts a link to itself."""
     return Path(os.path.realpath(path))
+
+
+class PathResolver:
+    """Follows links in paths as :func:`real_path` does, but resolves each path and folder only once.
+
+    For use within a single plan, because links may change later.
+    """
+
+    def __init__(self) -> None:
+        self._folders: dict[str, str] = {}
+        self._paths: dict[Path, Path] = {}
+
+    def __call__(self, path: Path) -> Path:
+        real = self._paths.get(path)
+        if real is None:
+            real = self._paths[path] = self._resolve(path)
+        return real
+
+    def _resolve(self, path: Path) -> Path:
+        parent, name = os.path.split(path)
+        if name in ("", os.pardir):
+            return real_path(path)
+        folder = self._folders.get(parent)
+        if folder is None:
+            folder = self._folders[parent] = os.path.realpath(parent)
+        real = f"{folder.rstrip(os.sep)}{os.sep}{name}"
+        return real_path(path) if os.path.islink(real) else Path(real)  # noqa: PTH114
 
 
 def _find_files(src: str | Path, skipped_files: SkippedFiles, is_ignored: Callable[[Path, Path], bool]) -> Sources:
