@@ -50,6 +50,8 @@ from icm_cli.options import MissingPolicy
 from icm_cli.reports.result import ImageResult
 
 DEFAULT_NAME = "{stem}{frame}"
+TRIMAP_SUFFIX = ".trimap.png"
+"""End of the name of a trimap that is written next to an alpha."""
 OBSTACLE_ADVICE = "remove it, or give another folder or name"
 MAX_MISSING_JOBS = 10_000
 """Maximum number of missing frames that are reported one by one."""
@@ -91,7 +93,7 @@ class Job:
     @property
     def trimap(self) -> Path:
         """File of the trimap next to the alpha."""
-        return self.output.with_name(f"{self.output.stem}.trimap.png")
+        return self.output.with_name(f"{self.output.stem}{TRIMAP_SUFFIX}")
 
     @property
     def outputs(self) -> Sequence[Path]:

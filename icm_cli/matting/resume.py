@@ -126,8 +126,8 @@ def make_provenance(
         VERSION_KEY: __version__,
         CODE_KEY: code_fingerprint(),
         SOURCE_KEY: origin.state,
-        NAME_KEY: _to_text(job.planned.name),
-        ROOT_KEY: _to_text(job.root),
+        NAME_KEY: escape_name(job.planned.name),
+        ROOT_KEY: escape_name(job.root),
         CONTENT_KEY: origin.content,
         RESULT_KEY: json.dumps(recorded),
     }
@@ -302,9 +302,9 @@ def read_existing_alpha(job: Job) -> ExistingAlpha | None:
         if retouched is not None:
             raise _retouched_error(retouched, job)
         return None
-    is_same_root = provenance.get(ROOT_KEY) == _to_text(job.root)
+    is_same_root = provenance.get(ROOT_KEY) == escape_name(job.root)
     return ExistingAlpha(
-        replace(job.planned, status="kept", matting=_recorded_details(provenance)),
+        replace(job.planned, status="kept", matting=recorded_details(provenance)),
         provenance,
         not is_same_root or provenance.get(SOURCE_KEY) == job.state(),  # under another root the content was compared
         retouched,
@@ -322,7 +322,7 @@ def _keep_advice(job: Job) -> str:
     )
 
 
-def _recorded_details(provenance: Mapping[str, str]) -> MattingDetails:
+def recorded_details(provenance: Mapping[str, str]) -> MattingDetails:
     """Return the details that an alpha records, except those that are damaged or unknown to this version."""
     details: dict[str, Any] = {}
     with contextlib.suppress(ValueError, RecursionError):
@@ -363,8 +363,8 @@ def _read_own_provenance(path: Path, job: Job) -> dict[str, str]:
         raise OtherSourceError(f"{path} was not made by icm and would be overwritten; {_keep_advice(job)}")
     if not provenance or NAME_KEY not in provenance:
         return {}
-    is_same_root = provenance.get(ROOT_KEY) == _to_text(job.root)
-    is_same_name = provenance[NAME_KEY] == _to_text(job.planned.name)
+    is_same_root = provenance.get(ROOT_KEY) == escape_name(job.root)
+    is_same_name = provenance[NAME_KEY] == escape_name(job.planned.name)
     if not (is_same_name and (is_same_root or provenance.get(CONTENT_KEY) == job.content_digest())):
         raise OtherSourceError(
             f"{path} is the alpha of {provenance.get(ROOT_KEY)}/{provenance[NAME_KEY]} and would be overwritten by "
@@ -382,6 +382,6 @@ def _is_foreign_file(path: Path) -> bool:
         return file.size_bytes > 0 and not (file.type.is_icm_output and ICM_ALPHA_MARK in file.head)
 
 
-def _to_text(path: str) -> str:
-    """Return a path as text for any file; bytes that are not UTF-8 are escaped."""
+def escape_name(path: str) -> str:
+    """Return a path as it is recorded: as text for any file, in which bytes that are not UTF-8 are escaped."""
     return path.encode(errors="surrogateescape").decode(errors="backslashreplace")

@@ -6,16 +6,17 @@ import contextlib
 import io
 import threading
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import cachetools
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
 from icm_cli.errors import ImageError, OutputError
 from icm_cli.files import atomic_write, combined_digest
 from icm_cli.geometry import ImageU8
+from icm_cli.images.decoding import open_image
 from icm_cli.images.reading import RAW_VALUES, read_alpha, read_image
 from icm_cli.images.writing import PNG_COMPRESSION
 from icm_cli.matting.jobs import Job
@@ -99,7 +100,7 @@ class DisplayImages:
         if view == "alpha":
             return shrink_image(self.read_alpha(id), THUMBNAIL_PX)
         if view == "source":
-            return shrink_image(self._read_source(id), THUMBNAIL_PX)
+            return shrink_image(self._read_small_source(id), THUMBNAIL_PX)
         with Image.open(io.BytesIO(self.thumbnail(id, "source"))) as image:
             rgb = np.asarray(image.convert("RGB"), np.float32)
         alpha = shrink_image(self.read_alpha(id), THUMBNAIL_PX)
@@ -114,6 +115,15 @@ class DisplayImages:
         if reason := self._run.errors.get(id):
             raise ImageError(reason)
         return self._run.jobs[id].read_image().to_display_window().rgb
+
+    def _read_small_source(self, id: int) -> ImageU8:
+        """Return a source at a reduced size if its decoder can do that, which is ten times as fast for a photograph."""
+        job = self._run.jobs[id]
+        if id not in self._run.errors and isinstance(job.source, Path) and job.colour.space == "auto":
+            with open_image(job.source) as file:
+                if file.type.name == "jpeg":
+                    return _decode_small_jpeg(file.stream)
+        return self._read_source(id)
 
     def _read_size(self, id: int) -> tuple[int, int]:
         with contextlib.suppress(ImageError):
@@ -130,6 +140,24 @@ class DisplayImages:
 def encode_alpha(alpha: ImageU8) -> bytes:
     """Return an alpha, uint8 [H,W], as a PNG."""
     return _encode(alpha, "PNG", compress_level=PNG_COMPRESSION)
+
+
+def _decode_small_jpeg(stream: BinaryIO) -> ImageU8:
+    """Return a JPEG, upright and in sRGB, at a size that is at least twice that of a thumbnail if the JPEG is larger.
+
+    Raises OSError for a damaged file.
+    """
+    with Image.open(stream, formats=["JPEG"]) as image:
+        image.draft("RGB", (2 * THUMBNAIL_PX, 2 * THUMBNAIL_PX))
+        upright = ImageOps.exif_transpose(image)
+        profile = image.info.get("icc_profile")
+        if profile and upright.mode == "RGB":
+            with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a damaged profile
+                converted = ImageCms.profileToProfile(
+                    upright, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+                )
+                upright = converted or upright
+        return np.asarray(upright.convert("RGB"))
 
 
 def _encode_jpeg(image: ImageU8, quality: int) -> bytes:

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from icm_cli.environment import DEFAULT_WORKERS
+from icm_cli.environment import __version__
 from icm_cli.errors import ImageError, OutputError, UsageError
-from icm_cli.files import RECORD_FOLDER, SkippedPaths, atomic_write, error_for_failed_write, read_json, walk_files
+from icm_cli.files import RECORD_FOLDER, SkippedPaths, atomic_write, error_for_failed_write, walk_files
 from icm_cli.images.colour import ColourSettings
 from icm_cli.images.decoding import library_settings
-from icm_cli.images.image_file import IMAGE_SUFFIXES
-from icm_cli.images.writing import read_stamp
+from icm_cli.images.writing import FORMAT_SUFFIXES, read_stamp
 from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.hint_files import SUFFIXES as HINT_SUFFIXES
-from icm_cli.matting.jobs import Job
+from icm_cli.matting.jobs import TRIMAP_SUFFIX, Job
 from icm_cli.matting.planning import choose_colours, choose_output, plan_images
-from icm_cli.matting.resume import DIGEST_KEY, NAME_KEY, RESULT_KEY, REVIEWED_KEY, ROOT_KEY
+from icm_cli.matting.resume import DIGEST_KEY, NAME_KEY, ROOT_KEY, escape_name, recorded_details
 from icm_cli.matting.run_record import read_run_record
 from icm_cli.matting.shot import split_shots
 from icm_cli.matting.sources import SkippedFiles, real_path
 from icm_cli.options import MatteOptions
-from icm_cli.reports.result import ImageResult
+from icm_cli.quality.batch import add_batch_reasons
+from icm_cli.reports.result import ImageResult, MattingDetails
 from icm_cli.review.shapes import Shapes, read_shapes
 from icm_cli.review.state import ImageState
 
@@ -40,9 +38,9 @@ REFERENCES_NAME, NEGATIVES_NAME = "references", "negatives"
 """Folders below ``.icm`` with the masks of what a review teaches."""
 BASE_PREFIX = "base-"
 """Start of the names of masks that were made for the references of the run itself."""
-INDEX_SHAPE = {"schema_version": int, "alphas": {"*": {"identity": [int], "stamp": {"*": str}}}}
 INDEX_VERSION = 1
-STAMP_KEYS = (NAME_KEY, ROOT_KEY, RESULT_KEY, REVIEWED_KEY)
+OUTPUT_SUFFIXES = frozenset(suffix for suffixes in FORMAT_SUFFIXES.values() for suffix in suffixes)
+NO_DETAILS = MattingDetails()
 
 
 @dataclass(frozen=True)
@@ -51,25 +49,19 @@ class AlphaFile:
 
     identity: tuple[int, int] | None = None
     """Size and modification time; None without a file."""
-    stamp: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    is_own: bool = False
+    """Whether it has the stamp of an alpha of this image."""
+    details: MattingDetails = NO_DETAILS
+
+    @property
+    def is_reviewed(self) -> bool:
+        """Whether a person accepted this alpha."""
+        return bool(self.details.reviewed)
 
     @property
     def version(self) -> str:
         """Text that changes with the file."""
         return "" if self.identity is None else f"{self.identity[1]:x}-{self.identity[0]:x}"
-
-    @property
-    def is_reviewed(self) -> bool:
-        """Whether a person accepted this alpha."""
-        return REVIEWED_KEY in self.stamp
-
-    @property
-    def result(self) -> dict[str, Any]:
-        """Recorded values of the image; empty if they are damaged."""
-        with contextlib.suppress(ValueError, RecursionError):
-            recorded = json.loads(self.stamp.get(RESULT_KEY, "{}"))
-            return recorded if isinstance(recorded, dict) else {}
-        return {}
 
 
 class ReviewRun:
@@ -94,7 +86,12 @@ class ReviewRun:
         self._stems = Counter(job.name.with_suffix("").as_posix() for job in self.jobs)
         self._has_hints = [job.hints is not None for job in self.jobs]
         self._lock = threading.Lock()
-        self._alphas = _read_index(self.record_folder / INDEX_NAME)
+        self._index = self.record_folder / INDEX_NAME
+        self._alphas = [AlphaFile()] * len(self.jobs)
+        known = _read_index(self._index)
+        for id, name in enumerate(self.names):
+            self._alphas[id] = known.get(name, AlphaFile())
+        self._reasons: list[tuple[str, ...]] = [()] * len(self.jobs)
         self._shots: dict[int, list[int]] | None = None
 
     @property
@@ -106,42 +103,46 @@ class ReviewRun:
         return self._ids.get(name)
 
     def scan_alphas(self) -> None:
-        """Look at the alphas of all images. Only files that have changed are read."""
-        with library_settings(), ThreadPoolExecutor(DEFAULT_WORKERS, "icm-stamps") as executor:
-            found = list(executor.map(self._look_at, range(len(self.jobs)), chunksize=64))
+        """Look at the alphas of all images, and compare them with each other. Only files that have changed are read."""
+        before = list(self._alphas)
+        with library_settings():  # changed once, and not for each file
+            found = [self._look_at(id) for id in range(len(self.jobs))]
+        results = [
+            replace(job.planned, status="kept" if alpha.is_own else "planned", matting=alpha.details)
+            for job, alpha in zip(self.jobs, found, strict=True)
+        ]
+        rated = add_batch_reasons(results, is_shot=self.is_shot)
         with self._lock:
-            is_changed = {name: alpha.identity for name, alpha in self._alphas.items()} != {
-                self.names[number]: alpha.identity for number, alpha in enumerate(found)
-            }
-            self._alphas = dict(zip(self.names, found, strict=True))
-        if is_changed:
-            _write_index(self.record_folder / INDEX_NAME, self._alphas)
+            self._alphas = found
+            self._reasons = [result.matting.reasons for result in rated]
+        if found != before:
+            _write_index(self._index, dict(zip(self.names, found, strict=True)))
 
     def refresh(self, id: int) -> AlphaFile:
         """Look at the alpha and the hints of an image again, because its files may have changed."""
-        alpha = self._look_at(id)
+        alpha, has_hints = self._look_at(id), bool(self.hint_paths(id))
         with self._lock:
-            self._alphas[self.names[id]] = alpha
-            self._has_hints[id] = bool(self.hint_paths(id))
+            if alpha != self._alphas[id]:
+                self._alphas[id], self._reasons[id] = alpha, alpha.details.reasons
+            self._has_hints[id] = has_hints
         return alpha
 
     def item(self, id: int, state: ImageState) -> dict[str, Any]:
         """Return what the browser knows about an image, as values of JSON."""
         with self._lock:
-            alpha, has_hints = self._alphas.get(self.names[id], AlphaFile()), self._has_hints[id]
-        result = alpha.result
+            alpha, reasons, has_hints = self._alphas[id], self._reasons[id], self._has_hints[id]
         status = "rejected" if state.status == "rejected" else "accepted" if alpha.is_reviewed else "open"
         parent = Path(self.names[id]).parent.as_posix()
         return {
             "id": id,
             "name": self.names[id],
             "folder": "" if parent == "." else parent,
-            "quality": result.get("quality"),
-            "reasons": result.get("reasons") or [],
+            "quality": alpha.details.quality,
+            "reasons": list(reasons),
             "status": status,
             "revision": state.revision,
             "has_hints": has_hints,
-            "has_alpha": bool(alpha.stamp),
+            "has_alpha": alpha.is_own,
             "version": alpha.version,
             "taught": state.taught["kind"] if state.taught else None,
             "change": state.change,
@@ -151,7 +152,7 @@ class ReviewRun:
     def alpha_file(self, id: int) -> AlphaFile:
         """Return the alpha of an image as it was last looked at."""
         with self._lock:
-            return self._alphas.get(self.names[id], AlphaFile())
+            return self._alphas[id]
 
     def shot_of(self, id: int) -> list[int] | None:
         """Return the ids of the frames of the shot of an image, in order; None if the run has no shots."""
@@ -223,33 +224,29 @@ class ReviewRun:
         except UsageError as error:
             notice(f"the sources of the run cannot be found, and only the alphas are shown: {error}")
             jobs = []
-        planned = {job.output for job in jobs} | {job.trimap for job in jobs if job.has_trimap}
+        planned = {output for job in jobs for output in job.outputs}
         gone = list(self._jobs_without_source(planned))
-        self.errors = {
-            len(jobs) + number: f"{job.source} does not exist, or is no source of the run any more"
-            for number, job in enumerate(gone)
-        }
+        self.errors = {len(jobs) + number: f"{job.source} does not exist any more" for number, job in enumerate(gone)}
         if not jobs and not gone:
             raise UsageError(f"{self.folder} has no alphas, and its sources cannot be found; check the folder")
         return jobs + gone
 
     def _jobs_without_source(self, planned: set[Path]) -> Iterator[Job]:
-        """Yield jobs for the alphas below the folder whose sources are not among those of the plan."""
+        """Yield jobs for the alphas below the folder that are not planned, because their sources are gone."""
         skipped: SkippedPaths = {}
         for path in sorted(walk_files(self.layout.folder, skipped)):
-            if path in planned or path.suffix.lower() not in IMAGE_SUFFIXES:
+            if path in planned or path.suffix.lower() not in OUTPUT_SUFFIXES or path.name.endswith(TRIMAP_SUFFIX):
                 continue
             with contextlib.suppress(ImageError):
                 stamp = read_stamp(path)
-                name = Path(stamp.get(NAME_KEY, ""))
-                if DIGEST_KEY not in stamp or not name.name or path.name.endswith(".trimap.png"):
-                    continue
-                source = Path(stamp.get(ROOT_KEY, ""), name)
-                result = ImageResult(str(source), str(path), "planned", name=name.as_posix())
-                yield Job(source, name, path, result, colour=self.colour, root=stamp.get(ROOT_KEY, ""))
+                name, root = Path(stamp.get(NAME_KEY, "")), stamp.get(ROOT_KEY, "")
+                source = Path(root, name)
+                if DIGEST_KEY in stamp and name.name and not source.exists():
+                    result = ImageResult(str(source), str(path), "planned", name=name.as_posix())
+                    yield Job(source, name, path, result, colour=self.colour, root=root)
 
     def _look_at(self, id: int) -> AlphaFile:
-        path, known = self.jobs[id].output, self._alphas.get(self.names[id], AlphaFile())
+        path, known = self.jobs[id].output, self._alphas[id]
         try:
             status = path.stat()
         except OSError:
@@ -257,10 +254,11 @@ class ReviewRun:
         identity = status.st_size, status.st_mtime_ns
         if identity == known.identity:
             return known
-        stamp: dict[str, str] = {}
         with contextlib.suppress(ImageError):
             stamp = read_stamp(path)
-        return AlphaFile(identity, {key: stamp[key] for key in STAMP_KEYS if key in stamp})
+            if DIGEST_KEY in stamp and stamp.get(NAME_KEY) == escape_name(self.names[id]):
+                return AlphaFile(identity, True, recorded_details(stamp))
+        return AlphaFile(identity)
 
 
 def with_values(options: MatteOptions, **values: Any) -> MatteOptions:
@@ -305,21 +303,20 @@ def _without_taught(options: MatteOptions) -> MatteOptions:
 def _read_index(path: Path) -> dict[str, AlphaFile]:
     """Return what an earlier process knew about the alphas, by the names of the images."""
     try:
-        content = read_json(path, "index", INDEX_SHAPE, "")
-    except UsageError:
-        return {}
-    if content["schema_version"] != INDEX_VERSION:
-        return {}
-    return {
-        name: AlphaFile((each["identity"][0], each["identity"][1]), each["stamp"])
-        for name, each in content["alphas"].items()
-        if len(each["identity"]) == 2
-    }
+        content = json.loads(path.read_bytes())
+        if content["version"] != [INDEX_VERSION, __version__]:
+            return {}
+        return {
+            name: AlphaFile((size, time), True, MattingDetails(**{**details, "reasons": tuple(details["reasons"])}))
+            for name, (size, time, details) in content["alphas"].items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}  # the files themselves are read
 
 
 def _write_index(path: Path, alphas: Mapping[str, AlphaFile]) -> None:
     """Keep what is known about the alphas for the next process, if the folder can be written."""
-    existing = {name: alpha for name, alpha in alphas.items() if alpha.identity}
-    stored = {name: {"identity": alpha.identity, "stamp": dict(alpha.stamp)} for name, alpha in existing.items()}
+    own = {name: alpha for name, alpha in alphas.items() if alpha.identity and alpha.is_own}
+    stored = {name: (*alpha.identity, vars(alpha.details)) for name, alpha in own.items() if alpha.identity}
     with contextlib.suppress(OutputError), atomic_write(path) as file:
-        file.write(json.dumps({"schema_version": INDEX_VERSION, "alphas": stored}).encode())
+        file.write(json.dumps({"version": [INDEX_VERSION, __version__], "alphas": stored}).encode())

@@ -73,8 +73,8 @@ class RequestGuard:
             return refuse(403, OPEN_THE_LINK)
         if scope["method"] in READING_METHODS:
             return None
-        origin = urlsplit(headers.get("origin", ""))
-        if origin.scheme not in ("http", "https") or origin.netloc.lower() != hosts[0].lower():
+        origins = {f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")}
+        if headers.get("origin", "").lower() not in origins:
             return refuse(403, "the request comes from another site")
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return refuse(400, "expected Content-Type: application/json")
