@@ -14,7 +14,7 @@ import pytest
 from conftest import read
 
 import icm_cli
-from icm_cli.options import EvaluateOptions, MatteOptions, TrainOptions
+from icm_cli.options import EvaluateOptions, MatteOptions, ReviewOptions, TrainOptions
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
@@ -163,7 +163,7 @@ def test_ci_runs_the_readmes_test_command() -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in GENERATED])
 def test_pages_name_only_existing_options(page: str) -> None:
     known = FLAGS_OF_COMMANDS | FLAGS_OF_OTHER_TOOLS
-    for options in (MatteOptions, EvaluateOptions, TrainOptions):
+    for options in (MatteOptions, EvaluateOptions, ReviewOptions, TrainOptions):
         known |= {f"--{field.name.rstrip('_').replace('_', '-')}" for field in options.option_fields()}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", (ROOT / page).read_text()))
     assert named <= known, sorted(named - known)
