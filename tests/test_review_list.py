@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import cv2
 import numpy as np
 import pytest
 from conftest import Icm, alphas, copy_many, read
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_eval_reports import Page
 
 import icm_cli
@@ -24,7 +28,7 @@ from icm_cli.matting.sources import SkippedFiles, find_sources
 from icm_cli.quality.batch import JUMP, add_batch_reasons
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import ImageResult, MattingDetails
-from icm_cli.reports.write import write_report, write_review_list
+from icm_cli.reports.write import ReportFiles, write_report, write_review_list
 
 
 def images_of(report: Path) -> dict[str, dict[str, Any]]:
@@ -124,6 +128,28 @@ def test_pages_of_a_file_are_listed_once(tmp_path: Path) -> None:
     assert notices == [
         f"1 image is not in {tmp_path}/r.txt, because a name has a line break or ends in a space, such as /./y\n.png"
     ]
+
+
+NAMES = st.text("a #./é\r\u3000", min_size=1, max_size=6).filter(lambda name: name.strip("/") not in ("", ".", ".."))
+
+
+@settings(deadline=None)
+@given(st.lists(NAMES, min_size=1), st.sampled_from(["/", "/no folder", "/no/./folder"]))
+def test_src_reads_what_a_review_list_contains(names: list[str], root: str) -> None:
+    files = [Path(os.path.normpath(f"{root}/x{name}")) for name in names]
+    files = [file for file in files if file.is_relative_to(os.path.normpath(root))]
+    results = [
+        ImageResult(str(file), "o", "done", name=str(file.relative_to(os.path.normpath(root)))) for file in files
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "review.txt"
+        has_notice = bool(write_review_list(path, results))
+        ReportFiles(review_list=path).check_no_overwrite([])  # a list that icm wrote may be replaced
+        listed = {file for file in files if str(file) == str(file).strip()}
+        assert has_notice == (listed != set(files))
+        if listed:
+            found = find_sources(path, None, SkippedFiles(lambda _: None))
+            assert (found.root, set(found.files)) == (Path(os.path.normpath(root)), listed)
 
 
 def sources_of(text: str, tmp_path: Path, root: Path | None = None) -> tuple[Path, list[Path]]:

@@ -129,7 +129,7 @@ class ReportFiles:
                 return OWN_COLUMNS.issubset(columns)
             content = file.read()
             if suffix in LIST_SUFFIXES:
-                return all(ROOT_MARK.encode() in line for line in content.splitlines())
+                return all(ROOT_MARK.encode() in line for line in content.rstrip(b"\n").split(b"\n"))
             if suffix == ".png":
                 mark = ICM_MASK_MARK if path == self.mask else ICM_SHEET_MARK
                 return detect_file_type(content[:HEAD_BYTES]).name == "png" and mark in content[:HEAD_BYTES]
