@@ -146,10 +146,14 @@ class Session:
 
     def matte(self, hints: Hints | None = None) -> ImageU8:
         """Return the alpha, uint8 [H,W]: the same as :meth:`Predictor.matte` for this image and these hints."""
-        predictor, frame = self._predictor, self._frame_with_hints(hints)
-        with device_errors(predictor.device, "an image was matted"):
-            (result,) = predictor.refine_alphas([frame], [self._coarse_alpha(frame)])
-            return alpha_to_u8(predictor.alpha_at_source(frame, result))
+        return alpha_to_u8(self._predictor.alpha_at_source(self._frame, self.matte_frame(hints)))
+
+    def matte_frame(self, hints: Hints | None = None) -> FrameAlpha:
+        """Return the alpha of the frame with these hints, as :meth:`Predictor.matte_frames` does."""
+        frame = self._frame_with_hints(hints)
+        with device_errors(self._predictor.device, "an image was matted"):
+            (result,) = self._predictor.refine_alphas([frame], [self._coarse_alpha(frame)])
+            return result
 
     def _frame_with_hints(self, hints: Hints | None) -> Frame:
         check_not_forked()

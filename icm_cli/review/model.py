@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from icm_cli.device import parse_devices
 from icm_cli.errors import IcmError
 from icm_cli.files import FileIdentity, write_json
@@ -114,7 +116,8 @@ class RunModel:
         ``begin_writing`` is called before files are replaced, with the content of the file of hints; None for none.
         Raises IcmError if the image fails.
         """
-        windows = self.open_image(id).windows
+        image = self.open_image(id)
+        windows = image.windows
         shapes = clean_shapes(shapes, windows.display)
         self._parse(shapes, windows)  # raises errors before anything is changed
         source, annotation = self._run.jobs[id].files[0], None
@@ -136,7 +139,9 @@ class RunModel:
                 shot=shot,
                 decoder_digest=self._choice.decoder_digest(),
             )
-            inner = create_matting(self._predictor, lambda _: self._prepared, shot, self._notice)
+            inner: FrameMatting = _SessionMatting(image)
+            if shot is not None:  # its frames record what is propagated from them
+                inner = create_matting(self._predictor, lambda _: self._prepared, shot, self._notice)
             matting = _StampedMatting(inner, stamp, lambda: begin_writing(annotation))
             Engine(self._predictor, matting, options, on_result=results.append, notice=self._notice).run([job])
         if results[-1].status != "done":
@@ -183,6 +188,24 @@ class RunModel:
         matting.begin_run([job])
         (result,) = matting.matte([job], [image.frame])
         return alpha_to_u8(self._predictor.alpha_at_source(image.frame, result))
+
+
+class _SessionMatting:
+    """Mattes an image by its session, which has done what does not depend on hints."""
+
+    keeps_order = False
+
+    def __init__(self, image: OpenImage) -> None:
+        self._image = image
+
+    def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
+        return jobs
+
+    def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
+        (job,), (frame,) = jobs, frames
+        if not np.array_equal(frame.rgb, self._image.frame.rgb):
+            raise IcmError(f"{job.source} has just been changed; try again")
+        return [self._image.session.matte_frame(frame.hints)]
 
 
 class _StampedMatting:
