@@ -9,16 +9,11 @@ to two targets as they are, the same two with a photograph of another group next
 object pasted, and one image in which the object is absent. Objects of the same class are never used
 as another object.
 
-The head was trained on these groups, so it knows too well whether their objects are present. Every
-second round therefore uses photographs of ``edges/ecssd``, on which it was not trained. The
-reference is a mirrored, brighter or darker copy of the first target. The targets are the photograph
-with another one next to it, and another photograph, from which the object is absent.
-
 An alpha that shows an object has the expected IoU ``sigmoid(offset + sum of weight * (signal -
 mean) / std)``, fitted by maximum likelihood with a penalty of the squared weights. An empty alpha
 has a model of its own for the probability that the object is absent. A reason is given below or
-above a threshold of its signal: the one at which the fraction of wrong alphas, among all beyond it,
-is at least MIN_WRONG.
+above a threshold of its signal, beyond which a fraction of at least MIN_WRONG of the alphas is wrong.
+The most reliable reason comes first.
 
 With --records, results are kept in a file, and images in it are not matted again. --write writes
 the weights to ``icm_cli/quality/weights.json``.
@@ -51,7 +46,7 @@ SOURCE_WEIGHTS = {"dreambooth": 1.0, "caltech101": 1.5, "eth80": 0.5, "ccp": 0.9
 GROUP_WEIGHT = 0.6
 """Weight of other sources, for the root of their number of groups."""
 SHOWN_SIGNALS = {
-    **dict.fromkeys(("coarse_agreement", "completed_agreement", "completed_confidence", "presence", "similarity"), 1),
+    **dict.fromkeys(("coarse_agreement", "completed_agreement", "completed_confidence"), 1),
     "background_similarity": -1,
 }
 """Signals of the model of alphas that show an object, and the sign of their influence. A signal whose fitted weight has
@@ -79,7 +74,6 @@ class Groups:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._new = list_images(root / "edges" / "ecssd")
         classes = json.loads((root / "classes.json").read_text())
         folders = [each for top in ("dreambooth", "caltech101", "groups/*") for each in sorted(root.glob(f"{top}/*"))]
         self._sources: dict[str, list[Path]] = {}
@@ -113,16 +107,6 @@ class Groups:
             absent = paste_object(absent, third, rng)
         samples.append(("absent", (absent[0], np.zeros_like(absent[1]))))
         return reference, samples
-
-    def draw_new_round(self, number: int) -> tuple[Sample, list[tuple[str, Sample]]]:
-        """Return the reference and the targets of a round with objects on which the head was not trained."""
-        rng = np.random.default_rng([SEED, number])
-        first, absent = (read_sample(self._new[index]) for index in rng.choice(len(self._new), 2, replace=False))
-        rgb, alpha = first
-        other, _ = self._draw_other(rng, self._root, frozenset())
-        copy = np.clip(rgb[:, ::-1] * rng.uniform(0.7, 1.3, 3), 0, 255).astype(np.uint8)
-        samples = [("distractor", put_next_to(first, other, rng)), ("absent", (absent[0], np.zeros_like(absent[1])))]
-        return (copy, np.ascontiguousarray(alpha[:, ::-1])), samples
 
     def _draw_group(self, rng: np.random.Generator) -> Path:
         groups = self._sources[self._names[rng.choice(len(self._names), p=self._weights)]]
@@ -196,8 +180,7 @@ def matte_rounds(predictor: Predictor, groups: Groups, count: int, path: Path | 
         if any(name.startswith(f"{prefix}absent") for name in known):  # the last of a round
             yield from (record for name, record in known.items() if name.startswith(prefix))
             continue
-        draw = groups.draw_new_round if number % 2 else groups.draw_round
-        reference, samples = draw(number // 2)
+        reference, samples = groups.draw_round(number)
         if not (reference[1] > 250).any():
             continue
         prepared = predictor.reference([reference])
@@ -249,17 +232,24 @@ def find_threshold(values: np.ndarray, is_wrong: np.ndarray) -> float | None:
     return float(values[order[enough[-1]]]) if len(enough) else None
 
 
+def find_reason(shown: Sequence[Record], reason: str) -> tuple[float, str, dict[str, Any]] | None:
+    """Return the fraction of wrong alphas among those with a reason, the reason, and its threshold."""
+    signal, side = REASONS[reason]
+    having = [record for record in shown if signal in record.signals]
+    sign = 1 if side == "below" else -1
+    values = sign * np.array([record.signals[signal] for record in having])
+    is_wrong = np.array([record.is_wrong for record in having])
+    threshold = find_threshold(values, is_wrong)
+    if threshold is None:
+        return None
+    return float(is_wrong[values < threshold].mean()), reason, {"signal": signal, side: round(sign * threshold, 4)}
+
+
 def calibrate(records: Sequence[Record]) -> dict[str, Any]:
     shown = [record for record in records if "largest_component" in record.signals]
     empty = [record for record in records if "largest_component" not in record.signals]
-    reasons = {}
-    for reason, (signal, side) in REASONS.items():
-        having = [record for record in shown if signal in record.signals]
-        sign = 1 if side == "below" else -1
-        values = sign * np.array([record.signals[signal] for record in having])
-        threshold = find_threshold(values, np.array([record.is_wrong for record in having]))
-        if threshold is not None:
-            reasons[reason] = {"signal": signal, side: round(sign * threshold, 4)}
+    found = [find_reason(shown, reason) for reason in REASONS]
+    reasons = dict(each[1:] for each in sorted(filter(None, found), reverse=True, key=lambda each: each[0]))
     return {
         "alphas": len(records),
         "shown": fit_model(shown, SHOWN_SIGNALS),
@@ -271,7 +261,7 @@ def calibrate(records: Sequence[Record]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=50, help="number of groups that are drawn")
     parser.add_argument("--records", type=Path, help="keep the results in this file, and use those that it has")
     parser.add_argument("--write", action="store_true", help="write the weights into the package")
     arguments = parser.parse_args()
