@@ -64,7 +64,7 @@ REASONS = {
     "touches border": ("border", "above"),
 }
 """Reason -> its signal, and the side of the threshold on which it is given."""
-MIN_WRONG = 0.8
+MIN_WRONG = 0.75
 MIN_BEYOND = 5
 """Smallest number of alphas beyond a threshold."""
 
