@@ -9,6 +9,11 @@ to two targets as they are, the same two with a photograph of another group next
 object pasted, and one image in which the object is absent. Objects of the same class are never used
 as another object.
 
+The head was trained on these groups, so their presence says too little about new objects. There are
+as many rounds with photographs of ``edges/ecssd``, on which it was not trained: the reference is a
+mirrored, brighter or darker copy of a photograph, and the targets are the photograph with another
+one next to it, and another photograph. Only the weight of the presence is fitted to them.
+
 An alpha that shows an object has the expected IoU ``sigmoid(offset + sum of weight * (signal -
 mean) / std)``, fitted by maximum likelihood with a penalty of the squared weights. An empty alpha
 has a model of its own for the probability that the object is absent. A reason is given below or
@@ -22,6 +27,7 @@ the weights to ``icm_cli/quality/weights.json``.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import zlib
@@ -36,7 +42,7 @@ from bench_quality import Record, append_record, matte_image, read_records
 import icm_cli
 from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.matting.predictor import Predictor
-from icm_cli.quality.estimate import WEIGHTS_PATH
+from icm_cli.quality.estimate import WEIGHTS_PATH, predict_logit
 
 Sample = tuple[np.ndarray, np.ndarray]
 """An image, sRGB uint8 [H,W,3], and its alpha, uint8 [H,W]: 0 outside, 255 inside, 128 unknown."""
@@ -54,8 +60,10 @@ the other sign is removed."""
 EMPTY_SIGNALS = {"presence": -1, "similarity": -1}
 PENALTY = 2.0
 """Weight of the squared weights of standardised signals."""
+PRESENCE_PENALTY = 5.0
+NEW = "new"
+"""Beginning of the names of records of new objects."""
 REASONS = {
-    "absent?": ("similarity", "below"),
     "low presence": ("presence", "below"),
     "passes disagree": ("coarse_agreement", "below"),
     "low confidence": ("confidence", "below"),
@@ -74,6 +82,7 @@ class Groups:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._new = list_images(root / "edges" / "ecssd")
         classes = json.loads((root / "classes.json").read_text())
         folders = [each for top in ("dreambooth", "caltech101", "groups/*") for each in sorted(root.glob(f"{top}/*"))]
         self._sources: dict[str, list[Path]] = {}
@@ -107,6 +116,15 @@ class Groups:
             absent = paste_object(absent, third, rng)
         samples.append(("absent", (absent[0], np.zeros_like(absent[1]))))
         return reference, samples
+
+    def draw_new_round(self, number: int) -> tuple[Sample, list[tuple[str, Sample]]]:
+        """Return the reference and the targets of a round with an object on which the head was not trained."""
+        rng = np.random.default_rng([SEED, number])
+        first, absent = (read_sample(self._new[index]) for index in rng.choice(len(self._new), 2, replace=False))
+        other, _ = self._draw_other(rng, self._root, frozenset())
+        copy = np.clip(first[0][:, ::-1] * rng.uniform(0.7, 1.3, 3), 0, 255).astype(np.uint8)
+        samples = [("distractor", put_next_to(first, other, rng)), ("absent", (absent[0], np.zeros_like(absent[1])))]
+        return (copy, np.ascontiguousarray(first[1][:, ::-1])), samples
 
     def _draw_group(self, rng: np.random.Generator) -> Path:
         groups = self._sources[self._names[rng.choice(len(self._names), p=self._weights)]]
@@ -175,12 +193,12 @@ def paste_object(sample: Sample, other: Sample, rng: np.random.Generator) -> Sam
 
 def matte_rounds(predictor: Predictor, groups: Groups, count: int, path: Path | None) -> Iterator[Record]:
     known = read_records(path)
-    for number in range(count):
-        prefix = f"{number:04d}/"
+    for number, kind in itertools.product(range(count), ("", NEW)):
+        prefix = f"{kind}{number:04d}/"
         if any(name.startswith(f"{prefix}absent") for name in known):  # the last of a round
             yield from (record for name, record in known.items() if name.startswith(prefix))
             continue
-        reference, samples = groups.draw_round(number)
+        reference, samples = (groups.draw_new_round if kind else groups.draw_round)(number)
         if not (reference[1] > 250).any():
             continue
         prepared = predictor.reference([reference])
@@ -211,13 +229,30 @@ def fit_model(records: Sequence[Record], signs: Mapping[str, int]) -> dict[str, 
     return {"offset": round(float(offset), 5), "signals": signals}
 
 
-def fit_logistic(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return offset and weights of a logistic regression of ``targets`` [N] in 0..1, by Newton's method."""
+def add_presence(model: dict[str, Any], records: Sequence[Record], new: Sequence[Record]) -> None:
+    """Add the presence to a model of ``records``, with the weight that it has for ``new`` objects."""
+    logits = np.array([predict_logit(model, record.signals) for record in new])
+    values = np.array([record.signals["presence"] for record in new])
+    standardised = ((values - values.mean()) / values.std())[:, None]
+    quality = np.array([record.true_quality for record in new])
+    weight = fit_logistic(standardised, quality, logits, PRESENCE_PENALTY)[1]
+    mean = np.mean([record.signals["presence"] for record in records if "presence" in record.signals])
+    scale = {"mean": mean, "std": values.std(), "min": values.min(), "max": values.max(), "weight": weight}
+    model["signals"]["presence"] = {key: round(float(value), 5) for key, value in scale.items()}
+
+
+def fit_logistic(
+    inputs: np.ndarray, targets: np.ndarray, known: np.ndarray | float = 0.0, weight: float = PENALTY
+) -> np.ndarray:
+    """Return offset and weights of a logistic regression of ``targets`` [N] in 0..1, by Newton's method.
+
+    ``known``: logits [N] to which the result is added. ``weight``: weight of the penalty.
+    """
     inputs = np.c_[np.ones(len(inputs)), inputs]
-    penalty = np.diag([1e-6, *[PENALTY] * (inputs.shape[1] - 1)])
+    penalty = np.diag([1e-6, *[weight] * (inputs.shape[1] - 1)])
     weights = np.zeros(inputs.shape[1])
     for _ in range(50):
-        predicted = 1 / (1 + np.exp(-inputs @ weights))
+        predicted = 1 / (1 + np.exp(-known - inputs @ weights))
         gradient = inputs.T @ (predicted - targets) + penalty @ weights
         hessian = (inputs.T * (predicted * (1 - predicted))) @ inputs + penalty
         weights -= np.linalg.solve(hessian, gradient)
@@ -246,16 +281,14 @@ def find_reason(shown: Sequence[Record], reason: str) -> tuple[float, str, dict[
 
 
 def calibrate(records: Sequence[Record]) -> dict[str, Any]:
-    shown = [record for record in records if "largest_component" in record.signals]
+    own, new = ([each for each in records if each.name.startswith(NEW) == is_new] for is_new in (False, True))
+    shown, new_shown = ([each for each in some if "largest_component" in each.signals] for some in (own, new))
+    model = fit_model(shown, SHOWN_SIGNALS)
+    add_presence(model, shown, new_shown)
     empty = [record for record in records if "largest_component" not in record.signals]
-    found = [find_reason(shown, reason) for reason in REASONS]
+    found = [find_reason(shown + new_shown, reason) for reason in REASONS]
     reasons = dict(each[1:] for each in sorted(filter(None, found), reverse=True, key=lambda each: each[0]))
-    return {
-        "alphas": len(records),
-        "shown": fit_model(shown, SHOWN_SIGNALS),
-        "empty": fit_model(empty, EMPTY_SIGNALS),
-        "reasons": reasons,
-    }
+    return {"alphas": len(records), "shown": model, "empty": fit_model(empty, EMPTY_SIGNALS), "reasons": reasons}
 
 
 def main() -> None:
