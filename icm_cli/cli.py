@@ -26,7 +26,7 @@ from icm_cli.signals import Interrupt
 Callback = Callable[[bool], None]
 GLOB_HINT = 'quote globs and patterns, such as --src "imgs/*.jpg", so that the shell does not expand them'
 ARGUMENTS, IS_VERBOSE = "icm.arguments", "icm.is_verbose"
-"""Keys of what the context of a command line knows."""
+"""Keys of ``Context.meta``: the words of the command line, and whether ``--verbose`` is among them."""
 
 
 class ReportingGroup(TyperGroup):
@@ -198,6 +198,7 @@ def _is_given(ctx: typer.Context, name: str) -> bool:
 
 
 def _print_version(is_given: bool) -> None:
+    """Print the version and the devices, and exit."""
     if not is_given:
         return
     import torch
@@ -210,6 +211,7 @@ def _print_version(is_given: bool) -> None:
 
 
 def _print_models(is_given: bool) -> None:
+    """Print all models, and exit."""
     if not is_given:
         return
     from icm_cli.model.hub.catalogue import list_models

@@ -102,7 +102,8 @@ def format_size(shape: Sequence[int]) -> str:
 def resize(image: ImageArray, size: tuple[int, int]) -> ImageArray:
     """Resize an image or alpha to (height, width).
 
-    Area averaging shrinks; bicubic (uint8) or bilinear (float32) interpolation enlarges.
+    Pixels are averaged to make it smaller. To make it larger, uint8 values are interpolated bicubically, float32 values
+    bilinearly.
     """
     if image.shape[:2] == size:
         return image

@@ -90,7 +90,7 @@ class Hints:
         return bool((on | off).mean() > MIN_MASK_FRACTION)
 
     def binding_points(self) -> tuple[list[Point], list[Point]]:
-        """Return the points on and off the object: those that were given, and those that stand for areas."""
+        """Return the points on the object, and those off it. Both include points inside the painted areas."""
         return (
             [*self.points, *area_points(self.object_area)],
             [*self.not_points, *area_points(self.background_area)],

@@ -27,11 +27,11 @@ EXPECTED = (
 
 
 def read_scribble(path: Path, size: tuple[int, int]) -> Hints:
-    """Read an image with white or green strokes on the object, black or red strokes off it, and transparent or
-    mid-grey pixels elsewhere.
+    """Read strokes: white or green on the object, black or red off it; other pixels are transparent or mid-grey.
 
-    ``size``: height and width of the image that it is about. A rough mask is read in the same way. Raises UsageError
-    for a file that cannot be read, has another size, other colours or no stroke.
+    The file may also be a rough mask, which has these colours in nearly all pixels. ``size``: height and width of
+    the image on which the strokes were drawn. Raises UsageError for a file that cannot be read, has another size, other
+    colours or no stroke.
     """
     try:
         stored = read_stored_pixels(path)

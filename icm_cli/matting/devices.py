@@ -266,6 +266,7 @@ class _WorkerProcess:
         return f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
     def _receive_messages(self, receive: Callable[[_WorkerProcess, Any], None]) -> None:
+        """Call ``receive`` with each message, and with None when the connection has ended."""
         with contextlib.suppress(EOFError, OSError):
             while True:
                 receive(self, self._inbox.recv())

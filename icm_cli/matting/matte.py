@@ -131,7 +131,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     )
     output, layout = choose_output(options.output)
     if options.reports.gt is not None and (output.invert or output.trimap == "instead"):
-        raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
+        raise UsageError("--gt scores alphas; omit --invert and --trimap instead")
     colour, _ = choose_colours(options.colour)
     protected, skipped_files = given.files, SkippedFiles(listener.on_notice)
     remedy = None if options.output.overwrite else "give another name, or --overwrite to replace it"

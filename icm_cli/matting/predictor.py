@@ -130,7 +130,8 @@ class Session:
     def __init__(self, predictor: Predictor, frame: Frame, decide_alpha: Callable[[Frame], CoarseAlpha]) -> None:
         """``decide_alpha``: returns the final coarse alpha of the frame.
 
-        Of the hints, only :attr:`Frame.shows_object` may change its result, so it is called at most twice.
+        Its result may depend on :attr:`Frame.shows_object`, but on nothing else in the hints. It is called at most
+        once for each of the two values.
         """
         self._predictor, self._decide_alpha = predictor, decide_alpha
         self._frame = replace(frame, embedder=ImageEmbedder(predictor.prompted_objects, frame.visible_rgb))
@@ -313,10 +314,11 @@ class Predictor:
         coarse: Sequence[CoarseAlpha],
         stabilise: Callable[[Float], Float] | None = None,
     ) -> list[FrameAlpha]:
-        """Complete the objects of coarse alphas and refine their edges, as far as the model has components for it.
+        """Return the final alphas of frames from their coarse alphas.
 
-        The alphas follow the mattes and the hints of their frames. ``stabilise`` changes a refined alpha before that.
-        Coarse alphas that are not finite are returned as they are.
+        In this order: the objects are completed and the edges refined, if the model has these components; then
+        ``stabilise`` changes the alphas; then the mattes and hints of the frames are applied. Coarse alphas that are
+        not finite are neither completed nor refined.
         """
         alphas = self.complete_alphas(frames, coarse)
         completed = list(alphas)

@@ -62,10 +62,10 @@ class Reference:
 
     @property
     def selected(self) -> NDArray[np.bool_]:
-        """Pixels of the object, or of a negative reference those that show what is not the object, bool [H,W]."""
+        """Pixels that the mask selects, bool [H,W]: the object, or in a negative reference what is not the object."""
         if not self.is_negative:
             return self.guidance
-        return ~self.guidance if self.unknown is None else ~self.unknown
+        return np.ones_like(self.guidance) if self.unknown is None else ~self.unknown  # all that is not unknown
 
     @property
     def display_mask(self) -> NDArray[np.bool_]:

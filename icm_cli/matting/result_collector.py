@@ -99,6 +99,7 @@ class ResultCollector:
         self._write_reports(report_files, matting_start, peak_memory)
 
     def _add_scores(self, result: ImageResult, answer: Any) -> None:
+        """Report a result with its scores. ``answer`` is None if the process that scored it died."""
         if answer is None:
             reason = (
                 f"the process that scored {result.output} died, perhaps because memory ran out; run the command again"
@@ -125,6 +126,7 @@ class ResultCollector:
             self.report.results[number] = replace(result, evaluation=replace(result.evaluation, dt_ssd=answer))
 
     def _report_result(self, result: ImageResult) -> None:
+        """Add a result to the report and tell the listener, but only the first time."""
         if result.key in self._reported:
             return
         self._reported.add(result.key)
@@ -140,6 +142,7 @@ class ResultCollector:
             self._scoring.pool.drain()
 
     def _write_reports(self, report_files: ReportFiles, matting_start: float, peak_memory: Callable[[], int]) -> None:
+        """Complete the report, write all its files and tell the listener. Images without a result are "not reached"."""
         self._wait_for_scorer()
         report = self.report
         report.results += [

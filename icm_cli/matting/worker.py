@@ -73,6 +73,7 @@ class ParentConnection:
             yield job
 
     def _receive_messages(self, engine: Engine) -> None:
+        """Queue all messages. When the connection ends, stop the engine and the process."""
         with contextlib.suppress(EOFError, OSError):
             while True:
                 self._messages.put(self._inbox.recv())

@@ -203,7 +203,7 @@ def build_model(
     model = InContextMatting(
         backbone, head, edges, objects, second_pass=config.second_pass, guided_filter=config.guided_filter
     )
-    for kind in COMPONENT_KEYS:
+    for kind in COMPONENT_KEYS:  # heads and edges without training keep their own weights
         component = getattr(model, kind)
         if kind in required or (kind in ("backbone", "objects") and component is not None and tensors[kind]):
             load_strict(component, tensors[kind], where)

@@ -417,7 +417,7 @@ def _signature_parameter(field: OptionField, *, is_positional: bool) -> inspect.
 
 
 def _without_none(hint: Any) -> Any:
-    """Type without ``None``; a union of several others stays one."""
+    """Return a type without ``None``: ``str`` for ``str | None``, ``str | int`` for ``str | int | None``."""
     if typing.get_origin(hint) not in (types.UnionType, typing.Union):
         return hint
     members = tuple(member for member in typing.get_args(hint) if member is not type(None))

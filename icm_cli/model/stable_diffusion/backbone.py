@@ -147,8 +147,8 @@ class StableDiffusion(Backbone):
     @torch.no_grad()
     def reference_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
         singles = [
-            self.mean_features(self.noisy_latents(self.encode_moments(image[i : i + 1]), name))[CORRESPONDENCE_STRIDE]
-            for i, name in enumerate(noise_keys)
+            self.mean_features(self.noisy_latents(self.encode_moments(image[i : i + 1]), key))[CORRESPONDENCE_STRIDE]
+            for i, key in enumerate(noise_keys)
         ]
         return Features(torch.cat(singles), valid_tokens(valid, CORRESPONDENCE_STRIDE), {}, {})
 
@@ -156,9 +156,9 @@ class StableDiffusion(Backbone):
     def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
         token_masks = {stride: valid_tokens(valid, stride) for stride in FEATURE_STRIDES}
         singles = []
-        for i, name in enumerate(noise_keys):
+        for i, key in enumerate(noise_keys):
             maps = {stride: MeanAttention(mask[i]) for stride, mask in token_masks.items()}
-            noisy = self.noisy_latents(self.encode_moments(image[i : i + 1]), name)
+            noisy = self.noisy_latents(self.encode_moments(image[i : i + 1]), key)
             singles.append((self.mean_features(noisy, maps), maps))
         scales = {stride: torch.cat([features[stride] for features, _ in singles]) for stride in FEATURE_STRIDES}
         return Features(

@@ -98,16 +98,16 @@ class DetailHead(TrainedHead):
         return prepared
 
     def forward(self, target: Features, references: Sequence[DetailReferences], image: Tensor, valid: Tensor) -> Matte:
-        _, spread = self._compute_similarities(target, references)
-        fused = self.fusion([target.scale_features[stride] for stride in FUSION_STRIDES], spread)
+        _, encoded = self._compute_similarities(target, references)
+        fused = self.fusion([target.scale_features[stride] for stride in FUSION_STRIDES], encoded)
         alpha = self.detail_decoder(fused, 2.0 * image - 1.0)
         return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
 
     def similarity_maps(self, target: Features, references: Sequence[DetailReferences]) -> tuple[Tensor, Tensor]:
         """Return S, and the encoded intra-similarity averaged over channels and scales, as in the published code."""
-        similarity, spread = self._compute_similarities(target, references)
+        similarity, encoded = self._compute_similarities(target, references)
         size = (self.config.canvas_px, self.config.canvas_px)
-        images = [F.interpolate(maps.float().mean(1, keepdim=True), size, mode="bilinear") for maps in spread]
+        images = [F.interpolate(maps.float().mean(1, keepdim=True), size, mode="bilinear") for maps in encoded]
         return similarity, torch.stack(images).mean(dim=0)
 
     def _compute_similarities(
@@ -115,11 +115,11 @@ class DetailHead(TrainedHead):
     ) -> tuple[Tensor, list[Tensor]]:
         """Compute S [B,1,h,w], and the encoded intra-similarity of each scale, [B,256,s,s]."""
         similarity = self.inter_similarity(references, target.correspondence_features, target.valid)
-        spread = [
+        encoded = [
             layer(similarity, cast(AttentionMatrix, target.intra_similarity[stride]).matrix)
             for layer, stride in zip(self.intra_similarity, FUSION_STRIDES, strict=True)
         ]
-        return similarity, spread
+        return similarity, encoded
 
 
 class InterSimilarity(nn.Module):
@@ -176,8 +176,8 @@ class IntraSimilarityEncoder(nn.Module):
         """Compute ReLU(LayerNorm(S * A)), float32 [B,N,s,s]; the channel is the key."""
         side = round(matrix.shape[1] ** 0.5)
         resized = F.interpolate(similarity, (side, side), mode="bilinear", align_corners=True)
-        spread = F.relu(self.norm(resized.flatten(2) * matrix))
-        return spread.view(-1, side, side, side * side).permute(0, 3, 1, 2)
+        weighted = F.relu(self.norm(resized.flatten(2) * matrix))
+        return weighted.view(-1, side, side, side * side).permute(0, 3, 1, 2)
 
 
 class Fusion(nn.Module):
@@ -189,11 +189,13 @@ class Fusion(nn.Module):
         self.join = nn.ModuleList(ConvNormReLU(channels + intra_channels, channels) for _ in FUSION_STRIDES)
         self.merge = ConvNormReLU(2 * channels, channels)
 
-    def forward(self, features: Sequence[Tensor], spread: Sequence[Tensor]) -> Tensor:
-        """Fuse features [B,1280,s,s] and intra-similarities [B,256,s,s] for s = 24, 48 to [B,320,48,48]."""
+    def forward(self, features: Sequence[Tensor], intra_similarities: Sequence[Tensor]) -> Tensor:
+        """Fuse features [B,1280,s,s] and encoded intra-similarities [B,256,s,s] for s = 24, 48 to [B,320,48,48]."""
         coarse, fine = (
             join(torch.cat([project(feature), similarity], dim=1))
-            for project, join, feature, similarity in zip(self.project, self.join, features, spread, strict=True)
+            for project, join, feature, similarity in zip(
+                self.project, self.join, features, intra_similarities, strict=True
+            )
         )
         merged: Tensor = self.merge(torch.cat([fine, upsample_2x(coarse)], dim=1))
         return merged

@@ -159,13 +159,14 @@ def _split_by_size(
     pool: TrainingPool, files: Mapping[ViewFile, Sequence[Any]], load: Callable[[Any], Image | None]
 ) -> tuple[ImageSource[Image], ImageSource[Image] | None]:
     """Return the source of small views, and that of large views if there are any."""
-    views: tuple[dict[TrainingItem, list[Any]], ...] = {}, {}
+    small: dict[TrainingItem, list[Any]] = {}
+    large: dict[TrainingItem, list[Any]] = {}
     for file, views_of_file in files.items():
+        views = large if file.is_large else small
         for item, view in zip(file.items, views_of_file, strict=True):
             if view is not None:
-                views[file.is_large].setdefault(item, []).append(view)
-    small, large = (ImageSource(pool, each, load) for each in views)
-    return small, large if views[True] else None
+                views.setdefault(item, []).append(view)
+    return ImageSource(pool, small, load), ImageSource(pool, large, load) if large else None
 
 
 STAGE = MatchStage

@@ -192,7 +192,7 @@ class ObjectsStage(MatchStage):
         """Return the losses at the true alpha's resolution, means over the rounds.
 
         They are the cross-entropy, the Dice loss for mosaics that show the object, and the squared error of the
-        predicted IoU.
+        predicted IoU. A predicted IoU of exactly 0 has no loss: it stands for a round without clicks.
         """
         logits, predicted_iou, weights, truth, _ = prediction
         logit = F.adaptive_avg_pool2d(logits, (truth.shape[-2], truth.shape[-1]))
