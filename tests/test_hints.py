@@ -147,6 +147,14 @@ def test_annotation_and_painted_hint_of_one_image_are_merged(icm: Icm, scene: Pa
     alpha = read(scene / "out" / "wall.png")
     assert (alpha[50:70, 100:120] == 0).all()
     assert alpha[10, 15] > 127  # the centre of the painted area
+    rough = np.zeros(size, np.uint8)
+    rough[:20, :30] = 255
+    cv2.imwrite(str(hints / "wall.png"), rough)
+    write_hint(hints / "wall.json", "fg", [[100, 60]])  # on the black side of the mask
+    assert icm("--include", "wall.jpg", hints=hints).exit_code == 0
+    alpha = read(scene / "out" / "wall.png")
+    assert alpha[60, 100] > 127
+    assert alpha[150, 60] < 128
 
 
 def test_an_annotation_of_another_image_is_reported(icm: Icm, scene: Path, hints: Path) -> None:
