@@ -560,6 +560,39 @@ def try_accept(server: ReviewServer, id: int, hints: dict[str, Any]) -> None:
         server.request("POST", f"/api/images/{id}/accept", {"revision": 0, "hints": hints})
 
 
+class TestTeaching:
+    def test_reference_negative_and_recompute(self, server: ReviewServer, open_page: Open, folder: Path) -> None:
+        server.wait_until_ready()
+        page = open_page(server)
+        image = open_image(page, server, WRONG)
+        page.mouse.click(*to_page(page, image, ON_OBJECT))
+        wait_for_answer(page)
+        page.keyboard.press("Shift+A")
+        expect(page.locator("#status")).to_contain_text("accepted")
+        page.locator('[data-action="reference"]').click()
+        expect(page.locator("#taught-state")).to_contain_text("reference")
+        other = open_image(page, server, IMAGES[1])
+        page.locator("#negative-area").select_option("image")
+        page.locator('[data-action="negative"]').click()
+        expect(page.locator("#taught-state")).to_contain_text("negative")
+        accepted = (folder / "alphas" / "night" / "cat.png").read_bytes()
+        page.locator('[data-action="open-teach"]').click()
+        expect(page.locator("#taught-list li")).to_have_count(2)
+        page.locator(f'#taught-list li[data-id="{other["id"]}"] [data-action="forget-row"]').click()
+        expect(page.locator("#taught-list li")).to_have_count(1)
+        page.locator('[data-action="recompute"]').click()
+        expect(page.locator("#recompute-state")).to_contain_text("Done", timeout=90_000)
+        expect(page.locator("#changed-list li").first).to_be_visible()
+        assert (folder / "alphas" / "night" / "cat.png").read_bytes() == accepted
+        changes = {name: item["change"] for name, item in server.images().items()}
+        assert max(change or 0 for change in changes.values()) > 0
+        command = server.get("/api/run")["command"]
+        outcome = subprocess.run(
+            ["bash", "-c", f"{Path(sys.executable).parent}/{command} --dry-run"], capture_output=True
+        )
+        assert outcome.returncode == 0, outcome.stderr
+
+
 class TestFailures:
     def test_a_model_that_cannot_be_loaded(
         self, start: Callable[..., ReviewServer], open_page: Open, folder: Path
