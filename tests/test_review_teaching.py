@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import Icm, alphas, read, shrink
-from test_review_corrections import OpenReview, open_review, revision, small_decoder, wait_for_model
+from test_review_corrections import OpenReview, open_review, point, revision, small_decoder, wait_for_model
 from typer.testing import CliRunner
 
 from icm_cli.errors import UsageError
@@ -212,3 +212,30 @@ def test_a_rejected_alpha_that_is_recomputed_is_open_again(icm: Icm, scene: Path
     assert (item["status"], item["has_hints"]) == ("open", True)
     assert not read(scene / "out" / "pad.0101.png")[:50, :50].any()
     assert state.read("sub/deep.png").change is None
+
+
+@pytest.mark.slow
+def test_a_taught_frame_of_a_shot_is_a_keyframe_and_stays_listed(
+    icm: Icm, scene: Path, open_review: OpenReview
+) -> None:
+    image = read(scene / "imgs" / "wall.jpg")
+    (scene / "frames").mkdir()
+    for number in range(1, 5):
+        cv2.imwrite(str(scene / "frames" / f"a.{number:04d}.png"), np.roll(image, 3 * number, axis=1))
+    assert icm("--shot", src=scene / "frames").exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    third = accept(run, state, teaching, "a.0003.png")
+    kept = run.jobs[third].output.read_bytes()
+    teaching.teach(third, "reference", "alpha")
+    wait_for_model(teaching._corrections)
+    corrected = teaching._corrections.answer(0, [point("bg", 85, 65)], refined=True)
+    teaching._corrections.accept(0, 0, [point("bg", 85, 65)])
+    assert (read(run.jobs[0].output) == corrected).all()
+    assert recompute(teaching)["state"] == "done"
+    assert run.jobs[third].output.read_bytes() == kept
+    assert (read(run.jobs[0].output) == corrected).all()
+    made = run_command(command_line(teaching.options()))
+    assert made.exit_code == 0
+    assert any(line.split() == ["kept", "3"] for line in made.stdout.splitlines())  # as the recompute made them
+    reopened, _, _ = open_teaching(open_review)
+    assert reopened.names == run.names == [f"a.{number:04d}.png" for number in range(1, 5)]
