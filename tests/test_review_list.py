@@ -338,6 +338,9 @@ def test_jump_in_a_shot_is_found_at_its_frame_only() -> None:
     frames[20] |= {"foreground": 0.01}
     assert added(results_of(frames), is_shot=True) == {10: [JUMP], 20: [JUMP]}
     assert added(results_of(frames[:2]), is_shot=True) == {}
+    frames[5] |= {"foreground": -0.005, "left": 0.6, "right": 0.3}  # a damaged stamp
+    assert added(results_of(frames), is_shot=True)[5] == [JUMP]
+    assert added(results_of(frames))
 
 
 def test_object_that_leaves_the_frame_and_other_shots_are_no_jumps() -> None:

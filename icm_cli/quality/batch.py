@@ -132,7 +132,7 @@ def _find_jumps(frames: Sequence[Signals]) -> list[list[str]]:
 def _frame_change(one: Signals, other: Signals) -> NDArray[Any]:
     """Return the change of the area, the ratio of the larger area to the smaller one minus 1, and 1 - IoU of the boxes
     of the object in two frames."""
-    small, large = sorted(signals.get("foreground", 0.0) for signals in (one, other))
+    small, large = sorted(max(0.0, signals.get("foreground", 0.0)) for signals in (one, other))
     distance = 0.0
     if set(BOX) <= one.keys() and set(BOX) <= other.keys():
         distance = 1 - _box_iou([one[name] for name in BOX], [other[name] for name in BOX])
