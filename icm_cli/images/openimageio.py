@@ -54,8 +54,11 @@ BEAUTY_NAMES = frozenset({"beauty", "combined", "rgb", "rgba"})
 
 @contextlib.contextmanager
 def open_reader(file: ImageFile, *, must_open: bool = True) -> Iterator[Any]:
-    """Open a file so that its alpha is not changed. If that fails: raise UnidentifiedImageError, or yield None."""
-    settings = oiio.ImageSpec()  # given only to files that may have an alpha, because the file is then opened twice
+    """Open a file, whose colours are read as they are stored: not multiplied by its alpha.
+
+    If the file cannot be opened: raise UnidentifiedImageError, or yield None.
+    """
+    settings = oiio.ImageSpec()  # used only if the file may need it, because OpenImageIO then opens the file twice
     settings.attribute("oiio:UnassociatedAlpha", 1)
     reader = oiio.ImageInput.open(str(file.path), *([settings] if _may_have_straight_alpha(file) else []))
     if reader is None:

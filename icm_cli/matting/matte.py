@@ -233,17 +233,17 @@ class _MattingRun:
         on_outdated: Callable[[Job, ExistingAlpha], None] | None = None,
     ) -> list[Job]:
         """Report the alphas that are kept, and return the other jobs. Raises UsageError."""
-        shot, engine = self._plan.shot, self._setups[0].options
+        shot, options = self._plan.shot, self._setups[0].options
         jobs = list(shot.order if shot else self._plan.jobs)
-        if engine.overwrite:
+        if options.overwrite:
             return [replace(job, replaceable=file_identities(job)) for job in jobs]
         return keep_existing_alphas(
             jobs,
-            engine.job_digest,
-            workers=engine.workers,
+            options.job_digest,
+            workers=options.workers,
             on_result=on_result,
             notice=self._listener.on_notice,
-            keep_all=engine.keep_existing,
+            keep_all=options.keep_existing,
             hint="; --keep-existing keeps them",
             reusable_outputs=shot.reusable_outputs if shot else None,
             on_outdated=on_outdated,

