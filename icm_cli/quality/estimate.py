@@ -45,19 +45,14 @@ def estimate_quality(signals: Mapping[str, float]) -> Estimate:
     return Estimate(_predict(weights["shown"], signals), tuple(reasons))
 
 
-def predict_logit(model: Mapping[str, Any], signals: Mapping[str, float]) -> float:
-    """Return the prediction of a linear model of standardised signals; see :func:`estimate_quality`."""
-    logit: float = model["offset"]
+def _predict(model: Mapping[str, Any], signals: Mapping[str, float]) -> float:
+    """Return the prediction, 0..1, of a logistic regression on standardised signals."""
+    logit = model["offset"]
     for name, scale in model["signals"].items():
         if name in signals:
             value = min(max(signals[name], scale["min"]), scale["max"])
             logit += scale["weight"] * (value - scale["mean"]) / scale["std"]
-    return logit
-
-
-def _predict(model: Mapping[str, Any], signals: Mapping[str, float]) -> float:
-    """Return the probability, 0..1, that a logistic regression predicts."""
-    return round(1 / (1 + math.exp(-predict_logit(model, signals))), DIGITS)
+    return round(1 / (1 + math.exp(-logit)), DIGITS)
 
 
 def _is_beyond(threshold: Mapping[str, Any], signals: Mapping[str, float]) -> bool:

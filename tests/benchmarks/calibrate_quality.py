@@ -9,10 +9,10 @@ to two targets as they are, the same two with a photograph of another group next
 object pasted, and one image in which the object is absent. Objects of the same class are never used
 as another object.
 
-The head was trained on these groups, so their presence says too little about new objects. There are
-as many rounds with photographs of ``edges/ecssd``, on which it was not trained: the reference is a
+The head was trained on these groups, so it hardly ever finds an object that is absent. There are as
+many rounds with photographs of ``edges/ecssd``, on which it was not trained: the reference is a
 mirrored, brighter or darker copy of a photograph, and the targets are the photograph with another
-one next to it, and another photograph. Only the weight of the presence is fitted to them.
+one next to it, and another photograph.
 
 An alpha that shows an object has the expected IoU ``sigmoid(offset + sum of weight * (signal -
 mean) / std)``, fitted by maximum likelihood with a penalty of the squared weights. An empty alpha
@@ -42,7 +42,7 @@ from bench_quality import Record, append_record, matte_image, read_records
 import icm_cli
 from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.matting.predictor import Predictor
-from icm_cli.quality.estimate import WEIGHTS_PATH, predict_logit
+from icm_cli.quality.estimate import WEIGHTS_PATH
 
 Sample = tuple[np.ndarray, np.ndarray]
 """An image, sRGB uint8 [H,W,3], and its alpha, uint8 [H,W]: 0 outside, 255 inside, 128 unknown."""
@@ -52,7 +52,7 @@ SOURCE_WEIGHTS = {"dreambooth": 1.0, "caltech101": 1.5, "eth80": 0.5, "ccp": 0.9
 GROUP_WEIGHT = 0.6
 """Weight of other sources, for the root of their number of groups."""
 SHOWN_SIGNALS = {
-    **dict.fromkeys(("coarse_agreement", "completed_agreement", "completed_confidence"), 1),
+    **dict.fromkeys(("coarse_agreement", "completed_agreement", "completed_confidence", "presence", "similarity"), 1),
     "background_similarity": -1,
 }
 """Signals of the model of alphas that show an object, and the sign of their influence. A signal whose fitted weight has
@@ -60,7 +60,6 @@ the other sign is removed."""
 EMPTY_SIGNALS = {"presence": -1, "similarity": -1}
 PENALTY = 2.0
 """Weight of the squared weights of standardised signals."""
-PRESENCE_PENALTY = 5.0
 NEW = "new"
 """Beginning of the names of records of new objects."""
 REASONS = {
@@ -229,30 +228,13 @@ def fit_model(records: Sequence[Record], signs: Mapping[str, int]) -> dict[str, 
     return {"offset": round(float(offset), 5), "signals": signals}
 
 
-def add_presence(model: dict[str, Any], records: Sequence[Record], new: Sequence[Record]) -> None:
-    """Add the presence to a model of ``records``, with the weight that it has for ``new`` objects."""
-    logits = np.array([predict_logit(model, record.signals) for record in new])
-    values = np.array([record.signals["presence"] for record in new])
-    standardised = ((values - values.mean()) / values.std())[:, None]
-    quality = np.array([record.true_quality for record in new])
-    weight = fit_logistic(standardised, quality, logits, PRESENCE_PENALTY)[1]
-    mean = np.mean([record.signals["presence"] for record in records if "presence" in record.signals])
-    scale = {"mean": mean, "std": values.std(), "min": values.min(), "max": values.max(), "weight": weight}
-    model["signals"]["presence"] = {key: round(float(value), 5) for key, value in scale.items()}
-
-
-def fit_logistic(
-    inputs: np.ndarray, targets: np.ndarray, known: np.ndarray | float = 0.0, weight: float = PENALTY
-) -> np.ndarray:
-    """Return offset and weights of a logistic regression of ``targets`` [N] in 0..1, by Newton's method.
-
-    ``known``: logits [N] to which the result is added. ``weight``: weight of the penalty.
-    """
+def fit_logistic(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return offset and weights of a logistic regression of ``targets`` [N] in 0..1, by Newton's method."""
     inputs = np.c_[np.ones(len(inputs)), inputs]
-    penalty = np.diag([1e-6, *[weight] * (inputs.shape[1] - 1)])
+    penalty = np.diag([1e-6, *[PENALTY] * (inputs.shape[1] - 1)])
     weights = np.zeros(inputs.shape[1])
     for _ in range(50):
-        predicted = 1 / (1 + np.exp(-known - inputs @ weights))
+        predicted = 1 / (1 + np.exp(-inputs @ weights))
         gradient = inputs.T @ (predicted - targets) + penalty @ weights
         hessian = (inputs.T * (predicted * (1 - predicted))) @ inputs + penalty
         weights -= np.linalg.solve(hessian, gradient)
@@ -281,14 +263,16 @@ def find_reason(shown: Sequence[Record], reason: str) -> tuple[float, str, dict[
 
 
 def calibrate(records: Sequence[Record]) -> dict[str, Any]:
-    own, new = ([each for each in records if each.name.startswith(NEW) == is_new] for is_new in (False, True))
-    shown, new_shown = ([each for each in some if "largest_component" in each.signals] for some in (own, new))
-    model = fit_model(shown, SHOWN_SIGNALS)
-    add_presence(model, shown, new_shown)
+    shown = [record for record in records if "largest_component" in record.signals]
     empty = [record for record in records if "largest_component" not in record.signals]
-    found = [find_reason(shown + new_shown, reason) for reason in REASONS]
+    found = [find_reason(shown, reason) for reason in REASONS]
     reasons = dict(each[1:] for each in sorted(filter(None, found), reverse=True, key=lambda each: each[0]))
-    return {"alphas": len(records), "shown": model, "empty": fit_model(empty, EMPTY_SIGNALS), "reasons": reasons}
+    return {
+        "alphas": len(records),
+        "shown": fit_model(shown, SHOWN_SIGNALS),
+        "empty": fit_model(empty, EMPTY_SIGNALS),
+        "reasons": reasons,
+    }
 
 
 def main() -> None:
