@@ -47,7 +47,7 @@ try:
 
     from icm_cli.review.security import RequestGuard, is_any_address, is_loopback
 except ImportError as error:
-    raise UsageError(f"icm review needs the extra 'review' ({error}); pip install 'icm-cli[review]'") from error
+    raise UsageError(f"icm review needs {error.name}, which is missing; pip install 'icm-cli[review]'") from error
 
 REVIEW_BELOW = 0.8
 """Quality below which an alpha needs a person, as with ``--review-below`` of ``icm matte``."""
@@ -424,7 +424,8 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         remedy = f"give another --port than {port}, or omit --port" if port else "give another --host"
-        raise OutputError(f"the page cannot be served at {host}:{port}: {describe_os_error(error, remedy)}") from error
+        where = f"{host}:{port}" if port else host
+        raise OutputError(f"the page cannot be served at {where}: {describe_os_error(error, remedy)}") from error
     return listening
 
 
