@@ -165,13 +165,14 @@ def test_ground_truth_of_another_size_fails_only_its_image(icm: Icm, scene: Path
 
 
 def test_contact_sheet(icm: Icm, scene: Path) -> None:
-    """The sheet has the reference with its mask, then source, alpha and object of each image, sorted by name."""
-    assert icm(contact_sheet=scene / "sheet.png").exit_code == 0
+    """The sheet has the reference with its mask, then source, alpha and object of each image, worst quality first."""
+    assert icm(contact_sheet=scene / "sheet.png", report=scene / "r.json").exit_code == 0
     sheet = read(scene / "sheet.png")
     assert sheet.shape == (4 * 258, 3 * 240, 3)
+    images = json.loads((scene / "r.json").read_text())["images"]
     files = [(scene / "ref.png", scene / "mask.png")]
-    for name in NAMES:
-        files.append((next((scene / "imgs").glob(f"{name.removesuffix('.png')}.*")), scene / "out" / name))
+    for image in sorted(images, key=lambda image: (image["quality"], image["source"])):
+        files.append((Path(image["source"]), Path(image["output"])))
     for row, (path, alpha_path) in enumerate(files):
         alpha, source = read(alpha_path), read(path)[..., :3]
         for column, pixels in enumerate((source, np.repeat(alpha[..., None], 3, -1))):

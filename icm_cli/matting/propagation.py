@@ -145,8 +145,8 @@ class FlowField:
     def propagate(self, coarse: Tensor) -> Tensor:
         """Add the evidence of the earlier frame to a coarse alpha [h,w] in 0..1.
 
-        The evidence is the logit of the earlier alpha. It is moved along the flow, weighted by the agreement, and more
-        where hints corrected the earlier frame, and added to the logit of the coarse alpha.
+        The evidence is the logit of the earlier alpha. It is moved along the flow and weighted by the agreement. Its
+        weight is larger where hints corrected the earlier frame. Then it is added to the logit of the coarse alpha.
         """
         config = self.config
         evidence = np.clip(_logit(self.earlier.alpha, config.min_alpha), -config.max_logit, config.max_logit)
