@@ -219,10 +219,12 @@ def _common_frames(one: range, other: range) -> range:
     divisor = math.gcd(one.step, other.step)
     if (other.start - one.start) % divisor:
         return range(0)
+    # By the Chinese remainder theorem, the common numbers of both ranges without their ends are first + n * step.
     period = other.step // divisor
     offset = (other.start - one.start) // divisor * pow(one.step // divisor, -1, period) % period
     first, step = one.start + offset * one.step, one.step * period
-    first += max(0, -((first - max(one.start, other.start)) // step)) * step
+    missing = max(0, max(one.start, other.start) - first)
+    first += (missing + step - 1) // step * step
     return range(first, min(one.stop, other.stop), step)
 
 

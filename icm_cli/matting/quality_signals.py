@@ -99,6 +99,7 @@ def _measure_interior(mask: NDArray[np.bool_], is_soft: NDArray[np.bool_]) -> di
 
 
 def _measure_components(mask: NDArray[np.bool_]) -> dict[str, float]:
+    """Return the fraction of the mask in its largest connected component, and the number of large components."""
     _, _, statistics, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     fractions = statistics[1:, cv2.CC_STAT_AREA] / mask.sum()
     return {
@@ -108,6 +109,7 @@ def _measure_components(mask: NDArray[np.bool_]) -> dict[str, float]:
 
 
 def _measure_position(mask: NDArray[np.bool_]) -> dict[str, float]:
+    """Return the bounding box in fractions of the image, and how much of the image border is in the mask."""
     (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis=axis))[[0, -1]] + (0, 1) for axis in (1, 0))
     height, width = mask.shape
     covered = mask[0].sum() + mask[-1].sum() + mask[:, 0].sum() + mask[:, -1].sum()
