@@ -102,11 +102,12 @@ export class Grid {
     Object.assign(root, { ariaPosInSet: index + 1, ariaSetSize: this.ids.length, ariaSelected: id === this.active });
     showThumbnail(image, store.items.get(id), store.settings.thumbnailView);
   }
-  fill({ root, image, name, quality, reasons, badge }, id) {
+  fill({ root, image, name, folder, quality, reasons, badge }, id) {
     const item = store.items.get(id);
     const more = item.reasons.length - MAX_REASONS;
     const marks = describeMarks(item);
     setText(name, baseName(item.name));
+    setText(folder, item.folder);
     setText(quality, formatQuality(item.quality));
     setText(reasons, item.reasons.slice(0, MAX_REASONS).join(", ") + (more > 0 ? ` +${more}` : ""));
     setText(badge, marks.join(" · "));

@@ -29,8 +29,13 @@ class Store extends EventTarget {
   /** Dispatch an event: "run", "items" (detail: Set of changed ids), "filter", "settings" or "recompute". */
   emit(name, detail = null) { this.dispatchEvent(new CustomEvent(name, { detail })); }
   on(name, handle) { this.addEventListener(name, (event) => handle(event.detail)); }
-  /** Ask the server for changes of the run, the images and the recomputation, now and every few seconds. */
+  /** Ask the server for changes now and every few seconds. */
   async start() {
+    await this.poll();
+    setTimeout(() => this.start(), POLL_MS);
+  }
+  /** Ask the server for changes of the run, the images and the recomputation. */
+  async poll() {
     try {
       const run = await api.run();
       const isNew = JSON.stringify(run) !== JSON.stringify(this.run);
@@ -42,7 +47,6 @@ class Store extends EventTarget {
       this.setRecompute(await api.recomputeState());
       clearError("connection");
     } catch (error) { reportError(error.message, { topic: "connection" }); }
-    setTimeout(() => this.start(), POLL_MS);
   }
   setRecompute(state) { this.recompute = state; this.emit("recompute"); }
   /** Store images that the server sent; older revisions than the known ones are ignored. */

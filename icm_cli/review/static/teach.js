@@ -21,6 +21,7 @@ export class TeachDialog {
     this.dialog.append(byId("messages")); // above the page
     this.dialog.showModal();
     this.draw();
+    store.poll(); // the command is that of now
   }
   /** Start or stop the recomputation. */
   async send(request) {
