@@ -121,7 +121,7 @@ class Corrections:
         be changed.
         """
         job = self._run.jobs[id]
-        with self._image_locks[id]:
+        with self._image_lock(id):
             self._check_revision(id, revision)
             if shapes is not None:
                 self._check_ready()
@@ -133,7 +133,7 @@ class Corrections:
     def reject(self, id: int, revision: int) -> None:
         """Reject the alpha of an image, so that a recompute may replace it."""
         job = self._run.jobs[id]
-        with self._image_locks[id]:
+        with self._image_lock(id):
             is_reviewed = self._run.refresh(id).is_reviewed
             with self._changing(id, revision, job.outputs if is_reviewed else [], "rejected"):
                 if is_reviewed:
@@ -142,7 +142,7 @@ class Corrections:
     def undo(self, id: int, revision: int) -> None:
         """Bring back the alpha, the hints and the status before the last change of an image."""
         name, alpha = self._run.names[id], self._run.jobs[id].output
-        with self._image_locks[id]:
+        with self._image_lock(id):
             self._check_revision(id, revision)
             entries = self._state.read(name).undo
             if not entries:
@@ -160,6 +160,11 @@ class Corrections:
     def close(self) -> None:
         """End the thread of the model, after its current task."""
         self._executor.shutdown(cancel_futures=True)
+
+    def _image_lock(self, id: int) -> threading.Lock:
+        """Return the lock of an image, which only one thread of this process changes at a time."""
+        with self._lock:
+            return self._image_locks[id]
 
     def _submit(self, task: Callable[[], Result]) -> Future[Result]:
         """Run a task in the thread of the model."""

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from icm_cli.environment import start_module
-from icm_cli.errors import ImageError, UsageError, format_count
+from icm_cli.errors import IcmError, ImageError, UsageError, format_count
 from icm_cli.files import combined_digest, error_for_failed_write
 from icm_cli.matting.run_record import command_line
 from icm_cli.options import MatteOptions
@@ -158,7 +158,7 @@ class Teaching:
                 for image in images.values():
                     image.change = None
             state, message = self._run_command(before)
-        except (UsageError, OSError) as error:
+        except (IcmError, OSError) as error:
             message = str(error)
         finally:
             if state == "done":
@@ -210,7 +210,9 @@ class Teaching:
         assert process.stdout is not None
         failures, error, unsaved, saved_at = 0, "", dict[int, float](), time.monotonic()
         for line in process.stdout:
-            event = json.loads(line)
+            event: dict[str, Any] = (
+                json.loads(line) if line.startswith(b"{") else {"event": ""}
+            )  # libraries may print anything
             if event["event"] == "error":
                 error = event["message"]
             elif event["event"] == "image":
