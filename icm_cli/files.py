@@ -579,7 +579,7 @@ def split_glob(pattern: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _skip_reason(path: Path, trees: Sequence[str]) -> str:
-    """Return the reason to skip a folder; "" if it is walked."""
+    """Return the reason to skip a folder, "" if it is walked. ``trees``: as in :func:`walk_files`."""
     if path.is_symlink():
         target = Path(os.path.realpath(path))
         if any(Path(tree).is_relative_to(target) for tree in trees):

@@ -205,6 +205,7 @@ class DetailDecoder(nn.Module):
     """The detail capture module of ViTMatte (Yao et al. 2024): image features are added at every doubling."""
 
     def __init__(self, inputs: int, channels: Sequence[int]) -> None:
+        """``inputs``: channels of the fused features. ``channels``: those after each doubling."""
         super().__init__()
         stream = (3, *IMAGE_STREAM_CHANNELS)
         self.image_stream = nn.ModuleList(
