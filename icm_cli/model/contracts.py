@@ -351,9 +351,9 @@ class Objects(Component):
         """Complete the objects of coarse alphas, one of any size for each image: float32 [h,w] in 0..1, which covers
         exactly the image. The results are float32 [h',w'] in 0..1.
 
-        ``prompts`` are the points and boxes of each image, all of which count. With them the coarse alpha may be None
-        or empty: then they alone select the object. ``are_completed``: whether the coarse alphas are results of this
-        method, which are only corrected by the prompts.
+        ``prompts`` are the points and boxes of each image, all of which count, in any order. With them the coarse alpha
+        may be None or empty: then they alone select the object. ``are_completed``: whether the coarse alphas are
+        results of this method, which are only corrected by the prompts.
         """
 
     @torch.inference_mode()

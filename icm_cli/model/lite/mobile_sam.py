@@ -41,9 +41,6 @@ FULL_PX = CELL_PX * FULL_CELLS
 """Largest long side of an image on the canvas."""
 COARSE_WEIGHT, MASK_WEIGHT = 1.0, 0.25
 """Initial weights, before training, with which the logits of the coarse alpha and of the first mask are added."""
-MAX_STEPS = 4
-"""Without a coarse alpha, points are added in at most so many steps: the first ones one by one, then all others. The
-result of a step is the alpha that the next one corrects, as with clicks of a person."""
 
 
 @dataclass(frozen=True)
@@ -212,12 +209,7 @@ class MobileSam(Objects):
         if batch[0].prompts is not None:
             points = [item.canvas_points(embedding.device) for item in batch]
             coordinates, labels = (torch.stack(each) for each in zip(*points, strict=True))
-            counts = [labels.shape[1]]
-            if alpha is None and not bool((labels > 1).any()):
-                counts = [*range(1, min(MAX_STEPS, *counts)), *counts]
-            for count in counts:
-                logit, _ = self.decode_prompts(embedding, alpha, coordinates[:, :count], labels[:, :count])
-                alpha = torch.sigmoid(_smooth(logit))
+            alpha = torch.sigmoid(_smooth(self.decode_prompts(embedding, alpha, coordinates, labels)[0]))
         assert alpha is not None, "an image needs a coarse alpha or prompts"
         sizes = [item.image.mask_size for item in batch]
         return [each[:height, :width] for each, (height, width) in zip(alpha[:, 0], sizes, strict=True)]
@@ -254,13 +246,11 @@ class _Item:
         return *key, len(self.prompts.labels), has_box
 
     def canvas_points(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the coordinates of the points as fractions of the canvas, and their labels; points off the object are
-        the last ones."""
+        """Return the coordinates of the points as fractions of the canvas, and their labels."""
         assert self.prompts is not None
         (height, width), (rows, columns) = self.image.mask_size, self.image.embedding.shape[-2:]
         size = torch.tensor([width / columns, height / rows]) / MASK_SCALE
-        order = torch.argsort((self.prompts.labels == 0).int(), stable=True)
-        return (self.prompts.coordinates[order] * size).to(device), self.prompts.labels[order].to(device)
+        return (self.prompts.coordinates * size).to(device), self.prompts.labels.to(device)
 
 
 def _smooth(logit: Tensor) -> Tensor:
