@@ -37,6 +37,7 @@ FLAGS_OF_OTHER_TOOLS = set(
         "--local-dir",
         "--nproc-per-node",
         "--step",
+        "--folder",
         "--no-deps",
         "--no-build-isolation",
         "--px",
