@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 
 from icm_cli.environment import DEFAULT_WORKERS
@@ -160,12 +160,17 @@ class HintFiles:
         real_paths = frozenset(real_path(path) for paths in files.values() for path in paths)
         return cls(where, real_path(folder) if is_folder else None, files, real_paths, others)
 
+    @cached_property
+    def _outer_folders(self) -> frozenset[Path]:
+        """The folders that contain the folder of hints."""
+        return frozenset() if self.folder is None else frozenset(self.folder.parents)
+
     def is_hint_file(self, path: Path, root: Path) -> bool:
         """Return whether a file below the root of the sources is a file of hints, and no image to matte.
 
         It is in a folder of hints inside the root, matches the frame pattern, or is a JSON file with hints.
         """
-        if self.folder is not None and self._resolve(root) in self.folder.parents:
+        if self.folder is not None and self._resolve(root) in self._outer_folders:
             return self.folder in self._resolve(path).parents
         may_be_hint = bool(self.real_paths) and (self.folder is None or path.suffix.lower() == JSON_SUFFIX)
         return may_be_hint and self._resolve(path) in self.real_paths
@@ -190,10 +195,11 @@ class HintFiles:
         output itself. Raises UsageError for a file that may belong to several images.
         """
         owners = defaultdict[str | int | None, list[Path]](list)
-        for image in images:
+        for image in images if self.files else ():
             for key in self._keys(image):
                 owners[key].append(image)
-        known = {key for path in sources.files for key in self._keys(name_below(path, sources.root))}
+        files = sources.files if self.files else ()
+        known = {key for path in files for key in self._keys(name_below(path, sources.root))}
         found, without_image = defaultdict[Path, list[Path]](list), list[Path]()
         for key, given in self.files.items():
             paths = [path for path in given if not is_excluded(path)]
