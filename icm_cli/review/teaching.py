@@ -44,6 +44,8 @@ from icm_cli.review.state import ImageState, ReviewState
 BEFORE_NAME, LOG_NAME = "before", "recompute.log"
 SAVE_INTERVAL_S = 3.0
 """Interval in which the changes that a recompute has made are saved, so that the page shows them."""
+DIFFERENCE_DIGITS = 3
+"""Mean differences of alphas are rounded to this many digits, so that invisible ones count as none."""
 STOP_TIMEOUT_S = 60.0
 """Seconds that a recompute has to finish its files when the server ends."""
 LOW_PRIORITY = 3
@@ -241,15 +243,15 @@ class Teaching:
             after, saved = self._images.read_alpha(id), self._saved_alpha(before, id)
             earlier = self._images.read_alpha(id, saved) if saved.exists() else np.zeros_like(after)
             if earlier.shape == after.shape:
-                return {id: float(np.abs(after.astype(np.float32) - earlier).mean()) / 255}
+                return {id: round(float(np.abs(after.astype(np.float32) - earlier).mean()) / 255, DIFFERENCE_DIGITS)}
         return {id: 1.0}
 
     def _save_changes(self, changes: Mapping[int, float]) -> None:
-        """Save the differences, and open the images again that were rejected before."""
+        """Save the differences, and open the changed images again that were rejected before."""
         if not changes:
             return
         with self._state.edit_all() as images:
             for id, difference in changes.items():
                 image = images.setdefault(self._run.names[id], ImageState())
                 image.change = difference
-                image.status = "open" if image.status == "rejected" else image.status
+                image.status = "open" if image.status == "rejected" and difference else image.status
