@@ -302,6 +302,19 @@ class TestSecurity:
         assert client.request("POST", f"{IMAGE}/accept", {"hints": hints, "revision": 0}).status == 400
 
 
+def test_a_damaged_hint_file_is_reported_and_not_replaced(client: Client, scene: Path) -> None:
+    item = client.items()["wall.jpg"]
+    path = scene / "out" / ".icm" / "hints" / "wall.json"
+    path.write_text("{bad")
+    address = f"/api/images/{item['id']}"
+    assert str(path) in client.get(address)["error"]
+    point = {"label": "fg", "shape_type": "point", "points": [[1, 1]]}
+    answer = client.request("POST", f"{address}/accept", {"hints": {"shapes": [point]}, "revision": item["revision"]})
+    assert answer.status == 400
+    assert path.read_text() == "{bad"
+    path.unlink()
+
+
 def test_items_say_what_the_stamps_say(client: Client, scene: Path) -> None:
     items = client.items()
     assert list(items) == ["pad.0101.png", "sub/deep.png", "wall.jpg"]

@@ -285,6 +285,7 @@ class ReviewApp:
         """Accept an alpha, with other hints or as it is."""
         if call.body["hints"] is not None:
             _check_body(call.body["hints"], HINTS)
+            self.run.read_shapes(call.id, self.images.display_size(call.id))  # damaged files are not replaced
         self.corrections.accept(call.id, call.body["revision"], call.shapes)
         return self.item(call.id)
 

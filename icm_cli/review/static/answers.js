@@ -16,7 +16,7 @@ export class Answers {
   constructor(show, describe) {
     Object.assign(this, { show, describe });
     store.on("run", () => {
-      if (this.waiting !== null && store.run.model_state === "ready") this.ask(this.waiting);
+      if (this.waiting !== null && store.run.model_state !== "loading") this.ask(this.waiting);
     });
   }
   /** Drop all requests. */

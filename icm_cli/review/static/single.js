@@ -63,6 +63,7 @@ export class Single {
       if (this.id !== id) return;
       Object.assign(this, { details, draft, shot: details.shot, revision: details.revision });
       this.showItem(); // decisions are possible even if the source cannot be read
+      if (details.error) reportError(`${details.name}: ${details.error}`, { topic: "image" });
       const [source, before] = await Promise.all([loadSource(details), loadAlpha(details)]);
       if (this.id !== id) return;
       if (isNew || this.viewer.image === null) this.viewer.setImage({ ...details, source, before });
