@@ -198,13 +198,16 @@ _model_process: int | None = None
 def check_not_forked(*, loads_model: bool = False) -> None:
     """Raise UsageError in a process that was forked from one in which a model was loaded.
 
-    Here torch would wait for ever for threads that exist only in the other process.
+    In the forked process torch would wait for ever for threads that exist only in the original process.
+    ``loads_model``: whether the caller is about to load a model; this process is then remembered as one that has a
+    model.
     """
     global _model_process
     if _model_process not in (None, os.getpid()):
         raise UsageError(
             "this process was forked from one in which icm had loaded a model, and the threads of the model do not "
-            "exist here; start the process with the method 'spawn' of multiprocessing, or load models only in it"
+            "exist in the fork; start this process with the method 'spawn' of multiprocessing, or load models only in "
+            "the forked process"
         )
     if loads_model:
         _model_process = os.getpid()

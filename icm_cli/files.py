@@ -481,7 +481,10 @@ def special_file_kind(mode: int) -> str:
 
 
 def describe_obstacle(path: str | Path) -> str:
-    """Return what is at a path if a write must not replace it, such as "a folder"; "" for a file, and for nothing."""
+    """Return what is at a path if it is not a regular file, such as "a folder" or "a pipe".
+
+    Return "" for a regular file or a link to one, and if the path does not exist.
+    """
     if is_file(path) or not os.path.lexists(path):
         return ""
     if os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises errors

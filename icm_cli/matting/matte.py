@@ -33,7 +33,7 @@ from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.jobs import Job, OutputLayout, check_obstacles, check_overwrites, parse_shard
 from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
-from icm_cli.matting.planning import choose_colours, choose_output, plan_images
+from icm_cli.matting.planning import choose_colour_settings, choose_output, plan_images
 from icm_cli.matting.references import Reference, check_negatives, read_negatives, read_references
 from icm_cli.matting.result_collector import ResultCollector, environment_settings
 from icm_cli.matting.resume import ExistingAlpha, file_identities, keep_existing_alphas
@@ -132,7 +132,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     output, layout = choose_output(options.output)
     if options.reports.gt is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; omit --invert and --trimap instead")
-    colour, _ = choose_colours(options.colour)
+    colour, _ = choose_colour_settings(options.colour)
     protected, skipped_files = given.files, SkippedFiles(listener.on_notice)
     remedy = None if options.output.overwrite else "give another name, or --overwrite to replace it"
     ReportFiles(mask=given.save_mask).check_no_overwrite(protected, remedy)  # before a model makes the mask
@@ -160,7 +160,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
 
 def read_all_references(options: MatteOptions, notice: Callable[[str], None]) -> list[Reference]:
     """Read the references of a run with their masks, and its negative references. Raises UsageError."""
-    given, (_, colour) = options.references, choose_colours(options.colour)
+    given, (_, colour) = options.references, choose_colour_settings(options.colour)
     masks = MaskMaker(lambda: resolve_device(parse_devices(options.model.device)[0]))
     references = read_references(
         given.ref,
@@ -184,7 +184,7 @@ class _MattingRun:
     _options: MatteOptions
     _plan: MattingPlan
     _setups: Sequence[EngineSetup]
-    """What the engine of every device needs."""
+    """The setup of the engine of each device."""
     _cluster: RayCluster | None
     _listener: Listener
 
@@ -323,13 +323,16 @@ def run_digest(
         **sequence_digest_parts(learn_steps, is_shot=options.sequences.shot),
         DigestPart.FORMAT: output.format,
         DigestPart.IMAGE: "",
-        DigestPart.COLOUR_CONFIG: choose_colours(options.colour)[0].config_identity,
+        DigestPart.COLOUR_CONFIG: choose_colour_settings(options.colour)[0].config_identity,
     }
     return alpha_digest(options.digest_values(parts))
 
 
 def _make_setups(options: MatteOptions, plan: MattingPlan, choices: Sequence[ModelChoice]) -> list[EngineSetup]:
-    """Return what the engine of every device needs. Raises UsageError or ConfigError."""
+    """Return one engine setup per device, in the order of ``choices``, which differ only in their device.
+
+    Raises UsageError or ConfigError.
+    """
     engine = EngineOptions(
         [run_digest(options, plan.references, plan.output, choices[0])],
         choices[0].batch_size,

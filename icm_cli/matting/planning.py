@@ -119,8 +119,12 @@ def _source_filter(sources: SourceOptions, sequences: SequenceOptions) -> Source
     return SourceFilter(sources.include, sources.exclude, numbers, sequences.missing, shard)
 
 
-def choose_colours(options: ColourOptions) -> tuple[ColourSettings, ColourSettings]:
-    """Return the colours of sources and of references. Raises UsageError for an unknown name."""
+def choose_colour_settings(options: ColourOptions) -> tuple[ColourSettings, ColourSettings]:
+    """Return the colour settings for reading the sources, and those for the references.
+
+    What the references do not set is taken from the sources. Raises UsageError for an unknown configuration, colour
+    space or view.
+    """
     layer = options.layer or ""
     sources = ColourSettings(
         options.colorspace, options.ocio or "", options.view or "", options.exposure, layer, options.white

@@ -637,7 +637,10 @@ def _as_rgb(image: Any, name: str) -> ImageU8:
 
 
 def _check_hints(hints: Any, image: ImageU8, of_which: str = "") -> Hints:
-    """Return the hints about an image. Raises UsageError for another object, and for hints of another size."""
+    """Return ``hints`` unchanged.
+
+    Raises UsageError if they are not an instance of Hints, or not of the size of the image.
+    """
     if not isinstance(hints, Hints):
         raise UsageError(f"the hints{of_which} are {_describe(hints)}; expected icm_cli.Hints")
     if hints.size != image.shape[:2]:

@@ -94,10 +94,11 @@ def read_references(
 ) -> list[Reference]:
     """Read every reference with its mask.
 
-    Without masks, each reference must be an RGBA cut-out. ``label``: the value, index or colour of the object, for
-    masks with several labels. ``orientation``: the orientation of masks whose reference has an EXIF orientation:
-    "upright" as the reference is shown, "stored" as in its file, or "auto". ``prompts``: points, a box or strokes in
-    place of the mask of a single reference. ``make_mask`` makes masks from prompts. Raises UsageError.
+    Without masks and prompts, each reference must be an RGBA cut-out. ``label`` selects the object in a mask with
+    several labels: its value, index or colour, or its name in a JSON annotation. ``orientation``: how masks are
+    oriented if their reference has an EXIF orientation: "upright" like the displayed reference, "stored" like the
+    pixels in its file, "auto" decided by the size of the mask. ``prompts``: points, a box or strokes in place of the
+    mask of a single reference. ``make_mask`` makes masks from prompts. Raises UsageError.
     """
     if not refs:
         raise UsageError("no reference was given; give --ref IMAGE and --mask MASK")
@@ -113,8 +114,8 @@ def read_references(
         )
     if orientation != "auto" and all(map(is_annotation, masks)):
         raise UsageError(
-            f"--mask-orientation {orientation} describes a mask image, and {masks[0]} has the orientation in which the "
-            "reference is displayed; omit --mask-orientation"
+            f"--mask-orientation {orientation} applies to mask images only, and {masks[0]} is a JSON annotation, which "
+            "always has the orientation in which the reference is displayed; omit --mask-orientation"
         )
     return [
         _read_reference(ref, masks[n] if masks else None, label, colour, orientation, notice, prompts, make_mask)

@@ -348,12 +348,14 @@ class Objects(Component):
         *,
         are_completed: bool = False,
     ) -> list[Tensor]:
-        """Complete the objects of coarse alphas, one of any size for each image: float32 [h,w] in 0..1, which covers
-        exactly the image. The results are float32 [h',w'] in 0..1.
+        """Turn coarse alphas into alphas of the complete object.
 
-        ``prompts`` are the points and boxes of each image, all of which count, in any order. With them the coarse alpha
-        may be None or empty: then they alone select the object. ``are_completed``: whether the coarse alphas are
-        results of this method, which are only corrected by the prompts.
+        ``coarse`` has one alpha for each image: float32 [h,w] in 0..1 of any size, whose borders are those of the
+        image. Each result is float32 in 0..1 with the ``mask_size`` of its image.
+
+        ``prompts`` are the points and boxes of each image, all of which count, in any order. If an image has prompts,
+        its coarse alpha may be None or empty; then only the prompts select the object. ``are_completed``: the coarse
+        alphas are already results of this method; they are only corrected by the prompts.
         """
 
     @torch.inference_mode()

@@ -47,9 +47,10 @@ def pack_checkpoint(
 ) -> None:
     """Write a compressed checkpoint that contains all components, atomically.
 
-    ``heads`` are further checkpoints of the same head; the mean of all weights is used. The objects of ``objects``
-    (their mean; they may contain the trained tensors only) and the edges of ``edges`` replace those of ``checkpoint``.
-    ``model`` is a preset or YAML file with the settings of the packed model; None for those of the checkpoints.
+    ``heads``: further checkpoints of the same head; the packed head has the mean weights of all these heads.
+    ``objects``: checkpoints whose objects part, which may have the trained tensors only, replaces that of
+    ``checkpoint``; of several, the mean. ``edges``: a checkpoint whose edges part replaces that of ``checkpoint``.
+    ``model``: a preset or YAML file with the settings of the packed model; None for those of the checkpoints.
 
     Raises ConfigError if a file is not a checkpoint of icm, or is of another model.
     """

@@ -119,7 +119,7 @@ class ReportFiles:
         return notices
 
     def _is_own_file(self, path: Path) -> bool:
-        """Return whether a file is empty, or one of its kind that icm wrote."""
+        """Return whether a file is empty, or has the marks of a file that icm wrote. The suffix decides which marks."""
         suffix = path.suffix.lower()
         with contextlib.suppress(OSError, ValueError, RecursionError), path.open("rb") as file:
             if not os.fstat(file.fileno()).st_size:

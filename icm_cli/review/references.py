@@ -13,7 +13,7 @@ from icm_cli.geometry import ImageU8
 from icm_cli.images.image_file import ICM_MASK_MARK
 from icm_cli.images.writing import write_mask, write_trimap
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.planning import choose_colours
+from icm_cli.matting.planning import choose_colour_settings
 from icm_cli.options import MatteOptions
 from icm_cli.options.definition import OptionField
 from icm_cli.review.run import BASE_PREFIX, NEGATIVES_NAME, REFERENCES_NAME, ReviewRun
@@ -43,7 +43,7 @@ def check_teachable(options: MatteOptions, job: Job, kind: Kind, area: Area) -> 
             f"{job.source} has several images, and references are read from the first one; save page "
             f"{job.planned.page} as a file of its own, and give it with --ref"
         )
-    sources, references = choose_colours(options.colour)
+    sources, references = choose_colour_settings(options.colour)
     if sources != references:
         raise UsageError(
             "this run reads its references with --ref-colorspace or --ref-layer, unlike its images, so an image cannot "

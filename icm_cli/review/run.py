@@ -22,7 +22,7 @@ from icm_cli.images.writing import FORMAT_SUFFIXES, read_stamp
 from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.hint_files import SUFFIXES as HINT_SUFFIXES
 from icm_cli.matting.jobs import TRIMAP_SUFFIX, Job
-from icm_cli.matting.planning import choose_colours, choose_output, plan_images
+from icm_cli.matting.planning import choose_colour_settings, choose_output, plan_images
 from icm_cli.matting.resume import DIGEST_KEY, NAME_KEY, ROOT_KEY, escape_name, recorded_details
 from icm_cli.matting.run_record import read_run_record
 from icm_cli.matting.shot import split_shots
@@ -77,7 +77,7 @@ class ReviewRun:
         recorded = _without_taught(_moved_here(read_run_record(self.folder), self.folder))
         self.options, self.hints_folder, self._pattern = self._choose_hints(recorded, hints)
         self.output, self.layout = choose_output(self.options.output)
-        self.colour: ColourSettings = choose_colours(self.options.colour)[0]
+        self.colour: ColourSettings = choose_colour_settings(self.options.colour)[0]
         self.errors: dict[int, str] = {}
         """Why the source of an image cannot be read, by id."""
         self.jobs: Sequence[Job] = self._plan(notice)

@@ -120,7 +120,10 @@ class ReviewState:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[dict[str, ImageState]]:
-        """Context that saves the states which it replaces in a copy of the mapping. States in it must not be edited."""
+        """Context that yields a copy of the mapping from names to states, and saves it at the end.
+
+        It is not saved if an exception ends the context. To change a state, put a changed copy into the mapping.
+        """
         with self._lock, locked_file(self._lock_path, LOCK_TIMEOUT_S) as is_free:
             if not is_free:
                 raise StateBusyError(f"another process has used {self._lock_path} for too long; try again")

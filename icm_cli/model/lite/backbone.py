@@ -194,13 +194,15 @@ def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
         ) from error
     graph = onnx.load(str(path)).graph
     stored = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
-    operands = {node.name: stored[name] for node in graph.node for name in reversed(node.input) if name in stored}
+    weight_of_node = {  # the first stored input of each node: later inputs are visited first and overwritten
+        node.name: stored[name] for node in graph.node for name in reversed(node.input) if name in stored
+    }
     tensors = {
         "patches.weight": stored["backbone.embeddings.patch_embeddings.projection.weight"],
         "patches.bias": stored["backbone.embeddings.patch_embeddings.projection.bias"],
         "class_token": stored["backbone.embeddings.cls_token"],
-        "class_position": operands["/backbone/embeddings/Concat_6"],
-        "positions": operands["/backbone/embeddings/Reshape_1"]
+        "class_position": weight_of_node["/backbone/embeddings/Concat_6"],
+        "positions": weight_of_node["/backbone/embeddings/Reshape_1"]
         .reshape(1, POSITIONS, POSITIONS, TRANSFORMER_WIDTH)
         .permute(0, 3, 1, 2),
     }
@@ -208,7 +210,7 @@ def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
         theirs, ours = f"backbone.encoder.layer.{block}", f"blocks.{block}"
         for name, layers in LINEAR_LAYERS.items():
             nodes = [f"/{theirs.replace('.', '/', 2)}/{layer.replace('.', '/')}/MatMul" for layer in layers]
-            tensors[f"{ours}.{name}.weight"] = torch.cat([operands[node].T for node in nodes])
+            tensors[f"{ours}.{name}.weight"] = torch.cat([weight_of_node[node].T for node in nodes])
             tensors[f"{ours}.{name}.bias"] = torch.cat([stored[f"{theirs}.{layer}.bias"] for layer in layers])
         for number in (1, 2):
             for kind in ("weight", "bias"):

@@ -350,14 +350,17 @@ class _Augmentation(NamedTuple):
         return _Scene(image.clamp(0.0, 1.0), layers[:, 3:4] * scene.valid[:, None], layers[:, 4:], scene.valid)
 
     def sample(self, scene: _Scene, layers: Tensor, px: int = 1) -> Tensor:
-        """Sample layers [1,C,H,W] of the scene for every square of ``px`` px of the view, [1,C,h,w]."""
+        """Sample layers [1,C,H,W] of the scene on a regular grid over the view, [1,C,h,w].
+
+        The grid has one interpolated value every ``px`` px at most, without averaging.
+        """
         width, height = (int(side) for side in scene.frame_size)
-        pixels = np.array(
+        to_normalised = np.array(
             [[2.0 / width, 0.0, 1.0 / width - 1.0], [0.0, 2.0 / height, 1.0 / height - 1.0], [0.0, 0.0, 1.0]]
         )
-        back = (pixels @ np.linalg.inv(self.matrix) @ np.linalg.inv(pixels))[:2]
+        view_to_scene = (to_normalised @ np.linalg.inv(self.matrix) @ np.linalg.inv(to_normalised))[:2]
         grid = F.affine_grid(
-            torch.from_numpy(back[None]).float().to(layers.device),
+            torch.from_numpy(view_to_scene[None]).float().to(layers.device),
             [1, 1, math.ceil(height / px), math.ceil(width / px)],
             align_corners=False,
         )

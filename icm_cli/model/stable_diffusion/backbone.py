@@ -198,7 +198,11 @@ class StableDiffusion(Backbone):
         return {stride: feature.float().mean(dim=0, keepdim=True) for stride, feature in features.items()}
 
     def _draw_noise(self, shape: torch.Size, key: str) -> Tensor:
-        """Draw posterior and diffusion noise, float32 [E,2,4,h,w], from the key and the seed."""
+        """Draw the noise of E samples from the key and the seed: float32 [E,2,4,h,w].
+
+        [:,0] samples the VAE's posterior, and [:,1] is added by the forward diffusion. ``shape``: that of one latent,
+        [4,h,w].
+        """
         draws = []
         for draw in range(self.config.ensemble):
             digest = combined_digest(str(self._seed), key, str(draw))

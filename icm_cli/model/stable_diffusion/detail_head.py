@@ -190,7 +190,11 @@ class Fusion(nn.Module):
         self.merge = ConvNormReLU(2 * channels, channels)
 
     def forward(self, features: Sequence[Tensor], intra_similarities: Sequence[Tensor]) -> Tensor:
-        """Fuse features [B,1280,s,s] and encoded intra-similarities [B,256,s,s] for s = 24, 48 to [B,320,48,48]."""
+        """Fuse two scales into one map [B,320,48,48].
+
+        Each argument has two tensors, the coarse scale (s = 24) first, then the fine one (s = 48): features
+        [B,1280,s,s], and encoded intra-similarities [B,256,s,s].
+        """
         coarse, fine = (
             join(torch.cat([project(feature), similarity], dim=1))
             for project, join, feature, similarity in zip(

@@ -36,10 +36,10 @@ EDGE_ALPHAS = (0.1, 0.9)
 """Pixels with an alpha between these, and their neighbours, are edge pixels."""
 UNKNOWN_TOLERANCE = 0.05
 """A pixel is unknown if its coarse or true alpha is further than this from 0 and 1, or if the two differ by more."""
-TOKEN_CELL = (1 / 52, 1 / 14)
-"""Side of a token's cell, as a fraction of the image's long side."""
-OBJECT_CELL = (1 / 256, 1 / 128)
-"""Side of an object mask's cell, as a fraction of the image's long side."""
+TOKEN_CELL_RANGE = (1 / 52, 1 / 14)
+"""Smallest and largest side of a token's cell, as a fraction of the image's long side."""
+OBJECT_CELL_RANGE = (1 / 256, 1 / 128)
+"""Smallest and largest side of an object mask's cell, as a fraction of the image's long side."""
 OBJECT_BLUR = (0.4, 3.0)
 """Standard deviation, in cells, of the blur of an object mask's outline. A network that was trained with more blur
 changes masks that are correct."""
@@ -206,7 +206,7 @@ def _gradient_error(error: Tensor, weight: Tensor, axis: int) -> Tensor:
 def degrade_to_tokens(alpha: Float, rng: Rng) -> Float:
     """Degrade an alpha, [H,W] 0..1, to the output of a head on tokens: large cells, smooth errors, holes and blobs."""
     height, width = alpha.shape
-    cell = max(height, width) * np.exp(rng.uniform(*np.log(TOKEN_CELL)))
+    cell = max(height, width) * np.exp(rng.uniform(*np.log(TOKEN_CELL_RANGE)))
     rows, columns = max(2, round(height / cell)), max(2, round(width / cell))
     offset = rng.uniform(-0.6, 0.6, (2, 1)) * cell * (rng.random() < 0.5)
     matrix = np.hstack([np.eye(2), offset]).astype(np.float32)
@@ -251,7 +251,7 @@ def degrade_to_object_mask(alpha: Float, rng: Rng) -> Float:
     """
     height, width = alpha.shape
     longest = max(height, width)
-    cell = longest * np.exp(rng.uniform(*np.log(OBJECT_CELL)))
+    cell = longest * np.exp(rng.uniform(*np.log(OBJECT_CELL_RANGE)))
     smooth = np.asarray(cv2.GaussianBlur(alpha, (0, 0), cell * np.exp(rng.uniform(*np.log(OBJECT_BLUR)))))
     rows, columns = max(2, round(height / cell)), max(2, round(width / cell))
     grid = cv2.resize(smooth, (columns, rows), interpolation=cv2.INTER_AREA)
@@ -278,7 +278,7 @@ def add_uncertain_regions(coarse: Float, rgb: ImageU8, truth: Float, rng: Rng) -
         region = cv2.GaussianBlur(
             _draw_colour_region(colours, is_object == is_inside, rng),
             (0, 0),
-            max(size) * rng.uniform(*TOKEN_CELL) * 0.5,
+            max(size) * rng.uniform(*TOKEN_CELL_RANGE) * 0.5,
         )
         weight = cv2.resize(region, (width, height), interpolation=cv2.INTER_LINEAR) * rng.uniform(0.5, 1.0)
         level = rng.uniform(0.05, 0.7) if is_inside else rng.uniform(0.2, 0.7)
