@@ -1,4 +1,4 @@
-"""Threads that make thumbnails: newest request first, because a page shows what it has asked for last."""
+"""Threads that make thumbnails, in the order of the requests. A page asks for few at a time, the needed ones first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Waiting: TypeAlias = tuple["Future[bytes]", int, View]
 
 
 class ThumbnailWorkers:
-    """A few threads that take the newest of the waiting requests."""
+    """A few threads that take the waiting requests."""
 
     def __init__(self, make: Callable[[int, View], bytes]) -> None:
         """``make`` returns the thumbnail of an image in a view."""
@@ -71,7 +71,7 @@ class ThumbnailWorkers:
                 self._condition.wait_for(lambda: self._waiting or self._is_closed)
                 if self._is_closed:
                     return
-                future, id, view = self._waiting.pop()
+                future, id, view = self._waiting.popleft()
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(self._make(id, view))

@@ -1,8 +1,8 @@
 // Thumbnails: requested only while an <img> wants them, few at a time, aborted when it does not; the last ones are kept.
 import { api, isAborted } from "./api.js";
 
-/** The server answers the newest waiting request first, so a third one might wait until all others are answered. */
-const MAX_REQUESTS = 2;
+/** Few, because the server makes the thumbnail of a request also if it is aborted. */
+const MAX_REQUESTS = 5;
 const MAX_KEPT = 800;
 
 /** URLs of loaded thumbnails by key, the oldest first. */
