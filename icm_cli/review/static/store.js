@@ -5,7 +5,7 @@ import { clearError, reportError } from "./messages.js";
 const POLL_MS = 2000;
 const SETTINGS_KEY = "icm-review";
 const DEFAULTS = {
-  view: "checker", thumbnailView: "cutout", thumbnailSize: 176, background: "#808080", tint: "#ff3030", brush: 24,
+  view: "overlay", thumbnailView: "cutout", thumbnailSize: 176, background: "#808080", tint: "#ff3030", brush: 24,
 };
 const collator = new Intl.Collator("en", { numeric: true });
 const ORDERS = {

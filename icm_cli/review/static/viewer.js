@@ -30,7 +30,7 @@ class Pyramid {
 }
 
 export class Viewer {
-  view = "checker";
+  view = "overlay";
   background = "#808080";
   tint = "#ff3030";
   isComparing = false;
