@@ -112,12 +112,18 @@ OpenReview = Callable[..., Client]
 
 
 class NoModel(Corrections):
-    """Corrections of a review whose model takes forever to load."""
+    """Corrections of a review whose model loads until they are closed."""
 
     def __init__(self, run: ReviewRun, state: ReviewState, *others: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Corrections, "_load", lambda _: threading.Event().wait(1))
-            super().__init__(run, state, *others)
+        self._is_closed = threading.Event()
+        super().__init__(run, state, *others)
+
+    def _load(self) -> None:
+        self._is_closed.wait()
+
+    def close(self) -> None:
+        self._is_closed.set()
+        super().close()
 
     def prepare(self, id: int) -> None:
         pass
