@@ -323,6 +323,14 @@ def _rename(temporary: Path, path: Path, check: WriteCheck | None) -> None:
         retry_transient(lambda: temporary.replace(path))
 
 
+def identify_file(path: Path) -> FileIdentity | None:
+    """Return the identity of a file; None if it does not exist or cannot be accessed."""
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    return None
+
+
 @contextlib.contextmanager
 def locked_file(path: Path, timeout_s: float) -> Iterator[bool]:
     """Lock a file, which is created, against other processes and threads of icm.

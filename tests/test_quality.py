@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import icm_cli
 from icm_cli.images.reading import read_alpha, read_image
-from icm_cli.matting.quality_signals import LONG_SIDE_PX, measure_agreement, measure_signals
+from icm_cli.matting.quality_signals import LONG_SIDE_PX, measure_signals
 from icm_cli.quality.estimate import NOTHING_FOUND, WEIGHTS_PATH, Estimate, estimate_quality
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
@@ -54,8 +54,8 @@ def good_signals() -> dict[str, float]:
 class TestSignals:
     def test_clean_disc(self) -> None:
         signals = signals_of(draw_disc(), confidence=0.9, presence=55.5)
-        expected = {"coarse_agreement": 1, "completed_agreement": 1, "completed_confidence": 1, "softness": 0}
-        expected |= {"soft_interior": 0, "largest_component": 1, "components": 1, "border": 0}
+        expected = {"coarse_agreement": 1, "completed_agreement": 1, "completed_confidence": 1}
+        expected |= {"soft_interior": 0, "largest_component": 1, "border": 0}
         expected |= {"confidence": 0.9, "presence": 55.5}
         assert {name: signals[name] for name in expected} == expected
         assert signals["foreground"] == pytest.approx(np.pi * 30**2 / 120 / 160, rel=0.05)
@@ -70,7 +70,6 @@ class TestSignals:
         assert signals_of(soft)["soft_interior"] > 0.1 + clean["soft_interior"]
         assert signals_of(soft)["completed_confidence"] < clean["completed_confidence"]
         split = np.maximum(draw_disc(40, 60, 20), draw_disc(120, 60, 20))
-        assert signals_of(split)["components"] == 2
         assert signals_of(split)["largest_component"] == pytest.approx(0.5, abs=0.01)
         assert signals_of(draw_disc(0))["border"] > 1
         assert signals_of(draw_disc(), coarse=draw_disc(radius=15))["coarse_agreement"] == pytest.approx(0.25, abs=0.02)
@@ -96,9 +95,10 @@ class TestSignals:
             assert large[name] == pytest.approx(small[name], abs=0.02 * max(1, abs(small[name])))
 
     def test_agreement(self) -> None:
-        assert measure_agreement(draw_disc(), cv2.resize(draw_disc(), (320, 240))) > 0.97
-        assert measure_agreement(np.zeros(SIZE, np.float32), np.zeros(SIZE, np.float32)) == 1
-        assert measure_agreement(draw_disc(30), draw_disc(130)) == 0
+        larger, empty = cv2.resize(draw_disc(), (320, 240)), np.zeros(SIZE, np.float32)
+        assert signals_of(draw_disc(), coarse=larger)["coarse_agreement"] > 0.97
+        assert signals_of(empty)["coarse_agreement"] == 1
+        assert signals_of(draw_disc(30), coarse=draw_disc(130))["coarse_agreement"] == 0
 
 
 class TestEstimate:

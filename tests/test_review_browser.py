@@ -270,16 +270,16 @@ class TestNames:
 
 class TestSecurity:
     def test_only_the_link_opens_the_page(self, server: ReviewServer, browser: Browser, open_page: Open) -> None:
-        stranger = browser.new_context().new_page()
+        other = browser.new_context().new_page()
         for target in ("/", "/?token=wrong", f"/?token={server.token[:-1]}", "/api/images", "/static/main.js"):
-            answer = stranger.goto(server.origin + target)
+            answer = other.goto(server.origin + target)
             assert answer is not None
             assert answer.status == 403, target
         rebound = server.url.replace("127.0.0.1", "other.example")
-        answer = stranger.goto(rebound)
+        answer = other.goto(rebound)
         assert answer is not None
         assert answer.status == 403
-        stranger.context.close()
+        other.context.close()
         page = open_page(server)
         assert page.url == f"{server.origin}/"
         assert page.evaluate("document.cookie") == ""

@@ -683,7 +683,7 @@ class TestRuns:
         assert not other.items()["sub/deep.png"]["has_hints"]
 
     def test_a_run_ignores_the_files_of_a_review(self, icm: Icm, scene: Path) -> None:
-        """Sources, hints and outputs below a folder .icm are never found, and nobody is told about them."""
+        """Sources, hints and outputs below a folder .icm are never found, and no notice names them."""
         assert icm(src=scene / "imgs", out=scene / "imgs" / "alphas").exit_code == 0
         record = scene / "imgs" / "alphas" / ".icm"
         shutil.copy(scene / "imgs" / "wall.jpg", record / "copy.jpg")

@@ -26,7 +26,7 @@ from icm_cli.matting.hinting import bind_alpha, edit_coarse_alpha, make_prompts,
 from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.mattes import Mattes
 from icm_cli.matting.prompting import ImageEmbedder, complete_by_prompts
-from icm_cli.matting.quality_signals import measure_agreement, measure_signals
+from icm_cli.matting.quality_signals import measure_signals
 from icm_cli.matting.references import MakeMask, Reference, check_negatives, make_guidance, mask_from_hints
 from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import Head, Matte, Objects, PreparedReferences, ignore_progress
@@ -421,12 +421,7 @@ class Predictor:
         alpha = (in_crop if is_crop_better else first) * torch.sigmoid(torch.tensor(logit)).to(first.device)
         everywhere = torch.ones_like(alpha, dtype=torch.bool)
         confidence, found = confidence_and_found(alpha[None, None], everywhere[None])
-        signals = {
-            **coarse.signals,
-            "confidence": float(confidence),
-            "presence": logit,
-            "pass_agreement": measure_agreement(first.numpy(force=True), in_crop.numpy(force=True)),
-        }
+        signals = {**coarse.signals, "confidence": float(confidence), "presence": logit}
         return CoarseAlpha(alpha, bool(found), signals, is_completed=True)
 
     def _coarse_alpha_from_crop(

@@ -23,14 +23,6 @@ SOFT = (0.1, 0.9)
 """Alphas between these are soft."""
 INTERIOR_PX = 4.0
 """Distance from the outline, on the reduced alpha, beyond which a pixel is in the interior."""
-MIN_COMPONENT = 0.02
-"""Smallest component that counts, as a fraction of the foreground."""
-
-
-def measure_agreement(one: Float, other: Float) -> float:
-    """Return the IoU, 0..1, of two alphas of one image, float32 of any sizes; 1 if both are empty."""
-    size = downscaled_size(one.shape, LONG_SIDE_PX)
-    return _soft_iou(resize(one, size), resize(other, size))
 
 
 def measure_signals(
@@ -46,7 +38,6 @@ def measure_signals(
     - ``presence``: logit of the presence of the object. It is missing if the head does not predict it, or a hint says
       that the object is present;
     - ``similarity``, ``background_similarity``: see :class:`icm_cli.model.contracts.Matte`;
-    - ``pass_agreement``: IoU of the alphas of the two passes, if there was a second one;
 
     and these, which are measured here:
 
@@ -54,24 +45,21 @@ def measure_signals(
     - ``foreground``: mean of the alpha;
     - ``coarse_agreement``, ``completed_agreement``: IoU of the alpha with that of the head, and with the completed one;
     - ``completed_confidence``: mean of |2a - 1| of the completed alpha over the pixels that are not background;
-    - ``softness``: fraction of soft pixels among those that are not background; ``soft_interior``: the same far from
-      the outline;
-    - ``largest_component``: its fraction of the foreground; ``components``: their number;
+    - ``soft_interior``: fraction of soft pixels far from the outline of the object;
+    - ``largest_component``: its fraction of the foreground;
     - ``border``: length of the frame's border that the object covers, in units of the root of the object's area;
     - ``left``, ``top``, ``right``, ``bottom``: bounding box of the object, as fractions of the image;
     - ``lightness``, ``green_red``, ``blue_yellow``: mean colour of the object, in CIELAB.
 
-    The signals after ``softness`` are missing if the alpha is nowhere above one half.
+    The signals from ``soft_interior`` on are missing if the alpha is nowhere above one half.
     """
     size = downscaled_size(rgb.shape[:2], LONG_SIDE_PX)
     last = resize(alpha, size)
-    is_visible = last > SOFT[0]
-    is_soft = is_visible & (last < SOFT[1])
+    is_soft = (last > SOFT[0]) & (last < SOFT[1])
     signals = dict(of_head) | {
         "aspect_ratio": rgb.shape[1] / rgb.shape[0],
         "foreground": float(last.mean()),
         "completed_confidence": _confidence(resize(completed, size)),
-        "softness": float(is_soft.sum() / max(1, is_visible.sum())),
     }
     signals |= {name: _soft_iou(resize(each, size), last) for name, each in earlier.items()}
     if (mask := last > 0.5).any():
@@ -99,13 +87,9 @@ def _measure_interior(mask: NDArray[np.bool_], is_soft: NDArray[np.bool_]) -> di
 
 
 def _measure_components(mask: NDArray[np.bool_]) -> dict[str, float]:
-    """Return the fraction of the mask in its largest connected component, and the number of large components."""
+    """Return the fraction of the mask that is in its largest connected component."""
     _, _, statistics, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
-    fractions = statistics[1:, cv2.CC_STAT_AREA] / mask.sum()
-    return {
-        "largest_component": float(fractions.max()),
-        "components": float((fractions >= MIN_COMPONENT).sum()),
-    }
+    return {"largest_component": float(statistics[1:, cv2.CC_STAT_AREA].max() / mask.sum())}
 
 
 def _measure_position(mask: NDArray[np.bool_]) -> dict[str, float]:

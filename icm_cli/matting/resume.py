@@ -14,7 +14,7 @@ from typing import Any
 
 from icm_cli.environment import __version__
 from icm_cli.errors import ImageError, UsageError, format_count
-from icm_cli.files import FileIdentity, check_shape, describe_obstacle, is_file
+from icm_cli.files import FileIdentity, check_shape, describe_obstacle, identify_file, is_file
 from icm_cli.images.decoding import open_image
 from icm_cli.images.image_file import ICM_ALPHA_MARK
 from icm_cli.images.writing import has_changed_pixels, read_provenance, set_provenance_entry
@@ -164,12 +164,7 @@ def find_kept_result(job: Job, digest: str, *, keep_all: bool = False) -> ImageR
 
 def file_identities(job: Job) -> dict[Path, FileIdentity]:
     """Return the identities of the outputs that exist."""
-    identities = {}
-    for path in job.outputs:
-        with contextlib.suppress(OSError):
-            status = path.stat()
-            identities[path] = status.st_size, status.st_mtime_ns
-    return identities
+    return {path: identity for path in job.outputs if (identity := identify_file(path)) is not None}
 
 
 def check_unchanged(path: Path, job: Job, digest: str, replaceable: Mapping[Path, FileIdentity]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from icm_cli.environment import resource_errors
 from icm_cli.errors import IcmError, UsageError
-from icm_cli.files import error_for_failed_write, write_json
+from icm_cli.files import error_for_failed_write, identify_file, write_json
 from icm_cli.geometry import ImageU8
 from icm_cli.matting.resume import mark_reviewed
 from icm_cli.options import MatteOptions
@@ -25,7 +25,7 @@ from icm_cli.review.references import add_taught
 from icm_cli.review.run import ReviewRun, with_values
 from icm_cli.review.shapes import Annotation, Shapes
 from icm_cli.review.state import ModelNotReadyError, ReviewState, ReviewStatus, StaleAnswerError
-from icm_cli.review.undo import UndoCopies, identify
+from icm_cli.review.undo import UndoCopies
 
 if TYPE_CHECKING:
     from icm_cli.matting.references import Reference
@@ -50,7 +50,7 @@ class Corrections:
         self._pending: dict[str, Future[ImageU8]] = {}
         self._preparing: Future[None] | None = None
         self._model: RunModel | None = None
-        self.model_name = run.options.model.model or "lite"
+        self.model_name = run.model_name
         self._loading = self._submit(self._load)
 
     @property
@@ -240,7 +240,7 @@ class Corrections:
             image.status = status
             for each in image.undo:
                 if each["folder"] == entry["folder"]:
-                    each["alpha"] = identify(alpha)
+                    each["alpha"] = identify_file(alpha)
             image.undo, forgotten = image.undo[-MAX_UNDO:], image.undo[:-MAX_UNDO]
         for each in forgotten:
             self._copies.discard(each)

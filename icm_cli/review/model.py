@@ -13,7 +13,7 @@ import numpy as np
 
 from icm_cli.device import parse_devices
 from icm_cli.errors import IcmError
-from icm_cli.files import FileIdentity, write_json
+from icm_cli.files import FileIdentity, identify_file, write_json
 from icm_cli.geometry import ImageU8, alpha_to_u8
 from icm_cli.guidance.hints import Hints
 from icm_cli.images.pixels import ImageWindows
@@ -32,7 +32,6 @@ from icm_cli.options import MatteOptions
 from icm_cli.reports.result import ImageResult
 from icm_cli.review.run import ReviewRun
 from icm_cli.review.shapes import Annotation, Shapes, clean_shapes, make_annotation, parse_shapes
-from icm_cli.review.undo import identify
 
 MAX_SESSIONS = 16
 MAX_SESSION_BYTES = 1 << 29
@@ -84,7 +83,7 @@ class RunModel:
     def open_image(self, id: int) -> OpenImage:
         """Return an image that is ready for answers. Raises ImageError."""
         job = self._run.jobs[id]
-        state = tuple(map(identify, job.files))
+        state = tuple(map(identify_file, job.files))
         image = self._images.pop(id, None)
         if image is None or image.source_state != state:
             source = job.read_image()

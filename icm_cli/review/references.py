@@ -15,8 +15,7 @@ from icm_cli.images.writing import write_mask, write_trimap
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.planning import choose_colour_settings
 from icm_cli.options import MatteOptions
-from icm_cli.options.definition import OptionField
-from icm_cli.review.run import BASE_PREFIX, NEGATIVES_NAME, REFERENCES_NAME, ReviewRun
+from icm_cli.review.run import BASE_PREFIX, NEGATIVES_NAME, REFERENCES_NAME, ReviewRun, with_values
 from icm_cli.review.state import ImageState
 
 if TYPE_CHECKING:
@@ -100,10 +99,7 @@ def add_taught(run: ReviewRun, states: Mapping[str, ImageState]) -> MatteOptions
         count = len(given.not_mask)
         values["not_ref"] = [*given.not_ref[:count], *(each for each, _ in pairs["negative"]), *given.not_ref[count:]]
         values["not_mask"] = [*given.not_mask, *(mask for _, mask in pairs["negative"])]
-    dropped = MASK_OPTIONS if pairs["reference"] else ()
-    fields: list[OptionField] = [each for each in MatteOptions.option_fields() if each.name in run.options.given]
-    kept = {each.name: run.options.get_value(each.name) for each in fields if each.name not in dropped}
-    return MatteOptions.from_values({**kept, **values}, kept.keys() | values.keys())
+    return with_values(run.options, dropped=MASK_OPTIONS if pairs["reference"] else (), **values)
 
 
 def _base_masks(record_folder: Path, count: int) -> list[Path]:

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -15,7 +15,15 @@ from typing import Any
 
 from icm_cli.environment import __version__
 from icm_cli.errors import ImageError, OutputError, UsageError
-from icm_cli.files import RECORD_FOLDER, SkippedPaths, atomic_write, error_for_failed_write, walk_files
+from icm_cli.files import (
+    RECORD_FOLDER,
+    FileIdentity,
+    SkippedPaths,
+    atomic_write,
+    error_for_failed_write,
+    identify_file,
+    walk_files,
+)
 from icm_cli.images.colour import ColourSettings
 from icm_cli.images.decoding import library_settings
 from icm_cli.images.writing import FORMAT_SUFFIXES, read_stamp
@@ -47,7 +55,7 @@ NO_DETAILS = MattingDetails()
 class AlphaFile:
     """What is known about the alpha of an image without decoding it."""
 
-    identity: tuple[int, int] | None = None
+    identity: FileIdentity | None = None
     """Size and modification time; None without a file."""
     is_own: bool = False
     """Whether it has the stamp of an alpha of this image."""
@@ -97,6 +105,12 @@ class ReviewRun:
     @property
     def is_shot(self) -> bool:
         return self.options.sequences.shot
+
+    @property
+    def model_name(self) -> str:
+        """Name or checkpoint of the model of the run."""
+        model = self.options.model
+        return model.model or str(model.checkpoint or "lite")
 
     def find_id(self, name: str) -> int | None:
         """Return the id of an image, given by its name."""
@@ -247,11 +261,9 @@ class ReviewRun:
 
     def _look_at(self, id: int) -> AlphaFile:
         path, known = self.jobs[id].output, self._alphas[id]
-        try:
-            status = path.stat()
-        except OSError:
+        identity = identify_file(path)
+        if identity is None:
             return AlphaFile()
-        identity = status.st_size, status.st_mtime_ns
         if identity == known.identity:
             return known
         with contextlib.suppress(ImageError):
@@ -261,11 +273,10 @@ class ReviewRun:
         return AlphaFile(identity)
 
 
-def with_values(options: MatteOptions, **values: Any) -> MatteOptions:
-    """Return options with other values for some of them, which count as given."""
-    given = options.given | values.keys()
-    kept = {name: options.get_value(name) for name in options.given}
-    return MatteOptions.from_values({**kept, **values}, given)
+def with_values(options: MatteOptions, *, dropped: Collection[str] = (), **values: Any) -> MatteOptions:
+    """Return options with other values for some of them, which count as given, and without those ``dropped``."""
+    kept = {name: options.get_value(name) for name in options.given if name not in dropped}
+    return MatteOptions.from_values({**kept, **values}, kept.keys() | values.keys())
 
 
 def _moved_here(options: MatteOptions, folder: Path) -> MatteOptions:

@@ -212,11 +212,10 @@ class ReviewApp:
     def describe_run(self) -> dict[str, Any]:
         """Return what the page shows about the run."""
         corrections, options = self._corrections, self.run.options
-        model = options.model.model or (str(options.model.checkpoint) if options.model.checkpoint else "lite")
         return {
             "folder": str(self.run.folder),
             "version": __version__,
-            "model": corrections.model_name if corrections else model,
+            "model": (corrections or self.run).model_name,
             "command": command_line(options if corrections is None else self.teaching.options()),
             "hints_folder": str(self.run.hints_folder),
             "is_shot": self.run.is_shot,

@@ -212,9 +212,9 @@ class Teaching:
         assert process.stdout is not None
         failures, error, unsaved, saved_at = 0, "", dict[int, float](), time.monotonic()
         for line in process.stdout:
-            event: dict[str, Any] = (
-                json.loads(line) if line.startswith(b"{") else {"event": ""}
-            )  # libraries may print anything
+            if not line.startswith(b"{"):
+                continue  # libraries may print anything
+            event: dict[str, Any] = json.loads(line)
             if event["event"] == "error":
                 error = event["message"]
             elif event["event"] == "image":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from icm_cli.errors import IcmError
-from icm_cli.files import FileIdentity, atomic_write, describe_os_error, error_for_failed_write
+from icm_cli.files import atomic_write, describe_os_error, error_for_failed_write, identify_file
 
 UNDO_NAME = "undo"
 Entry: TypeAlias = dict[str, Any]
@@ -56,25 +56,26 @@ class UndoCopies:
                 f"{alpha} was written again since this change, and is not replaced; correct the new alpha instead"
             )
         for path, name in reversed(copies.items()):
-            if name is None:
-                path.unlink(missing_ok=True)
-                continue
-            saved = self._folder / entry["folder"] / name
             try:
+                if name is None:
+                    path.unlink(missing_ok=True)
+                    continue
+                saved = self._folder / entry["folder"] / name
                 with saved.open("rb") as copy, atomic_write(path) as out:
                     shutil.copyfileobj(copy, out)
                     out.flush()
                     times = os.fstat(copy.fileno())
                     os.utime(out.fileno(), ns=(times.st_atime_ns, times.st_mtime_ns))
             except OSError as error:
-                raise IcmError(f"{path} cannot be restored from {saved}: {describe_os_error(error)}") from error
+                reason = describe_os_error(error, f"its copy is in {self._folder}")
+                raise IcmError(f"{path} cannot be restored: {reason}") from error
 
     def _may_replace(self, alpha: Path, entry: Entry, copy: str | None) -> bool:
         """Return whether an alpha is the one that the change wrote, or already the earlier one."""
         if not entry["files"] or entry["alpha"] is None:  # the process was killed during the change
             return True
-        before = None if copy is None else identify(self._folder / entry["folder"] / copy)
-        return identify(alpha) in (tuple(entry["alpha"]), before)
+        before = None if copy is None else identify_file(self._folder / entry["folder"] / copy)
+        return identify_file(alpha) in (tuple(entry["alpha"]), before)
 
     def discard(self, entry: Entry) -> None:
         """Remove the copies of an entry."""
@@ -90,11 +91,3 @@ class UndoCopies:
             with contextlib.suppress(IcmError, OSError):
                 self.restore(entry, alpha)
             raise
-
-
-def identify(path: Path) -> FileIdentity | None:
-    """Return the identity of a file; None if it does not exist."""
-    with contextlib.suppress(OSError):
-        status = path.stat()
-        return status.st_size, status.st_mtime_ns
-    return None
