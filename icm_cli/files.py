@@ -425,19 +425,17 @@ def write_json(path: Path, value: object) -> None:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
 
-def read_json(path: Path, kind: str, shape: Any, expected: str, *, use: str = "read") -> Any:
-    """Return the content of a JSON file that has this shape.
+def read_json(path: Path, kind: str, schema: Any, expected: str, *, use: str = "read") -> Any:
+    """Return the content of a JSON file, checked against a schema by :func:`check_schema`.
 
-    A shape is a type, a tuple of types, ``[shape]`` for a list, or a dict with a shape for each key. A key that ends in
-    "?" is optional, and the key "*" stands for all keys.
-
-    Raises UsageError ("``kind`` FILE cannot be ``use``"), which names the first wrong value and what was ``expected``.
+    Raises UsageError for a file that is missing, is not JSON or does not match. The message begins with "``kind`` FILE
+    cannot be ``use``", such as "report a.json cannot be compared", and ends with what was ``expected``.
     """
     try:
         if not path.is_file():
             raise UsageError(f"{kind} {path} {'is not a file' if path.exists() else 'does not exist'}; {expected}")
         content = json.loads(path.read_bytes())
-        check_shape(content, shape, "")
+        check_schema(content, schema, "")
     except RecursionError as error:
         raise UsageError(f"{kind} {path} cannot be {use}: it is nested too deeply; {expected}") from error
     except (OSError, ValueError) as error:
@@ -452,23 +450,29 @@ def format_json(value: Any) -> str:
     return shorten(json.dumps(value, ensure_ascii=False))
 
 
-def check_shape(value: Any, shape: Any, name: str) -> None:
-    """Raise ValueError if a JSON value does not have the shape; see :func:`read_json`."""
-    kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
+def check_schema(value: Any, schema: Any, name: str) -> None:
+    """Raise ValueError if a JSON value does not match a schema. The message names the first wrong value.
+
+    A schema is a type, a tuple of types, ``[schema]`` for a list, or a dict with a schema for each key. A key that ends
+    in "?" is optional; the key "*" stands for every key. ``name``: what messages call the value, "" for a whole file.
+
+    >>> check_schema({"id": 1}, {"id": int, "label?": str}, "")
+    """
+    kinds = schema if isinstance(schema, tuple) else (schema if isinstance(schema, type) else type(schema),)
     if type(value) not in kinds:
         types = " or ".join(JSON_TYPES[kind] for kind in kinds)
         raise ValueError(f"{name or 'its content'} is {format_json(value)} instead of {types}")
-    if isinstance(shape, list):
+    if isinstance(schema, list):
         for number, item in enumerate(value):
-            check_shape(item, shape[0], f"{name}[{number}]")
-    for key, inner in shape.items() if isinstance(shape, dict) else ():
+            check_schema(item, schema[0], f"{name}[{number}]")
+    for key, inner in schema.items() if isinstance(schema, dict) else ():
         field = key.removesuffix("?")
         is_required = key != "*" and key == field
         if is_required and field not in value:
             raise ValueError(f"{name}.{field}".lstrip(".") + " is missing")
         present = value if key == "*" else {field} & set(value)
         for found in present:
-            check_shape(value[found], inner, f"{name}.{found}".lstrip("."))
+            check_schema(value[found], inner, f"{name}.{found}".lstrip("."))
 
 
 def shorten(text: str) -> str:

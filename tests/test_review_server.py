@@ -102,7 +102,7 @@ class Client:
         async def send(message: Any) -> None:
             messages.append(message)
 
-        await RequestGuard(self.app.routes(), TOKEN, self.host, PORT)(scope, receive, send)
+        await RequestGuard(self.app.create_app(), TOKEN, self.host, PORT)(scope, receive, send)
         start, *parts = messages
         names = [(name.decode(), value.decode("latin-1")) for name, value in start["headers"]]
         return Response(start["status"], dict(names), b"".join(part.get("body", b"") for part in parts))

@@ -17,7 +17,7 @@ GROUP_FIELDS = ("class", "sub_class", "HalfOrFull")
 """Metadata fields that form the name of a group. Null values are omitted."""
 CATEGORY_FIELDS = {"class": "class", "type": "type", "TransparentOrOpaque": "opacity", "source": "source"}
 """Metadata fields for which reports have a table, and the names of the tables."""
-GROUPS_SHAPE = {"*": {"class": str, **{f"{key}?": (str, type(None)) for key in (*GROUP_FIELDS, *CATEGORY_FIELDS)}}}
+GROUPS_SCHEMA = {"*": {"class": str, **{f"{key}?": (str, type(None)) for key in (*GROUP_FIELDS, *CATEGORY_FIELDS)}}}
 EXPECTED_GROUPS = (
     'expected a JSON object such as {"cat_01": {"class": "cat", "sub_class": null, "HalfOrFull": "full", '
     '"type": "instance"}}; "type": "video" marks frames of a video'
@@ -75,7 +75,7 @@ class GroupMetadata:
     @classmethod
     def read_file(cls, path: Path) -> GroupMetadata:
         """Read a metadata file. Raises UsageError if its format is wrong."""
-        entries = read_json(path, "groups file", GROUPS_SHAPE, EXPECTED_GROUPS)
+        entries = read_json(path, "groups file", GROUPS_SCHEMA, EXPECTED_GROUPS)
         if not entries:
             raise UsageError(f"groups file {path} names no images; {EXPECTED_GROUPS}")
         if without := [name for name, entry in entries.items() if not entry["class"]]:

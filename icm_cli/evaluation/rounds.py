@@ -12,7 +12,7 @@ from icm_cli.datasets.groups import Sample
 from icm_cli.datasets.registry import ONE_GROUP
 from icm_cli.errors import Problem, UsageError, format_count
 from icm_cli.files import read_json
-from icm_cli.reports.report import REFERENCES_SHAPE
+from icm_cli.reports.report import REFERENCES_SCHEMA
 
 ReferenceRounds = list[dict[str, list[str]]]
 """For every round, the names of the references by group."""
@@ -62,8 +62,8 @@ def read_references_file(path: Path, groups: Mapping[str, Sequence[Sample]]) -> 
     """
     problems: dict[str, Problem] = {}
     rounds: ReferenceRounds = []
-    shape = {"references": REFERENCES_SHAPE}
-    for names_by_group in read_json(path, "references file", shape, EXPECTED_REFERENCES)["references"]:
+    schema = {"references": REFERENCES_SCHEMA}
+    for names_by_group in read_json(path, "references file", schema, EXPECTED_REFERENCES)["references"]:
         references: dict[str, list[str]] = {}
         for group, names in names_by_group.items():
             group_names = {sample.name for sample in groups.get(group, ())}

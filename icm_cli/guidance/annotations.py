@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from icm_cli.errors import UsageError
-from icm_cli.files import check_shape, format_json, read_json
+from icm_cli.files import check_schema, format_json, read_json
 from icm_cli.geometry import format_size
 from icm_cli.guidance.hints import Area, Box, Hints, Point
 from icm_cli.guidance.scribbles import read_scribble
@@ -61,12 +61,12 @@ OTHER_IMAGE = (
     "annotation {path} says that it is about {name}, and is used for {image}; check that it was drawn on this image"
 )
 """Notice about :func:`find_other_image`."""
-LABELME = {
+LABELME_SCHEMA = {
     "shapes": [{"label": str, "points": [[NUMBER]], "shape_type?": (str, NoneType), "mask?": (str, NoneType)}],
     "imageHeight?": (int, NoneType),
     "imageWidth?": (int, NoneType),
 }
-COCO = {
+COCO_SCHEMA = {
     "images": [{"id": (int, str), "file_name": str, "height?": int, "width?": int}],
     "annotations": [
         {
@@ -109,10 +109,10 @@ def read_hints(
             return read_scribble(path, size)
         content = read_json(path, "annotation", {}, EXPECTED)
         if "shapes" in content:
-            check_shape(content, LABELME, "")
+            check_schema(content, LABELME_SCHEMA, "")
             shapes = list(_labelme_shapes(content, size))
         elif "annotations" in content:
-            check_shape(content, COCO, "")
+            check_schema(content, COCO_SCHEMA, "")
             shapes = list(_coco_shapes(content, size, image))
         else:
             raise ValueError(f"it has neither shapes nor annotations; {EXPECTED}")
@@ -127,7 +127,7 @@ def hints_from_shapes(shapes: Sequence[dict[str, Any]], size: tuple[int, int]) -
     Raises UsageError.
     """
     try:
-        check_shape(shapes, LABELME["shapes"], "shapes")
+        check_schema(shapes, LABELME_SCHEMA["shapes"], "shapes")
         found = list(_labelme_shapes({"shapes": shapes}, size))
         return _combine_shapes(_select_shapes(found, None, can_select=False), size)
     except (ValueError, OverflowError) as error:
@@ -198,7 +198,7 @@ def _coco_shapes(content: dict[str, Any], size: tuple[int, int], image: Path | N
         if isinstance(outlines, dict):
             yield _Shape(name, "mask", label, [], _decode_runs(outlines, size, name), str(category))
         elif outlines:
-            check_shape(outlines, [[NUMBER]], f"{name}.segmentation")
+            check_schema(outlines, [[NUMBER]], f"{name}.segmentation")
             for values in outlines:
                 if len(values) < 6 or len(values) % 2:
                     raise ValueError(
@@ -207,7 +207,7 @@ def _coco_shapes(content: dict[str, Any], size: tuple[int, int], image: Path | N
                 points = [_clip_point(values[at : at + 2], size, name) for at in range(0, len(values), 2)]
                 yield _Shape(name, "polygon", label, points, label_id=str(category))
         elif box:
-            check_shape(box, [NUMBER], f"{name}.bbox")
+            check_schema(box, [NUMBER], f"{name}.bbox")
             if len(box) != 4:
                 raise ValueError(f"{name} has a bbox of {len(box)} numbers; expected x, y, width and height")
             corners = [box[:2], [box[0] + box[2], box[1] + box[3]]]
@@ -283,7 +283,7 @@ def _decode_mask(text: str | None, corners: Sequence[Point], size: tuple[int, in
 
 def _decode_runs(encoded: dict[str, Any], size: tuple[int, int], name: str) -> Area:
     """Return the mask of a run-length encoding of COCO: counts of 0 and 1 in turn, column by column."""
-    check_shape(encoded, {"size": [int], "counts": (list, str)}, f"{name}.segmentation")
+    check_schema(encoded, {"size": [int], "counts": (list, str)}, f"{name}.segmentation")
     if encoded["size"] != list(size):
         raise ValueError(
             f"{name} has a mask of size {format_json(encoded['size'])}; expected {list(size)}, height and width"
@@ -291,7 +291,7 @@ def _decode_runs(encoded: dict[str, Any], size: tuple[int, int], name: str) -> A
     counts = encoded["counts"]
     if isinstance(counts, str):
         counts = _decompress_counts(counts, name)
-    check_shape(counts, [int], f"{name}.segmentation.counts")
+    check_schema(counts, [int], f"{name}.segmentation.counts")
     pixels = size[0] * size[1]
     if min(counts, default=0) < 0 or sum(counts) != pixels:
         raise ValueError(f"the counts of {name} are negative or do not add up to {pixels} pixels; write the file again")

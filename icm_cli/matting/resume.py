@@ -14,7 +14,7 @@ from typing import Any
 
 from icm_cli.environment import __version__
 from icm_cli.errors import ImageError, UsageError, format_count
-from icm_cli.files import FileIdentity, check_shape, describe_obstacle, identify_file, is_file
+from icm_cli.files import FileIdentity, check_schema, describe_obstacle, identify_file, is_file
 from icm_cli.images.decoding import open_image
 from icm_cli.images.image_file import ICM_ALPHA_MARK
 from icm_cli.images.writing import has_changed_pixels, read_provenance, set_provenance_entry
@@ -35,7 +35,7 @@ HINTS_KEY = "icm-hints"
 REVIEWED_KEY = "icm-reviewed"
 """Entry of an alpha that a person has accepted: how, and when. Only ``--overwrite`` recomputes such an alpha."""
 NUMBER = (float, int, type(None))
-DETAILS_SHAPE = {
+DETAILS_SCHEMA = {
     "colorspace?": str,
     "foreground?": NUMBER,
     "quality?": NUMBER,
@@ -43,8 +43,8 @@ DETAILS_SHAPE = {
     "signals?": {"*": (float, int)},
     "not_found?": (bool, type(None)),
 }
-"""Shape of the values under RESULT_KEY; see :func:`icm_cli.files.check_shape`."""
-RECORDED_DETAILS = tuple(name.removesuffix("?") for name in DETAILS_SHAPE)
+"""Schema of the values under RESULT_KEY; see :func:`icm_cli.files.check_schema`."""
+RECORDED_DETAILS = tuple(name.removesuffix("?") for name in DETAILS_SCHEMA)
 UNRECORDED_VERSION = "0.1"
 """Version of alphas that do not record one: those of icm 0.1.x."""
 
@@ -322,7 +322,7 @@ def recorded_details(provenance: Mapping[str, str]) -> MattingDetails:
     details: dict[str, Any] = {}
     with contextlib.suppress(ValueError, RecursionError):
         recorded = json.loads(provenance.get(RESULT_KEY, "{}"))
-        check_shape(recorded, DETAILS_SHAPE, RESULT_KEY)
+        check_schema(recorded, DETAILS_SCHEMA, RESULT_KEY)
         _check_ranges(recorded)
         details = {name: value for name, value in recorded.items() if name in RECORDED_DETAILS}
         details["reasons"] = tuple(details.get("reasons", ()))

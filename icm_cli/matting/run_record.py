@@ -20,7 +20,7 @@ from icm_cli.options.definition import OptionField
 
 RECORD_NAME, SOURCES_NAME = "run.json", "sources.txt"
 SCHEMA_VERSION = 1
-RECORD_SHAPE = {"schema_version": int, "icm": str, "options": {}}
+RECORD_SCHEMA = {"schema_version": int, "icm": str, "options": {}}
 UNRECORDED_GROUPS = frozenset({"reports", "display"})
 UNRECORDED = frozenset(
     {"shard", "frames", "missing", "overwrite", "keep_existing", "fail_fast", "ray", "ray_cpus", "save_mask"}
@@ -73,7 +73,7 @@ def read_run_record(folder: Path) -> MatteOptions:
         raise UsageError(f"{folder} is not a folder; expected the folder with the alphas of a run, its --out")
     if not path.is_file():
         raise UsageError(f"{folder} has no record of its run ({path} does not exist); {RERUN}")
-    record = read_json(path, "run record", RECORD_SHAPE, RERUN)
+    record = read_json(path, "run record", RECORD_SCHEMA, RERUN)
     if record["schema_version"] != SCHEMA_VERSION:
         raise UsageError(
             f"{path} has schema version {record['schema_version']}; this icm reads version {SCHEMA_VERSION}; {RERUN}"

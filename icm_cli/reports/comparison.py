@@ -11,7 +11,7 @@ from typing import Any
 from icm_cli.errors import UsageError
 from icm_cli.files import format_json, read_json
 from icm_cli.options import Region
-from icm_cli.reports.report import REFERENCES_SHAPE, SCHEMA_VERSION
+from icm_cli.reports.report import REFERENCES_SCHEMA, SCHEMA_VERSION
 from icm_cli.reports.result import METRICS, REGIONS
 
 ImageKey = tuple[int, str]
@@ -19,7 +19,7 @@ ScoresByRegion = dict[Region, dict[ImageKey, Mapping[str, float]]]
 PROTOCOL_KEYS = ("dataset", "split", "regions", "size", "metric_variant", "unknown_region", "rounds", "refs_per_group")
 EXPECTED_REPORT = "expected a JSON report of icm eval; write it again with icm eval ... --report FILE.json"
 NONE = type(None)
-REPORT_SHAPE = {
+REPORT_SCHEMA = {
     "schema_version?": int,
     "settings": {
         "protocol?": {
@@ -29,7 +29,7 @@ REPORT_SHAPE = {
         "shot?": (bool, NONE),
         "learn_steps?": (int, NONE),
     },
-    "references?": REFERENCES_SHAPE,
+    "references?": REFERENCES_SCHEMA,
     "summary?": {"complete?": bool},
     "images": [{"round?": int, "name?": str, "source?": str, "scores?": {"*": dict.fromkeys(METRICS, (int, float))}}],
 }
@@ -133,7 +133,7 @@ def _format_value(value: Any) -> str:
 
 def _read_report(path: Path) -> _ScoredReport:
     """Read and check a report. Raises UsageError that names the first wrong value."""
-    content = read_json(path, "report", REPORT_SHAPE, EXPECTED_REPORT, use="compared")
+    content = read_json(path, "report", REPORT_SCHEMA, EXPECTED_REPORT, use="compared")
     settings = content["settings"]
     try:
         if not 1 <= (version := content.get("schema_version", 1)) <= SCHEMA_VERSION:

@@ -21,8 +21,8 @@ from icm_cli.options import DEFAULT_REVIEW_BELOW, Region
 from icm_cli.reports.means import Means, ShotScores, compute_means, compute_shot_scores
 from icm_cli.reports.result import ImageResult, Status
 
-REFERENCES_SHAPE = [{"*": [str]}]
-"""Shape of the references in JSON: for every round, the names of the references by group."""
+REFERENCES_SCHEMA = [{"*": [str]}]
+"""Schema of the references in JSON: for every round, the names of the references by group."""
 REFERENCE_CAPTION, NEGATIVE_CAPTION = "reference with mask", "negative reference"
 """Captions of references."""
 PREVIEW_PX = 420

@@ -1,7 +1,10 @@
-"""Changes of single images: answers to hints, and accepting, rejecting and undoing.
+"""Accept, reject, correct and undo single images, and answer hints with alphas that are not saved.
 
-A change saves copies of the files that it replaces and then its entry in the state. Then it writes the file of hints,
-the trimap and the alpha, and at last the new status. A process that is killed in between loses nothing.
+Every change works in this order, so that nothing is lost if the process is killed at any time:
+
+1. Copy the files that will be replaced, and save the entry that undoes the change in the state of the review.
+2. Write the hint file, the trimap and the alpha.
+3. Save the new status of the image.
 """
 
 from __future__ import annotations
@@ -33,15 +36,15 @@ if TYPE_CHECKING:
 
 ModelState = Literal["loading", "ready", "failed"]
 MAX_UNDO = 20
-"""Largest number of changes of an image that can be undone."""
+"""Number of changes of an image that can be undone. Older copies are removed."""
 Result = TypeVar("Result")
 
 
 class Corrections:
-    """Answers to hints, and changes of single images. The model runs in a thread of its own."""
+    """Answers to hints, and changes of single images. The model runs in its own thread. All methods are thread-safe."""
 
     def __init__(self, run: ReviewRun, state: ReviewState, device: str | None, notice: Callable[[str], None]) -> None:
-        """Begin to load the model. ``device``: another one than that of the run."""
+        """Start to load the model. ``device``: instead of that of the run."""
         self._run, self._state, self._device, self._notice = run, state, device, notice
         self._copies = UndoCopies(run.record_folder)
         self._executor = ThreadPoolExecutor(1, "icm-model")
@@ -55,14 +58,14 @@ class Corrections:
 
     @property
     def model_state(self) -> ModelState:
-        """Whether answers are possible."""
+        """Whether the model is loaded, so that hints can be answered."""
         if not self._loading.done() or self._loading.cancelled():
             return "loading"
         return "failed" if self._loading.exception() else "ready"
 
     @property
     def model_error(self) -> str:
-        """Why the model could not be loaded."""
+        """Why the model could not be loaded; "" if it was or is still loading."""
         if self.model_state != "failed":
             return ""
         error = self._loading.exception()
@@ -74,17 +77,17 @@ class Corrections:
         return options if self._device is None else with_values(options, device=self._device)
 
     def base_references(self) -> Sequence[Reference]:
-        """Return the references of the run itself. Raises ModelNotReadyError."""
+        """Return the references of the run without taught images. Raises ModelNotReadyError."""
         self._check_ready()
         return self._ready_model().references[: len(self._run.options.references.ref)]
 
     def reload(self) -> None:
-        """Prepare the references again, because others are taught."""
+        """Start to prepare the references again, after other images were taught. The network is not loaded again."""
         with self._lock:
             self._loading = self._submit(self._load)
 
     def prepare(self, id: int) -> None:
-        """Begin to make an image ready for answers; returns at once."""
+        """Start to read an image, so that its first answer is fast. Returns at once."""
         with self._lock:
             if self._preparing is not None:
                 self._preparing.cancel()
@@ -92,11 +95,11 @@ class Corrections:
                 self._preparing = self._submit(lambda: self._prepare(id))
 
     def answer(self, id: int, shapes: Shapes, refined: bool, tab: str = "") -> ImageU8:
-        """Return the alpha that hints make, uint8 [H,W] of the display window.
+        """Return the alpha of an image for hints, uint8 [H,W] of the display window. Nothing is saved.
 
-        It is equal to that of ``icm matte --hints`` if ``refined``. A newer request of the same ``tab`` of the browser
-        replaces this one, if it has not begun. Raises ModelNotReadyError, StaleAnswerError, or IcmError for hints or
-        images that cannot be used.
+        If ``refined``, it equals the alpha of ``icm matte --hints``; else it is the coarse alpha, which is faster. A
+        newer request of the same browser ``tab`` cancels this one if it has not begun. Raises StaleAnswerError then,
+        ModelNotReadyError, or IcmError for hints or images that cannot be used.
         """
         self._check_ready()
         key = tab or f"image {id}"
@@ -115,10 +118,10 @@ class Corrections:
                     del self._pending[key]
 
     def accept(self, id: int, revision: int, shapes: Shapes | None) -> None:
-        """Accept the alpha of an image as it is, or with ``shapes`` the one that these hints make.
+        """Accept an alpha. ``shapes``: hints to save first, and from which the alpha is computed; None to keep it.
 
-        An empty list removes all hints. Raises StaleRevisionError, ModelNotReadyError, or IcmError if the image cannot
-        be changed.
+        An empty list removes all hints. ``revision``: that of the image when the person decided. Raises
+        StaleRevisionError if it has changed since, ModelNotReadyError, or IcmError if the image cannot be changed.
         """
         job = self._run.jobs[id]
         with self._image_lock(id):
@@ -131,7 +134,7 @@ class Corrections:
                 mark_reviewed(job, _make_stamp("accepted"))
 
     def reject(self, id: int, revision: int) -> None:
-        """Reject the alpha of an image, so that a recompute may replace it."""
+        """Reject an alpha. Its file stays, and loses the stamp of an earlier acceptance."""
         job = self._run.jobs[id]
         with self._image_lock(id):
             is_reviewed = self._run.refresh(id).is_reviewed
@@ -140,7 +143,7 @@ class Corrections:
                     mark_reviewed(job, None)
 
     def undo(self, id: int, revision: int) -> None:
-        """Bring back the alpha, the hints and the status before the last change of an image."""
+        """Restore the alpha, the hints and the status that an image had before its last change."""
         name, alpha = self._run.names[id], self._run.jobs[id].output
         with self._image_lock(id):
             self._check_revision(id, revision)
@@ -154,20 +157,20 @@ class Corrections:
             self._copies.discard(entries[-1])
 
     def can_undo(self, id: int) -> bool:
-        """Return whether there is a change to take back."""
+        """Return whether an image has a change that can be undone."""
         return bool(self._state.read(self._run.names[id]).undo)
 
     def close(self) -> None:
-        """End the thread of the model, after its current task."""
+        """Stop the thread of the model after its current task."""
         self._executor.shutdown(cancel_futures=True)
 
     def _image_lock(self, id: int) -> threading.Lock:
-        """Return the lock of an image, which only one thread of this process changes at a time."""
+        """Return the lock that a thread of this process holds while it changes an image."""
         with self._lock:
             return self._image_locks[id]
 
     def _submit(self, task: Callable[[], Result]) -> Future[Result]:
-        """Run a task in the thread of the model."""
+        """Queue a task for the thread of the model."""
 
         def run() -> Result:
             from icm_cli.environment import limited_threads  # imports torch
@@ -185,7 +188,7 @@ class Corrections:
 
     def _prepare(self, id: int) -> None:
         if self._model is not None:
-            with contextlib.suppress(IcmError, OSError):  # the answer reports it
+            with contextlib.suppress(IcmError, OSError):  # the next answer for this image reports it
                 self._model.open_image(id)
 
     def _ready_model(self) -> RunModel:
@@ -204,7 +207,7 @@ class Corrections:
             pass
 
     def _correct(self, id: int, revision: int, shapes: Shapes) -> None:
-        """Write the alpha that hints make, and their file; runs in the thread of the model."""
+        """Save hints, and compute and save their alpha. Runs in the thread of the model."""
         job, paths = self._run.jobs[id], self._run.hint_paths(id)
         target = self._run.hint_target(id) if shapes else None
         replaced = [*job.outputs, *paths, *([target] if target and target not in paths else [])]
@@ -220,9 +223,9 @@ class Corrections:
 
     @contextlib.contextmanager
     def _changing(self, id: int, revision: int, paths: Sequence[Path], status: ReviewStatus) -> Iterator[None]:
-        """Context in which the files ``paths`` of an image are replaced; the image has the status at its end.
+        """Context for a change of an image that replaces the files ``paths``. At its end, the image gets the status.
 
-        Raises StaleRevisionError. If an error ends the context, the files and the state are brought back.
+        After an exception, the files and the state are restored. Raises StaleRevisionError.
         """
         name, alpha = self._run.names[id], self._run.jobs[id].output
         with self._state.edit(name, revision) as image:
@@ -247,6 +250,7 @@ class Corrections:
 
 
 def _make_stamp(kind: str) -> str:
+    """Return a value of ``icm-reviewed``, such as "accepted 2026-01-31T12:00:00Z"."""
     return f"{kind} {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 

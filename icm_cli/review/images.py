@@ -1,4 +1,4 @@
-"""Images for the browser: sources, alphas and thumbnails, as files of JPEG and PNG."""
+"""Images for the browser: sources, alphas and thumbnails, encoded as JPEG and PNG."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ JPEG_END = b"\xff\xd9"
 
 
 class DisplayImages:
-    """Reads and encodes the images of a run. All methods may be called by several threads at once."""
+    """Read and encode the images of a run. All methods are thread-safe."""
 
     def __init__(self, run: ReviewRun) -> None:
         self._run = run
@@ -44,17 +44,17 @@ class DisplayImages:
         self._lock = threading.Lock()
 
     def source_jpeg(self, id: int) -> bytes:
-        """Return the source as it is displayed. Raises ImageError."""
+        """Return the source, upright and in sRGB, as a JPEG. Raises ImageError."""
         return _encode_jpeg(self._read_source(id), 95)
 
     def alpha_png(self, id: int) -> bytes:
-        """Return the alpha, 8 bit. Raises ImageError."""
+        """Return the alpha as a PNG of 8 bits. Raises ImageError."""
         return encode_alpha(self.read_alpha(id))
 
     def read_alpha(self, id: int, path: Path | None = None) -> ImageU8:
         """Return the alpha of an image in its display window, uint8 [H,W]. Raises ImageError.
 
-        ``path``: another file, with an earlier alpha of the image.
+        ``path``: file of the alpha, such as a copy of an earlier one; the output of the run by default.
         """
         path, output = path or self._run.jobs[id].output, self._run.output
         if output.foreground != "none":
@@ -77,7 +77,7 @@ class DisplayImages:
         return size
 
     def thumbnail(self, id: int, view: View) -> bytes:
-        """Return a small JPEG of a view, which is kept on the disk. Raises ImageError."""
+        """Return a thumbnail of a view as a JPEG. It is cached on the disk. Raises ImageError."""
         job = self._run.jobs[id]
         parts = {"source": _file_version(job)}
         if view != "source":
@@ -87,16 +87,17 @@ class DisplayImages:
             content = path.read_bytes()
             if content.endswith(JPEG_END):
                 return content
-        content = _encode_jpeg(self._draw(id, view), 88)
+        content = _encode_jpeg(self._draw_thumbnail(id, view), 88)
         with contextlib.suppress(OutputError), atomic_write(path, is_synced=False) as file:
             file.write(content)
+        # Remove the thumbnails of earlier versions of the image.
         for other in path.parent.glob(f"{path.name.rpartition('-')[0]}-*.jpg"):
             if other != path:
                 other.unlink(missing_ok=True)
         return content
 
-    def _draw(self, id: int, view: View) -> ImageU8:
-        """Return a small image of a view, uint8 [H,W,3] or [H,W]."""
+    def _draw_thumbnail(self, id: int, view: View) -> ImageU8:
+        """Return a thumbnail of a view, uint8 [H,W,3] or [H,W]."""
         if view == "alpha":
             return shrink_image(self.read_alpha(id), THUMBNAIL_PX)
         if view == "source":
@@ -117,7 +118,7 @@ class DisplayImages:
         return self._run.jobs[id].read_image().to_display_window().rgb
 
     def _read_small_source(self, id: int) -> ImageU8:
-        """Return a source at a reduced size if its decoder can do that, which is ten times as fast for a photograph."""
+        """Return a source, sRGB uint8 [H,W,3]. A JPEG is decoded at a reduced size, which is ten times as fast."""
         job = self._run.jobs[id]
         if id not in self._run.errors and isinstance(job.source, Path) and job.colour.space == "auto":
             with open_image(job.source) as file:
@@ -143,16 +144,16 @@ def encode_alpha(alpha: ImageU8) -> bytes:
 
 
 def _decode_small_jpeg(stream: BinaryIO) -> ImageU8:
-    """Return a JPEG, upright and in sRGB, at a size that is at least twice that of a thumbnail if the JPEG is larger.
+    """Decode a JPEG at a reduced size, upright and in sRGB, uint8 [H,W,3]. Raises OSError for a damaged file.
 
-    Raises OSError for a damaged file.
+    The result has at least twice the size of a thumbnail, unless the JPEG itself is smaller.
     """
     with Image.open(stream, formats=["JPEG"]) as image:
         image.draft("RGB", (2 * THUMBNAIL_PX, 2 * THUMBNAIL_PX))
         upright = ImageOps.exif_transpose(image)
         profile = image.info.get("icc_profile")
         if profile and upright.mode == "RGB":
-            with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a damaged profile
+            with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a damaged profile is ignored
                 converted = ImageCms.profileToProfile(
                     upright, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
                 )
@@ -177,7 +178,8 @@ def _checkerboard(height: int, width: int) -> NDArray[Any]:
 
 
 def _file_version(job: Job) -> str:
-    """Return a text that changes with the files of a source; "" if one does not exist."""
+    """Return a text that changes whenever a file of a source changes; "" if one does not exist."""
+
     with contextlib.suppress(OSError):
         states = [path.stat() for path in job.files]
         return " ".join(f"{state.st_size} {state.st_mtime_ns}" for state in states)

@@ -1,4 +1,4 @@
-"""The model of a run with its references: alphas of single images that follow hints, and are those of ``icm matte``."""
+"""The model of a run under review. It computes alphas of single images, equal to those of ``icm matte``."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from icm_cli.review.shapes import Annotation, Shapes, clean_shapes, make_annotat
 
 MAX_SESSIONS = 16
 MAX_SESSION_BYTES = 1 << 29
-"""Limits of the images that are kept ready for answers: their number, and the size of their pixels."""
+"""Largest number of images that are kept ready for answers, and largest size of their pixels together."""
 
 
 @dataclass(frozen=True)
 class OpenImage:
-    """An image that is ready for answers."""
+    """An image that is ready for answers: it is decoded, and what does not depend on hints is computed."""
 
     source_state: tuple[FileIdentity | None, ...]
-    """Identities of its files when it was read."""
+    """Identities of its files when it was read. If they differ now, it is read again."""
     frame: Frame
     windows: ImageWindows
     session: Session
 
 
 class RunModel:
-    """The model of a run with its references. Not for use in several threads at a time."""
+    """The model of a run with its prepared references. Not thread-safe."""
 
     def __init__(
         self,
@@ -59,9 +59,10 @@ class RunModel:
         notice: Callable[[str], None],
         earlier: RunModel | None = None,
     ) -> None:
-        """Load the model, or take that of ``earlier``, and prepare the references.
+        """Load the model and prepare the references.
 
-        ``options``: those of the run, with the device and all references. Raises UsageError or ConfigError.
+        ``options``: those of the run, with the device and the taught references of the review. ``earlier``: a model
+        whose network is used again, so that only the references are prepared. Raises UsageError or ConfigError.
         """
         self._run, self._options, self._notice = run, options, notice
         self._choice = ModelChoice.from_options(options.model, 1, device=parse_devices(options.model.device)[0])
@@ -77,11 +78,11 @@ class RunModel:
 
     @property
     def name(self) -> str:
-        """Name of the model, for people."""
+        """Name of the model that the page shows."""
         return self._choice.config.title
 
     def open_image(self, id: int) -> OpenImage:
-        """Return an image that is ready for answers. Raises ImageError."""
+        """Make an image ready for answers, unless it is, and return it. Raises ImageError."""
         job = self._run.jobs[id]
         state = tuple(map(identify_file, job.files))
         image = self._images.pop(id, None)
@@ -100,9 +101,12 @@ class RunModel:
         return image
 
     def answer(self, id: int, shapes: Shapes, *, refined: bool) -> ImageU8:
-        """Return the alpha that hints make, uint8 [H,W] of the display window. Raises IcmError."""
+        """Return the alpha of an image for hints, uint8 [H,W] of the display window; coarse unless ``refined``.
+
+        Raises IcmError.
+        """
         image = self.open_image(id)
-        hints = self._parse(shapes, image.windows)
+        hints = self._parse_hints(shapes, image.windows)
         if hints is None and self._run.is_shot:
             alpha = self._matte_in_shot(id, image)
         else:
@@ -110,15 +114,15 @@ class RunModel:
         return image.windows.move_pixels(alpha, image.windows.display_window)
 
     def correct(self, id: int, shapes: Shapes, stamp: str, begin_writing: Callable[[Annotation | None], None]) -> None:
-        """Matte an image with other hints, and write its files with the stamp, as the engine of a run does.
+        """Matte an image with new hints, and write its alpha with the stamp ``icm-reviewed``, by the engine of a run.
 
-        ``begin_writing`` is called before files are replaced, with the content of the file of hints; None for none.
-        Raises IcmError if the image fails.
+        ``begin_writing`` is called before any file is replaced. Its argument is the content of the new hint file; None
+        if there are no hints. Raises IcmError if the image fails.
         """
         image = self.open_image(id)
         windows = image.windows
         shapes = clean_shapes(shapes, windows.display)
-        self._parse(shapes, windows)  # raises errors before anything is changed
+        self._parse_hints(shapes, windows)  # raises errors before anything is changed
         source, annotation = self._run.jobs[id].files[0], None
         if shapes:
             annotation = make_annotation(shapes, self._run.hint_target(id), source, windows.display)
@@ -139,21 +143,24 @@ class RunModel:
                 decoder_digest=self._choice.decoder_digest(),
             )
             inner: FrameMatting = _SessionMatting(image)
-            if shot is not None:  # its frames record what is propagated from them
+            if shot is not None:  # the alphas of a shot record which frames they were propagated from
                 inner = create_matting(self._predictor, lambda _: self._prepared, shot, self._notice)
             matting = _StampedMatting(inner, stamp, lambda: begin_writing(annotation))
             Engine(self._predictor, matting, options, on_result=results.append, notice=self._notice).run([job])
         if results[-1].status != "done":
             raise IcmError(results[-1].reason)
 
-    def _parse(self, shapes: Shapes, windows: ImageWindows) -> Hints | None:
-        """Return the hints about the data window of an image. Raises UsageError."""
+    def _parse_hints(self, shapes: Shapes, windows: ImageWindows) -> Hints | None:
+        """Return hints in pixels of the data window of an image; None without shapes. Raises UsageError."""
         hints = parse_shapes(clean_shapes(shapes, windows.display), windows.display)
         return None if hints is None else move_hints(hints, windows)
 
     @contextlib.contextmanager
     def _unsaved_hints(self, id: int, annotation: Annotation | None) -> Iterator[ImageHints | None]:
-        """Context with the hints as they would be read from their file, which is not written yet."""
+        """Context that yields hints as if read from their hint file, which is not written yet.
+
+        The engine reads hints only from files, so they are in a temporary one.
+        """
         if annotation is None:
             yield None
             return
@@ -163,9 +170,10 @@ class RunModel:
             yield ImageHints.check(self._run.jobs[id].name, [path])
 
     def _find_shot(self, id: int, job: Job) -> Shot | None:
-        """Return the shot of an image, given as ``job``, with the hints that exist now; None if the run has no shots.
+        """Return the shot that contains an image; None if the run has no shots.
 
-        Raises UsageError for a file of hints that cannot be used.
+        The image itself has the hints of ``job``, other frames have those of their current hint files. Raises
+        UsageError for a hint file that cannot be used.
         """
         ids = self._run.shot_of(id)
         if ids is None:
@@ -181,7 +189,7 @@ class RunModel:
         return order_as_shot(jobs, self._options.references.ref, self.references, None)[1]
 
     def _matte_in_shot(self, id: int, image: OpenImage) -> ImageU8:
-        """Return the alpha of a frame without hints, to which those of other frames are propagated."""
+        """Return the alpha of a frame without hints, uint8 [H,W]. Hints of other frames are propagated to it."""
         job = replace(self._run.jobs[id], hints=None)
         matting = create_matting(self._predictor, lambda _: self._prepared, self._find_shot(id, job), self._notice)
         matting.begin_run([job])
@@ -190,7 +198,7 @@ class RunModel:
 
 
 class _SessionMatting:
-    """Mattes an image by its session, which has done what does not depend on hints."""
+    """Mattes an open image by its session, which need not repeat what does not depend on hints."""
 
     keeps_order = False
 
@@ -208,7 +216,7 @@ class _SessionMatting:
 
 
 class _StampedMatting:
-    """Mattes frames as another one does, and adds the stamp of a review; ``begin_writing`` is called afterwards."""
+    """Adds the stamp of a review to the alphas of ``inner``, and calls ``begin_writing`` before they are written."""
 
     def __init__(self, inner: FrameMatting, stamp: str, begin_writing: Callable[[], None]) -> None:
         self._inner, self._stamp, self._begin_writing = inner, stamp, begin_writing

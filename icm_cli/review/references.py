@@ -1,4 +1,4 @@
-"""The options of a run with the images that a review teaches as references or negatives."""
+"""Masks of taught images, and the options of a run with these images as references and negatives."""
 
 from __future__ import annotations
 
@@ -25,16 +25,19 @@ Kind = Literal["reference", "negative"]
 Area = Literal["alpha", "image"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MASK_OPTIONS = ("mask_label", "mask_orientation", "point", "not_point", "box", "scribble", "guidance")
-"""Options that say how the masks of the references are read or made; they would count for taught masks too."""
+"""Options that say how masks of references are read or made. They would wrongly apply to taught masks too."""
 
 
 def mask_path(record_folder: Path, kind: Kind, name: str) -> Path:
-    """Return the path of the mask of a taught image, by its file name."""
+    """Return the path of the mask of a taught image. ``name``: its file name."""
     return record_folder / (REFERENCES_NAME if kind == "reference" else NEGATIVES_NAME) / name
 
 
 def check_teachable(options: MatteOptions, job: Job, kind: Kind, area: Area) -> None:
-    """Raise UsageError if an image of a run cannot be given as ``kind`` with the options of the run."""
+    """Raise UsageError if an image cannot be used as ``kind`` together with the options of the run.
+
+    ``area``: whether the alpha or the whole image shows what is taught.
+    """
     if kind == "reference" and area == "image":
         raise UsageError("a reference needs the alpha of its object; choose the alpha, or use the image as a negative")
     if job.planned.page:
@@ -53,13 +56,16 @@ def check_teachable(options: MatteOptions, job: Job, kind: Kind, area: Area) -> 
 
 
 def needs_base_masks(options: MatteOptions) -> bool:
-    """Return whether the references of a run need masks of their own before others are added."""
+    """Return whether the masks of a run's own references must be saved as files before images are taught.
+
+    That is so if they were made from prompts, or read with options that must not apply to taught masks.
+    """
     given = options.references
     return not given.mask or any(name in options.given for name in MASK_OPTIONS)
 
 
 def write_base_masks(record_folder: Path, references: Sequence[Reference]) -> None:
-    """Write the masks of the references of a run as plain images. Raises OutputError."""
+    """Write the masks of a run's own references as PNG, unless they exist. Raises OutputError."""
     for path, reference in zip(_base_masks(record_folder, len(references)), references, strict=True):
         if path.exists():
             continue
@@ -73,17 +79,20 @@ def write_base_masks(record_folder: Path, references: Sequence[Reference]) -> No
 
 
 def write_taught_mask(path: Path, alpha: ImageU8, kind: Kind) -> None:
-    """Write the mask of what is taught: where an alpha, uint8 [H,W], is above one half. Raises UsageError."""
-    inside = alpha > 128  # not the unknown pixels of trimaps
+    """Write an alpha, uint8 [H,W], as a mask that is white where it is above one half.
+
+    Raises UsageError for an alpha that cannot be taught, and OutputError.
+    """
+    inside = alpha > 128  # the unknown pixels of a trimap are 128
     if not inside.any():
-        raise UsageError("the alpha shows nothing, so nothing can be taught by it; correct it first")
+        raise UsageError("the alpha is empty, so the image cannot be used; correct the alpha first")
     if kind == "reference" and inside.all():
-        raise UsageError("the alpha shows the whole image as the object; correct it first")
+        raise UsageError("the alpha covers the whole image, so it cannot be a reference; correct the alpha first")
     write_mask(path, inside)
 
 
 def add_taught(run: ReviewRun, states: Mapping[str, ImageState]) -> MatteOptions:
-    """Return the options of a run with all taught images, in the order of the run."""
+    """Return the options of a run with the taught images, in the order of the run's images, after its references."""
     pairs: dict[Kind, list[tuple[Path, Path]]] = {kind: [] for kind in KINDS}
     for name, job in zip(run.names, run.jobs, strict=True):
         if name in states and (taught := states[name].taught) is not None:
@@ -95,7 +104,7 @@ def add_taught(run: ReviewRun, states: Mapping[str, ImageState]) -> MatteOptions
             masks = _base_masks(run.record_folder, len(given.ref))
         values["ref"] = [*given.ref, *(source for source, _ in pairs["reference"])]
         values["mask"] = [*masks, *(mask for _, mask in pairs["reference"])]
-    if pairs["negative"]:  # masks are assigned in order, so negatives without a mask are the last ones
+    if pairs["negative"]:  # --not-mask belongs to --not-ref in order, so negatives without a mask must be the last
         count = len(given.not_mask)
         values["not_ref"] = [*given.not_ref[:count], *(each for each, _ in pairs["negative"]), *given.not_ref[count:]]
         values["not_mask"] = [*given.not_mask, *(mask for _, mask in pairs["negative"])]
@@ -103,5 +112,6 @@ def add_taught(run: ReviewRun, states: Mapping[str, ImageState]) -> MatteOptions
 
 
 def _base_masks(record_folder: Path, count: int) -> list[Path]:
+    """Return the paths of the masks of a run's own references."""
     folder = record_folder / REFERENCES_NAME
     return [folder / f"{BASE_PREFIX}{number}.png" for number in range(1, count + 1)]

@@ -1,4 +1,7 @@
-"""The run that is reviewed: its images, planned again from its record, and what the stamps of their alphas say."""
+"""The run under review: its images, found again from ``.icm/run.json``, and the stamps of their alphas.
+
+A stamp is the metadata that icm writes into the file of an alpha: its digest, the name of its image and its result.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ INDEX_NAME, HINTS_NAME = "index.json", "hints"
 REFERENCES_NAME, NEGATIVES_NAME = "references", "negatives"
 """Folders below ``.icm`` with the masks of what a review teaches."""
 BASE_PREFIX = "base-"
-"""Start of the names of masks that were made for the references of the run itself."""
+"""Prefix of the masks of the run's own references. The masks of taught images have no prefix."""
 INDEX_VERSION = 1
 OUTPUT_SUFFIXES = frozenset(suffix for suffixes in FORMAT_SUFFIXES.values() for suffix in suffixes)
 NO_DETAILS = MattingDetails()
@@ -53,12 +56,12 @@ NO_DETAILS = MattingDetails()
 
 @dataclass(frozen=True)
 class AlphaFile:
-    """What is known about the alpha of an image without decoding it."""
+    """What is known about the alpha of an image from its file, without decoding pixels."""
 
     identity: FileIdentity | None = None
-    """Size and modification time; None without a file."""
+    """Size and modification time; None if there is no file."""
     is_own: bool = False
-    """Whether it has the stamp of an alpha of this image."""
+    """Whether its stamp says that icm made it for this image."""
     details: MattingDetails = NO_DETAILS
 
     @property
@@ -68,26 +71,27 @@ class AlphaFile:
 
     @property
     def version(self) -> str:
-        """Text that changes with the file."""
+        """Text that changes whenever the file changes. It is part of URLs, so that browsers can cache images."""
         return "" if self.identity is None else f"{self.identity[1]:x}-{self.identity[0]:x}"
 
 
 class ReviewRun:
-    """The images of a run. The index of an image in ``jobs`` is its id, also for the browser."""
+    """The images of a run. The id of an image, in Python and in the browser, is its index in ``jobs``."""
 
     def __init__(self, folder: Path, hints: Path | None, notice: Callable[[str], None]) -> None:
-        """Plan the images again. ``hints``: folder for hint files, instead of that of the run.
+        """Find the images of the run whose alphas are in ``folder``.
 
-        Sources that are gone are listed too, from the stamps of their alphas. Raises UsageError and OutputError.
+        ``hints``: folder for hint files, instead of that of the run. Images whose source was removed are found by the
+        stamps of their alphas. Raises UsageError and OutputError.
         """
         self.folder = Path(os.path.abspath(folder))  # noqa: PTH100  resolve() follows links
         self.record_folder = self.folder / RECORD_FOLDER
-        recorded = _without_taught(_moved_here(read_run_record(self.folder), self.folder))
+        recorded = _without_taught(_with_output_folder(read_run_record(self.folder), self.folder))
         self.options, self.hints_folder, self._pattern = self._choose_hints(recorded, hints)
         self.output, self.layout = choose_output(self.options.output)
         self.colour: ColourSettings = choose_colour_settings(self.options.colour)[0]
         self.errors: dict[int, str] = {}
-        """Why the source of an image cannot be read, by id."""
+        """Why the source of an image cannot be read, by the id of the image."""
         self.jobs: Sequence[Job] = self._plan(notice)
         self.names = [job.planned.name for job in self.jobs]
         self._ids = {name: number for number, name in enumerate(self.names)}
@@ -117,10 +121,10 @@ class ReviewRun:
         return self._ids.get(name)
 
     def scan_alphas(self) -> None:
-        """Look at the alphas of all images, and compare them with each other. Only files that have changed are read."""
+        """Read the stamps of all alphas, and compare the alphas with each other. Only changed files are opened."""
         before = list(self._alphas)
-        with library_settings():  # changed once, and not for each file
-            found = [self._look_at(id) for id in range(len(self.jobs))]
+        with library_settings():  # entered once instead of for each file
+            found = [self._read_alpha_file(id) for id in range(len(self.jobs))]
         results = [
             replace(job.planned, status="kept" if alpha.is_own else "planned", matting=alpha.details)
             for job, alpha in zip(self.jobs, found, strict=True)
@@ -133,8 +137,8 @@ class ReviewRun:
             _write_index(self._index, dict(zip(self.names, found, strict=True)))
 
     def refresh(self, id: int) -> AlphaFile:
-        """Look at the alpha and the hints of an image again, because its files may have changed."""
-        alpha, has_hints = self._look_at(id), bool(self.hint_paths(id))
+        """Read the stamp of an alpha again if its file has changed, and return it. Also check for hint files."""
+        alpha, has_hints = self._read_alpha_file(id), bool(self.hint_paths(id))
         with self._lock:
             if alpha != self._alphas[id]:
                 self._alphas[id], self._reasons[id] = alpha, alpha.details.reasons
@@ -142,7 +146,7 @@ class ReviewRun:
         return alpha
 
     def item(self, id: int, state: ImageState) -> dict[str, Any]:
-        """Return what the browser knows about an image, as values of JSON."""
+        """Return what the overview shows of an image, as JSON. ``state``: what the review has stored about it."""
         with self._lock:
             alpha, reasons, has_hints = self._alphas[id], self._reasons[id], self._has_hints[id]
         status = "rejected" if state.status == "rejected" else "accepted" if alpha.is_reviewed else "open"
@@ -164,12 +168,12 @@ class ReviewRun:
         }
 
     def alpha_file(self, id: int) -> AlphaFile:
-        """Return the alpha of an image as it was last looked at."""
+        """Return what was last read about the alpha of an image. Does not touch the file."""
         with self._lock:
             return self._alphas[id]
 
     def shot_of(self, id: int) -> list[int] | None:
-        """Return the ids of the frames of the shot of an image, in order; None if the run has no shots."""
+        """Return the ids of all frames of the shot that contains an image, in order; None if the run has no shots."""
         if not self.is_shot:
             return None
         if self._shots is None:
@@ -178,11 +182,12 @@ class ReviewRun:
         return self._shots[id]
 
     def hint_paths(self, id: int) -> list[Path]:
-        """Return the files with hints about an image that exist now."""
+        """Return the hint files of an image that exist now."""
         return [path for path in self._hint_candidates(id) if path.is_file()]
 
     def hint_target(self, id: int) -> Path:
-        """Return the JSON file that review writes the hints of an image to. Raises UsageError without one."""
+        """Return the JSON file to which hints of an image are saved. Raises UsageError if ``--hints`` allows none."""
+
         existing = [path for path in self.hint_paths(id) if path.suffix.lower() == ".json"]
         candidates = existing or [path for path in self._hint_candidates(id) if path.suffix.lower() == ".json"]
         if not candidates:
@@ -193,15 +198,15 @@ class ReviewRun:
         return candidates[0]
 
     def read_shapes(self, id: int, size: tuple[int, int]) -> Shapes | None:
-        """Return the hints of an image of ``size`` (height, width), as shapes of labelme; None without hints.
+        """Return the saved hints of an image as shapes of labelme; None without hint files.
 
-        Raises UsageError.
+        ``size``: height and width of the image. Raises UsageError for a file that cannot be used.
         """
         paths = self.hint_paths(id)
         return read_shapes(paths, self.jobs[id].name, size) if paths else None
 
     def _hint_candidates(self, id: int) -> Iterator[Path]:
-        """Yield the paths that may hold hints of an image, the preferred one for new hints first."""
+        """Yield the paths at which hint files of an image may be. The first is where new hints are saved."""
         job = self.jobs[id]
         if self._pattern is not None:
             number = FrameName.from_path(job.name).number
@@ -217,7 +222,10 @@ class ReviewRun:
     def _choose_hints(
         self, options: MatteOptions, hints: Path | None
     ) -> tuple[MatteOptions, Path, FramePattern | None]:
-        """Return the options with the place of the hints, its folder, and its frame pattern if it is one."""
+        """Choose where the hints are: ``hints``, else ``--hints`` of the run, else ``.icm/hints``.
+
+        Returns the options with this choice, its folder, and the frame pattern if it is one.
+        """
         recorded = options.hints.hints
         if hints is None and recorded is not None and not Path(recorded).is_dir():
             pattern = FramePattern.parse(recorded)
@@ -233,10 +241,10 @@ class ReviewRun:
     def _plan(self, notice: Callable[[str], None]) -> list[Job]:
         skipped = SkippedFiles(lambda _: None)
         try:
-            with library_settings():  # changed once, and not for each file
+            with library_settings():  # entered once instead of for each file
                 jobs = list(plan_images(self.options, self.layout, self.colour, skipped, lambda _: None).jobs)
         except UsageError as error:
-            notice(f"the sources of the run cannot be found, and only the alphas are shown: {error}")
+            notice(f"the sources of the run cannot be found, so only the alphas are shown: {error}")
             jobs = []
         planned = {output for job in jobs for output in job.outputs}
         gone = list(self._jobs_without_source(planned))
@@ -246,7 +254,7 @@ class ReviewRun:
         return jobs + gone
 
     def _jobs_without_source(self, planned: set[Path]) -> Iterator[Job]:
-        """Yield jobs for the alphas below the folder that are not planned, because their sources are gone."""
+        """Yield jobs for alphas whose sources do not exist any more. ``planned``: outputs of all other images."""
         skipped: SkippedPaths = {}
         for path in sorted(walk_files(self.layout.folder, skipped)):
             if path in planned or path.suffix.lower() not in OUTPUT_SUFFIXES or path.name.endswith(TRIMAP_SUFFIX):
@@ -259,7 +267,8 @@ class ReviewRun:
                     result = ImageResult(str(source), str(path), "planned", name=name.as_posix())
                     yield Job(source, name, path, result, colour=self.colour, root=root)
 
-    def _look_at(self, id: int) -> AlphaFile:
+    def _read_alpha_file(self, id: int) -> AlphaFile:
+        """Return what the file of an alpha says. It is opened only if its size or time differs from the known one."""
         path, known = self.jobs[id].output, self._alphas[id]
         identity = identify_file(path)
         if identity is None:
@@ -274,13 +283,13 @@ class ReviewRun:
 
 
 def with_values(options: MatteOptions, *, dropped: Collection[str] = (), **values: Any) -> MatteOptions:
-    """Return options with other values for some of them, which count as given, and without those ``dropped``."""
+    """Return options with other ``values``, which count as given. Options in ``dropped`` get their defaults."""
     kept = {name: options.get_value(name) for name in options.given if name not in dropped}
     return MatteOptions.from_values({**kept, **values}, kept.keys() | values.keys())
 
 
-def _moved_here(options: MatteOptions, folder: Path) -> MatteOptions:
-    """Return the options of a run with the output folder where it is now."""
+def _with_output_folder(options: MatteOptions, folder: Path) -> MatteOptions:
+    """Return the options of a run with ``folder`` as its output folder, which may have been moved since the run."""
     _, layout = choose_output(options.output)
     if real_path(layout.folder) == real_path(folder):
         return options
@@ -289,7 +298,7 @@ def _moved_here(options: MatteOptions, folder: Path) -> MatteOptions:
 
 
 def _without_taught(options: MatteOptions) -> MatteOptions:
-    """Return the options of a run without the references and negatives that a review has taught."""
+    """Return the options of a run without references and negatives taught in a review. ReviewState lists those."""
 
     def is_taught(mask: Path) -> bool:
         is_review_file = (
@@ -312,7 +321,7 @@ def _without_taught(options: MatteOptions) -> MatteOptions:
 
 
 def _read_index(path: Path) -> dict[str, AlphaFile]:
-    """Return what an earlier process knew about the alphas, by the names of the images."""
+    """Return what an earlier process stored about the alphas, by the names of the images; {} if it is unusable."""
     try:
         content = json.loads(path.read_bytes())
         if content["version"] != [INDEX_VERSION, __version__]:
@@ -322,11 +331,12 @@ def _read_index(path: Path) -> dict[str, AlphaFile]:
             for name, (size, time, details) in content["alphas"].items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return {}  # the files themselves are read
+        return {}  # then all files are opened
 
 
 def _write_index(path: Path, alphas: Mapping[str, AlphaFile]) -> None:
-    """Keep what is known about the alphas for the next process, if the folder can be written."""
+    """Store what is known about the alphas for the next process. Nothing is stored in a read-only folder."""
+
     own = {name: alpha for name, alpha in alphas.items() if alpha.identity and alpha.is_own}
     stored = {name: (*alpha.identity, vars(alpha.details)) for name, alpha in own.items() if alpha.identity}
     with contextlib.suppress(OutputError), atomic_write(path) as file:

@@ -1,4 +1,4 @@
-"""Who may use the page of a review: checks of every request, and headers of every response."""
+"""Access to the page of a review: checks of every request, and security headers of every response."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
-READING_METHODS = frozenset({"GET", "HEAD"})
+SAFE_METHODS = frozenset({"GET", "HEAD"})
+"""HTTP methods that change nothing."""
 OPEN_THE_LINK = "this page needs the link that icm review printed; open that link"
 
 
 class RequestGuard:
-    """ASGI application that passes on only requests of browsers that have opened the link with the token.
+    """ASGI middleware that passes on only requests of browsers that have opened the link with the token.
 
-    A request from another site fails because its ``Host`` or ``Origin`` is another one, or because the cookie, which is
-    bound to this site, is missing.
+    Opening the link stores the token in a cookie. A request that another website starts in the same browser is refused:
+    its ``Host`` or ``Origin`` header differs, and browsers do not attach a ``SameSite`` cookie to it.
     """
 
     def __init__(self, app: ASGIApp, token: str, host: str, port: int) -> None:
@@ -62,16 +63,18 @@ class RequestGuard:
         await (response or self._app)(scope, receive, send_with_headers)
 
     def _check(self, scope: Scope) -> Response | None:
-        """Return the response to a request that is not passed on; None for one that is."""
+        """Return the response to a request that is not passed on: a refusal, or the cookie. None to pass it on."""
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._is_own_host(hosts[0]):
             return refuse(403, f"the request is for the host {', '.join(hosts)!r}, which is not that of icm review")
-        if scope["method"] in READING_METHODS and scope["path"] == "/" and (given := _token_in_query(scope)):
-            return self._let_in() if self._is_token(given) else refuse(403, f"the token is wrong; {OPEN_THE_LINK}")
+        if scope["method"] in SAFE_METHODS and scope["path"] == "/" and (given := _token_in_query(scope)):
+            is_right = self._is_token(given)
+            return self._redirect_with_cookie() if is_right else refuse(403, f"the token is wrong; {OPEN_THE_LINK}")
+
         if not self._is_token(cookie_parser(headers.get("cookie", "")).get(self._cookie, "")):
             return refuse(403, OPEN_THE_LINK)
-        if scope["method"] in READING_METHODS:
+        if scope["method"] in SAFE_METHODS:
             return None
         origins = {f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")}
         if headers.get("origin", "").lower() not in origins:
@@ -81,7 +84,7 @@ class RequestGuard:
         return None
 
     def _is_own_host(self, host: str) -> bool:
-        """Return whether a ``Host`` header names this server, on any port, because SSH may forward another one."""
+        """Return whether a ``Host`` header names this server. Its port may be any, because SSH may forward another."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
             if name in self._hosts:
@@ -89,12 +92,12 @@ class RequestGuard:
             ipaddress.ip_address(name)
         except ValueError:
             return False
-        return self._has_all_addresses  # no site can claim an address as its name
+        return self._has_all_addresses  # an address cannot be the domain of another website
 
     def _is_token(self, text: str) -> bool:
         return secrets.compare_digest(text.encode(errors="replace"), self._token.encode())
 
-    def _let_in(self) -> Response:
+    def _redirect_with_cookie(self) -> Response:
         response = RedirectResponse("/", 303)
         response.set_cookie(self._cookie, self._token, path="/", httponly=True, samesite="strict")
         return response
@@ -114,7 +117,8 @@ def is_any_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a server at this host can be reached from this machine only."""
+    """Return whether a server at this host can be reached only from this machine."""
+
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

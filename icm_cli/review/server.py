@@ -1,4 +1,4 @@
-"""The server of ``icm review``: its routes, and the body of the command."""
+"""The web server of ``icm review``. :func:`review` is what the command calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 from icm_cli.environment import __version__
 from icm_cli.errors import IcmError, ImageError, OutputError, UsageError, format_count
 from icm_cli.events import ReviewListener
-from icm_cli.files import check_shape, describe_os_error
+from icm_cli.files import check_schema, describe_os_error
 from icm_cli.matting.run_record import command_line
 from icm_cli.options import ReviewOptions
 from icm_cli.review.corrections import Corrections
@@ -50,12 +50,12 @@ except ImportError as error:
     raise UsageError(f"icm review needs {error.name}, which is missing; pip install 'icm-cli[review]'") from error
 
 REVIEW_BELOW = 0.8
-"""Quality below which an alpha needs a person, as with ``--review-below`` of ``icm matte``."""
+"""Quality below which the page lists an alpha under "Needs review": the default of ``icm matte --review-below``."""
 MAX_BODY_BYTES = 1 << 26
 STOP_TIMEOUT_S = 2
-"""Seconds that open requests have to end when the server stops."""
+"""Seconds that open requests have to finish when the server stops."""
 MODEL_DELAY_S = 2
-"""Seconds from the first list of images until the model is loaded, which slows the first thumbnails down."""
+"""Seconds between the first list of images and the loading of the model, which would delay the first thumbnails."""
 STATIC_TYPES = {
     ".html": "text/html",
     ".css": "text/css",
@@ -63,12 +63,13 @@ STATIC_TYPES = {
     ".svg": "image/svg+xml",
     ".png": "image/png",
 }
-FOREVER = {"Cache-Control": "private, max-age=31536000, immutable"}
-"""Headers of an image whose address contains its version."""
-SHAPE = {"label": str, "shape_type": str, "points": [[(int, float)]], "mask?": (str, type(None))}
-HINTS = {"shapes": [SHAPE]}
-EMPTY: dict[str, Any] = {}
-REVISION = {"revision": int}
+CACHED = {"Cache-Control": "private, max-age=31536000, immutable"}
+"""Headers of an image whose URL contains its version, so that its content never changes."""
+HINTS_SCHEMA = {
+    "shapes": [{"label": str, "shape_type": str, "points": [[(int, float)]], "mask?": (str, type(None))}],
+}
+REVISION_SCHEMA = {"revision": int}
+NO_BODY: dict[str, Any] = {}
 STATUS_CODES: dict[type[IcmError], int] = {
     ImageError: 404,
     StaleRevisionError: 409,
@@ -79,45 +80,47 @@ STATUS_CODES: dict[type[IcmError], int] = {
 
 
 class NotFoundError(IcmError):
-    """The run has no such image, or the page no such file."""
+    """The request names an image or a file that does not exist."""
 
 
 STATUS_CODES[NotFoundError] = 404
 
 
 @dataclass(frozen=True)
-class Call:
-    """A request, as the work for it needs it."""
+class ApiRequest:
+    """The parts of an HTTP request that a handler uses."""
 
     id: int
-    """Id of the image in the path; -1 without one."""
+    """Id of the image, from the URL; -1 without one."""
     name: str
-    """Name of the file in the path."""
+    """Name of the file, from the URL; "" without one."""
     query: dict[str, str]
     body: dict[str, Any]
+    """JSON of the body, which matches the schema of the route."""
 
     @property
     def shapes(self) -> list[dict[str, Any]] | None:
-        """Shapes of the hints in the body; None if they are null."""
+        """Hints in the body, as shapes of labelme; None if ``hints`` is null."""
         hints = self.body.get("hints")
         return None if hints is None else hints["shapes"]
 
 
-Work: TypeAlias = Callable[[Call], Any]
+Handler: TypeAlias = Callable[[ApiRequest], Any]
+"""Returns a response, or a value that is sent as JSON."""
 
 
 def review(options: ReviewOptions, listener: ReviewListener) -> None:
-    """Serve the page of a review until a signal ends it. Raises UsageError or OutputError before it is served."""
+    """Serve the page of a review until Ctrl-C or SIGTERM. Raises UsageError or OutputError if it cannot start."""
     page = options.page
     run = ReviewRun(page.alphas, page.hints, listener.on_notice)
     state = ReviewState(run.record_folder)
-    run.scan_alphas()  # takes seconds for thousands of new alphas, and the page is fast afterwards
+    run.scan_alphas()  # takes seconds for thousands of new alphas; the page should not wait for it
     with _bind(page.host, page.port) as listening:
         port = listening.getsockname()[1]
         token = secrets.token_urlsafe(24)
         app = ReviewApp(run, state, page.device, listener.on_notice)
         config = uvicorn.Config(
-            RequestGuard(app.routes(), token, page.host, port),
+            RequestGuard(app.create_app(), token, page.host, port),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -143,7 +146,7 @@ def review(options: ReviewOptions, listener: ReviewListener) -> None:
 
 
 class ReviewApp:
-    """What the routes of the server do. Their work runs in threads, so that the server always answers."""
+    """The handlers of all routes. They run in threads, so that a slow one does not block the others."""
 
     def __init__(self, run: ReviewRun, state: ReviewState, device: str | None, notice: Callable[[str], None]) -> None:
         self.run, self.state, self.images = run, state, DisplayImages(run)
@@ -155,7 +158,7 @@ class ReviewApp:
 
     @property
     def corrections(self) -> Corrections:
-        """Corrections of images. The first use loads the model in a thread of its own."""
+        """Changes of single images. The first use starts a thread that loads the model."""
         with self._lock:
             if self._corrections is None:
                 self._corrections = Corrections(self.run, self.state, self._device, self._notice)
@@ -163,49 +166,50 @@ class ReviewApp:
 
     @property
     def teaching(self) -> Teaching:
-        """References and negatives from reviewed images."""
+        """References and negatives made from reviewed images, and the recompute."""
         with self._lock:
             if self._teaching is None:
                 self._teaching = Teaching(self.run, self.state, self.corrections, self._notice)
             return self._teaching
 
     def close(self) -> None:
-        """End all work."""
+        """Stop all threads and processes."""
         self._thumbnails.close()
         if self._teaching is not None:
             self._teaching.close()
         if self._corrections is not None:
             self._corrections.close()
 
-    def routes(self) -> Starlette:
-        """Return the application without the checks of :class:`~icm_cli.review.security.RequestGuard`."""
+    def create_app(self) -> Starlette:
+        """Return the ASGI application. It does not check who sends a request: wrap it in RequestGuard."""
 
-        def get(path: str, work: Work, method: str = "GET") -> Route:
-            return Route(path, partial(self._respond, work=work), methods=[method])
+        def get(path: str, handler: Handler) -> Route:
+            return Route(path, partial(self._respond, handler=handler), methods=["GET"])
 
-        def post(path: str, shape: dict[str, Any], work: Work) -> Route:
-            return Route(path, partial(self._respond, work=work, shape=shape), methods=["POST"])
+        def post(path: str, schema: dict[str, Any], handler: Handler) -> Route:
+            return Route(path, partial(self._respond, handler=handler, schema=schema), methods=["POST"])
 
         image = "/api/images/{id}"
+        forget = Route("/api/references/{id}", partial(self._respond, handler=self.forget), methods=["DELETE"])
         return Starlette(
             routes=[
                 get("/", lambda _: read_static("index.html")),
-                get("/static/{name}", lambda call: read_static(call.name)),
+                get("/static/{name}", lambda request: read_static(request.name)),
                 get("/api/run", lambda _: self.describe_run()),
-                get("/api/images", lambda call: self.list_images(call.query.get("since"))),
-                get(image, lambda call: self.describe_image(call.id)),
+                get("/api/images", lambda request: self.list_images(request.query.get("since"))),
+                get(image, lambda request: self.describe_image(request.id)),
                 Route(f"{image}/thumbnail", self._get_thumbnail),
-                get(f"{image}/source", lambda call: image_response(call, self.images.source_jpeg(call.id), "jpeg")),
-                get(f"{image}/alpha", lambda call: image_response(call, self.images.alpha_png(call.id), "png")),
-                post(f"{image}/answer", {"hints": HINTS, "refined": bool, "tab?": str}, self.answer),
-                post(f"{image}/accept", {**REVISION, "hints": (dict, type(None))}, self.accept),
-                post(f"{image}/reject", REVISION, self.reject),
-                post(f"{image}/undo", REVISION, self.undo),
+                get(f"{image}/source", self.get_source),
+                get(f"{image}/alpha", self.get_alpha),
+                post(f"{image}/answer", {"hints": HINTS_SCHEMA, "refined": bool, "tab?": str}, self.answer),
+                post(f"{image}/accept", {**REVISION_SCHEMA, "hints": (dict, type(None))}, self.accept),
+                post(f"{image}/reject", REVISION_SCHEMA, self.reject),
+                post(f"{image}/undo", REVISION_SCHEMA, self.undo),
                 post("/api/references", {"id": int, "kind": str, "area": str}, self.teach),
-                get("/api/references/{id}", self.forget, "DELETE"),
+                forget,
                 get("/api/recompute", lambda _: self.teaching.progress()),
-                post("/api/recompute", EMPTY, lambda _: self.recompute()),
-                post("/api/recompute/stop", EMPTY, lambda _: self.stop_recompute()),
+                post("/api/recompute", NO_BODY, lambda _: self.recompute()),
+                post("/api/recompute/stop", NO_BODY, lambda _: self.stop_recompute()),
             ]
         )
 
@@ -226,7 +230,7 @@ class ReviewApp:
         }
 
     def list_images(self, since: str | None) -> dict[str, Any]:
-        """Return all images, or those that were changed after a revision. The first list lets the model load."""
+        """Return all images, or only those changed after revision ``since``. A list of all starts to load the model."""
         if since is not None:
             return self._list_changes(_parse_number(since, "since", 15))
         self.run.scan_alphas()
@@ -248,12 +252,12 @@ class ReviewApp:
         return {"revision": revision, "images": images}
 
     def item(self, id: int) -> dict[str, Any]:
-        """Return what the overview shows of an image, after a look at its files."""
+        """Return what the overview shows of an image, from the current state of its files."""
         self.run.refresh(id)
         return self.run.item(id, self.state.read(self.run.names[id]))
 
     def describe_image(self, id: int) -> dict[str, Any]:
-        """Return what the page shows of a single image."""
+        """Return what the page shows of a single image, and prepare the image for answers."""
         self.corrections.prepare(id)
         job, item, shapes = self.run.jobs[id], self.item(id), None
         height = width = 0
@@ -273,46 +277,55 @@ class ReviewApp:
             "can_undo": self.corrections.can_undo(id),
         }
 
-    def answer(self, call: Call) -> Response:
-        """Return the alpha that hints would make."""
-        shapes, tab = call.shapes, call.body.get("tab", "")
+    def get_source(self, request: ApiRequest) -> Response:
+        """Return the source of an image as a JPEG."""
+        return image_response(request, self.images.source_jpeg(request.id), "jpeg")
+
+    def get_alpha(self, request: ApiRequest) -> Response:
+        """Return the alpha of an image as a PNG."""
+        return image_response(request, self.images.alpha_png(request.id), "png")
+
+    def answer(self, request: ApiRequest) -> Response:
+        """Compute the alpha for hints, and return it as a PNG. Nothing is saved."""
+        shapes, tab = request.shapes, request.body.get("tab", "")
         assert shapes is not None
-        alpha = self.corrections.answer(call.id, shapes, call.body["refined"], tab)
-        return image_response(call, encode_alpha(alpha), "png")
+        alpha = self.corrections.answer(request.id, shapes, request.body["refined"], tab)
+        return image_response(request, encode_alpha(alpha), "png")
 
-    def accept(self, call: Call) -> dict[str, Any]:
-        """Accept an alpha, with other hints or as it is."""
-        if call.body["hints"] is not None:
-            _check_body(call.body["hints"], HINTS)
-            self.run.read_shapes(call.id, self.images.display_size(call.id))  # damaged files are not replaced
-        self.corrections.accept(call.id, call.body["revision"], call.shapes)
-        return self.item(call.id)
+    def accept(self, request: ApiRequest) -> dict[str, Any]:
+        """Accept an alpha as it is, or save new hints and accept the alpha that they give."""
+        if request.body["hints"] is not None:
+            _check_body(request.body["hints"], HINTS_SCHEMA)
+            # An error for a damaged hint file, which must not be replaced.
+            self.run.read_shapes(request.id, self.images.display_size(request.id))
+        self.corrections.accept(request.id, request.body["revision"], request.shapes)
+        return self.item(request.id)
 
-    def reject(self, call: Call) -> dict[str, Any]:
+    def reject(self, request: ApiRequest) -> dict[str, Any]:
         """Reject an alpha."""
-        self.corrections.reject(call.id, call.body["revision"])
-        return self.item(call.id)
+        self.corrections.reject(request.id, request.body["revision"])
+        return self.item(request.id)
 
-    def undo(self, call: Call) -> dict[str, Any]:
-        """Take back the last change of an image."""
-        self.corrections.undo(call.id, call.body["revision"])
-        return self.item(call.id)
+    def undo(self, request: ApiRequest) -> dict[str, Any]:
+        """Undo the last change of an image."""
+        self.corrections.undo(request.id, request.body["revision"])
+        return self.item(request.id)
 
-    def teach(self, call: Call) -> dict[str, Any]:
+    def teach(self, request: ApiRequest) -> dict[str, Any]:
         """Use an image as a reference or as a negative."""
-        id, kind, area = self._check_id(call.body["id"]), call.body["kind"], call.body["area"]
+        id, kind, area = self._check_id(request.body["id"]), request.body["kind"], request.body["area"]
         if kind not in ("reference", "negative") or area not in ("alpha", "image"):
             raise UsageError(f"kind is {kind!r} and area {area!r}; expected reference or negative, and alpha or image")
         self.teaching.teach(id, kind, area)
         return self.item(id)
 
-    def forget(self, call: Call) -> dict[str, Any]:
-        """Use an image no more as a reference or negative."""
-        self.teaching.forget(call.id)
-        return self.item(call.id)
+    def forget(self, request: ApiRequest) -> dict[str, Any]:
+        """Stop using an image as a reference or negative."""
+        self.teaching.forget(request.id)
+        return self.item(request.id)
 
     def recompute(self) -> dict[str, Any]:
-        """Begin to compute the other alphas again."""
+        """Start to recompute all alphas that are not accepted."""
         self.teaching.start()
         return self.teaching.progress()
 
@@ -321,23 +334,26 @@ class ReviewApp:
         self.teaching.stop()
         return self.teaching.progress()
 
-    async def _respond(self, request: Request, work: Work, shape: dict[str, Any] | None = None) -> Response:
-        """Do the work for a request in a thread, and return its result as JSON, unless it is a response."""
-        call = None
+    async def _respond(self, request: Request, handler: Handler, schema: dict[str, Any] | None = None) -> Response:
+        """Run a handler in a thread and return its response. ``schema``: that of the body; None without a body.
+
+        An error becomes JSON with its message. After a conflict, the JSON also has the current state of the image.
+        """
+        parsed = None
         try:
             id = request.path_params.get("id")
-            call = Call(
+            parsed = ApiRequest(
                 -1 if id is None else self._check_id(_parse_number(id, "the image", 9)),
                 request.path_params.get("name", ""),
                 dict(request.query_params),
-                {} if shape is None else await _read_body(request, shape),
+                {} if schema is None else await _read_body(request, schema),
             )
-            result = await run_in_threadpool(work, call)
+            result = await run_in_threadpool(handler, parsed)
         except IcmError as error:
             status = next((code for kind, code in STATUS_CODES.items() if isinstance(error, kind)), 400)
             content: dict[str, Any] = {"error": str(error)}
-            if isinstance(error, StaleRevisionError) and call is not None:
-                content["image"] = await run_in_threadpool(self.item, call.id)
+            if isinstance(error, StaleRevisionError) and parsed is not None:
+                content["image"] = await run_in_threadpool(self.item, parsed.id)
             return json_response(content, status)
         return result if isinstance(result, Response) else json_response(result)
 
@@ -346,13 +362,13 @@ class ReviewApp:
             id = self._check_id(_parse_number(request.path_params["id"], "the image", 9))
             view = next((each for each in VIEWS if each == request.query_params.get("view")), None)
             if view is None:
-                raise UsageError(f"expected one of the views {', '.join(VIEWS)}")
+                raise UsageError(f"view is {request.query_params.get('view')!r}; expected one of {', '.join(VIEWS)}")
             content = await self._thumbnails.make(id, view, request.is_disconnected)
         except IcmError as error:
             return json_response({"error": str(error)}, 400 if isinstance(error, UsageError) else 404)
         if content is None:
             return json_response({"error": "newer requests replace this one; try again"}, 503)
-        return image_response(Call(id, "", dict(request.query_params), {}), content, "jpeg")
+        return image_response(ApiRequest(id, "", dict(request.query_params), {}), content, "jpeg")
 
     def _check_id(self, id: int) -> int:
         if not 0 <= id < len(self.run.jobs):
@@ -361,17 +377,17 @@ class ReviewApp:
 
 
 def json_response(content: Any, status: int = 200) -> Response:
-    """Return a value as JSON. Names that are not UTF-8 have escapes."""
+    """Return a response with a value as JSON. Bytes of file names that are not UTF-8 are escaped."""
     return Response(json.dumps(content), status, media_type="application/json")
 
 
-def image_response(call: Call, content: bytes, kind: str) -> Response:
-    """Return an image, which browsers keep if its version is in the address."""
-    return Response(content, headers=FOREVER if call.query.get("v") else {}, media_type=f"image/{kind}")
+def image_response(request: ApiRequest, content: bytes, kind: str) -> Response:
+    """Return a response with an image. Browsers cache it if the URL has its version, as in ``?v=1a2b``."""
+    return Response(content, headers=CACHED if request.query.get("v") else {}, media_type=f"image/{kind}")
 
 
 def read_static(name: str) -> Response:
-    """Return a file of the page. Only a file that the page has by exactly this name is opened."""
+    """Return a response with a file of ``static/``. No path is built from ``name``, so no other file can be read."""
     folder = importlib.resources.files("icm_cli.review").joinpath("static")
     found = next((file for file in folder.iterdir() if file.name == name and file.is_file()), None)
     kind = STATIC_TYPES.get(PurePath(name).suffix)
@@ -380,23 +396,23 @@ def read_static(name: str) -> Response:
     return Response(found.read_bytes(), media_type=kind)
 
 
-async def _read_body(request: Request, shape: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON object of a request. Raises UsageError."""
+async def _read_body(request: Request, schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON object in the body of a request. Raises UsageError if it does not match the schema."""
     content = bytearray()
     async for chunk in request.stream():
         content += chunk
         if len(content) > MAX_BODY_BYTES:
-            raise UsageError(f"the request has more than {MAX_BODY_BYTES} bytes")
+            raise UsageError(f"the request has more than {MAX_BODY_BYTES} bytes; use fewer or smaller hints")
     try:
         body = json.loads(content or b"{}")
     except (ValueError, RecursionError) as error:
         raise UsageError(f"the request is not JSON: {error}") from error
-    return _check_body(body, shape)
+    return _check_body(body, schema)
 
 
-def _check_body(body: Any, shape: dict[str, Any]) -> dict[str, Any]:
+def _check_body(body: Any, schema: dict[str, Any]) -> dict[str, Any]:
     try:
-        check_shape(body, shape, "")
+        check_schema(body, schema, "")
     except ValueError as error:
         raise UsageError(f"the request cannot be used: {error}") from error
     checked: dict[str, Any] = body
@@ -404,14 +420,17 @@ def _check_body(body: Any, shape: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse_number(text: str, name: str, digits: int) -> int:
-    """Return a whole number of a request. Raises NotFoundError."""
+    """Return a whole number from a URL. Raises NotFoundError if it has other characters or more ``digits``."""
     if not re.fullmatch(f"[0-9]{{1,{digits}}}", text, re.ASCII):
         raise NotFoundError(f"{name} is {text[:20]!r}; expected a whole number")
     return int(text)
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Return a socket that listens at an address. Raises OutputError if the port is in use."""
+    """Return a socket that listens at an address. ``port``: 0 for any free one.
+
+    Raises UsageError for a host that is not of this machine, and OutputError if the port is in use.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:
@@ -419,7 +438,7 @@ def _bind(host: str, port: int) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer waits 40 ms for its body
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else every response is delayed by 40 ms
         listening.bind(address)
         listening.listen()
     except OSError as error:
@@ -431,12 +450,13 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _link_host(host: str) -> str:
-    """Return the host as a link names it."""
+    """Return the host for a link: a name that other machines can use instead of 0.0.0.0, and IPv6 in brackets."""
     if is_any_address(host):
         return socket.gethostname()
     return f"[{host}]" if ":" in host else host
 
 
 def _has_desktop() -> bool:
-    """Return whether a browser can open a window; in a terminal without one, text browsers would take the terminal."""
+    """Return whether a browser can open a window. Without a desktop, a text browser would start in this terminal."""
+
     return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -1,4 +1,4 @@
-"""Hints as shapes of labelme: those that the browser sends, and those that the page shows and hint files contain."""
+"""Hints as shapes of labelme. The browser sends and shows hints in this form, and hint files contain it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ import numpy as np
 from PIL import Image
 
 from icm_cli.errors import UsageError
-from icm_cli.files import check_shape, read_json
-from icm_cli.guidance.annotations import LABELME, LABELS, hints_from_shapes, is_annotation, read_hints
+from icm_cli.files import check_schema, read_json
+from icm_cli.guidance.annotations import LABELME_SCHEMA, LABELS, hints_from_shapes, is_annotation, read_hints
 from icm_cli.guidance.hints import Area, Hints, Point
 
 Shapes: TypeAlias = list[dict[str, Any]]
-"""Shapes with the keys of labelme; masks are grey PNGs in base64."""
+"""Shapes with the keys of labelme. The pixels of a mask are a grey PNG in base64."""
 Annotation: TypeAlias = dict[str, Any]
-"""Content of a file of labelme."""
+"""Content of a JSON file of labelme."""
 LABELME_VERSION = "5.5.0"
-"""Version of labelme whose format is written."""
+"""Version of labelme in whose format files are written."""
 
 
 def clean_shapes(shapes: Sequence[dict[str, Any]], size: tuple[int, int]) -> Shapes:
-    """Return the shapes of the browser as labelme writes them, for an image of ``size`` (height, width).
+    """Return shapes from a browser or a file with exactly the keys that labelme writes. Raises UsageError.
 
-    Every pixel of a mask whose alpha is above 0 is inside. Masks without such a pixel are dropped. Raises UsageError.
+    ``size``: height and width of the image. A mask with transparency covers the pixels that are not transparent; one
+    without covers those that are not black. Empty masks are dropped.
     """
     try:
-        check_shape(shapes, LABELME["shapes"], "shapes")
+        check_schema(shapes, LABELME_SCHEMA["shapes"], "shapes")
         cleaned = [_clean_mask(shape, size) if shape.get("shape_type") == "mask" else shape for shape in shapes]
     except ValueError as error:
         raise UsageError(f"the hints cannot be used: {error}") from error
@@ -39,14 +40,15 @@ def clean_shapes(shapes: Sequence[dict[str, Any]], size: tuple[int, int]) -> Sha
 
 
 def parse_shapes(shapes: Shapes, size: tuple[int, int]) -> Hints | None:
-    """Return the hints of shapes; None if there are none. Raises UsageError."""
+    """Return shapes as hints about an image of ``size`` (height, width); None without shapes. Raises UsageError."""
     return hints_from_shapes(shapes, size) if shapes else None
 
 
 def read_shapes(paths: Sequence[Path], image: Path, size: tuple[int, int]) -> Shapes:
-    """Read the hint files of an image as shapes. What labelme cannot have written becomes points, boxes and masks.
+    """Read the hint files of an image as shapes. Raises UsageError.
 
-    ``image``: its name below the root. Raises UsageError.
+    Files of labelme keep their shapes. COCO files and painted strokes become points, boxes and masks. ``image``: path
+    of the image below the root. ``size``: its height and width.
     """
     shapes: Shapes = []
     for path in paths:
@@ -61,7 +63,7 @@ def read_shapes(paths: Sequence[Path], image: Path, size: tuple[int, int]) -> Sh
 
 
 def make_annotation(shapes: Shapes, path: Path, source: Path, size: tuple[int, int]) -> Annotation:
-    """Return the content of a file of labelme at ``path`` about an image."""
+    """Return the content of a hint file at ``path`` in the format of labelme, about the image ``source``."""
     return {
         "version": LABELME_VERSION,
         "flags": {},
@@ -74,12 +76,13 @@ def make_annotation(shapes: Shapes, path: Path, source: Path, size: tuple[int, i
 
 
 def _as_shape(label: str, points: list[list[float]], shape_type: str | None, mask: str | None = None, **_: Any) -> Any:
+    """Return a shape with all keys of labelme. Other keys are ignored."""
     others: dict[str, Any] = {"group_id": None, "description": "", "flags": {}, "mask": mask}
     return {"label": label, "points": points, "shape_type": shape_type or "polygon", **others}
 
 
 def _clean_mask(shape: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
-    """Return a shape of type mask with a grey PNG; None if it has no pixel. Raises ValueError."""
+    """Return a shape of type mask with its pixels as a grey PNG; None if it covers no pixel. Raises ValueError."""
     corners = shape["points"]
     if len(corners) != 2 or any(len(corner) != 2 for corner in corners):
         raise ValueError(f"a mask has the points {corners}; expected two corners")
@@ -97,7 +100,7 @@ def _clean_mask(shape: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] 
 
 
 def _mask_at(inside: Area, left: int, top: int) -> dict[str, Any]:
-    """Return points and PNG of a mask, bool [H,W], whose first pixel is at a position of the image."""
+    """Return the keys of a mask, bool [H,W], whose top left pixel is at ``left``, ``top`` of the image."""
     encoded = io.BytesIO()
     Image.fromarray(inside.astype(np.uint8) * 255).save(encoded, format="PNG")
     height, width = inside.shape
@@ -106,7 +109,8 @@ def _mask_at(inside: Area, left: int, top: int) -> dict[str, Any]:
 
 
 def shapes_of_hints(hints: Hints) -> Iterator[dict[str, Any]]:
-    """Yield shapes that say the same as hints."""
+    """Yield hints as shapes: points, rectangles and masks."""
+
     sides: list[tuple[str, Sequence[Point]]] = [("fg", hints.points), ("bg", hints.not_points)]
     for label, points in sides:
         yield from (_as_shape(label, [list(point)], "point") for point in points)

@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 LOCK_TIMEOUT_S = 20.0
 ReviewStatus = Literal["open", "accepted", "rejected"]
 NUMBER_OR_NULL = (int, float, NoneType)
-STATE_SHAPE = {
+STATE_SCHEMA = {
     "schema_version": int,
     "revision": int,
     "images": {
@@ -36,7 +36,7 @@ class StaleRevisionError(IcmError):
 
 
 class StaleAnswerError(IcmError):
-    """A newer request replaces this one."""
+    """A newer request of the same browser tab replaced this one before it began."""
 
 
 class ModelNotReadyError(IcmError):
@@ -49,23 +49,24 @@ class StateBusyError(IcmError):
 
 @dataclass
 class ImageState:
-    """What a review says about one image."""
+    """What is stored about one image of a review."""
 
     status: ReviewStatus = "open"
     revision: int = 0
     """Revision of the whole state at the last change of this image; 0 if it was never changed."""
     taught: dict[str, Any] | None = None
-    """What the image was taught as, with the file of its mask."""
+    """``kind`` and ``area`` as in :meth:`Teaching.teach`, and the file name of the ``mask``; None if not taught."""
+
     change: float | None = None
-    """Mean absolute difference that the last recompute made, 0..1."""
+    """Mean absolute difference between the alphas before and after the last recompute, 0..1."""
     undo: list[dict[str, Any]] = field(default_factory=list)
-    """Earlier states of the alpha and the hints, newest last."""
+    """Entries of :class:`icm_cli.review.undo.UndoCopies`, one for each change that can be undone, newest last."""
 
 
 class ReviewState:
-    """State of all images of a review, by name.
+    """State of all images of a review, by name. Images that were never changed are not stored.
 
-    It is read again if another process has changed it. Images that were never changed are not stored.
+    Every access reads the file again if another process has changed it.
     """
 
     def __init__(self, record_folder: Path) -> None:
@@ -90,17 +91,17 @@ class ReviewState:
         return copy.deepcopy(self.read_all()[1].get(name, ImageState()))
 
     def read_all(self) -> tuple[int, Mapping[str, ImageState]]:
-        """Return the revision, and the states of the images that were changed at some time; they must not be edited."""
+        """Return the revision and the stored states. Do not edit these: use :meth:`edit` or :meth:`edit_all`."""
         with self._lock:
             self._refresh()
             return self._revision, MappingProxyType(self._images)
 
     @contextlib.contextmanager
     def edit(self, name: str, revision: int | None = None) -> Iterator[ImageState]:
-        """Edit the state of an image, which is saved at the end of the context unless an exception ends it.
+        """Context that yields the state of an image for editing. It is saved at the end, but not after an exception.
 
-        Raises StaleRevisionError if ``revision`` is given and is not that of the image, and StateBusyError if another
-        process holds the state for long.
+        Raises StaleRevisionError if ``revision`` is given and the image now has another one, and StateBusyError if
+        another process holds the lock for ``LOCK_TIMEOUT_S``.
         """
         with self._saving() as images:
             image = images[name] = copy.deepcopy(images.get(name, ImageState()))
@@ -113,16 +114,16 @@ class ReviewState:
 
     @contextlib.contextmanager
     def edit_all(self) -> Iterator[dict[str, ImageState]]:
-        """Edit the states of several images by name. Those that differ at the end get a new revision."""
+        """Context that yields all stored states for editing. Those that differ at the end get a new revision."""
         with self._saving() as images:
-            images |= copy.deepcopy(images)
+            images |= copy.deepcopy(images)  # _save compares them with the states before
             yield images
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[dict[str, ImageState]]:
-        """Context that yields a copy of the mapping from names to states, and saves it at the end.
+        """Context that yields the states by name, and saves them at the end, but not after an exception.
 
-        It is not saved if an exception ends the context. To change a state, put a changed copy into the mapping.
+        The mapping is a copy, but its states are not: to change a state, replace it by a changed copy.
         """
         with self._lock, locked_file(self._lock_path, LOCK_TIMEOUT_S) as is_free:
             if not is_free:
@@ -151,10 +152,10 @@ class ReviewState:
         identity = self._read_identity()
         if identity == self._identity:
             return
-        if identity is None:  # removed: the review begins anew, and revisions still grow
+        if identity is None:  # the file was removed: the review begins again, but revisions must still grow
             self._images, self._identity, self._revision = {}, None, self._revision + 1
             return
-        content = read_json(self._path, "review", STATE_SHAPE, EXPECTED)
+        content = read_json(self._path, "review", STATE_SCHEMA, EXPECTED)
         if content["schema_version"] != SCHEMA_VERSION:
             raise UsageError(
                 f"review {self._path} has schema version {content['schema_version']}; this icm reads version "

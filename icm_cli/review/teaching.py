@@ -1,8 +1,10 @@
-"""Teaching by reviewed images, and computing the other alphas again.
+"""Use reviewed images as references and negatives, and recompute the alphas that are not accepted.
 
-The recompute is the command that the page shows, in a process of its own: what reproduces the result is what has made
-it; it can be stopped as every run, finishes its files even if the server is killed, and neither its memory nor a crash
-affects the server.
+The recompute runs the ``icm matte`` command that the page shows, in its own process:
+
+- The command that users can repeat is exactly the one that made the alphas.
+- It can be stopped like every run, and finishes the files that it is writing even if the server is killed.
+- Its memory, or a crash, does not affect the server.
 """
 
 from __future__ import annotations
@@ -43,27 +45,30 @@ from icm_cli.review.state import ImageState, ReviewState
 
 BEFORE_NAME, LOG_NAME = "before", "recompute.log"
 SAVE_INTERVAL_S = 3.0
-"""Interval in which the changes that a recompute has made are saved, so that the page shows them."""
+"""Interval at which the differences of recomputed alphas are saved, and then shown by the page."""
 DIFFERENCE_DIGITS = 3
-"""Mean differences of alphas are rounded to this many digits, so that invisible ones count as none."""
+"""Mean differences of alphas (0..1) are rounded to this many decimal places, so that invisible ones become 0."""
 STOP_TIMEOUT_S = 60.0
-"""Seconds that a recompute has to finish its files when the server ends."""
+"""Seconds that a recompute has to finish its files when the server stops. Then it is killed."""
 LOW_PRIORITY = 3
+"""Unix niceness of a recompute, so that the server still answers fast."""
 RecomputeState = Literal["idle", "running", "done", "stopped", "failed"]
 
 
 @dataclass
 class _Progress:
+    """Progress of a recompute."""
+
     state: RecomputeState = "idle"
     done: int = 0
     total: int = 0
     message: str = ""
     changed: dict[int, float] = field(default_factory=dict)
-    """Mean absolute difference of every alpha that was recomputed, 0..1, by the id of the image."""
+    """Mean absolute difference of each recomputed alpha to the one before, 0..1, by the id of the image."""
 
 
 class Teaching:
-    """References and negatives from reviewed images, and the recompute. All methods may be called by any thread."""
+    """References and negatives from reviewed images, and the recompute. All methods are thread-safe."""
 
     def __init__(
         self, run: ReviewRun, state: ReviewState, corrections: Corrections, notice: Callable[[str], None]
@@ -79,9 +84,10 @@ class Teaching:
         self._thread: threading.Thread | None = None
 
     def teach(self, id: int, kind: Kind, area: Area) -> None:
-        """Use an image as a reference or as a negative: what its alpha shows, or the whole image.
+        """Use an image as a reference or a negative. Its mask is saved, so later changes of its alpha do not matter.
 
-        A copy of its mask is kept. Raises UsageError, ImageError, OutputError, or ModelNotReadyError.
+        ``area``: what the mask covers, "alpha" (the object in the alpha) or "image" (everything). Raises UsageError,
+        ImageError, OutputError, or ModelNotReadyError.
         """
         run, name = self._run, self._run.names[id]
         check_teachable(run.options, run.jobs[id], kind, area)
@@ -96,15 +102,15 @@ class Teaching:
         self._replace_taught(name, {"kind": kind, "area": area, "mask": file_name})
 
     def forget(self, id: int) -> None:
-        """Use an image no more as a reference or negative."""
+        """Stop using an image as a reference or negative."""
         self._replace_taught(self._run.names[id], None)
 
     def options(self) -> MatteOptions:
-        """Return the options of the run with the hints and the taught images."""
+        """Return the options of the recompute: those of the run, with the hints and the taught images."""
         return self._corrections.options()
 
     def progress(self) -> dict[str, Any]:
-        """Return the state of the recompute, as values of JSON: the largest change first."""
+        """Return the progress of the recompute as JSON, with the changed images, largest difference first."""
         with self._lock:
             progress = self._progress
             changed = sorted(progress.changed.items(), key=lambda item: -item[1])
@@ -117,7 +123,7 @@ class Teaching:
             }
 
     def start(self) -> None:
-        """Begin to compute the other alphas again; does nothing if that is running. Raises OutputError."""
+        """Start a recompute, unless one is running."""
         with self._lock:
             if self._progress.state == "running":
                 return
@@ -150,7 +156,7 @@ class Teaching:
             self._corrections.reload()
 
     def _recompute(self) -> None:
-        """Run the command, and compare every alpha that it writes with the one before."""
+        """Run the whole recompute, in its own thread."""
         before = self._run.record_folder / BEFORE_NAME
         state: RecomputeState = "failed"
         message = "the recompute ended unexpectedly; the log of the server says more"
@@ -170,7 +176,7 @@ class Teaching:
                 self._process = None
 
     def _save_alphas(self, folder: Path) -> None:
-        """Keep the alphas as links to their files, except those that an unfinished recompute has kept."""
+        """Save all alphas in a folder for comparison, as hard links. Those of an interrupted recompute stay there."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for id, job in enumerate(self._run.jobs):
@@ -184,11 +190,12 @@ class Teaching:
             raise error_for_failed_write(folder, error) from error
 
     def _saved_alpha(self, folder: Path, id: int) -> Path:
+        """Return the path of the saved alpha of an image."""
         output = self._run.jobs[id].output
         return folder / f"{combined_digest(self._run.names[id])[:32]}{output.suffix}"
 
     def _run_command(self, before: Path) -> tuple[RecomputeState, str]:
-        """Run ``icm matte``, and return how it ended."""
+        """Run ``icm matte``. Return how it ended, and a message for the page."""
         words = [*shlex.split(command_line(self.options()))[1:], "--progress", "json"]
         with (self._run.record_folder / LOG_NAME).open("wb") as log:
             process = start_module("icm_cli", *words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
@@ -208,7 +215,10 @@ class Teaching:
         return "done", f"{format_count(failures, 'image')} failed; see {log.name}" if failures else ""
 
     def _read_events(self, process: subprocess.Popen[bytes], before: Path) -> tuple[int, str]:
-        """Follow the events of a run; return the number of images that failed, and the error that ended the run."""
+        """Read the events of ``icm matte`` until it ends, and report its progress.
+
+        Returns the number of images that failed, and the error that ended the run or "".
+        """
         assert process.stdout is not None
         failures, error, unsaved, saved_at = 0, "", dict[int, float](), time.monotonic()
         for line in process.stdout:
@@ -230,12 +240,15 @@ class Teaching:
         return failures, error
 
     def _has_failed(self, event: Mapping[str, Any]) -> bool:
-        """Return whether an image has failed, and not because a person has accepted its alpha during the recompute."""
+        """Return whether an image has failed. One that a person accepted during the recompute has not."""
         id = self._run.find_id(event["name"])
         return event["status"] == "failed" and not (id is not None and self._run.refresh(id).is_reviewed)
 
     def _compare(self, event: Mapping[str, Any], before: Path) -> dict[int, float]:
-        """Return the mean absolute difference, 0..1, of an alpha that was written to the one before."""
+        """Return the difference of a recomputed alpha to the one before, by id: {id: 0..1}, or {} if none was written.
+
+        An alpha that had another size, or cannot be read, has the difference 1.
+        """
         id = self._run.find_id(event["name"])
         if id is None or event["status"] != "done":
             return {}
@@ -247,7 +260,8 @@ class Teaching:
         return {id: 1.0}
 
     def _save_changes(self, changes: Mapping[int, float]) -> None:
-        """Save the differences, and open the changed images again that were rejected before."""
+        """Save the differences in the state. A rejected image whose alpha has changed becomes open again."""
+
         if not changes:
             return
         with self._state.edit_all() as images:

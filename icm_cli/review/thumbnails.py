@@ -1,4 +1,7 @@
-"""Threads that make thumbnails, in the order of the requests. A page asks for few at a time, the needed ones first."""
+"""Threads that make thumbnails in the order of the requests.
+
+The page requests only a few thumbnails at a time, those in view first, so no other order is needed.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +18,27 @@ from icm_cli.images.decoding import library_settings
 from icm_cli.review.images import View
 
 MAX_WAITING = 128
-"""Largest number of requests that wait; older ones are refused."""
+"""Largest number of waiting requests. A further one cancels the oldest."""
 DISCONNECT_POLL_S = 0.5
-"""Interval in which a waiting request is checked for a closed connection."""
-Waiting: TypeAlias = tuple["Future[bytes]", int, View]
+"""Interval in which the connection of a waiting request is checked. If it is closed, the request is cancelled."""
+WaitingRequest: TypeAlias = tuple["Future[bytes]", int, View]
+"""The future thumbnail, the id of the image and the view."""
 
 
 class ThumbnailWorkers:
-    """A few threads that take the waiting requests."""
+    """One or two threads that make the requested thumbnails."""
 
     def __init__(self, make: Callable[[int, View], bytes]) -> None:
         """``make`` returns the thumbnail of an image in a view."""
         self._make = make
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[WaitingRequest] = deque()
         self._condition = threading.Condition()
         self._is_closed = False
         for _ in range(min(2, DEFAULT_WORKERS)):
             threading.Thread(target=self._work, name="icm-thumbnail", daemon=True).start()
 
     async def make(self, id: int, view: View, is_disconnected: Callable[[], Awaitable[bool]]) -> bytes | None:
-        """Return a thumbnail; None if newer requests replace this one or the connection is closed.
-
-        Raises ImageError.
-        """
+        """Wait for a thumbnail and return it; None if the request was cancelled. Raises ImageError."""
         future: Future[bytes] = Future()
         with self._condition:
             self._waiting.append((future, id, view))
@@ -62,7 +63,7 @@ class ThumbnailWorkers:
             self._condition.notify_all()
 
     def _work(self) -> None:
-        with library_settings():  # changed once, and not for each file
+        with library_settings():  # entered once instead of for each file
             self._take_requests()
 
     def _take_requests(self) -> None:

@@ -1,7 +1,7 @@
-"""Copies of the files that a change of an image replaces, from which the change can be undone.
+"""Undo of changes to images, from copies of the files that a change replaces.
 
-Their entry in the state of the review is saved before any file is changed, so that a process that is killed in between
-loses nothing: undo then restores what is there already.
+The entry of a change is saved in the state of the review before any file is replaced. So a change can be undone even if
+the process was killed in the middle of it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ from icm_cli.files import atomic_write, describe_os_error, error_for_failed_writ
 
 UNDO_NAME = "undo"
 Entry: TypeAlias = dict[str, Any]
-"""What is stored about a change: its folder of copies, the status before it, the files it replaces, each with the name
-of its copy or None, and the identity of the alpha that it wrote."""
+"""A change of an image, as JSON:
+
+- ``folder``: name of the folder with the copies;
+- ``status``: status of the image before the change;
+- ``files``: the replaced files. Each has its ``path`` and the name of its ``copy``, None if there was no file;
+- ``alpha``: identity of the alpha that the change wrote; None until then.
+"""
 
 
 class UndoCopies:
-    """The copies of earlier files of a review, below ``.icm/undo``."""
+    """Copies of replaced files, below ``.icm/undo``."""
 
     def __init__(self, record_folder: Path) -> None:
         self._root, self._folder = record_folder.parent, record_folder / UNDO_NAME
 
     def save(self, paths: Sequence[Path], status: str) -> Entry:
-        """Copy the files that exist, and return the entry. Raises OutputError."""
+        """Copy those of ``paths`` that exist, and return the entry. Raises OutputError."""
         name = secrets.token_hex(8)
         folder, files = self._folder / name, []
         try:
@@ -46,9 +51,9 @@ class UndoCopies:
         return {"folder": name, "status": status, "files": files, "alpha": None}
 
     def restore(self, entry: Entry, alpha: Path) -> None:
-        """Bring the files of an entry back, in the reverse order.
+        """Restore the files of an entry, in the reverse order of ``save``. ``alpha``: path of the alpha.
 
-        Raises IcmError if the alpha was written again since the change, and OutputError.
+        Raises IcmError if a later run has replaced the alpha, or if a file cannot be written.
         """
         copies = {self._root / file["path"]: file["copy"] for file in entry["files"]}
         if not self._may_replace(alpha, entry, copies.get(alpha)):
@@ -71,8 +76,8 @@ class UndoCopies:
                 raise IcmError(f"{path} cannot be restored: {reason}") from error
 
     def _may_replace(self, alpha: Path, entry: Entry, copy: str | None) -> bool:
-        """Return whether an alpha is the one that the change wrote, or already the earlier one."""
-        if not entry["files"] or entry["alpha"] is None:  # the process was killed during the change
+        """Return whether undo may replace an alpha: it must be the one that the change wrote, or the one before it."""
+        if not entry["files"] or entry["alpha"] is None:  # nothing was replaced, or the change was interrupted
             return True
         before = None if copy is None else identify_file(self._folder / entry["folder"] / copy)
         return identify_file(alpha) in (tuple(entry["alpha"]), before)
@@ -84,7 +89,8 @@ class UndoCopies:
 
     @contextlib.contextmanager
     def restored_on_error(self, entry: Entry, alpha: Path) -> Iterator[None]:
-        """Context of a change that brings the files back if the change fails."""
+        """Context of a change. If it fails, the files are restored."""
+
         try:
             yield
         except Exception:
