@@ -1,7 +1,6 @@
-"""Signals of the quality of an alpha: numbers that the model knows without the truth.
+"""Signals of the quality of an alpha: measurements that need no ground truth.
 
-:mod:`icm_cli.quality` estimates the quality from them, and compares images of a run by them. They are measured on
-alphas that are reduced to ``LONG_SIDE_PX``.
+:mod:`icm_cli.quality` estimates the quality of an alpha from them, and finds outliers of a run.
 """
 
 from __future__ import annotations
@@ -16,70 +15,73 @@ from numpy.typing import NDArray
 from icm_cli.geometry import Float, ImageU8, downscaled_size, resize
 
 LONG_SIDE_PX = 256
-"""Largest long side, in px, of the alphas on which signals are measured."""
+"""Alphas whose long side is larger are reduced to this before signals are measured."""
 DIGITS = 4
-"""Signals are rounded to so many decimal places, so that recorded ones equal measured ones."""
+"""Decimal places of signals. They are rounded at once, so that signals read from a file equal measured ones."""
 SOFT = (0.1, 0.9)
-"""Alphas between these are soft."""
+"""Pixels with an alpha between these values are soft: partly transparent or uncertain."""
 INTERIOR_PX = 4.0
-"""Distance from the outline, on the reduced alpha, beyond which a pixel is in the interior."""
+"""Pixels at least this far inside the outline of the reduced alpha are its interior."""
 
 
 def measure_signals(
     rgb: ImageU8, alpha: Float, completed: Float, earlier: Mapping[str, Float], of_head: Mapping[str, float]
 ) -> dict[str, float]:
-    """Measure the signals of an alpha of an image, sRGB uint8 [H,W,3].
+    """Return the signals of an alpha by name: those of the head, and those that are measured here.
 
-    All alphas are float32 [h,w] in 0..1 of any sizes and cover exactly the image. ``completed`` is the alpha before its
-    edges were refined, and ``earlier`` are the alphas with which it is compared, by the name of the signal. Returns the
-    signals ``of_head``, which are
+    ``rgb`` is the image, sRGB uint8 [H,W,3]. All alphas are float32 [h,w] in 0..1. They may have any size and show the
+    whole image. ``completed``: the alpha before its edges were refined. ``earlier``: other alphas of the image, by the
+    name of the signal that compares ``alpha`` with them.
 
-    - ``confidence``: that of the head;
-    - ``presence``: logit of the presence of the object. It is missing if the head does not predict it, or a hint says
-      that the object is present;
-    - ``similarity``, ``background_similarity``: see :class:`icm_cli.model.contracts.Matte`;
+    Signals of the head (``of_head``):
 
-    and these, which are measured here:
+    - ``confidence``: confidence of the head;
+    - ``presence``: logit of the probability that the object is in the image. Missing if the head does not predict it,
+      or if a hint marks the object;
+    - ``similarity``, ``background_similarity``: see :class:`icm_cli.model.contracts.Matte`.
 
-    - ``aspect_ratio``: width of the image as a fraction of its height;
+    Signals that are measured here. If the alpha is empty (nowhere above one half), those from ``soft_interior`` on are
+    missing:
+
+    - ``aspect_ratio``: width / height of the image;
     - ``foreground``: mean of the alpha;
-    - ``coarse_agreement``, ``completed_agreement``: IoU of the alpha with that of the head, and with the completed one;
-    - ``completed_confidence``: mean of |2a - 1| of the completed alpha over the pixels that are not background;
-    - ``soft_interior``: fraction of soft pixels far from the outline of the object;
-    - ``largest_component``: its fraction of the foreground;
-    - ``border``: length of the frame's border that the object covers, in units of the root of the object's area;
+    - ``coarse_agreement``, ``completed_agreement``: IoU of the alpha with the coarse one, and with the completed one;
+    - ``completed_confidence``: mean of |2a - 1| over the pixels of the completed alpha that are not background;
+    - ``soft_interior``: fraction of the interior of the object that is soft or a hole;
+    - ``largest_component``: fraction of the object that is in its largest connected part;
+    - ``border``: length of the image border that the object covers, divided by the square root of the object's area;
     - ``left``, ``top``, ``right``, ``bottom``: bounding box of the object, as fractions of the image;
     - ``lightness``, ``green_red``, ``blue_yellow``: mean colour of the object, in CIELAB.
-
-    The signals from ``soft_interior`` on are missing if the alpha is nowhere above one half.
     """
     size = downscaled_size(rgb.shape[:2], LONG_SIDE_PX)
-    last = resize(alpha, size)
-    is_soft = (last > SOFT[0]) & (last < SOFT[1])
+    reduced = resize(alpha, size)
+    is_soft = (reduced > SOFT[0]) & (reduced < SOFT[1])
     signals = dict(of_head) | {
         "aspect_ratio": rgb.shape[1] / rgb.shape[0],
-        "foreground": float(last.mean()),
+        "foreground": float(reduced.mean()),
         "completed_confidence": _confidence(resize(completed, size)),
     }
-    signals |= {name: _soft_iou(resize(each, size), last) for name, each in earlier.items()}
-    if (mask := last > 0.5).any():
+    signals |= {name: _soft_iou(resize(each, size), reduced) for name, each in earlier.items()}
+    if (mask := reduced > 0.5).any():
         signals |= _measure_interior(mask, is_soft) | _measure_components(mask) | _measure_position(mask)
         signals |= _measure_colour(resize(rgb, size), mask)
     return {name: round(value, DIGITS) for name, value in signals.items()}
 
 
 def _confidence(alpha: Float) -> float:
+    """Return the mean of |2a - 1| over the pixels that are not background: 1 if all are opaque, 0 without any."""
     visible = alpha[alpha > SOFT[0]]
     return float(np.abs(2 * visible - 1).mean()) if visible.size else 0.0
 
 
 def _soft_iou(one: Float, other: Float) -> float:
-    """IoU of two alphas; 1 if both are empty."""
+    """Return the IoU of two alphas: the sum of their minima divided by that of their maxima; 1 if both are empty."""
     union = float(np.maximum(one, other).sum())
     return float(np.minimum(one, other).sum()) / union if union > 0 else 1.0
 
 
 def _measure_interior(mask: NDArray[np.bool_], is_soft: NDArray[np.bool_]) -> dict[str, float]:
+    """Return the fraction of the interior of a mask that is soft or a hole."""
     filled = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((9, 9), np.uint8))
     depth = cv2.distanceTransform(filled, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     interior = depth > min(INTERIOR_PX, float(depth.max()) / 2)

@@ -1,4 +1,4 @@
-"""Alphas of a run that are unlike the others, found from their recorded signals after the run."""
+"""Find the outliers of a run after all its alphas are computed, from their signals."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from numpy.typing import NDArray
 from icm_cli.reports.result import ImageResult
 
 MIN_IMAGES = 8
-"""Smallest number of images with an object in a folder that are compared with each other."""
-MAX_DEVIATION = 3.5
-"""Largest distance from the median that is usual, in robust standard deviations."""
+"""Images of a folder are compared with each other only if at least this many show an object."""
+MAX_DISTANCE_STD = 3.5
+"""Distance from the median, in robust standard deviations, beyond which an image is an outlier."""
 MIN_STD = {"size": 0.4, "shape": 0.2, "colour": 8.0}
-"""Smallest robust standard deviation: of the logarithms of size and aspect ratio, and of colours in CIELAB."""
+"""Lower limits of the robust standard deviations of log(size), log(width / height) and colour in CIELAB.
+
+Without them, small differences would be outliers in a folder of nearly equal images.
+"""
 MAX_AREA_RATIO = 1.5
-"""Largest usual ratio of the areas of the object in consecutive frames."""
+"""Ratio of the areas of the object in consecutive frames above which its area jumps."""
 MIN_BOX_IOU = 0.5
-"""Smallest usual IoU of the boxes of the object in consecutive frames."""
+"""IoU of the bounding boxes of the object in consecutive frames below which its position jumps."""
 JUMP_FACTOR = 4.0
-"""A jump is also larger than the median change from frame to frame in the shot, by this factor."""
+"""A jump is also at least this many times the median change between consecutive frames of the shot."""
 SMALL_AREA = 0.005
-"""Fraction of the frame that is added to areas before their ratio is taken."""
+"""Fraction of the frame that is added to both areas before their ratio is taken, so that tiny areas do not jump."""
 BOX = ("left", "top", "right", "bottom")
 JUMP = "jump from previous frame"
 
@@ -36,10 +39,10 @@ Signals = Mapping[str, float]
 
 
 def add_batch_reasons(results: Sequence[ImageResult], *, is_shot: bool = False) -> list[ImageResult]:
-    """Return the results of a run with further reasons why an alpha may be wrong.
+    """Return results with further reasons why an alpha may be wrong, such as "size unlike the others".
 
-    Alphas are compared with those of the same folder: in size, colour and aspect ratio of the object. Alphas of a shot
-    (``is_shot``), sorted by frame, are compared with that of the previous frame instead. The quality does not change.
+    The object of each alpha is compared with the other objects of the folder in size, colour and aspect ratio. With
+    ``is_shot``, alphas must be sorted by frame, and each is compared with the previous one instead. The quality stays.
     """
     groups: dict[tuple[Path, str], list[int]] = {}
     for index, result in enumerate(results):
@@ -58,12 +61,12 @@ def add_batch_reasons(results: Sequence[ImageResult], *, is_shot: bool = False) 
 
 
 def _find_outliers(images: Sequence[Signals]) -> list[list[str]]:
-    """Return the reasons of each image of a folder."""
+    """Return the reasons for each image of a folder: those of its measurements that are far from the median."""
     reasons: list[list[str]] = [[] for _ in images]
     for name, measure in _MEASURES.items():
         values = {index: value for index, signals in enumerate(images) if (value := measure(signals)) is not None}
         for index, distance in zip(values, _distances(list(values.values()), MIN_STD[name]), strict=True):
-            if distance > MAX_DEVIATION:
+            if distance > MAX_DISTANCE_STD:
                 reasons[index].append(f"{name} unlike the others")
     return reasons
 
@@ -73,14 +76,16 @@ def _distances(values: Sequence[Sequence[float]], min_std: float) -> NDArray[Any
     if len(values) < MIN_IMAGES:
         return np.zeros(len(values))
     distances = np.linalg.norm(np.subtract(values, np.median(values, axis=0)), axis=1)
-    return distances / max(min_std, 1.4826 * float(np.median(distances)))
+    return distances / max(min_std, 1.4826 * float(np.median(distances)))  # MAD as a standard deviation
 
 
 def _object_size(signals: Signals) -> list[float] | None:
+    """Return the logarithm of the object's fraction of the image; None for an empty alpha."""
     return [math.log(signals["foreground"])] if "left" in signals and signals.get("foreground", 0) > 0 else None
 
 
 def _object_shape(signals: Signals) -> list[float] | None:
+    """Return the logarithm of width / height of the object's bounding box, in pixels; None for an empty alpha."""
     if not {*BOX, "aspect_ratio"} <= signals.keys():
         return None
     width, height = signals["right"] - signals["left"], signals["bottom"] - signals["top"]
@@ -92,7 +97,10 @@ def _object_shape(signals: Signals) -> list[float] | None:
 
 
 def _object_colour(signals: Signals) -> list[float] | None:
-    """Return the mean colour of the object, with half of the lightness, which depends on the light."""
+    """Return the mean colour of the object in CIELAB; None for an empty alpha.
+
+    The lightness is halved, because it also changes with the light.
+    """
     if not {"lightness", "green_red", "blue_yellow"} <= signals.keys():
         return None
     return [signals["lightness"] / 2, signals["green_red"], signals["blue_yellow"]]
@@ -106,32 +114,36 @@ _MEASURES: dict[str, Callable[[Signals], list[float] | None]] = {
 
 
 def _find_jumps(frames: Sequence[Signals]) -> list[list[str]]:
-    """Return the reasons of each frame of a shot.
+    """Return the reasons for each frame of a shot.
 
-    A frame that continues from the last one without a jump has none, although the frame between them is a jump.
+    A frame is a jump if it differs from the previous frame and from the last frame that was not a jump. So if one frame
+    is wrong, the frame after it is not a jump too.
     """
     changes = np.array([_frame_change(one, other) for one, other in pairwise(frames)] or [np.zeros(3)])
     limits = np.maximum(
         (0, MAX_AREA_RATIO - 1, 1 - MIN_BOX_IOU), np.median(changes, axis=0) * (JUMP_FACTOR, 0, JUMP_FACTOR)
     )
     reasons: list[list[str]] = [[] for _ in frames]
-    usual = frames[0]
+    last_steady = frames[0]
 
     def is_jump(one: Signals, other: Signals) -> bool:
-        is_large, is_large_ratio, is_far = _frame_change(one, other) > limits
-        return bool((is_large and is_large_ratio) or is_far)
+        is_area_large, is_ratio_large, is_moved = _frame_change(one, other) > limits
+        return bool((is_area_large and is_ratio_large) or is_moved)
 
     for index, (previous, frame) in enumerate(pairwise(frames), 1):
-        if is_jump(previous, frame) and is_jump(usual, frame):
+        if is_jump(previous, frame) and is_jump(last_steady, frame):
             reasons[index].append(JUMP)
         else:
-            usual = frame
+            last_steady = frame
     return reasons
 
 
 def _frame_change(one: Signals, other: Signals) -> NDArray[Any]:
-    """Return the change of the area, the ratio of the larger area to the smaller one minus 1, and 1 - IoU of the boxes
-    of the object in two frames."""
+    """Return three measures of how much the object differs between two frames, [3].
+
+    They are the difference of its areas (fractions of the frame), the ratio of the larger area to the smaller one
+    minus 1, and 1 - IoU of its bounding boxes. All are 0 for equal frames.
+    """
     small, large = sorted(max(0.0, signals.get("foreground", 0.0)) for signals in (one, other))
     distance = 0.0
     if set(BOX) <= one.keys() and set(BOX) <= other.keys():

@@ -1,7 +1,7 @@
 """Estimate the quality of one alpha from its signals, which :mod:`icm_cli.matting.quality_signals` measures.
 
-The weights are in ``weights.json``. ``tests/benchmarks/calibrate_quality.py`` fits them to alphas of ``lite``. Alphas
-of other models get an estimate too; it orders them, but is not calibrated.
+``tests/benchmarks/calibrate_quality.py`` fits the weights in ``weights.json`` to alphas of ``lite``. For other models
+the estimate is not calibrated, but can still be used to sort alphas.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Estimate:
     """Estimate of the quality of an alpha.
 
     Attributes:
-        quality: Expected IoU with the truth, 0..1. Of an empty alpha, the probability that the object is absent.
-        reasons: Why the alpha may be wrong, in the order of ``weights.json``: the most reliable reason first.
+        quality: Expected IoU with the true alpha, 0..1. For an empty alpha, the probability that the object is absent.
+        reasons: Why the alpha may be wrong, such as "low presence"; the most reliable reason first.
     """
 
     quality: float
@@ -35,8 +35,8 @@ class Estimate:
 def estimate_quality(signals: Mapping[str, float]) -> Estimate:
     """Estimate the quality of an alpha from its signals.
 
-    A signal that is missing, because the model has no such part or a hint decides, counts as its mean over the alphas
-    of the calibration. A signal outside of their range counts as the end of the range.
+    A missing signal counts as its mean over the alphas of the calibration. Signals are missing if the model does not
+    have the part that measures them, or if a hint overrides it. Signals are clipped to the range of the calibration.
     """
     weights = _read_weights()
     if "largest_component" not in signals:
@@ -46,7 +46,7 @@ def estimate_quality(signals: Mapping[str, float]) -> Estimate:
 
 
 def _predict(model: Mapping[str, Any], signals: Mapping[str, float]) -> float:
-    """Return the prediction, 0..1, of a logistic regression on standardised signals."""
+    """Return the prediction, 0..1, of a logistic regression on standardised signals. ``model``: its weights."""
     logit = model["offset"]
     for name, scale in model["signals"].items():
         if name in signals:
@@ -56,7 +56,10 @@ def _predict(model: Mapping[str, Any], signals: Mapping[str, float]) -> float:
 
 
 def _is_beyond(threshold: Mapping[str, Any], signals: Mapping[str, float]) -> bool:
-    """Return whether the signal of a threshold is ``below`` or ``above`` it; False if it is missing."""
+    """Return whether a signal is suspicious: beyond the value ``below`` or ``above`` of its threshold in the weights.
+
+    A missing signal is not suspicious.
+    """
     value = signals.get(threshold["signal"])
     if value is None:
         return False
