@@ -1,8 +1,10 @@
 """Read hints from files: annotations in the JSON of labelme or COCO, and painted images.
 
-In an annotation, the label ``fg`` marks the object, ``bg`` what is not the object, and ``keep`` and ``drop`` the areas
-whose final alpha is 1 and 0. ``foreground``, ``object`` or one other label may stand for ``fg``, and ``background``
-for ``bg``.
+The label of a shape in an annotation says what the shape marks:
+
+- ``fg``: the object. ``foreground``, ``object``, or any other label if the file has only one, mean the same;
+- ``bg`` or ``background``: what is not the object;
+- ``keep``, ``drop``: areas whose final alpha is 1 or 0.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from icm_cli.guidance.hints import Area, Box, Hints, Point
 from icm_cli.guidance.scribbles import read_scribble
 
 AREA_NAMES = {"fg": "object_area", "bg": "background_area", "keep": "keep", "drop": "drop"}
-"""Label of a shape -> field of :class:`Hints` that its area is added to."""
+"""Meaning of a shape -> field of :class:`Hints` that its area is added to."""
 LABELS = {**{each: each for each in AREA_NAMES}, "foreground": "fg", "object": "fg", "background": "bg"}
-"""Label in a file, in lower case -> key of :data:`AREA_NAMES`."""
+"""Label in a file, in lower case -> meaning, a key of :data:`AREA_NAMES`."""
 POINT_COUNTS: dict[str, tuple[int, float]] = {
     "point": (1, 1),
     "points": (1, math.inf),
@@ -44,11 +46,11 @@ POINT_COUNTS: dict[str, tuple[int, float]] = {
 }
 """Type of a shape -> smallest and largest number of its points."""
 STROKE_THICKNESS = 2
-"""Thickness of a line for OpenCV, which draws 3 px if coordinates have fractional bits."""
+"""Thickness argument of OpenCV for lines. With fractional coordinates it draws them 3 px wide."""
 CIRCLE_CORNERS = 720
-"""Corners of the polygon that stands for a circle."""
+"""Number of corners of the polygon that approximates a circle."""
 BORDER_TOLERANCE_PX = 1.0
-"""Corners that are further than this outside the image are refused. Tools round coordinates at its border."""
+"""Points up to this far outside the image are moved to its border, because tools round coordinates there."""
 MAX_COUNT_BITS = 40
 """Largest number of bits of a count in a compressed run-length encoding."""
 SUBPIXEL_BITS = 4
@@ -60,7 +62,7 @@ EXPECTED = "expected the JSON of labelme or COCO"
 OTHER_IMAGE = (
     "annotation {path} says that it is about {name}, and is used for {image}; check that it was drawn on this image"
 )
-"""Notice about :func:`find_other_image`."""
+"""Notice about a file for which :func:`find_other_image` returns a name."""
 LABELME_SCHEMA = {
     "shapes": [{"label": str, "points": [[NUMBER]], "shape_type?": (str, NoneType), "mask?": (str, NoneType)}],
     "imageHeight?": (int, NoneType),
@@ -85,24 +87,28 @@ class _Shape:
     """One shape of an annotation: its points, or the pixels of a mask."""
 
     name: str
-    """What messages call it."""
+    """Its position in the file, for messages: "shapes[0]"."""
     kind: str
     """A key of :data:`POINT_COUNTS`."""
     label: str
     points: Sequence[Point]
     mask: Area | None = None
     label_id: str = ""
-    """Another name of the label."""
+    """Id of the category in a COCO file; users may give it instead of the label."""
 
 
 def read_hints(
     path: Path, size: tuple[int, int], *, image: Path | None = None, label: str | None = None, can_select: bool = False
 ) -> Hints:
-    """Read what a file says about an image of ``size`` (height, width).
+    """Read the hints in a file about an image of ``size`` (height, width). Raises UsageError.
 
     A .json file is an annotation of labelme or COCO; others are painted images, see
-    :func:`~icm_cli.guidance.scribbles.read_scribble`. ``image``: the image, whose name COCO files contain. ``label``:
-    the label of the object, instead of ``fg``. ``can_select``: whether the user can give a label. Raises UsageError.
+    :func:`~icm_cli.guidance.scribbles.read_scribble`.
+
+    Args:
+        image: Path of the image, by which a COCO file with several images finds it.
+        label: Label of the object, instead of ``fg``.
+        can_select: Whether the caller has the option ``--mask-label``, which messages then suggest.
     """
     try:
         if not is_annotation(path):
@@ -122,10 +128,7 @@ def read_hints(
 
 
 def hints_from_shapes(shapes: Sequence[dict[str, Any]], size: tuple[int, int]) -> Hints:
-    """Return what shapes, as an annotation of labelme contains them, say about an image of ``size`` (height, width).
-
-    Raises UsageError.
-    """
+    """Return shapes of labelme as hints about an image of ``size`` (height, width). Raises UsageError."""
     try:
         check_schema(shapes, LABELME_SCHEMA["shapes"], "shapes")
         found = list(_labelme_shapes({"shapes": shapes}, size))
@@ -140,21 +143,22 @@ def is_annotation(path: Path) -> bool:
 
 
 def find_other_image(path: Path, image: Path) -> str:
-    """Return the name of the image that an annotation of labelme states, if it is not the name of ``image``; else "".
+    """Return the name of the image in an annotation of labelme, if it is another image than ``image``; else "".
 
-    Suffixes, folders and the numbers of pages may differ. Raises UsageError.
+    Folders, suffixes and page numbers may differ. Raises UsageError.
     """
     content = read_json(path, "annotation", {}, EXPECTED)
-    name = PureWindowsPath(str(content.get("imagePath") or "")).name  # which knows the separators of every system
+    name = PureWindowsPath(str(content.get("imagePath") or "")).name  # splits at both / and backslash
     own = {image.name, image.stem, image.stem.rpartition(".")[0]}
     is_own = not name or {name.casefold(), Path(name).stem.casefold()} & set(map(str.casefold, own))
     return "" if is_own or "shapes" not in content else name
 
 
 def fill_polygon(points: Sequence[Point], size: tuple[int, int]) -> Area:
-    """Return the pixels whose centres are inside a polygon by the even-odd rule, bool [H,W] of ``size``.
+    """Return the pixels whose centres are inside a polygon, bool [H,W] of ``size``, by the even-odd rule.
 
-    In each row, an edge of the polygon toggles between outside and inside at the first pixel right of it.
+    Every edge toggles, in each row that it crosses, the first pixel right of it. Then a pixel is inside if an odd
+    number of toggles is at or left of it in its row.
     """
     height, width = size
     toggles = np.zeros((height, width + 1), np.bool_)
@@ -185,7 +189,7 @@ def _labelme_shapes(content: dict[str, Any], size: tuple[int, int]) -> Iterator[
 
 
 def _coco_shapes(content: dict[str, Any], size: tuple[int, int], image: Path | None) -> Iterator[_Shape]:
-    """Yield the shapes that a COCO file has for an image. Raises ValueError for one that is not valid."""
+    """Yield the shapes for an image in a COCO file. Raises ValueError for a shape that is not valid."""
     entry = _find_coco_image(content["images"], image)
     _check_size(entry.get("height"), entry.get("width"), size)
     names = {each["id"]: each["name"] for each in content.get("categories", [])}
@@ -218,7 +222,10 @@ def _coco_shapes(content: dict[str, Any], size: tuple[int, int], image: Path | N
 
 
 def _find_coco_image(entries: Sequence[dict[str, Any]], image: Path | None) -> dict[str, Any]:
-    """Return the entry of an image: by its name, else by its name without suffix."""
+    """Return the entry of an image: that of its file name, else the one of its name without suffix.
+
+    Raises ValueError unless there is exactly one.
+    """
     found = list(entries)
     if image is not None:
         names = [Path(each["file_name"]) for each in entries]
@@ -236,7 +243,7 @@ def _find_coco_image(entries: Sequence[dict[str, Any]], image: Path | None) -> d
 
 
 def _check_size(height: int | None, width: int | None, size: tuple[int, int]) -> None:
-    """Raise ValueError if the size that a file states is not that of the image. It may state none."""
+    """Raise ValueError if the size that a file states (None if it states none) is not that of the image."""
     stated = height or size[0], width or size[1]
     if stated != size:
         raise ValueError(
@@ -246,7 +253,7 @@ def _check_size(height: int | None, width: int | None, size: tuple[int, int]) ->
 
 
 def _clip_point(values: Sequence[Any], size: tuple[int, int], name: str) -> Point:
-    """Return a point with x in 0..width and y in 0..height."""
+    """Return a point moved into the image. Raises ValueError if it is more than ``BORDER_TOLERANCE_PX`` outside."""
     if len(values) != 2:
         raise ValueError(f"{name} has the point {format_json(values)}; expected x and y")
     x, y = values
@@ -261,7 +268,10 @@ def _clip_point(values: Sequence[Any], size: tuple[int, int], name: str) -> Poin
 
 
 def _decode_mask(text: str | None, corners: Sequence[Point], size: tuple[int, int], name: str) -> Area:
-    """Return the mask of a PNG in base64 whose pixels begin at the upper left one of two corners."""
+    """Decode the mask of a labelme shape, bool [H,W] of ``size``.
+
+    ``text`` is a PNG in base64, and ``corners`` are two opposite corners of the box that it fills. Raises ValueError.
+    """
     (left, top), (right, bottom) = (
         tuple(int(each(values)) for values in zip(*corners, strict=True)) for each in (min, max)
     )
@@ -282,7 +292,10 @@ def _decode_mask(text: str | None, corners: Sequence[Point], size: tuple[int, in
 
 
 def _decode_runs(encoded: dict[str, Any], size: tuple[int, int], name: str) -> Area:
-    """Return the mask of a run-length encoding of COCO: counts of 0 and 1 in turn, column by column."""
+    """Decode a run-length encoding of COCO, bool [H,W] of ``size``. Raises ValueError.
+
+    Its counts are the lengths of runs of 0 and 1 in turn, column by column.
+    """
     check_schema(encoded, {"size": [int], "counts": (list, str)}, f"{name}.segmentation")
     if encoded["size"] != list(size):
         raise ValueError(
@@ -300,7 +313,7 @@ def _decode_runs(encoded: dict[str, Any], size: tuple[int, int], name: str) -> A
 
 
 def _decompress_counts(text: str, name: str) -> list[int]:
-    """Return the counts of a compressed run-length encoding, as in the code published with COCO (maskApi.c)."""
+    """Decompress the counts of a run-length encoding, as the code published with COCO does (maskApi.c)."""
     counts: list[int] = []
     value = shift = 0
     for character in text:
@@ -319,7 +332,10 @@ def _decompress_counts(text: str, name: str) -> list[int]:
 
 
 def _select_shapes(shapes: Sequence[_Shape], label: str | None, *, can_select: bool) -> list[tuple[str, _Shape]]:
-    """Return the shapes whose labels have a meaning, each with its meaning: a key of :data:`AREA_NAMES`."""
+    """Return the shapes that are used, each with its meaning, a key of :data:`AREA_NAMES`. Raises ValueError.
+
+    ``label``: the one that marks the object. Without it, the object is marked by ``fg`` or by the only other label.
+    """
     counts = Counter(shape.label for shape in shapes)
     meanings = {each: LABELS[each.lower()] for each in counts if each.lower() in LABELS}
     listed = ", ".join(f"{format_json(each)} ({count})" for each, count in counts.most_common(MAX_LISTED))
@@ -328,7 +344,7 @@ def _select_shapes(shapes: Sequence[_Shape], label: str | None, *, can_select: b
         selected = {shape.label for shape in shapes if label.strip() in (shape.label, shape.label_id)}
         if not selected:
             raise ValueError(f"no shape has the label {label}; expected one of {listed or 'the labels in the file'}")
-        meanings = {each: word for each, word in meanings.items() if word != "fg"}
+        meanings = {each: meaning for each, meaning in meanings.items() if meaning != "fg"}
     elif len(others) + ("fg" in meanings.values()) > 1:
         selection = f"; select one, as in --mask-label {others[0]}" if can_select else ""
         raise ValueError(f"it has several labels: {listed}; expected {', '.join(AREA_NAMES)}, or one label{selection}")
@@ -339,7 +355,7 @@ def _select_shapes(shapes: Sequence[_Shape], label: str | None, *, can_select: b
 
 
 def _combine_shapes(shapes: Sequence[tuple[str, _Shape]], size: tuple[int, int]) -> Hints:
-    """Return the hints of shapes. Lines and boxes off the object become areas."""
+    """Return shapes with their meanings as hints. Lines become areas, and so do boxes that do not mark the object."""
     points: dict[bool, list[Point]] = {True: [], False: []}
     boxes: list[Box] = []
     areas: dict[str, NDArray[np.uint8]] = {}
@@ -354,7 +370,7 @@ def _combine_shapes(shapes: Sequence[tuple[str, _Shape]], size: tuple[int, int])
     found = {name: area.astype(np.bool_) for name, area in areas.items()}
     is_outlined = any(meaning == "fg" and shape.kind in ("polygon", "circle", "mask") for meaning, shape in shapes)
     if is_outlined and "background_area" in found:
-        found["object_area"] &= ~found["background_area"]  # such as a hole
+        found["object_area"] &= ~found["background_area"]  # bg shapes cut holes into an outlined object
     try:
         hints = Hints(
             size=size, points=points[True], not_points=points[False], boxes=boxes, is_outlined=is_outlined, **found

@@ -1,4 +1,4 @@
-"""Hints: where the object is in one image, and where it is not."""
+"""Hints: what a person marks on the object and off it in one image."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from icm_cli.geometry import format_size
 Point: TypeAlias = tuple[float, float]
 """x and y in pixels of the displayed image: from its top left corner, x to the right and y down."""
 Box: TypeAlias = tuple[float, float, float, float]
-"""x and y of two opposite corners."""
+"""x and y of two opposite corners, in the same pixels."""
 Area: TypeAlias = NDArray[np.bool_]
 """Pixels of an area, bool [H,W]."""
 MAX_AREA_POINTS = 8
-"""Largest number of points that stand for an area."""
+"""Largest number of points that represent an area."""
 MIN_POINT_DISTANCE = 4.0
-"""Smallest distance between two points that stand for an area, as a multiple of half of the area's width there."""
+"""Smallest distance between two points of an area, as a multiple of half of the area's width there."""
 MAX_CELLS = 512
 """Largest number of cells along a side of the grid on which the points of an area are searched."""
 RIDGE_TOLERANCE = 0.5
-"""A pixel is on a centre line if no neighbour is deeper inside the area by this much, in px."""
+"""A cell is on a centre line if no neighbour is deeper inside the area by this much, in cells."""
 MIN_WIDTH_RATIO = 0.5
-"""Points are placed only where the area has at least this fraction of its largest width (of each connected part)."""
+"""Points are placed only where a connected part of an area has at least this fraction of its largest width."""
 MIN_MASK_FRACTION = 0.95
-"""Fraction of marked pixels above which two areas are a rough mask, perhaps with soft edges, and no strokes."""
+"""If the areas on and off the object cover more of the image than this, they are a rough mask and not strokes."""
 MAX_SHOWN_NUMBERS = 8
-"""Largest number of numbers of a wrong array that a message shows."""
+"""An array with more numbers than this is not written out in error messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hints:
-    """What a person says about the object in one image of ``size`` (height, width).
+    """What a person marks in one image of ``size`` (height, width).
 
     Coordinates are pixels of the displayed image: EXIF orientation is applied, and the image of an EXR file is its
-    display window. Pixel (0, 0) covers x and y from 0 to 1. Points and boxes are sequences or arrays, [N,2] and [N,4],
-    and are stored as tuples of float.
+    display window. Pixel (0, 0) covers x and y from 0 to 1. Points [N,2] and boxes [N,4] may be given as sequences or
+    arrays; they are stored as tuples of float.
 
     Raises UsageError for values of other types, a point or box outside the image, areas of another size, and hints that
     contradict each other.
@@ -70,13 +70,13 @@ class Hints:
 
     @property
     def digest(self) -> str:
-        """Hash of everything that the hints say."""
+        """Hash of all fields."""
         values = (getattr(self, each.name) for each in fields(self))
         return combined_digest(*(np.packbits(v).tobytes() if isinstance(v, np.ndarray) else repr(v) for v in values))
 
     @property
     def is_empty(self) -> bool:
-        """Whether the hints say nothing."""
+        """Whether nothing is marked."""
         areas = (self.object_area, self.background_area, self.keep, self.drop)
         has_area = any(area is not None and area.any() for area in areas)
         return not (self.points or self.not_points or self.boxes or has_area)
@@ -207,10 +207,9 @@ def _describe(value: Any) -> str:
 
 
 def area_points(area: Area | None) -> list[Point]:
-    """Return points that stand for an area: on the centre lines of its strokes and spread over all of them.
+    """Return up to ``MAX_AREA_POINTS`` points inside an area that represent it: on the centre lines of its strokes.
 
-    The first point is where the area is widest. Each further one is as far as possible from the points before it. Every
-    point is inside the area.
+    The first point is where the area is widest. Each further one is as far as possible from the points before it.
     """
     if area is None or not area.any():
         return []
@@ -236,7 +235,7 @@ def area_points(area: Area | None) -> list[Point]:
 
 
 def _find_centre_line(cells: Area) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Return row and column of every cell on a centre line, [N,2], and half the width of the area there, [N]."""
+    """Return row and column of every cell on a centre line of an area, [N,2], and half the area's width there, [N]."""
     depth = _depths(cells)
     count, labels = cv2.connectedComponents(cells.astype(np.uint8))
     deepest = np.zeros(count, np.float32)

@@ -1,4 +1,4 @@
-"""Read painted images: strokes or rough masks that mark the object and what is not the object."""
+"""Read painted images: strokes, or a rough mask, that mark the object and what is not the object."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from icm_cli.images.reading import read_stored_pixels
 DARK, BRIGHT = 0.25, 0.75
 """A colour whose channels are all below ``DARK`` is black, and above ``BRIGHT`` white."""
 MIN_CHROMA = 0.3
-"""Difference of the largest channel from the next one above which a colour is red or green."""
+"""A colour is red or green if that channel exceeds the two others by more than this."""
 MAX_CANVAS_FRACTION = 0.5
-"""Fraction of the image above which black or white next to coloured strokes is a canvas, and no stroke."""
+"""If the image has coloured strokes, and black or white covers more of it than this, that is an unpainted canvas."""
 EXPECTED = (
     "expected white or green where the object is, black or red where it is not, and transparent or mid-grey elsewhere"
 )
 
 
 def read_scribble(path: Path, size: tuple[int, int]) -> Hints:
-    """Read strokes: white or green on the object, black or red off it; other pixels are transparent or mid-grey.
+    """Read strokes: white or green on the object, black or red off it. Unpainted pixels are transparent or mid-grey.
 
-    The file may also be a rough mask, which has these colours in nearly all pixels. ``size``: height and width of
-    the image on which the strokes were drawn. Raises UsageError for a file that cannot be read, has another size, other
-    colours or no stroke.
+    A file in which nearly all pixels have these colours is a rough mask. ``size``: height and width of the image that
+    was painted on. Raises UsageError for a file that cannot be read, has another size, other colours or no stroke.
     """
     try:
         stored = read_stored_pixels(path)
@@ -50,7 +49,7 @@ def read_scribble(path: Path, size: tuple[int, int]) -> Hints:
 
 
 def _classify(stored: DecodedImage, path: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return the pixels on the object and off it, bool [H,W]."""
+    """Return the pixels on the object and those off it, bool [H,W]. Raises UsageError for other colours."""
     pixels = np.clip(stored.pixels.astype(np.float32) / np.float32(stored.scale), 0, 1)
     colours = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
     red, green, blue = (colours[..., channel] for channel in range(3))
@@ -60,7 +59,9 @@ def _classify(stored: DecodedImage, path: Path) -> tuple[NDArray[np.bool_], NDAr
     is_white = opaque & (colours.min(axis=-1) > BRIGHT)
     is_black = opaque & (colours.max(axis=-1) < DARK)
     is_other = opaque & (colours.max(axis=-1) - colours.min(axis=-1) > MIN_CHROMA) & ~is_green & ~is_red
-    flat = cv2.erode(is_other.astype(np.uint8), np.ones((3, 3), np.uint8))  # without the mixed pixels between strokes
+    flat = cv2.erode(
+        is_other.astype(np.uint8), np.ones((3, 3), np.uint8)
+    )  # ignores mixed colours at the edges of strokes
     if flat.any():
         row, column = np.unravel_index(int(flat.argmax()), flat.shape)
         colour = "".join(f"{round(255 * float(each)):02x}" for each in colours[row, column])

@@ -1,4 +1,8 @@
-"""Follow the hints of a person about one image: in its coarse alpha, as prompts of the decoder, and in its alpha."""
+"""Make the alpha of an image follow its hints.
+
+Hints act in three places: they edit the coarse alpha, they are prompts of the object model, and they correct the final
+alpha.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +21,29 @@ from icm_cli.images.pixels import ImageWindows
 from icm_cli.model.contracts import PointPrompts
 
 BORDER_PX = 3.0
-"""Distance over which corrected pixels and the border of an area fade into the alpha."""
+"""Distance over which corrected pixels, and areas to keep or drop, fade into the alpha around them."""
 BOX_MARGINS = 0.05, 0.10
-"""Distances from a box, as fractions of its longer side, over which an alpha fades to 0. Boxes are drawn by hand."""
+"""Outside a box, an alpha fades to 0 between these distances from it, because boxes are drawn imprecisely.
+
+They are fractions of the longer side of the box.
+"""
 MIN_DIFFERENCE = 1 / 255
-"""A pixel follows a hint if its alpha differs from one half by at least this, so that it does in every file format."""
+"""A pixel follows a hint if its alpha is at least this far above or below one half, so that rounding keeps the side."""
 OFF_OBJECT, ON_OBJECT, BOX_START, BOX_END = range(4)
 """Labels of :class:`~icm_cli.model.contracts.PointPrompts`."""
 
 
 def says_present(hints: Hints) -> bool:
-    """Return whether the hints mark a part of the object, so that it must be in the image."""
+    """Return whether hints mark a part of the object, so that it must be in the image."""
     areas = (hints.object_area, hints.keep)
     return bool(hints.points or hints.boxes) or any(area is not None and bool(area.any()) for area in areas)
 
 
 def move_hints(hints: Hints, windows: ImageWindows) -> Hints:
-    """Move hints from the display window of an image to its data window.
+    """Return hints in pixels of the data window of an image, from hints in pixels of its display window.
 
-    Areas are cut off at the data window, and so are points off the object, because the alpha is 0 outside of it. Raises
-    UsageError if a point, a box or an area on the object is completely outside of it.
+    Areas and boxes are cut off at the data window. Points off the object that are outside of it are dropped, because
+    the alpha is 0 there. Raises UsageError if a point, a box or an area on the object is completely outside of it.
     """
     if windows.is_full:
         return hints
@@ -80,7 +87,7 @@ def _move_area(area: Area | None, windows: ImageWindows) -> Area | None:
 
 
 def _move_object_area(area: Area | None, windows: ImageWindows, what: str) -> Area | None:
-    """Move an area to the data window. Raises UsageError if nothing of it is left."""
+    """Move an area to the data window. Raises UsageError if it is completely outside of it."""
     moved = _move_area(area, windows)
     if area is not None and area.any() and not np.any(moved):
         row, column = np.argwhere(area)[0]
@@ -94,7 +101,7 @@ def _outside_error(what: str, windows: ImageWindows) -> UsageError:
 
 
 def edit_coarse_alpha(alpha: Tensor, hints: Hints) -> Tensor:
-    """Set a coarse alpha, float32 [h,w] of any size, to 1 in the object area and to 0 in the background area."""
+    """Return a coarse alpha, float32 [h,w] of any size, set to 1 in the object area and 0 in the background area."""
     for area, value in ((hints.object_area, 1.0), (hints.background_area, 0.0)):
         if area is not None:
             fraction = resize(area.astype(np.float32), (alpha.shape[0], alpha.shape[1]))
@@ -103,9 +110,9 @@ def edit_coarse_alpha(alpha: Tensor, hints: Hints) -> Tensor:
 
 
 def make_prompts(hints: Hints) -> PointPrompts | None:
-    """Return the points and the boxes of hints as prompts; None if there are none.
+    """Return the points and the boxes of hints as prompts for the object model; None if there are none.
 
-    Several boxes are one prompt, their common bounding box, because the decoder knows objects with one box.
+    Several boxes become one, their common bounding box, because the model was trained with one box for each object.
     """
     on, off = hints.binding_points()
     coordinates = [*on, *off]
@@ -122,7 +129,7 @@ def make_prompts(hints: Hints) -> PointPrompts | None:
 
 
 def clip_to_boxes(alpha: Tensor, hints: Hints) -> Tensor:
-    """Return an alpha that prompts selected, float32 [h,w] of any size, faded to 0 outside the boxes of the hints.
+    """Return an alpha, float32 [h,w] of any size, faded to 0 outside the boxes of the hints.
 
     As in :func:`make_prompts`, several boxes are one: their common bounding box.
     """
@@ -140,45 +147,47 @@ def clip_to_boxes(alpha: Tensor, hints: Hints) -> Tensor:
 
 
 def bind_alpha(alpha: Float, hints: Hints) -> Float:
-    """Correct a final alpha, float32 [H,W] of the size of the hints, where it does not follow them; return the result.
+    """Return a final alpha, float32 [H,W] of the size of the hints, corrected where it does not follow them.
 
     The result is above one half at points and in areas on the object, and below one half at those off it, also after
     rounding to 8 bits. It is 1 in ``keep`` and 0 in ``drop``, which take precedence over areas. A rough mask is wrong
-    at the edge of the object, so only points inside it are followed.
+    at the edge of the object, so only a few points inside it are followed.
 
     A pixel that does not follow the hints becomes 1 or 0. Other pixels change only if they are closer than
     ``BORDER_PX`` to such a pixel, or to ``keep`` or ``drop``.
     """
     bound, (on, off, keep, drop) = alpha.copy(), _binding_areas(hints)
     for side, other, is_on in ((on, off, True), (off, on, False)):
-        fade = np.where(other, 0, _fade(side & ~_holds(bound, is_on)))
+        fade = np.where(other, 0, _fade(side & ~_follows(bound, is_on)))
         bound = np.maximum(bound, fade) if is_on else np.minimum(bound, 1 - fade)
     bound = np.maximum(np.minimum(bound, 1 - _fade(drop)), _fade(keep))
-    for side, is_on in ((on, True), (off, False)):  # the border of an area may have changed it again
-        bound[side & ~_holds(bound, is_on)] = 0.5 + (2 if is_on else -2) * MIN_DIFFERENCE
+    for side, is_on in ((on, True), (off, False)):  # fading at the border of keep or drop may have changed it again
+        bound[side & ~_follows(bound, is_on)] = 0.5 + (2 if is_on else -2) * MIN_DIFFERENCE
     bound[keep], bound[drop] = 1, 0
     return bound
 
 
 def bind_trimap(trimap: NDArray[np.uint8], hints: Hints) -> NDArray[np.uint8]:
-    """Return a trimap, uint8 [H,W] of the size of the hints, that is 255 where they are on the object and 0 where they
-    are off it, as in :func:`bind_alpha`, also close to an edge."""
+    """Return a trimap, uint8 [H,W] of the size of the hints, set to 255 on the object and 0 off it.
+
+    These are the pixels of :func:`bind_alpha`. Without this, those close to an edge would be unknown (128).
+    """
     bound, (on, off, keep, drop) = trimap.copy(), _binding_areas(hints)
     bound[on | keep], bound[off | drop] = 255, 0
     return bound
 
 
 def _binding_areas(hints: Hints) -> tuple[Area, Area, Area, Area]:
-    """Return the pixels that are on the object, off it, to be kept, and to be dropped: disjoint, each bool [H,W]."""
+    """Return the pixels on the object, off it, to keep and to drop, each bool [H,W]. No pixel is in two of them."""
     none = np.zeros(hints.size, np.bool_)
     named = (hints.object_area, hints.background_area, hints.keep, hints.drop)
     on, off, keep, drop = (none if area is None else area for area in named)
-    single = [(hints.points, True), (hints.not_points, False)]
+    labelled_points = [(hints.points, True), (hints.not_points, False)]
     if hints.is_rough_mask:
-        single = [(area_points(on), True), (area_points(off), False), *single]
+        labelled_points = [(area_points(on), True), (area_points(off), False), *labelled_points]
         on = off = none
     on, off = on & ~off, off.copy()
-    for points, is_on in single:
+    for points, is_on in labelled_points:
         for x, y in points:
             pixel = int(y), int(x)
             on[pixel], off[pixel] = is_on, not is_on
@@ -187,8 +196,8 @@ def _binding_areas(hints: Hints) -> tuple[Area, Area, Area, Area]:
     return on, off, keep, drop
 
 
-def _holds(alpha: Float, is_on: bool) -> Area:
-    """Return where an alpha is on a side of one half."""
+def _follows(alpha: Float, is_on: bool) -> Area:
+    """Return where an alpha follows hints on the object (above one half), or off it (below), bool [H,W]."""
     return np.asarray(alpha >= 0.5 + MIN_DIFFERENCE if is_on else alpha <= 0.5 - MIN_DIFFERENCE)
 
 

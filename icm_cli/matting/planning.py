@@ -1,4 +1,4 @@
-"""Plan the images of a run: their sources, outputs, hints and mattes. Needs neither the references nor the model."""
+"""Plan the images of a run: their sources, outputs, hints and mattes. Neither references nor model are needed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from icm_cli.matting.sources import SkippedFiles, find_sources
 from icm_cli.options import ColourOptions, ImageFormat, MatteOptions, OutputOptions, SequenceOptions, SourceOptions
 
 _VERSION_SUFFIX = re.compile(r"\.([^\W_]?)[0-9]+")
-"""End of the name of a folder with a version, such as mattes##v1.2 and mattes#.v2."""
+"""A version at the end of the name of a folder, such as ".2" in mattes##v1.2; it is not the suffix of a file."""
 
 
 @dataclass(frozen=True)
 class PlannedImages:
-    """The images of a run, and the files that say something about them."""
+    """The images of a run, and the files with hints and mattes for them."""
 
     jobs: Sequence[Job]
     hint_files: HintFiles | None
@@ -39,7 +39,7 @@ def plan_images(
     skipped_files: SkippedFiles,
     notice: Callable[[str], None],
 ) -> PlannedImages:
-    """Find the images of a run with their hints and mattes, and choose their outputs. Raises UsageError."""
+    """Find the images of a run with their hints and mattes, and choose their output paths. Raises UsageError."""
     hint_files = None if options.hints.hints is None else HintFiles.find(options.hints.hints, skipped_files)
     garbage = MatteFiles.find(GARBAGE, options.hints.garbage, notice)
     keep = MatteFiles.find(KEEP, options.hints.keep, notice)
@@ -59,7 +59,7 @@ def plan_images(
 
 
 def choose_output(options: OutputOptions) -> tuple[OutputFormat, OutputLayout]:
-    """Return the form of the outputs, and their folder and names. Raises UsageError."""
+    """Return the format of the output files, and the layout of their paths. Raises UsageError."""
     pattern, format_ = _pattern_and_format(options.out, options.format)
     output = OutputFormat(
         format=format_,
@@ -82,9 +82,9 @@ def choose_output(options: OutputOptions) -> tuple[OutputFormat, OutputLayout]:
 
 
 def _pattern_and_format(out: str, format_: ImageFormat | None) -> tuple[FramePattern | None, ImageFormat]:
-    """Return the frame pattern that ``--out`` is, if it is one, and the file format.
+    """Return the frame pattern in ``--out``, None if it is a folder, and the file format.
 
-    Raises UsageError if the two contradict each other, or if ``out`` is named like a single image.
+    Raises UsageError if the two contradict each other, or if ``out`` is named like a single image or a movie.
     """
     path = Path(out)
     if path.is_dir():
@@ -113,17 +113,20 @@ def _pattern_and_format(out: str, format_: ImageFormat | None) -> tuple[FramePat
 
 
 def _source_filter(sources: SourceOptions, sequences: SequenceOptions) -> SourceFilter:
-    """Return the filter of the sources. Shots are divided into shards later, in their order."""
+    """Return the filter that ``--include``, ``--frames``, ``--shard`` and others define.
+
+    With ``--shot``, ``--shard`` is applied later, because it must divide the frames in the order of the shot.
+    """
     numbers = None if sequences.frames is None else parse_frame_range(sequences.frames)
     shard = None if sequences.shard is None or sequences.shot else parse_shard(sequences.shard)
     return SourceFilter(sources.include, sources.exclude, numbers, sequences.missing, shard)
 
 
 def choose_colour_settings(options: ColourOptions) -> tuple[ColourSettings, ColourSettings]:
-    """Return the colour settings for reading the sources, and those for the references.
+    """Return the colour settings for reading the sources, and those for reading the references.
 
-    What the references do not set is taken from the sources. Raises UsageError for an unknown configuration, colour
-    space or view.
+    References are read as the sources are, unless ``--ref-colorspace`` or ``--ref-layer`` is given. Raises UsageError
+    for an unknown OpenColorIO configuration, colour space or view.
     """
     layer = options.layer or ""
     sources = ColourSettings(

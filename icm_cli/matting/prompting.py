@@ -1,4 +1,4 @@
-"""Complete alphas by the prompts of hints: in the whole image, and again in a crop if the object is small."""
+"""Complete alphas with the prompts of hints: in the whole image, and again in a crop if the object is small."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from icm_cli.model.contracts import EmbeddedImage, Objects, PointPrompts
 
 ZOOM = CropSettings(margin=0.3, min_side=0.15)
 MAX_CROP_SIDE = 0.6
-"""Longer side of the largest crop, as a fraction of that of the image: a larger one would show little more detail."""
+"""An object is small if the longer side of its crop is at most this fraction of the longer side of the image."""
 GRID_CELLS = 16
-"""Crops are aligned to a grid of so many cells along the longer side, so that a correction rarely changes them."""
+"""Crops are aligned to a grid of this many cells along the longer side.
+
+So a further click rarely changes the crop, and its embedding need not be computed again.
+"""
 MAX_KEPT_CROPS = 4
-"""Number of crops whose embeddings are kept."""
+"""Number of crops whose embeddings are kept for an image."""
 
 
 class ImageEmbedder:
-    """Embeddings of an image and of its crops by an object decoder, which are computed once.
+    """Embeddings of an image and of its crops, computed once by the encoder of an object model.
 
     Attributes:
         image: Embedding of the whole image.
@@ -39,7 +42,7 @@ class ImageEmbedder:
         (self.image,) = objects.embed_images([rgb])
 
     def has_crop(self, box: CropBox) -> bool:
-        """Return whether the embedding of a crop is kept."""
+        """Return whether the embedding of a crop is kept, so that :meth:`crop` is fast."""
         return repr(box) in self._crops
 
     def crop(self, box: CropBox) -> EmbeddedImage:
@@ -58,10 +61,11 @@ def complete_by_prompts(
     *,
     embeds_crops: bool = True,
 ) -> Tensor:
-    """Complete a coarse alpha, float32 [h,w] of any size, by the prompts of hints.
+    """Complete a coarse alpha, float32 [h,w] of any size, with the prompts of hints. Returns float32 [h',w'] in 0..1.
 
-    A small object is decoded again in a crop, with the first result as its mask. ``embeds_crops``: whether this is done
-    if the embedding of the crop is not kept, which takes more time than the rest. Returns float32 [h',w'] in 0..1.
+    A small object is decoded again in a crop, where the first result is the mask prompt. ``prompts``: those that
+    :func:`make_prompts` makes from the hints. ``embeds_crops``: whether a new crop may be embedded. This takes more
+    time than all else; without it, only crops whose embeddings are kept are used.
     """
     (alpha,) = objects.complete_embedded_alphas([embedder.image], [coarse], [prompts])
     alpha = clip_to_boxes(alpha, hints)
@@ -82,8 +86,10 @@ def complete_by_prompts(
 
 
 def find_zoom_box(alpha: Tensor, hints: Hints) -> CropBox | None:
-    """Return the box of a crop around a small object: the foreground of an alpha [h,w], and what hints mark on the
-    object. None if there is no object, or if it is not small."""
+    """Return the box of a crop around a small object; None if there is no object, or if it is not small.
+
+    The object is the foreground of an alpha, float32 [h,w], together with everything that the hints mark on it.
+    """
     mask = (alpha > 0.5).numpy(force=True)
     scale = np.array(mask.shape[::-1]) / hints.size[::-1]
     corners = np.concatenate(

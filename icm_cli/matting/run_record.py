@@ -1,7 +1,4 @@
-"""Record of a run below its alphas: the options from which its images can be planned again.
-
-Every run writes ``.icm/run.json`` into its output folder. ``icm review`` reads it.
-"""
+"""The run record ``.icm/run.json`` of an output folder: options from which ``icm review`` finds the images again."""
 
 from __future__ import annotations
 
@@ -25,17 +22,17 @@ UNRECORDED_GROUPS = frozenset({"reports", "display"})
 UNRECORDED = frozenset(
     {"shard", "frames", "missing", "overwrite", "keep_existing", "fail_fast", "ray", "ray_cpus", "save_mask"}
 )
-"""Options that select a part of the images or steer a single run, so that the record does not contain them."""
+"""Options that are not recorded, because they select a part of the images or concern a single run only."""
 RERUN = (
     "run the same icm matte command again: it keeps the alphas that are up to date, and records the run for icm review"
 )
 
 
 def record_run(options: MatteOptions, folder: Path, jobs: Sequence[Job], notice: Callable[[str], None]) -> None:
-    """Write the record of a run into its output folder. A notice is given if that is not possible.
+    """Write the record of a run into its output folder, or give a notice if that is not possible.
 
-    A run over a list that gives the root itself, as those of ``--review-list`` do, is a part of an earlier run, whose
-    record stays.
+    An existing record stays if ``--src`` is a list whose lines contain the root, as ``--review-list`` writes it. Such a
+    run corrects a part of the images, and the record must name all of them.
     """
     if not jobs:
         return
@@ -54,7 +51,7 @@ def record_run(options: MatteOptions, folder: Path, jobs: Sequence[Job], notice:
 
 
 def recorded_values(options: MatteOptions) -> dict[str, Any]:
-    """Return the options that were given and decide what a run makes, as values of JSON with absolute paths."""
+    """Return the given options that decide which alphas a run makes, as JSON. Paths are absolute."""
     return {
         field.name: _to_recorded(field, options.get_value(field.name))
         for field in options.option_fields()
@@ -102,25 +99,26 @@ def command_line(options: MatteOptions) -> str:
 
 
 def _to_recorded(field: OptionField, value: Any) -> Any:
+    """Return the value of an option as JSON."""
     if field.is_repeatable:
         return [_to_recorded_one(field, one) for one in value]
     return _to_recorded_one(field, value)
 
 
 def _to_recorded_one(field: OptionField, value: Any) -> Any:
-    """Return a value for JSON. Paths become absolute; names of models, of the hub and of OpenColorIO stay."""
+    """Return one value as JSON. Paths become absolute. A value that may be a name is a path only if that exists."""
     if isinstance(value, tuple):
         return list(value)
-    is_path_or_name = field.name in ("model", "weights", "ocio")
-    if not field.is_path or value == "-" or (is_path_or_name and not os.path.exists(value)):  # noqa: PTH110
+    may_be_name = field.name in ("model", "weights", "ocio")
+    if not field.is_path or value == "-" or (may_be_name and not os.path.exists(value)):  # noqa: PTH110
         return value
     return os.path.abspath(value)  # noqa: PTH100  resolve() follows links
 
 
 def _write_sources(folder: Path, jobs: Sequence[Job], *, is_part: bool) -> Path:
-    """Write the list of the sources that were read from standard input, and return its path.
+    """Write a list of the sources that were read from standard input (``--src -``), and return its path.
 
-    ``is_part``: whether other runs matte other parts of the list, so that earlier sources stay in it.
+    ``is_part``: whether this run mattes only some of them. Then the sources of earlier runs stay in the list.
     """
     path = Path(os.path.abspath(folder)) / RECORD_FOLDER / SOURCES_NAME  # noqa: PTH100
     before = path.read_bytes().splitlines() if is_part and path.is_file() else []
