@@ -374,7 +374,7 @@ def test_thumbnails_are_kept_until_a_file_changes(
     if view == "alpha":
         assert np.abs(image[..., 0] - read(scene / "out" / "wall.png")).mean() < 3
     with monkeypatch.context() as patch:
-        patch.setattr(client.app.images, "_draw", lambda *_: pytest.fail("it is on the disk"))
+        patch.setattr(client.app.images, "_draw_thumbnail", lambda *_: pytest.fail("it is on the disk"))
         assert client.request("GET", f"{target}&v=1").content == first.content
     shutil.copy(scene / "imgs" / "sub" / "deep.png", scene / "imgs" / "wall.jpg")
     shutil.copy(scene / "out" / "sub" / "deep.png", scene / "out" / "wall.png")
