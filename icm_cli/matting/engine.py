@@ -49,7 +49,7 @@ class FrameMatting(Protocol):
         """Whether frames must be matted in the order of the jobs, because they depend on each other."""
 
     def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
-        """Prepare for a run over these jobs, and return them."""
+        """Prepare for a run over these jobs. Returns them, perhaps after looking at all of them."""
 
     def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
         """Matte a batch: frames of one example with canvases of one size.
@@ -64,7 +64,7 @@ class IndependentMatting:
     keeps_order = False
 
     def __init__(self, predictor: Predictor, references: Callable[[int], PreparedReferences]) -> None:
-        """``references``: prepared references of an example, by its number."""
+        """``references`` returns the prepared references of an example; see :attr:`Job.example_index`."""
         self._predictor = predictor
         self._references = references
 
@@ -75,7 +75,7 @@ class IndependentMatting:
         return self._predictor.matte_frames(frames, self._references(jobs[0].example_index))
 
     def open_session(self, job: Job, frame: Frame) -> Session:
-        """Return a session about a frame, whose alphas are those of a run in which the frame has the hints."""
+        """Return a session for a frame. Its alphas equal those of a run in which the frame has the same hints."""
         return self._predictor.open_session(frame, self._references(job.example_index))
 
 
@@ -87,7 +87,7 @@ class LoadedImage:
     frame: Frame
     origin: Origin
     replaceable: Mapping[Path, FileIdentity]
-    """Existing outputs, which the run replaces unless another run changes them."""
+    """Existing outputs that may be replaced. If another run changes one of them meanwhile, it is not replaced."""
     colorspace: str
     stored: DecodedImage
     """Pixels of the source as they are stored."""
@@ -101,7 +101,10 @@ class LoadedImage:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of the engine. Only ``shot`` changes alphas; everything else that changes them is part of ``digests``.
+    """Options of the engine.
+
+    Of these, only ``shot`` changes alphas. All other settings that change them are in the model or the references, and
+    ``digests`` covers them.
 
     Attributes:
         digests: For each example, the digest of everything that its alphas depend on, except their sources.
@@ -125,7 +128,7 @@ class EngineOptions:
     processes: int = 1
     """Number of processes that share the memory of this machine."""
     decoder_digest: str = ""
-    """Digest of the decoder that hints prompt, unless the model contains it."""
+    """Digest of the object model that hints prompt; "" if the model has its own, which ``digests`` covers."""
 
     def hints_digest(self, job: Job) -> str:
         """Return the digest of the hints that decide the alpha of a job; "" if there are none."""
@@ -147,10 +150,10 @@ WORKING_BYTES = 150_000_000
 
 
 class MemoryBudget:
-    """Limits the memory of the images that are being processed: those that are decoded and not yet written.
+    """Limits the memory of images that are being processed: decoded, and not yet written.
 
-    Images reserve memory in the order of their jobs, so that none waits for a later one. A large image, which fits into
-    the free memory only when it is alone, waits until the others are written.
+    Images reserve memory in the order of their jobs, so that none waits for a later one. An image so large that it fits
+    into memory only alone waits until all others are written.
     """
 
     def __init__(self, measure: Callable[[], FreeMemory]) -> None:
@@ -163,7 +166,7 @@ class MemoryBudget:
         self._is_waiting = self._is_closed = False
 
     def add_job(self, job: Job) -> None:
-        """Add a job; its image is the next one that may reserve memory after those of the jobs before."""
+        """Add a job to the end of the queue, in whose order images reserve memory."""
         self._queue.append(job)
 
     def reserve(self, job: Job, path: Path, size: str, needed: int) -> None:
@@ -192,7 +195,7 @@ class MemoryBudget:
         return sum(self._reserved.values()) + needed <= self._free.size
 
     def end_reading(self, job: Job) -> None:
-        """Let the images of later jobs reserve memory, if this one failed before it did."""
+        """Remove a job from the queue, in case reading failed before it reserved memory, so that later jobs can."""
         with self._condition:
             if job in self._queue:
                 self._queue.remove(job)
@@ -205,7 +208,7 @@ class MemoryBudget:
             self._condition.notify_all()
 
     def wait_for(self, reading: Future[Any]) -> bool:
-        """Wait for an image that is being read; return False as soon as it waits for the memory of others."""
+        """Wait until an image is read, and return True; return False as soon as it waits for the memory of others."""
         reading.add_done_callback(lambda _: self._notify())
         with self._condition:
             self._condition.wait_for(lambda: reading.done() or self._is_waiting)
@@ -222,7 +225,7 @@ class MemoryBudget:
 
 
 class Engine:
-    """Mattes images. ``on_result`` is called for each result, in the caller's thread."""
+    """Mattes the images of a run with reader threads, batches and writer threads."""
 
     def __init__(
         self,
@@ -233,7 +236,7 @@ class Engine:
         on_result: Callable[[ImageResult], None],
         notice: Callable[[str], None],
     ) -> None:
-        """``matting``: how frames are matted with the model of ``predictor``; jobs of one example are consecutive."""
+        """``matting`` mattes the batches. ``on_result`` gets each result, in the thread that calls :meth:`run`."""
         self.predictor = predictor
         self.matting = matting
         self.options = options
@@ -249,8 +252,9 @@ class Engine:
     def run(self, jobs: Iterable[Job]) -> None:
         """Matte every image. An image that fails is reported, and the run continues.
 
-        Raises OutputError if no more output can be written, DeviceError if the device is lost. On any exception,
-        including an interrupt, writes in progress are finished first.
+        The jobs of one example must be consecutive. Raises OutputError if no more output can be written, and
+        DeviceError if the device is lost. On any exception, including an interrupt, writes in progress are finished
+        first.
         """
         workers = int(max(1, min(self.options.workers, free_threads() // 4)))
         jobs = self.matting.begin_run(jobs)
@@ -277,7 +281,7 @@ class Engine:
             raise self._fatal
 
     def _limit_batch_size(self) -> None:
-        """Choose smaller batches if the free memory cannot be enough for the given size."""
+        """Reduce the batch size if the free memory is certainly too small for it."""
         free = free_memory()
         most = max(1, free.size / self.options.processes // (2 * WORKING_BYTES))
         if self.batch_size > most and self.predictor.device.torch_device.type == "cpu":
@@ -328,7 +332,7 @@ class Engine:
             writing.popleft()
 
     def _notice_once(self, kind: str, sentence: str) -> None:
-        """Print a notice, unless one of the same kind was printed before."""
+        """Give a notice, unless one of the same kind was given before."""
         if kind not in self._reported:
             self._reported.add(kind)
             self._notice(sentence)
@@ -351,6 +355,7 @@ class Engine:
         return result
 
     def _load(self, job: Job) -> LoadedImage | ImageResult:
+        """Return the image of a job with its hints and mattes, or the result of an alpha that is kept."""
         start = time.perf_counter()
         digest = self.options.job_digest(job)
         replaceable = job.replaceable if self.options.overwrite else file_identities(job)
@@ -377,7 +382,7 @@ class Engine:
         return LoadedImage(job, frame, Origin(*origin), replaceable, source.space, stored, time.perf_counter() - start)
 
     def _report_windows(self, job: Job, windows: ImageWindows) -> None:
-        """Report once if the output format cannot store the data and display windows of an EXR."""
+        """Give a notice once if the output format cannot store the data and display windows of an EXR."""
         output = self.options.output
         written = "trimap" if output.has_windows else output.format.upper()
         if windows.is_full or (output.has_windows and output.trimap == "none"):
@@ -390,11 +395,11 @@ class Engine:
         )
 
     def _batches(self, stream: Iterable[Future[LoadedImage | ImageResult]]) -> Iterator[list[LoadedImage]]:
-        """Group images by example and canvas size.
+        """Yield batches of images with the same example and canvas size.
 
-        At most ``2 * batch_size`` images are held back until their batch is full, and none if the next image needs
-        their memory. If the order must be kept, the waiting batch is yielded as soon as an image of another group
-        arrives.
+        Images wait until their batch is full. A batch is yielded earlier in these cases: more than ``2 * batch_size``
+        images wait; the next image needs their memory; an image of another example arrives; or, if the order must be
+        kept, an image of another canvas size arrives.
         """
         waiting: dict[tuple[int, tuple[int, int]], list[LoadedImage]] = {}
         for reading in stream:
@@ -419,7 +424,11 @@ class Engine:
         yield from waiting.values()
 
     def _matte_batch(self, images: list[LoadedImage]) -> Iterator[tuple[LoadedImage, FrameAlpha, float]]:
-        """Run the model. If memory runs out, the batch size is halved; a single image fails."""
+        """Run the model on a batch. Yields each image with its alpha and the seconds that it took.
+
+        If memory runs out, the batch size is halved for the rest of the run. If it runs out for a single image, that
+        image fails.
+        """
         while images:
             batch = images[: self.batch_size]
             start = time.perf_counter()
@@ -454,7 +463,7 @@ class Engine:
             raise
 
     def _write(self, image: LoadedImage, result: FrameAlpha, model_seconds: float) -> ImageResult:
-        """Bring the alpha to the size of the source and write it; runs in a writer thread."""
+        """Write the alpha of an image, and return its result; runs in a writer thread."""
         try:
             return self._write_alpha(image, result, model_seconds)
         except ImageError as error:
@@ -471,6 +480,7 @@ class Engine:
             self._memory.release(image.job)
 
     def _write_alpha(self, image: LoadedImage, result: FrameAlpha, model_seconds: float) -> ImageResult:
+        """Resize an alpha to its source, estimate its quality and write its files."""
         start = time.perf_counter()
         job = image.job
         if not np.isfinite(result.alpha).all():
@@ -495,7 +505,7 @@ class Engine:
         return replace(job.planned, status="done", matting=replace(details, seconds=round(seconds, 4)))
 
     def _write_files(self, image: LoadedImage, alpha: Float, provenance: dict[str, str]) -> None:
-        """Write the requested files. The image's own file is the last: it shows that the image is finished."""
+        """Write the trimap, and then the alpha: if the alpha exists, the image is finished."""
         output, job, windows = self.options.output, image.job, image.windows
         digest = self.options.job_digest(job)
         check = partial(check_unchanged, job=job, digest=digest, replaceable=image.replaceable)
@@ -522,7 +532,7 @@ class Engine:
             write_alpha(job.output, alpha, provenance, output, image.stored, partial(check, job.output))
 
     def _report_clipping(self, image: LoadedImage, colours: Float) -> None:
-        """Report once if an integer format clips colours outside 0..1."""
+        """Give a notice once if an integer format clips foreground colours outside 0..1."""
         output = self.options.output
         if output.depth_for(image.stored) not in ("8", "16"):
             return

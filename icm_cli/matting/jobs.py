@@ -1,4 +1,4 @@
-"""Jobs: the images to matte, and the output path of each alpha."""
+"""Jobs: the images to matte, each with the output path of its alpha."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TRIMAP_SUFFIX = ".trimap.png"
 """End of the name of a trimap that is written next to an alpha."""
 OBSTACLE_ADVICE = "remove it, or give another folder or name"
 MAX_MISSING_JOBS = 10_000
-"""Maximum number of missing frames that are reported one by one."""
+"""Largest number of missing frames that are reported one by one."""
 NAME_FIELDS = ("stem", "frame", "suffix")
 _digests: cachetools.LRUCache[tuple[Path, str], str] = cachetools.LRUCache(maxsize=64)
 """Content digests by path and state, because the pages of a file and composites share files."""
@@ -63,32 +63,32 @@ _digests_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Job:
-    """One image to matte: its file, its name below the sources' root, and the file of its alpha."""
+    """One image to matte: its file, its path below the root of the sources, and the path of its alpha."""
 
     source: Path | CompositeSource
     name: Path
     output: Path
     planned: ImageResult
-    """The result as far as it is known beforehand."""
+    """The result as far as it is known before the image is read."""
     example_index: int = 0
-    """Index of the references that show the object."""
+    """Index of the example: the references that are used for this image. A run of ``icm matte`` has only one."""
     page: int = 0
     """Index of the frame or page in a file with several."""
     colour: ColourSettings = DEFAULT_COLOUR
     root: str = ""
     """Absolute path of the sources' root."""
     is_missing: bool = False
-    """Whether the job stands for a missing frame, and will fail."""
+    """Whether the frame is missing from its sequence. Such a job fails, so that reports list the frame."""
     has_trimap: bool = False
     """Whether a trimap is written next to the alpha."""
     inspected: SourceFile | None = None
-    """Properties of the file that planning has read; None for composites and missing frames."""
+    """What was read from the file's header during planning; None for composites and missing frames."""
     hints: ImageHints | None = None
     """Files with hints about this image."""
     mattes: ImageMattes | None = None
     """Files of the garbage and keep mattes of this image."""
     replaceable: Mapping[Path, FileIdentity] = field(default_factory=dict, compare=False)
-    """Files that ``--overwrite`` replaces: outputs that existed before the run."""
+    """Outputs that existed before the run, which ``--overwrite`` may replace."""
 
     @property
     def trimap(self) -> Path:
@@ -115,7 +115,7 @@ class Job:
         return read_source_image(self.source, self.colour, self.page)
 
     def read_with_digest(self) -> tuple[SourceImage, str, str]:
-        """Read the image; return it with the state and the content digest of its files, each opened once.
+        """Return the image with the state and the content digest of its files. Each file is opened only once.
 
         Raises ImageError.
         """
@@ -129,7 +129,7 @@ class Job:
             return read_image(files[0], self.colour, self.page), state, digest
 
     def state(self) -> str:
-        """Return the sizes, modification times and first bytes of the image's files. Raises ImageError."""
+        """Return a text with the sizes, modification times and first bytes of the files. Raises ImageError."""
         if self.inspected is not None:
             return self.inspected.state()
         with self._open_files() as files:
@@ -156,7 +156,7 @@ class OutputLayout:
     template: str = DEFAULT_NAME
     suffix: str = ".png"
     pattern: FramePattern | None = None
-    """The frame pattern of ``--out``, in which the source's number is inserted."""
+    """The frame pattern of ``--out``, into which the frame number of the source is inserted."""
     has_trimap: bool = False
     """Whether a trimap is written next to every alpha."""
 
@@ -168,7 +168,7 @@ class OutputLayout:
             raise UsageError("--name and the frame pattern of --out both name the alphas; give only one of them")
 
     def output_path(self, name: Path) -> Path:
-        """Return the file of the alpha of an image with this name below the root. Raises UsageError."""
+        """Return the path of the alpha of an image. ``name``: its path below the root. Raises UsageError."""
         parts = FrameName.from_path(name)
         if self.pattern is None:
             stem = self.template.format(stem=parts.stem, frame=parts.frame, suffix=name.suffix)
@@ -181,7 +181,7 @@ class OutputLayout:
 
 
 def _find_template_problem(template: str) -> str:
-    """Return what is wrong with a template of file names, "" if nothing is."""
+    """Return what is wrong with a template of file names; "" if it is valid."""
     if not template or "/" in template or os.sep in template or "\0" in template:
         return "is not a file name"
     if len(os.fsencode(template)) > MAX_NAME_BYTES:
@@ -203,13 +203,13 @@ _EXPECTED_NAME = "expected a file name with {stem}, {frame} and {suffix}, such a
 
 @dataclass(frozen=True)
 class SourceFilter:
-    """A selection of the sources."""
+    """Which images of the sources are matted."""
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
-    """Globs that are matched against the path below the sources' root and against the file name."""
+    """Globs, as in ``include``, for the path below the root or for the file name."""
     frames: FrameRanges | None = None
-    """Frame numbers; None: all."""
+    """Frame numbers; None for all."""
     missing: MissingPolicy = "skip"
     shard: tuple[int, int] | None = None
     """Number of a shard, from 1, and the number of shards."""
@@ -232,9 +232,9 @@ def plan_jobs(
 ) -> list[Job]:
     """Return a job for every image that passes the filter, sorted by name.
 
-    Files in the output folder, references, masks and mattes are skipped. Missing frames are reported, or returned as
-    jobs that fail, as ``source_filter.missing`` says. A notice is given if no image is left. Raises UsageError before
-    anything is written.
+    Files in the output folder, references, masks and mattes are skipped. ``source_filter.missing`` decides what happens
+    with missing frames: a notice, jobs that fail, or an error. A notice is given if no image is left. Nothing is
+    written. Raises UsageError.
     """
     root, found, resolve = sources.root, sources.files, PathResolver()
     real_root, real_out = resolve(root), resolve(layout.folder)
@@ -245,6 +245,8 @@ def plan_jobs(
         if hint_files.folder == real_out:
             raise UsageError(f"the folder of --hints {hint_files.where} is also the output folder; give another --out")
         found = images = hint_files.without_hints(found, root)
+
+    # Skip files that are no sources, and sources that the filter excludes.
     if real_root in real_out.parents:
         found = skipped_files.exclude(found, lambda path: real_out in resolve(path).parents, "in the output folder")
     protected = {resolve(path) for path in references}
@@ -259,7 +261,7 @@ def plan_jobs(
         "excluded by --include or --exclude",
         is_reported=False,
     )
-    with library_settings():  # once for all files
+    with library_settings():  # entered once instead of for each file
         inspected = {path: sources.inspected.get(path) or SourceFile.inspect(path) for path in found}
     found = skipped_files.exclude(found, lambda path: inspected[path].type.is_icm_output, "made by icm")
     missing = _plan_missing_frames(found, sources, source_filter, layout, skipped_files, protected)
@@ -267,6 +269,7 @@ def plan_jobs(
         found = skipped_files.exclude(
             found, lambda path: FrameName.from_path(path).number not in frames, "not in --frames", is_reported=False
         )
+
     jobs = [
         job
         for path in sorted([*found, *missing], key=natural_sort_key)
@@ -275,10 +278,14 @@ def plan_jobs(
     if not jobs:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped_files.items() if count)
         skipped_files.notify(f"there is nothing to matte, as every image in {root} is skipped: {reasons}")
+
+    # Refuse output paths that would replace inputs or each other.
     check_overwrites(jobs, [path for job in jobs for path in job.files], "a source image", resolve)
     check_overwrites(jobs, references, "a reference or its mask", resolve)
     check_overwrites(jobs, matte_paths, "a garbage or keep matte", resolve)
     _check_collisions(jobs, layout)
+
+    # Find the mattes and hints of every job.
     mattes = assign_mattes([job.name for job in jobs], garbage, keep)
     jobs = [replace(job, mattes=each) for job, each in zip(jobs, mattes, strict=True)]
     files: dict[Path, list[Path]] = {}
@@ -297,12 +304,12 @@ def plan_jobs(
 
 
 def _is_output(path: Path, folder: Path) -> bool:
-    """Return whether a file is in the output folder, and not in the record of the run, which contains hints."""
+    """Return whether a file is in the output folder. Files in its ``.icm`` are not: hints may be stored there."""
     return folder in path.parents and RECORD_FOLDER not in path.relative_to(folder).parts
 
 
 def _add_hints(jobs: Sequence[Job], files: Mapping[Path, Sequence[Path]], notice: Callable[[str], None]) -> list[Job]:
-    """Return the jobs with their files of hints. Raises UsageError for a file that cannot be used."""
+    """Return the jobs with their hint files. Raises UsageError for a file that cannot be used."""
     hints = check_image_hints({job.name: files[job.name] for job in jobs if job.name in files})
     for sentence in (each for job in jobs if job.name in hints for each in hints[job.name].notices):
         notice(sentence)
@@ -313,7 +320,7 @@ def _add_hints(jobs: Sequence[Job], files: Mapping[Path, Sequence[Path]], notice
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Parse ``i/n``. Raises UsageError."""
+    """Parse ``--shard``: "2/8" is (2, 8). Raises UsageError."""
     match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
     number, count = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= count:
@@ -327,7 +334,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 def check_overwrites(
     jobs: Sequence[Job], files: Sequence[Path], what: str, resolve: Callable[[Path], Path] = real_path
 ) -> None:
-    """Raise UsageError if an output is one of these files. ``what``: what they are, for the message."""
+    """Raise UsageError if an output path is one of ``files``. ``what``: what these are, such as "a source image"."""
     protected = {resolve(path) for path in files}
     for output in (output for job in jobs for output in job.outputs) if protected else ():
         if resolve(output) in protected:
@@ -344,7 +351,10 @@ def check_obstacles(jobs: Sequence[Job]) -> None:
 
 
 def _select_shard(jobs: Sequence[Job], number: int, count: int) -> list[Job]:
-    """Return the jobs of a shard. Only the name of an image decides its shard."""
+    """Return the jobs of a shard.
+
+    The hash of its name decides the shard of an image, so all machines agree, whatever other images they find.
+    """
     return [
         job
         for job in jobs
@@ -360,7 +370,11 @@ def _plan_missing_frames(
     skipped_files: SkippedFiles,
     protected: set[Path],
 ) -> list[Path]:
-    """Return the files of missing frames that are to fail. Raises UsageError if none may be missing."""
+    """Return the paths of missing frames for which jobs are planned, which will fail: with ``--missing report``.
+
+    With ``--missing skip``, a notice names the missing frames. With ``--missing error``, they raise UsageError.
+    ``found``: files that are not excluded. ``protected``: references; one that is a frame of the sequence is present.
+    """
     if not sources.is_sequence and source_filter.frames is None:
         return []
     present = [*found, *(path for path in sources.files if real_path(path) in protected)]
@@ -388,7 +402,11 @@ def _plan_missing_frames(
 
 
 def _earlier_alphas(pattern: FramePattern, frames: FrameRanges, root: Path, layout: OutputLayout) -> list[Path]:
-    """Return the existing alphas of missing frames, in order. The time does not depend on the number of frames."""
+    """Return the existing alphas of missing frames, in order.
+
+    For more missing frames than files in the folder, the numbers in the names of the files are tried instead of all
+    frames, so that a gap of a million frames takes no time.
+    """
 
     def alpha_of(number: int) -> Path:
         return layout.output_path(name_below(Path(pattern.folder, pattern.frame_name(number)), root))
@@ -404,7 +422,7 @@ def _earlier_alphas(pattern: FramePattern, frames: FrameRanges, root: Path, layo
 
 
 def _content_digest(file: ImageFile, state: str) -> str:
-    """Return the content digest of an open file, which is read once for all of its pages."""
+    """Return the content digest of an open file. It is cached, so that a file of many pages is read only once."""
     key = file.path, state
     with _digests_lock:
         digest = _digests.get(key)
@@ -427,7 +445,7 @@ def _is_wanted(name: Path, source_filter: SourceFilter) -> bool:
 def _jobs_of_file(
     source: Path, root: Path, layout: OutputLayout, colour: ColourSettings, inspected: SourceFile | None
 ) -> list[Job]:
-    """Return one job per image of a file: name.png, or name.0001.png and following."""
+    """Return a job for each image in a file. The outputs are a.png, or a.0001.png, a.0002.png, ... for several."""
     name = name_below(source, root)
     count = 1 if inspected is None else inspected.frame_count
     absolute_root = os.path.abspath(root)  # noqa: PTH100  resolve() would follow links
@@ -474,7 +492,7 @@ def _check_filters(found: Sequence[Path], root: Path, source_filter: SourceFilte
 
 
 def _check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
-    """Raise UsageError if two outputs are one file, or one is the folder of another."""
+    """Raise UsageError if two images have the same output path, or one output is a folder of another."""
     writers: dict[Path, list[str]] = {}
     for job in jobs:
         writers.setdefault(job.output, []).append(str(job.source))
@@ -506,9 +524,9 @@ def _check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
 
 
 def _check_similar_names(writers: Mapping[Path, str], folder: Path) -> None:
-    """Raise UsageError if the drive takes two outputs as one, because it ignores case or how accents are encoded.
+    """Raise UsageError if two output paths are one file on this drive, which may ignore case or how accents are encoded.
 
-    ``writers``: source of each output.
+    ``writers``: the source of each output.
     """
     groups: dict[str, list[Path]] = {}
     for output in writers:
@@ -535,7 +553,7 @@ def _fold_name(name: str) -> str:
 
 @contextlib.contextmanager
 def _existing_folder(folder: Path) -> Iterator[None]:
-    """Create a folder, and afterwards remove what was created."""
+    """Context in which a folder exists. If it did not exist before, it is removed afterwards."""
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -547,7 +565,7 @@ def _existing_folder(folder: Path) -> Iterator[None]:
 
 
 def _is_same_name(folder: Path, name: str, other: str) -> bool:
-    """Return whether the drive of a folder takes two names as one; False if this cannot be found out."""
+    """Return whether two names are the same file in a folder, by writing a test file; False if that fails."""
     start = temporary_name().removesuffix(TEMPORARY_SUFFIX)
     probe = folder / f"{start}{name}{TEMPORARY_SUFFIX}"
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""A loaded model that mattes arrays: the object that ``icm_cli.load`` returns and ``icm matte`` uses."""
+"""``Predictor``: a loaded model that mattes arrays. ``icm_cli.load`` returns it, and ``icm matte`` uses it."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from icm_cli.options.definition import argument_names
 
 @dataclass(frozen=True)
 class Frame:
-    """A target that is prepared for the model.
+    """An image to matte, prepared for the model.
 
     Attributes:
         rgb: Pixels of the source, sRGB uint8 [H,W,3].
-        canvas: The same on the canvas of the backbone.
+        canvas: The pixels that the model sees, resized to the canvas of the backbone, uint8.
         placement: Position of the frame on the canvas.
         windows: Position of the pixels in the display window; None if they fill it.
-        hints: What a person says about the object in these pixels.
-        embedder: Embeddings of the pixels by the object decoder, if they are kept.
-        mattes: Garbage and keep mattes of these pixels.
-        visible: Pixels that the model sees, sRGB uint8 [H,W,3]: without the garbage area; None if they are ``rgb``.
+        hints: Hints, in pixels of ``rgb``.
+        embedder: Embeddings for the object model, if they are kept for further hints.
+        mattes: Garbage and keep mattes, of the size of ``rgb``.
+        visible: ``rgb`` with the garbage area hidden, which the model sees instead; None without a garbage matte.
     """
 
     rgb: ImageU8
@@ -72,7 +72,7 @@ class Frame:
 
     @property
     def shows_object(self) -> bool:
-        """Whether a hint says that the object is present."""
+        """Whether a hint marks the object, so that it is present whatever the model predicts."""
         return self.hints is not None and says_present(self.hints)
 
 
@@ -83,10 +83,12 @@ class CoarseAlpha:
     Attributes:
         alpha: float32 [h,w] in 0..1 on the model's device, at any resolution. It covers exactly the frame.
         found: Whether the object appears to be in the frame.
-        signals: What the passes of the head say about the alpha, see :mod:`icm_cli.matting.quality_signals`.
-        presence_logit: Logit of the presence of the object; infinite if the head does not predict it.
-        alpha_if_present: Alpha under the assumption that the object is present, if its presence is uncertain.
-        is_completed: Whether the objects of ``alpha`` are already completed.
+        signals: Signals of the head, see :mod:`icm_cli.matting.quality_signals`.
+        presence_logit: Logit of the probability that the object is in the frame; infinite if the head has no such
+            output.
+        alpha_if_present: Alpha under the assumption that the object is in the frame; None if that is certain or if the
+            head has no such output.
+        is_completed: Whether the object model has already completed ``alpha``.
     """
 
     alpha: Tensor
@@ -107,12 +109,13 @@ class FrameAlpha:
     """Alpha of one frame, after all passes of the model.
 
     Attributes:
-        alpha: float32 [h,w] in 0..1, covers exactly the frame: at the size of the source if the model has edges or the
-            frame has hints, else at that of the coarse alpha. :meth:`Predictor.alpha_at_source` enlarges it.
+        alpha: float32 [h,w] in 0..1, covers exactly the frame. It has the size of the source if the model has edges or
+            the frame has hints or mattes, else that of the coarse alpha. :meth:`Predictor.alpha_at_source` resizes it
+            to the source.
         found: Whether the object appears to be in the frame.
-        signals: Values from which the quality of the alpha is estimated, see :mod:`icm_cli.matting.quality_signals`.
-            Empty if the alpha is not finite.
-        provenance: Further entries for the provenance of the file, see :mod:`icm_cli.matting.resume`.
+        signals: Signals from which the quality is estimated, see :mod:`icm_cli.matting.quality_signals`. Empty if the
+            alpha is not finite.
+        provenance: Further entries for the stamp of the file, see :mod:`icm_cli.matting.resume`.
     """
 
     alpha: Float
@@ -122,23 +125,23 @@ class FrameAlpha:
 
 
 class Session:
-    """One image, about which a person gives hints one after another; see :meth:`Predictor.session`.
+    """Mattes one image again and again with different hints; see :meth:`Predictor.session`. Not thread-safe.
 
-    The hints are those of the frame's pixels, its data window. Not for use in several threads at a time.
+    What does not depend on the hints is computed only once. Hints are in pixels of the frame, its data window.
     """
 
     def __init__(self, predictor: Predictor, frame: Frame, decide_alpha: Callable[[Frame], CoarseAlpha]) -> None:
-        """``decide_alpha``: returns the final coarse alpha of the frame.
+        """``decide_alpha`` returns the coarse alpha of a frame after its presence is decided.
 
-        Its result may depend on :attr:`Frame.shows_object`, but on nothing else in the hints. It is called at most
-        once for each of the two values.
+        Of the hints, its result may depend only on :attr:`Frame.shows_object`. It is called at most once for True and
+        once for False.
         """
         self._predictor, self._decide_alpha = predictor, decide_alpha
         self._frame = replace(frame, embedder=ImageEmbedder(predictor.prompted_objects, frame.visible_rgb))
         self._decided: dict[bool, CoarseAlpha] = {}
 
     def coarse(self, hints: Hints | None = None) -> ImageU8:
-        """Return the alpha, uint8 [H,W], without refined edges. It follows the hints too, and takes less time."""
+        """Return the alpha without refined edges, uint8 [H,W]. It follows the hints, and takes less time."""
         predictor, frame = self._predictor, self._frame_with_hints(hints)
         with device_errors(predictor.device, "an image was matted"):
             (completed,) = predictor.complete_alphas([frame], [self._coarse_alpha(frame)], embeds_crops=False)
@@ -161,7 +164,7 @@ class Session:
         return replace(self._frame, hints=None if hints is None else _check_hints(hints, self._frame.rgb))
 
     def _coarse_alpha(self, frame: Frame) -> CoarseAlpha:
-        """Coarse alpha of the frame. It depends only on whether a hint says that the object is present."""
+        """Return the cached coarse alpha. It depends only on whether a hint marks the object."""
         if frame.shows_object not in self._decided:
             self._decided[frame.shows_object] = self._decide_alpha(frame)
         return self._decided[frame.shows_object]
@@ -193,9 +196,9 @@ class Predictor:
                 bool, uint8 0..255 or float 0..1. With ``Hints`` in place of the mask, ``lite`` makes it from their
                 points, boxes and strokes.
             negatives: Images of what is not the object; or pairs of image and mask or Hints, which select it.
-            learn_steps: Number of steps in which a copy of the head is fine-tuned on the references. Useful for images
-                of one shot or place. None for 0.
-            on_progress: Called with the finished fraction of this fine-tuning, 0..1.
+            learn_steps: Number of steps in which a copy of the head is fine-tuned on the references. Useful if all
+                images show one shot or location. None for 0.
+            on_progress: Called with the finished fraction of the fine-tuning, 0..1.
 
         Raises:
             UsageError: An array has another type, shape or range, a mask is empty or full, or the head cannot learn
@@ -222,12 +225,18 @@ class Predictor:
         garbage: NDArray[Any] | None = None,
         keep: NDArray[Any] | None = None,
     ) -> ImageU8:
-        """Return the alpha, uint8 [H,W], of an image, sRGB uint8 [H,W,3] or grey [H,W].
+        """Return the alpha of an image, uint8 [H,W].
 
-        ``reference`` is the result of :meth:`reference`. The alpha follows the ``hints`` about this image. It is 0
-        where ``garbage`` is white, and 1 where ``keep`` is white: mattes [H,W], bool, uint8 0..255 or float 0..1.
-        Raises UsageError for an array of another type or shape, or hints for another size, ConfigError if memory runs
-        out.
+        Args:
+            rgb: The image, sRGB uint8 [H,W,3] or grey [H,W].
+            reference: Result of :meth:`reference`.
+            hints: Hints about this image, which the alpha follows.
+            garbage: Matte [H,W]: bool, uint8 0..255 or float 0..1. The alpha is 0 where it is white.
+            keep: Matte like ``garbage``. The alpha is 1 where it is white.
+
+        Raises:
+            UsageError: An array has another type or shape, or the hints are for another size.
+            ConfigError: Memory ran out.
         """
         frame = self._check_arguments(rgb, reference, garbage, keep)
         frame = replace(frame, hints=None if hints is None else _check_hints(hints, frame.rgb))
@@ -243,14 +252,14 @@ class Predictor:
         garbage: NDArray[Any] | None = None,
         keep: NDArray[Any] | None = None,
     ) -> Session:
-        """Return a session in which a person corrects the alpha of one image by hints, one after another.
+        """Return a session to matte one image again and again with different hints, as an editor does.
 
         What does not depend on the hints is computed here, once. Arguments and errors are those of :meth:`matte`.
         """
         return self.open_session(self._check_arguments(rgb, reference, garbage, keep), reference)
 
     def open_session(self, frame: Frame, reference: PreparedReferences) -> Session:
-        """Return a session about a frame, whose alphas are those of :meth:`matte_frames` with the hints."""
+        """Return a session for a frame. Its alphas equal those of :meth:`matte_frames` with the same hints."""
         with device_errors(self.device, "an image was matted"):
             matte = self.infer([frame], reference)
 
@@ -277,7 +286,7 @@ class Predictor:
         hints: Hints | None = None,
         mattes: Mattes | None = None,
     ) -> Frame:
-        """Scale an image, sRGB uint8 [H,W,3] of any size, to the canvas. Does not use the model: safe in threads."""
+        """Prepare an image, sRGB uint8 [H,W,3] of any size, for the model. Thread-safe: does not run the model."""
         placement = self.model.backbone.canvas.placement(*rgb.shape[:2])
         visible = None if mattes is None else mattes.hide_garbage(rgb)
         canvas = placement.fit_to_canvas(rgb if visible is None else visible)
@@ -288,22 +297,22 @@ class Predictor:
         return self.prepare_frame(box.crop(frame.rgb), mattes=frame.mattes and frame.mattes.crop(box))
 
     def matte_frames(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[FrameAlpha]:
-        """Matte frames with canvases of one size, each independently of the others."""
+        """Matte a batch of frames independently of each other. Their canvases must have the same size."""
         coarse = self.coarse_alphas(frames, reference)
         decided = [self.decide_presence(frame, each, reference) for frame, each in zip(frames, coarse, strict=True)]
         return self.refine_alphas(frames, decided)
 
     @torch.inference_mode()
     def coarse_alphas(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[CoarseAlpha]:
-        """Run backbone and head on frames with canvases of one size.
+        """Run backbone and head on a batch of frames, whose canvases must have the same size.
 
-        An object that a hint marks is present, whatever the head predicts.
+        If a hint marks the object, it is present, whatever the head predicts.
         """
         matte = self.infer(frames, reference)
         return [_coarse_alpha_of(matte, index, frame) for index, frame in enumerate(frames)]
 
     def infer(self, frames: Sequence[Frame], reference: PreparedReferences) -> Matte:
-        """Run backbone and head on frames with canvases of one size, whatever their hints say."""
+        """Run backbone and head on a batch of frames, without their hints. Their canvases must have the same size."""
         valid = self._to_device(np.stack([frame.placement.content_mask() for frame in frames]))
         return self.model.infer(self._image_batch([frame.canvas for frame in frames]), valid, reference)
 
@@ -314,11 +323,12 @@ class Predictor:
         coarse: Sequence[CoarseAlpha],
         stabilise: Callable[[Float], Float] | None = None,
     ) -> list[FrameAlpha]:
-        """Return the final alphas of frames from their coarse alphas.
+        """Return the final alphas of frames from their coarse alphas, in these steps:
 
-        In this order: the objects are completed and the edges refined, if the model has these components; then
-        ``stabilise`` changes the alphas; then the mattes and hints of the frames are applied. Coarse alphas that are
-        not finite are neither completed nor refined.
+        1. Complete the objects and refine the edges, if the model has these components. Alphas with values that are
+           not finite are left as they are.
+        2. Apply ``stabilise`` to every alpha.
+        3. Apply the mattes and hints of the frames.
         """
         alphas = self.complete_alphas(frames, coarse)
         completed = list(alphas)
@@ -337,10 +347,13 @@ class Predictor:
     def complete_alphas(
         self, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha], *, embeds_crops: bool = True
     ) -> list[Tensor]:
-        """Complete the objects of coarse alphas, and return alphas float32 [h,w] of any size; see
-        :meth:`refine_alphas`, and :func:`~icm_cli.matting.prompting.complete_by_prompts` for ``embeds_crops``."""
+        """Complete the objects of coarse alphas, with the hints of their frames. Returns float32 [h,w] of any size.
+
+        ``embeds_crops``: see :func:`~icm_cli.matting.prompting.complete_by_prompts`.
+        """
         alphas = [each.alpha for each in coarse]
         finite = [index for index, alpha in enumerate(alphas) if bool(alpha.isfinite().all())]
+        # Alphas that were completed by prompts must not be completed again without them.
         prompted = [index for index in finite if self._complete_by_hints(frames[index], alphas, index, embeds_crops)]
         if self.model.edges is not None:
             unfinished = [index for index in finite if not coarse[index].is_completed and index not in prompted]
@@ -350,9 +363,9 @@ class Predictor:
         return alphas
 
     def _complete_by_hints(self, frame: Frame, alphas: list[Tensor], index: int, embeds_crops: bool) -> bool:
-        """Edit the coarse alpha of a frame as its hints say, and complete it by their prompts, in place.
+        """Apply the hints of a frame to its coarse alpha ``alphas[index]``, in place.
 
-        Returns whether there were prompts, so that the alpha is complete.
+        Areas are painted into it; points and boxes prompt the object model. Returns whether that completed the alpha.
         """
         if (hints := frame.hints) is None:
             return False
@@ -367,8 +380,10 @@ class Predictor:
         return True
 
     def _make_result(self, frame: Frame, coarse: CoarseAlpha, completed: Tensor, alpha: Float) -> FrameAlpha:
-        """Return the final alpha of a frame. If the frame has mattes or hints, it follows them and has the size of the
-        source. It is found if it shows an object, or a hint says so."""
+        """Return the result of a frame: apply its mattes and hints to ``alpha``, and measure the signals.
+
+        An alpha with mattes or hints gets the size of the source first.
+        """
         is_finite = bool(np.isfinite(alpha).all())
         if is_finite and (frame.hints is not None or frame.mattes is not None):
             alpha = _follow_corrections(alpha_at_source(alpha, frame.rgb, self.model.guided_filter), frame)
@@ -383,21 +398,21 @@ class Predictor:
 
     @property
     def prompted_objects(self) -> Objects:
-        """Part that completes objects by points and boxes: that of the model, or else that of ``lite``.
+        """The object model that follows points and boxes: that of the model, or else that of ``lite``.
 
-        The latter is loaded from the package when it is used first. Raises ConfigError if it is not there.
+        The latter is loaded from the package at its first use. Raises ConfigError if it is not installed.
         """
         return self.model.objects or self._mask_maker.objects
 
     def alpha_at_source(self, frame: Frame, result: FrameAlpha) -> Float:
-        """Return the alpha, float32 [H,W] in 0..1, at the size of the source. Safe in threads.
+        """Return the alpha at the size of the source, float32 [H,W] in 0..1. Thread-safe.
 
-        The guided filter enlarges alphas of models without edges.
+        Alphas of models without edges are enlarged by the guided filter.
         """
         return alpha_at_source(result.alpha, frame.rgb, self.model.guided_filter)
 
     def _complete_objects(self, frames: Sequence[Frame], coarse: Sequence[Tensor]) -> list[Tensor]:
-        """Complete the objects of coarse alphas [h,w], if the model has a component for it."""
+        """Complete the objects of coarse alphas [h,w] without prompts, if the model has an object model."""
         objects = self.model.objects
         if objects is None:
             return list(coarse)
@@ -406,8 +421,11 @@ class Predictor:
 
     @torch.inference_mode()
     def decide_presence(self, frame: Frame, coarse: CoarseAlpha, reference: PreparedReferences) -> CoarseAlpha:
-        """Decide an uncertain presence by a second pass on a crop: its logit is averaged with that of the first one,
-        and the alpha of the more confident pass is used."""
+        """Decide by a second pass, on a crop, whether an object whose presence is uncertain is in the frame.
+
+        The presence logits of the two passes are averaged. The alpha of the more confident pass is used, multiplied by
+        the probability that the object is present.
+        """
         candidate = coarse.alpha_if_present
         if self.model.edges is None or candidate is None or not candidate.isfinite().all():
             return coarse
@@ -415,10 +433,10 @@ class Predictor:
         second = self._coarse_alpha_from_crop(frame, first, reference)
         if second is None:
             return coarse
-        in_crop, crop_logit = second
-        is_crop_better = crop_logit > coarse.presence_logit and bool((in_crop > 0.5).any())
+        from_crop, crop_logit = second
+        is_crop_better = crop_logit > coarse.presence_logit and bool((from_crop > 0.5).any())
         logit = (coarse.presence_logit + crop_logit) / 2
-        alpha = (in_crop if is_crop_better else first) * torch.sigmoid(torch.tensor(logit)).to(first.device)
+        alpha = (from_crop if is_crop_better else first) * torch.sigmoid(torch.tensor(logit)).to(first.device)
         everywhere = torch.ones_like(alpha, dtype=torch.bool)
         confidence, found = confidence_and_found(alpha[None, None], everywhere[None])
         signals = {**coarse.signals, "confidence": float(confidence), "presence": logit}
@@ -427,10 +445,10 @@ class Predictor:
     def _coarse_alpha_from_crop(
         self, frame: Frame, alpha: Tensor, reference: PreparedReferences
     ) -> tuple[Tensor, float] | None:
-        """Matte a crop around the foreground of ``alpha`` [h,w].
+        """Matte a crop around the foreground of ``alpha`` [h,w], under the assumption that the object is present.
 
-        Returns the completed alpha under the assumption that the object is present, float32 [H,W], which is 0 outside
-        the crop; and the presence logit of the crop. Returns None if a crop would show hardly more than the frame does.
+        Returns the completed alpha, float32 [H,W], which is 0 outside the crop, and the presence logit of the crop.
+        Returns None if there is no foreground, or if the crop would be nearly as large as the frame.
         """
         config = self.model.second_pass
         box = crop_box((alpha > 0.5).numpy(force=True), frame.size, config.crop)
@@ -489,7 +507,7 @@ def check_learn_steps(steps: int, head: type[Head]) -> None:
 
 
 def _coarse_alpha_of(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
-    """Coarse alpha of one frame of a batch. An object that a hint marks is present, whatever the head predicts."""
+    """Return the coarse alpha of one frame of a batch; see :meth:`Predictor.coarse_alphas`."""
     height, width = frame.placement.content
     alpha = matte.alpha[index, 0, :height, :width].float().contiguous()
     signals = {"confidence": float(matte.confidence[index])}
@@ -511,14 +529,14 @@ def _coarse_alpha_of(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
 
 
 def _follow_corrections(alpha: Float, frame: Frame) -> Float:
-    """Correct an alpha of the size of a frame by its garbage matte, then its keep matte, then its hints."""
+    """Return an alpha of the size of its frame after its garbage matte, its keep matte and its hints, in this order."""
     if frame.mattes is not None:
         alpha = frame.mattes.apply_to_alpha(alpha)
     return alpha if frame.hints is None else bind_alpha(alpha, frame.hints)
 
 
 def _hide_garbage(coarse: CoarseAlpha, frame: Frame) -> CoarseAlpha:
-    """Return a coarse alpha that is 0 in the garbage area of its frame."""
+    """Return a coarse alpha set to 0 in the garbage area of its frame."""
     if frame.mattes is None or frame.mattes.garbage is None:
         return coarse
     hidden: Float = resize(frame.mattes.garbage, (coarse.alpha.shape[0], coarse.alpha.shape[1]))
@@ -530,7 +548,7 @@ def _hide_garbage(coarse: CoarseAlpha, frame: Frame) -> CoarseAlpha:
 
 
 def check_guidance(references: Sequence[Reference], head: type[Head]) -> None:
-    """Raise UsageError for references whose guidance attention would extend, if the head does not use attention."""
+    """Raise UsageError for references made with ``--guidance paper``, if the head has no attention maps."""
     if any(reference.attended_points for reference in references) and not head.needs_attention_matrix:
         raise UsageError(
             "--guidance paper extends points by attention maps, which this model does not use; omit it, or choose a "
@@ -575,7 +593,10 @@ def _as_negatives(negatives: Any, make_mask: MakeMask) -> list[Reference]:
 
 
 def _as_reference(image: Any, mask: Any, of_which: str, make_mask: MakeMask) -> Reference:
-    """Return a reference from an image and its mask or hints. ``of_which``: names it in messages. Raises UsageError."""
+    """Return a reference from an image and its mask or hints. ``of_which``: "of reference 2", for messages.
+
+    Raises UsageError.
+    """
     rgb, name = _as_rgb(image, f"the image {of_which}"), f"the mask {of_which}"
     notice = functools.partial(warnings.warn, stacklevel=5)
     if isinstance(mask, Hints):
