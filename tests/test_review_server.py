@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from icm_cli import files
 from icm_cli.errors import ImageError, UsageError
-from icm_cli.images.writing import read_stamp
+from icm_cli.images.writing import read_provenance_header
 from icm_cli.matting.run_record import command_line, read_run_record
 from icm_cli.review.corrections import Corrections
 from icm_cli.review.run import ReviewRun
@@ -326,7 +326,7 @@ def test_items_say_what_the_stamps_say(client: Client, scene: Path) -> None:
     assert list(items) == ["pad.0101.png", "sub/deep.png", "wall.jpg"]
     for name, item in items.items():
         path = scene / "out" / Path(name).with_suffix(".png")
-        recorded = json.loads(read_stamp(path)["icm-result"])
+        recorded = json.loads(read_provenance_header(path)["icm-result"])
         assert item["quality"] == recorded["quality"]
         assert item["reasons"] == recorded["reasons"]
         assert (item["status"], item["revision"], item["has_alpha"], item["has_hints"]) == ("open", 0, True, False)

@@ -205,11 +205,8 @@ def read_provenance(path: Path) -> dict[str, str] | None:
     return {str(key): value for key, value in provenance.items() if isinstance(value, str)}
 
 
-def read_stamp(path: Path) -> dict[str, str]:
-    """Return the provenance in the header of a file of icm; {} for other files. The pixels are not read.
-
-    Raises ImageError.
-    """
+def read_provenance_header(path: Path) -> dict[str, str]:
+    """Return the provenance of a file of icm without reading its pixels; {} for other files. Raises ImageError."""
     with open_image(path) as file:
         if not file.type.is_icm_output:
             return {}
@@ -222,9 +219,9 @@ def read_stamp(path: Path) -> dict[str, str]:
 
 
 def has_changed_pixels(path: Path, provenance: Mapping[str, str]) -> bool:
-    """Whether the pixels of a file with this provenance are not those that icm wrote: it was retouched.
+    """Return whether a file was retouched: its pixels are not those that icm wrote.
 
-    False for files of icm 0.1, which have no digest of their pixels. A PNG that is unchanged is not decoded. Raises
+    False for files of icm 0.1, which have no digest of their pixels. An unchanged PNG is not decoded. Raises
     ImageError.
     """
     expected = provenance.get(PIXELS_KEY)

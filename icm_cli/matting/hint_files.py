@@ -1,4 +1,4 @@
-"""Find the files with hints that ``--hints`` names, and read the hints of each image."""
+"""Find the hint files of ``--hints``, assign them to images, and read the hints of each image."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ EXPECTED = "expected a folder of .json and .png files named like the images, or 
 WITHOUT_IMAGE = "a hint without an image of its name"
 NOT_A_HINT = "not a hint; expected .json or .png"
 MAX_CHECKED_PIXELS = 1 << 26
-"""Files that state a larger image size are checked when the image is read, which has another size."""
+"""A file that states a larger image size is checked only when its image is read, to save memory."""
 
 
 @dataclass(frozen=True)
 class ImageHints:
-    """The files with the hints about one image, and the digest of their content."""
+    """The hint files of one image, and the digest of their content."""
 
     image: Path
-    """Name of the image below the root."""
+    """Path of the image below the root."""
     paths: tuple[Path, ...]
     digest: str = ""
     notices: tuple[str, ...] = ()
 
     @classmethod
     def check(cls, image: Path, paths: Sequence[Path]) -> ImageHints:
-        """Read the files, and check what does not depend on the image itself. Raises UsageError."""
+        """Read the files, and check what can be checked without the image. Raises UsageError."""
         hints = cls(image, tuple(sorted(paths, key=lambda path: (path.suffix.lower(), path))))
         digest = hints._content_digest()
         sizes = {path: hints._stated_size(path) for path in hints.paths}
@@ -63,7 +63,7 @@ class ImageHints:
         return cls(image, hints.paths, digest, tuple(notices))
 
     def read(self, windows: ImageWindows) -> Hints:
-        """Read the hints about an image with these windows; coordinates and areas are of its data window.
+        """Return the hints in pixels of the data window of the image. ``windows``: those of the image.
 
         Raises ImageError if they are for an image of another size, or if the files have changed since :meth:`check`.
         """
@@ -124,16 +124,17 @@ class ImageHints:
 
 @dataclass(frozen=True)
 class HintFiles:
-    """The files that ``--hints`` names."""
+    """All files that ``--hints`` names."""
 
     where: str
+    """Value of ``--hints``."""
     folder: Path | None
     """Real path of the folder; None for a frame pattern."""
     files: Mapping[str | int, Sequence[Path]]
     """Files by their path below the folder, without extension, or by their frame number."""
     real_paths: frozenset[Path]
     others: Sequence[Path] = ()
-    """Files of the folder that are no hints."""
+    """Files in the folder that are not hints."""
     _resolve: PathResolver = field(default_factory=PathResolver, repr=False, compare=False)
 
     @classmethod
@@ -166,9 +167,10 @@ class HintFiles:
         return frozenset() if self.folder is None else frozenset(self.folder.parents)
 
     def is_hint_file(self, path: Path, root: Path) -> bool:
-        """Return whether a file below the root of the sources is a file of hints, and no image to matte.
+        """Return whether a file below the root of the sources is a hint file, and not an image to matte.
 
-        It is in a folder of hints inside the root, matches the frame pattern, or is a JSON file with hints.
+        That is so if the folder of ``--hints`` is inside the root and contains it, if it matches the frame pattern of
+        ``--hints``, or if it is a JSON file with hints.
         """
         if self.folder is not None and self._resolve(root) in self._outer_folders:
             return self.folder in self._resolve(path).parents
@@ -176,9 +178,9 @@ class HintFiles:
         return may_be_hint and self._resolve(path) in self.real_paths
 
     def without_hints(self, images: Sequence[Path], root: Path) -> list[Path]:
-        """Return the images that are no hints, if the folder of hints is the root of the sources.
+        """Return the images without hint files, if ``--hints`` and ``--src`` are the same folder.
 
-        There, a PNG is a hint if its name without extension is the name of another image, with or without extension.
+        There, a PNG is a hint if it has the name of another image: a.png or a.jpg.png for a.jpg.
         """
         if self.folder != real_path(root):
             return list(images)
@@ -188,11 +190,14 @@ class HintFiles:
     def assign_files(
         self, images: Sequence[Path], sources: Sources, is_excluded: Callable[[Path], bool], skipped_files: SkippedFiles
     ) -> dict[Path, list[Path]]:
-        """Assign the files to images. Return the files of each image that has some, by its name.
+        """Assign the files to images. Returns the files of each image that has some, by the name of the image.
 
-        Files that fit no image are reported, and so are files that are no hints, unless the folder contains the
-        sources. ``images``: names of the images that are matted. ``is_excluded``: whether a file is an image or an
-        output itself. Raises UsageError for a file that may belong to several images.
+        Skipped files are reported: those that belong to no image, and those that are not hints, unless the folder
+        contains the sources. Raises UsageError for a file that may belong to several images.
+
+        Args:
+            images: Names of the images that are matted.
+            is_excluded: Returns whether a file is an image or an output itself.
         """
         owners = defaultdict[str | int | None, list[Path]](list)
         for image in images if self.files else ():
@@ -217,7 +222,7 @@ class HintFiles:
         return {image: paths for image, paths in found.items() if paths}
 
     def _keys(self, image: Path) -> set[str | int | None]:
-        """Keys of the files of an image, given by its name below the root."""
+        """Return the keys of ``files`` at which hints of an image may be. ``image``: its path below the root."""
         if self.folder is None:
             return {FrameName.from_path(image).number}
         has_suffix = image.suffix.lower() in IMAGE_SUFFIXES
@@ -225,7 +230,7 @@ class HintFiles:
 
 
 def check_image_hints(files: Mapping[Path, Sequence[Path]]) -> dict[Path, ImageHints]:
-    """Read the hints of images, given by their names. Raises UsageError."""
+    """Read and check the hint files of several images, by the names of the images. Raises UsageError."""
     with ThreadPoolExecutor(DEFAULT_WORKERS, "icm-hints") as executor:
         return dict(zip(files, executor.map(ImageHints.check, files, files.values()), strict=True))
 

@@ -524,7 +524,7 @@ def _check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
 
 
 def _check_similar_names(writers: Mapping[Path, str], folder: Path) -> None:
-    """Raise UsageError if two output paths are one file on this drive, which may ignore case or how accents are encoded.
+    """Raise UsageError if two output paths are one file on this drive, which may ignore case or accents' encoding.
 
     ``writers``: the source of each output.
     """

@@ -1,4 +1,4 @@
-"""``icm_cli.matte``: one reference in, a folder of alphas out. The body of the ``icm matte`` command."""
+"""``icm_cli.matte``: extract the object of the references from images. The command ``icm matte`` calls it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
             choices = [select_model(device=name) for name in parse_devices(options.model.device)]
         if options.reports.dry_run:
             _check_folders_without_writing(plan)
-            if downloads := choices[0].check_weights():  # without these weights, digests are unknown
+            if downloads := choices[0].check_weights():  # digests need the weights
                 listener.on_notice(
                     f"would download {', '.join(downloads)}; which alphas are kept is not known before that"
                 )
@@ -102,7 +102,7 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
 
 @dataclass(frozen=True)
 class MattingPlan:
-    """Everything that a run knows before the model: references, images, outputs and reports."""
+    """Everything that is known about a run before a model is chosen."""
 
     references: Sequence[Reference]
     colour: ColourSettings
@@ -114,7 +114,7 @@ class MattingPlan:
     shot: Shot | None
     skipped_files: SkippedFiles
     truths: Sequence[Path]
-    """Files of all ground truths."""
+    """Paths of all ground truths."""
 
 
 def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
@@ -159,7 +159,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
 
 
 def read_all_references(options: MatteOptions, notice: Callable[[str], None]) -> list[Reference]:
-    """Read the references of a run with their masks, and its negative references. Raises UsageError."""
+    """Return the references of a run with their masks, and then its negative references. Raises UsageError."""
     given, (_, colour) = options.references, choose_colour_settings(options.colour)
     masks = MaskMaker(lambda: resolve_device(parse_devices(options.model.device)[0]))
     references = read_references(
@@ -179,17 +179,17 @@ def read_all_references(options: MatteOptions, notice: Callable[[str], None]) ->
 
 @dataclass(frozen=True)
 class _MattingRun:
-    """A run whose plan and model are decided: what it reports, and the devices that do the work."""
+    """A run whose plan and model are chosen."""
 
     _options: MatteOptions
     _plan: MattingPlan
     _setups: Sequence[EngineSetup]
-    """The setup of the engine of each device."""
+    """One engine setup for each device."""
     _cluster: RayCluster | None
     _listener: Listener
 
     def matte_all(self, start: float) -> Report:
-        """Keep the alphas that are up to date, and matte the other images."""
+        """Keep the alphas that are up to date, and matte the other images. ``start``: time.perf_counter() before."""
         plan, listener = self._plan, self._listener
         collector = self._make_collector(start)
         listener.on_run_start(len(plan.jobs))
@@ -203,7 +203,7 @@ class _MattingRun:
         return collector.report
 
     def preview(self) -> Report:
-        """Return what the run would do, and print the counts. Raises UsageError as a run does."""
+        """Return what the run would do (``--dry-run``), and give a notice with the counts. Raises UsageError."""
         plan = self._plan
         kept: dict[Path, ImageResult] = {}
         reasons: dict[Path, str] = {}
@@ -232,7 +232,7 @@ class _MattingRun:
         on_result: Callable[[ImageResult], None],
         on_outdated: Callable[[Job, ExistingAlpha], None] | None = None,
     ) -> list[Job]:
-        """Report the alphas that are kept, and return the other jobs. Raises UsageError."""
+        """Report the alphas that are kept, and return the remaining jobs. Raises UsageError."""
         shot, options = self._plan.shot, self._setups[0].options
         jobs = list(shot.order if shot else self._plan.jobs)
         if options.overwrite:
@@ -250,7 +250,7 @@ class _MattingRun:
         )
 
     def _runner(self, on_result: Callable[[ImageResult], None]) -> contextlib.AbstractContextManager[Runner]:
-        """Prepare the model in this process, in a process for each device, or in a cluster."""
+        """Return a context with the engine in this process, a process for each device, or the actors of a cluster."""
         setups, notice = self._setups, self._listener.on_notice
         for setup in setups:
             self._listener.on_detail(setup.choice.description)
@@ -263,6 +263,7 @@ class _MattingRun:
         return contextlib.nullcontext(setups[0].create_engine(on_result, notice))
 
     def _make_collector(self, start: float) -> ResultCollector:
+        """Return a collector with an empty report. It scores the alphas if there are ground truths."""
         plan, settings, scoring = self._plan, self._settings(), None
         if plan.truths:
             scoring, rule = _make_scorer(self._setups[0].options.workers)
@@ -293,7 +294,7 @@ class _MattingRun:
         return collector
 
     def _settings(self) -> dict[str, Any]:
-        """Settings that the report states."""
+        """Return the settings of the run for the report."""
         colour = self._plan.colour
         devices = [setup.choice.device.description for setup in self._setups]
         devices += [self._cluster.describe()] if self._cluster else []
@@ -315,7 +316,7 @@ class _MattingRun:
 def run_digest(
     options: MatteOptions, references: Sequence[Reference], output: OutputFormat, choice: ModelChoice
 ) -> str:
-    """Return the digest of everything besides the source that decides the alphas of a run."""
+    """Return the digest of everything that decides the alphas of a run, except their sources, hints and mattes."""
     learn_steps = choice.resolve_learn_steps(options.sequences.learn_steps, is_shot=options.sequences.shot)
     parts = {
         **choice.digest_parts(),
@@ -357,7 +358,7 @@ def _check_folders_without_writing(plan: MattingPlan) -> None:
 
 
 def _check_devices(options: MatteOptions) -> None:
-    """Raise UsageError for options that need a single device and several that were given."""
+    """Raise UsageError if several devices are given with an option that works on one device only."""
     sequences = options.sequences
     if sequences.ray is None and len(parse_devices(options.model.device)) == 1:
         return
@@ -370,7 +371,7 @@ def _check_devices(options: MatteOptions) -> None:
 
 
 def _add_ground_truth(jobs: Sequence[Job], where: str) -> tuple[list[Job], list[Path]]:
-    """Return the jobs with their ground truths, and the files of all ground truths.
+    """Return the jobs with the paths of their ground truths, and the paths of all ground truths.
 
     ``where``: a folder with the same layout as the sources, or a frame pattern with the same frame numbers. Raises
     UsageError if no ground truth belongs to any image.
@@ -403,7 +404,7 @@ def _add_ground_truth(jobs: Sequence[Job], where: str) -> tuple[list[Job], list[
 
 
 def _make_scorer(processes: int) -> tuple[Scorer, ScoringRule]:
-    """Return a scorer for alphas with a ground truth, which may be empty, and its rule."""
+    """Return a scorer for the alphas that have a ground truth, and its rule."""
     from icm_cli.scoring.pool import Scorer, ScoringPool
     from icm_cli.scoring.task import ScoreTask, ScoringRule
 
@@ -421,9 +422,9 @@ def _make_scorer(processes: int) -> tuple[Scorer, ScoringRule]:
 def order_as_shot(
     jobs: Sequence[Job], refs: Sequence[Path], references: Sequence[Reference], shard: str | None
 ) -> tuple[list[Job], Shot]:
-    """Return the frames of shots, or of a shard of them, by name and in the order of matting.
+    """Return the jobs of shots sorted by name, and their :class:`Shot`; both only of a shard if one is given.
 
-    References that are frames come first.
+    ``refs``: paths of the references. Those that are frames of the sources become keyframes. ``shard``: ``--shard``.
     """
     folders = {real_path(Path(job.root) / job.name.parent): job.name.parent for job in jobs}
     keys = []
@@ -440,17 +441,14 @@ def order_as_shot(
 
 
 def _planned_result(job: Job, reason: str = "") -> ImageResult:
-    """Return the result of a job in a dry run: failed if its source cannot be an image, or if it has no matte.
-
-    ``reason``: why the job is recomputed.
-    """
+    """Return the result of a job in a dry run. ``reason``: why its alpha is recomputed; "" for a new one."""
     if problem := _find_problem(job):
         return replace(job.planned, status="failed", reason=problem)
     return replace(job.planned, reason=reason)
 
 
 def _find_problem(job: Job) -> str:
-    """Return why a job would fail, as far as this is known without reading the image; "" if nothing is known."""
+    """Return why a job would fail, as far as this is known without decoding the image; "" if no reason is known."""
     source = job.source
     assert isinstance(source, Path)
     inspected = job.inspected

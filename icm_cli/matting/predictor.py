@@ -115,7 +115,7 @@ class FrameAlpha:
         found: Whether the object appears to be in the frame.
         signals: Signals from which the quality is estimated, see :mod:`icm_cli.matting.quality_signals`. Empty if the
             alpha is not finite.
-        provenance: Further entries for the stamp of the file, see :mod:`icm_cli.matting.resume`.
+        provenance: Further entries for the provenance of the file, see :mod:`icm_cli.matting.resume`.
     """
 
     alpha: Float

@@ -1,12 +1,13 @@
 """Propagation in shots: the alpha of a frame is moved along the optical flow to the next frame.
 
-It is evidence in addition to the coarse alpha of the model, so that it works with any backbone, head and edges. The
-final alpha is then stabilised: it is moved towards that of the frame before, so that details that are recomputed in
-every frame do not flicker. If the frame before failed or does not show the object, an earlier frame is used.
+The moved alpha is combined with the coarse alpha of the model, so propagation works with any backbone, head and edges.
+The final alpha is then stabilised: blended with the moved alpha, so that details do not flicker. If the frame before
+failed or does not show the object, an earlier frame is used.
 
-With learned references, the object is tracked too: each frame is cropped around the object of the frame before. A small
-object then gets the full token grid, and similar objects elsewhere in the frame do not matter. If the object has no
-known position, or the crop shows only a small part of it, the full frame is matted to find it again.
+If the head was fine-tuned on the references (``--learn-steps``), the object is tracked too: each frame is cropped
+around the position of the object in the frame before. So a small object fills the token grid, and similar objects
+elsewhere are outside the crop. If the position is not known, or the crop shows only a small part of the object, the
+full frame is matted to find it again.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import PreparedReferences
 
 PROPAGATED_KEY = "icm-propagated"
-"""Entry of a file's provenance: the alpha that the next frame uses."""
+"""Provenance entry with :attr:`FrameMemory.alpha`, from which a later run can propagate."""
 CORRECTED_KEY = "icm-corrected"
-"""Entry of a file's provenance: where hints have corrected the alpha that the next frame uses."""
+"""Provenance entry with :attr:`FrameMemory.correction`."""
 EARLIER_KEY = "icm-carried"
-"""Name of this entry in alphas of icm 0.1."""
+"""Name of ``PROPAGATED_KEY`` in alphas of icm 0.1."""
 PROGRESS_INTERVAL_S = 10.0
-"""Interval of the notices about the progress of learning."""
+"""Interval of the notices about the progress of the fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class TrackingConfig:
 
     crop: CropSettings = field(default_factory=CropSettings)
     min_area_ratio: float = 0.5
-    """If a crop shows less than this fraction of the object's area in the frame before, the full frame is matted."""
+    """If a crop shows less than this fraction of the area that the object had in the frame before, the full frame is
+    matted."""
 
 
 @dataclass(frozen=True)
@@ -63,36 +65,35 @@ class PropagationConfig:
     """Settings of the propagation in a shot. All of them are part of the digest."""
 
     flow_px: int = 432
-    """Long side, in px, of the images between which the flow is computed."""
+    """Long side, in px, of the reduced images between which the flow is computed."""
     min_flow_px: int = 128
-    """Both sides of these images are padded to at least this, because the flow uses an image pyramid."""
+    """Both sides of the reduced images are padded to at least this, which the image pyramid of the flow needs."""
     max_logit: float = 3.0
-    """Largest logit of a propagated alpha."""
+    """Largest absolute logit of the evidence from a propagated alpha."""
     min_alpha: float = 0.02
-    """Alphas are clipped to this distance from 0 and 1, so that propagated evidence and the model can override each
-    other."""
+    """Alphas are clipped to this distance from 0 and 1 before logits are taken, which would be infinite there."""
     colour_tolerance: float = 15.0
-    """Colour difference along the flow, in levels of 255, at which the weight of the frame before is 1/e. The
-    larger the difference, the less reliable is the flow."""
+    """Colour difference along the flow, in levels of 0..255, at which the weight of the frame before falls to 1/e.
+    Larger differences mean that the flow is probably wrong."""
     stabilisation: float = 0.5
     """Where colours agree, the final alpha is moved by this fraction towards the moved alpha of the frame before."""
     max_frames_back: int = 3
     """An alpha is propagated from at most this many frames before."""
     correction_weight: float = 3.0
-    """Factor of the evidence where hints have corrected an alpha. With it, the evidence overrides a certain model."""
+    """Factor of the evidence where hints have corrected an alpha, so that it can override a confident model."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 @dataclass(frozen=True)
 class FrameMemory:
-    """A frame that was matted, reduced to ``PropagationConfig.flow_px``.
+    """What is kept of a matted frame for later frames, reduced to ``PropagationConfig.flow_px``.
 
     Attributes:
         rgb: Its display window, sRGB uint8 [h,w,3].
         alpha: Its alpha in the display window, uint8 [h,w].
         is_mask: Whether the alpha is the mask of a reference, which has no soft edges.
-        correction: Where hints, of this frame or of that from which it is propagated, have corrected the alpha of the
-            model: uint8 [h,w] from 0 to 255; None if nowhere.
+        correction: How much hints have corrected the alpha, uint8 [h,w]: 0 not at all, 255 completely; None if nowhere.
+            Corrections are propagated together with the alpha.
     """
 
     rgb: ImageU8
@@ -104,7 +105,7 @@ class FrameMemory:
     def from_frame(
         cls, rgb: ImageU8, alpha: Float, config: PropagationConfig, windows: ImageWindows | None = None
     ) -> FrameMemory:
-        """Reduce an image [H,W,3] and its alpha in 0..1, of any size; ``windows``: their position."""
+        """Reduce an image [H,W,3] and its alpha, 0..1 of any size. ``windows``: their position."""
         small = _reduce_image(rgb, windows, config)
         if windows is not None and not windows.is_full:
             at_size: Float = resize(alpha, windows.size)
@@ -134,8 +135,7 @@ class FlowField:
     def estimate(
         cls, earlier: FrameMemory, rgb: ImageU8, config: PropagationConfig, windows: ImageWindows | None = None
     ) -> FlowField:
-        """Estimate the flow from an image, sRGB uint8 [H,W,3], to an earlier frame with a display window of the same
-        size."""
+        """Estimate the flow from an image, sRGB uint8 [H,W,3], to an earlier frame of the same display size."""
         now = _reduce_image(rgb, windows, config)
         flow = _compute_flow(now, earlier.rgb, config)
         difference = np.abs(_warp(earlier.rgb.astype(np.float32), flow) - now).mean(axis=-1)
@@ -143,10 +143,10 @@ class FlowField:
         return cls(earlier, flow, agreement, windows, config)
 
     def propagate(self, coarse: Tensor) -> Tensor:
-        """Add the evidence of the earlier frame to a coarse alpha [h,w] in 0..1.
+        """Return a coarse alpha [h,w] in 0..1, combined with the alpha of the earlier frame.
 
-        The evidence is the logit of the earlier alpha. It is moved along the flow and weighted by the agreement. Its
-        weight is larger where hints corrected the earlier frame. Then it is added to the logit of the coarse alpha.
+        The logit of the earlier alpha is moved along the flow, and weighted by the agreement of the colours. Its weight
+        is larger where hints corrected the earlier frame. Then it is added to the logit of the coarse alpha.
         """
         config = self.config
         evidence = np.clip(_logit(self.earlier.alpha, config.min_alpha), -config.max_logit, config.max_logit)
@@ -160,7 +160,7 @@ class FlowField:
         return (foreground / (foreground + 1.0 - alpha)).clamp(max=1.0)
 
     def stabilise(self, rgb: ImageU8, alpha: Float) -> Float:
-        """Move the final alpha [h,w] in 0..1 of the frame ``rgb`` towards that of the earlier frame.
+        """Return a final alpha [h,w] in 0..1 of the frame ``rgb``, moved towards the alpha of the earlier frame.
 
         The change is computed at the reduced size and then enlarged, so that fine edges are preserved.
         """
@@ -172,7 +172,7 @@ class FlowField:
         return np.asarray(np.clip(alpha + change, 0.0, 1.0), np.float32)
 
     def moved_correction(self) -> ImageU8 | None:
-        """Return the correction of the earlier frame at this frame, where the colours agree; None if it is empty."""
+        """Return the correction of the earlier frame, moved to this frame where the colours agree; None if empty."""
         if self.earlier.correction is None:
             return None
         moved = _warp(self.earlier.correction.astype(np.float32), self.flow) * self.agreement
@@ -196,9 +196,9 @@ class FlowField:
 
 
 class FlowPropagator:
-    """Mattes the frames of a shot in its order, each with the alpha of an earlier frame.
+    """Mattes the frames of a shot in their order, each with the alpha of an earlier frame.
 
-    An implementation of :class:`~icm_cli.matting.engine.FrameMatting`. It holds only a few reduced frames.
+    It implements :class:`~icm_cli.matting.engine.FrameMatting`, and keeps only a few reduced frames.
     """
 
     keeps_order = True
@@ -211,7 +211,7 @@ class FlowPropagator:
         notice: Callable[[str], None],
         config: PropagationConfig | None = None,
     ) -> None:
-        """``references``: prepared references of an example, by its number."""
+        """``references`` returns the prepared references of an example; see :attr:`Job.example_index`."""
         self._predictor = predictor
         self._references = references
         self._shot = shot
@@ -222,13 +222,13 @@ class FlowPropagator:
         self._start: Path | None = None
 
     def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
-        """Remember which frames are matted in this run; the existing alphas of the other frames are read."""
+        """Record which frames this run mattes. If another frame is needed, its existing alpha is read."""
         jobs = list(jobs)
         self._planned = {job.output for job in jobs}
         return jobs
 
     def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
-        """Matte frames in the order of the shot. After an error, the frames can be matted again."""
+        """Matte a batch of frames, in the order of the shot. After an error, the same frames can be matted again."""
         memories = dict(self._memories)
         try:
             references = self._references(jobs[0].example_index)
@@ -241,7 +241,7 @@ class FlowPropagator:
             raise
 
     def open_session(self, job: Job, frame: Frame) -> Session:
-        """Return a session about a frame, which hints make a keyframe: nothing is propagated into it."""
+        """Return a session for a frame with hints. Such a frame is a keyframe: no alpha is propagated to it."""
         references = self._references(job.example_index)
 
         def decide_alpha(frame: Frame) -> CoarseAlpha:
@@ -252,7 +252,10 @@ class FlowPropagator:
         return Session(self._predictor, frame, decide_alpha)
 
     def _matte_frame(self, job: Job, frame: Frame, source: TrackingReferences | CoarseAlpha) -> FrameAlpha:
-        """Matte one frame from its coarse alpha, or by tracking; remember its alpha if the object is found."""
+        """Matte one frame, and keep its alpha for later frames if the object is found.
+
+        ``source``: the coarse alpha of the frame, or the references with which it is computed by tracking.
+        """
         earlier = self._find_earlier(job, _reduce_image(frame.rgb, frame.windows, self._config).shape)
         if isinstance(source, TrackingReferences):
             previous_alpha = None if earlier is None else earlier.alpha
@@ -272,7 +275,8 @@ class FlowPropagator:
         if job.hints is not None:
             before = FrameMemory.from_frame(frame.rgb, coarse.alpha.numpy(force=True), self._config, frame.windows)
             memory = replace(memory, correction=_find_correction(before.alpha, memory.alpha))
-            self._memories, self._start = {}, job.output  # a start is kept for the frames before and after it
+            # Alphas are propagated from this frame forward, and later backward, so it is kept for longer.
+            self._memories, self._start = {}, job.output
         self._memories[job.output] = memory
         recent = [output for output in self._memories if output != self._start]
         for output in recent[: -self._config.max_frames_back]:
@@ -283,7 +287,10 @@ class FlowPropagator:
         return replace(result, provenance=provenance)
 
     def _find_earlier(self, job: Job, size: tuple[int, ...]) -> FrameMemory | None:
-        """Find the nearest earlier frame with an alpha and a reduced image of this size."""
+        """Return the nearest earlier frame that has an alpha and a reduced image of this size [h,w,3]; None if none.
+
+        A notice is given if earlier frames have another size.
+        """
         source, mismatched = job.source, list[str]()
         memory: FrameMemory | None
         for _ in range(self._config.max_frames_back):
@@ -309,7 +316,7 @@ class FlowPropagator:
         return None
 
     def _reference_memory(self, reference: Reference) -> FrameMemory:
-        """Return the memory of a keyframe: its image and its mask, which is 0.5 where it is unknown."""
+        """Return the memory of a reference that is a keyframe. Its alpha is its mask, 0.5 where that is unknown."""
         alpha = reference.guidance.astype(np.float32)
         if reference.unknown is not None:
             alpha[reference.unknown] = 0.5
@@ -317,7 +324,7 @@ class FlowPropagator:
         return replace(memory, is_mask=True)
 
     def _read_existing(self, job: Job) -> FrameMemory | None:
-        """Read the alpha of a frame that an earlier run matted; None if there is none to propagate."""
+        """Return the memory of a frame that an earlier run matted; None if its file has no alpha to propagate."""
         try:
             provenance = read_provenance(job.output) or {}
             alpha = decode_alpha(provenance.get(PROPAGATED_KEY) or provenance.get(EARLIER_KEY, ""))
@@ -331,10 +338,12 @@ class FlowPropagator:
 
 @dataclass(frozen=True)
 class TrackingReferences:
-    """References of a shot as they are given, and cropped around their objects, which the head has learned."""
+    """References of a shot for tracking."""
 
     full: PreparedReferences
+    """The references as they are given. They find the object in a full frame."""
     cropped: PreparedReferences
+    """The references cropped around their objects, on which the head was fine-tuned. They matte crops of frames."""
 
     @property
     def notices(self) -> Sequence[str]:
@@ -343,17 +352,18 @@ class TrackingReferences:
     def coarse_alpha(
         self, predictor: Predictor, frame: Frame, previous_alpha: ImageU8 | None, config: TrackingConfig
     ) -> CoarseAlpha:
-        """Return the coarse alpha of a frame, from a crop around the object of an earlier frame.
+        """Return the coarse alpha of a frame, matted in a crop around the position of the object in an earlier frame.
 
-        If that crop shows too little of the object, the full frame is matted, and a crop around the object that is
-        found there. The crop with the larger object is used. ``previous_alpha``: that of the earlier frame, uint8 [h,w]
+        If that crop shows too little of the object, the full frame is matted to find it, and then a crop around it. Of
+        the two crops, that with the larger object is used. ``previous_alpha``: alpha of the earlier frame, uint8 [h,w]
         of its display window; None if there is none.
         """
         position = np.zeros(frame.size, np.bool_) if previous_alpha is None else previous_alpha > HALF_U8
         box = crop_box(position, frame.size, config.crop, frame.windows)
         tracked = box and self._matte_crop_of(predictor, frame, box, config)
         display = frame.size if frame.windows is None else frame.windows.display
-        scale = display[0] * display[1] / (frame.size[0] * frame.size[1])  # areas are fractions of different windows
+        # The area in the frame before is a fraction of the display window, and that of the crop one of the data window.
+        scale = display[0] * display[1] / (frame.size[0] * frame.size[1])
         if tracked and tracked.found and tracked.area >= config.min_area_ratio * float(position.mean()) * scale:
             return tracked
         (full,) = predictor.coarse_alphas([frame], self.full)
@@ -371,7 +381,7 @@ class TrackingReferences:
             return coarse, resize_alpha(coarse.alpha, crop.size)
 
         found = matte_in_crops(box, frame.size, matte_crop, config.crop)
-        assert found is not None  # matte_crop does not give up
+        assert found is not None  # matte_crop never returns None
         coarse, alpha, box = found
         pasted = paste_crop(alpha, box, frame.size)
         return replace(coarse, alpha=resize_alpha(pasted, frame.placement.content))
@@ -385,9 +395,9 @@ def prepare_references(
     *,
     is_shot: bool,
 ) -> PreparedReferences:
-    """Prepare references; for a shot with learned references, both in full and cropped.
+    """Prepare references. If a shot has ``learn_steps``, they are prepared both in full and cropped, for tracking.
 
-    ``notice`` receives the progress of learning. Raises UsageError, ConfigError and DeviceError as
+    ``notice`` gets the progress of the fine-tuning. Raises UsageError, ConfigError and DeviceError, as
     :meth:`Predictor.reference` does.
     """
     if not learn_steps:
@@ -402,7 +412,7 @@ def prepare_references(
 
 
 class _LearningProgress:
-    """Reports the progress of learning from time to time."""
+    """Gives notices about the progress of the fine-tuning, every ``PROGRESS_INTERVAL_S``."""
 
     def __init__(self, notice: Callable[[str], None]) -> None:
         self._notice = notice
@@ -417,7 +427,7 @@ class _LearningProgress:
 
 
 def crop_reference(reference: Reference, settings: CropSettings) -> Reference:
-    """Crop a reference around its object."""
+    """Return a reference cropped around its object."""
     box = crop_box(reference.guidance, (reference.rgb.shape[0], reference.rgb.shape[1]), settings)
     if box is None:
         return reference
@@ -431,10 +441,7 @@ def create_matting(
     shot: Shot | None,
     notice: Callable[[str], None],
 ) -> IndependentMatting | FlowPropagator:
-    """Return how frames are matted: with propagation in a shot, else independently.
-
-    ``references``: prepared references of an example, by its number.
-    """
+    """Return how the frames of a run are matted: with propagation if ``shot`` is given, else independently."""
     if shot is None:
         return IndependentMatting(predictor, references)
     return FlowPropagator(predictor, references, shot, notice)
@@ -446,14 +453,17 @@ def encode_alpha(alpha: ImageU8) -> str:
 
 
 def decode_alpha(text: str) -> ImageU8 | None:
-    """Return the alpha of :func:`encode_alpha`; None if there is none. Raises ValueError or cv2.error."""
+    """Return the alpha of a text from :func:`encode_alpha`; None for "". Raises ValueError or cv2.error."""
     data = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
     alpha = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if len(data) else None
     return None if alpha is None else np.asarray(alpha, np.uint8)
 
 
 def _find_correction(before: ImageU8, after: ImageU8) -> ImageU8 | None:
-    """Return where an alpha was corrected: 0 up to a change of one half, 255 for a change from 0 to 255."""
+    """Return how much an alpha was corrected, uint8 [h,w]: 0 for changes of up to one half, 255 for a change of 255.
+
+    None if it was corrected nowhere. ``before`` and ``after``: the alpha before and after, uint8 [h,w].
+    """
     change = cv2.absdiff(before, after).astype(np.float32)
     correction = np.asarray(np.clip(2 * change - 255, 0, 255), np.uint8)
     return correction if correction.any() else None
@@ -465,13 +475,13 @@ def _move_to_display(pixels: NDArray[Any], windows: ImageWindows | None) -> NDAr
 
 
 def _reduce_image(rgb: ImageU8, windows: ImageWindows | None, config: PropagationConfig) -> ImageU8:
-    """Display window of an image [H,W,3] with a long side of at most ``config.flow_px``."""
+    """Return the display window of an image [H,W,3], reduced to a long side of at most ``config.flow_px``."""
     display: ImageU8 = _move_to_display(rgb, windows)
     return resize(display, downscaled_size(display.shape[:2], config.flow_px))
 
 
 def _compute_flow(now: ImageU8, earlier: ImageU8, config: PropagationConfig) -> Float:
-    """For every pixel of an image uint8 [h,w,3], its offset (x, y) to the earlier image, [h,w,2]."""
+    """Return the offset (x, y) from every pixel of an image, uint8 [h,w,3], to the earlier image, [h,w,2]."""
     height, width = now.shape[:2]
     below, right = max(0, config.min_flow_px - height), max(0, config.min_flow_px - width)
     grey = [
@@ -483,7 +493,7 @@ def _compute_flow(now: ImageU8, earlier: ImageU8, config: PropagationConfig) -> 
 
 
 def _warp(values: Float, flow: Float) -> Float:
-    """Move values [h,w] or [h,w,C] of the earlier image to the positions that the flow [h,w,2] gives."""
+    """Return the values [h,w] or [h,w,C] of the earlier image at the positions that the flow [h,w,2] points to."""
     height, width = flow.shape[:2]
     x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
     return np.asarray(
@@ -492,5 +502,6 @@ def _warp(values: Float, flow: Float) -> Float:
 
 
 def _logit(alpha: ImageU8, min_alpha: float) -> Float:
+    """Return log(a / (1 - a)) of an alpha, clipped to min_alpha..1 - min_alpha."""
     clipped = np.clip(alpha / np.float32(255), min_alpha, 1.0 - min_alpha)
     return np.asarray(np.log(clipped / (1.0 - clipped)), np.float32)

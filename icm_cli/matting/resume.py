@@ -1,4 +1,4 @@
-"""Resuming: alphas record what made them, so that later runs can keep or recompute them."""
+"""Decide which existing alphas are kept. Every alpha records in its file what made it: its provenance."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONTENT_KEY = "icm-sha256"
 RESULT_KEY = "icm-result"
 HINTS_KEY = "icm-hints"
 REVIEWED_KEY = "icm-reviewed"
-"""Entry of an alpha that a person has accepted: how, and when. Only ``--overwrite`` recomputes such an alpha."""
+"""Provenance entry of an alpha that a person has accepted. Only ``--overwrite`` recomputes such an alpha."""
 NUMBER = (float, int, type(None))
 DETAILS_SCHEMA = {
     "colorspace?": str,
@@ -50,14 +50,15 @@ UNRECORDED_VERSION = "0.1"
 
 
 class OtherSourceError(ImageError):
-    """An output file is the alpha of another source, or an image that icm did not write."""
+    """An output path has an alpha of another source, or a file that icm did not write or that was retouched."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The source of an alpha at the time when it was read."""
+    """The source of an alpha when it was read."""
 
     state: str
+    """See :meth:`Job.state`."""
     content: str
     """SHA-256 of its files."""
 
@@ -67,12 +68,12 @@ class ExistingAlpha:
     """A complete alpha that an earlier run made for the source of a job."""
 
     result: ImageResult
-    """Result if the alpha is kept."""
+    """The result of the job if the alpha is kept."""
     provenance: Mapping[str, str]
     is_of_same_state: bool
     """Whether the source has the same state as when the alpha was made."""
     retouched: Path | None
-    """File whose pixels were changed after icm wrote it."""
+    """An output whose pixels another program changed; None if there is none."""
 
     @property
     def is_reviewed(self) -> bool:
@@ -86,20 +87,20 @@ class ExistingAlpha:
         return made_by == (__version__, code_fingerprint())
 
     def can_be_kept(self, job: Job, digest: str, *, keep_all: bool) -> bool:
-        """Return whether the alpha is reviewed or up to date, or with ``keep_all`` of the same source."""
+        """Return whether the alpha is kept: if it is reviewed, up to date, or with ``keep_all`` of the same source."""
         if keep_all and not self.is_reviewed:
             return self._has_content_of(job)
         return self.is_reviewed or (self.is_of_same_state and self.provenance[DIGEST_KEY] == digest)
 
     def is_outdated(self, job: Job, digest: str) -> bool:
-        """Return whether icm would make another alpha today."""
+        """Return whether this icm might compute another alpha, because code, settings or source have changed."""
         return not (self.is_of_this_icm and self.provenance[DIGEST_KEY] == digest and self._has_content_of(job))
 
     def _has_content_of(self, job: Job) -> bool:
         return self.is_of_same_state or self.provenance.get(CONTENT_KEY) == job.content_digest()
 
     def outdated_reason(self, job: Job, digest: str, hints_digest: str) -> str:
-        """Return why the alpha is recomputed, if it is not kept. Arguments are those of :func:`make_provenance`."""
+        """Return why an alpha that is not kept is recomputed. Arguments are those of :func:`make_provenance`."""
         recorded = self.provenance.get(HINTS_KEY, "")
         if not self.is_of_this_icm:
             return "another version of icm made its alpha"
@@ -115,9 +116,10 @@ class ExistingAlpha:
 def make_provenance(
     job: Job, digest: str, origin: Origin, details: MattingDetails, hints_digest: str = ""
 ) -> dict[str, str]:
-    """Return the metadata of an alpha: what made it, its source, and its result.
+    """Return the provenance of an alpha: what made it, its source, and its result.
 
-    ``hints_digest``: digest of the hints that decide the alpha; "" if there are none.
+    ``digest``: see :func:`icm_cli.matting.digest.alpha_digest`. ``hints_digest``: digest of the hints that decide the
+    alpha, "" without hints.
     """
     recorded = {name: getattr(details, name) for name in RECORDED_DETAILS}
     return {
@@ -134,9 +136,9 @@ def make_provenance(
 
 
 def mark_reviewed(job: Job, stamp: str | None) -> None:
-    """Stamp the outputs of a job as reviewed, without changing their pixels. The image's own file is the last.
+    """Mark the outputs of a job as reviewed, without changing their pixels. The alpha is marked after its trimap.
 
-    ``stamp``: how and when, see :class:`MattingDetails`; None removes the stamp. Raises ImageError if there is no alpha
+    ``stamp``: how and when, see :class:`MattingDetails`; None removes the mark. Raises ImageError if there is no alpha
     of this job, and OutputError.
     """
     if not _read_own_provenance(job.output, job):
@@ -147,7 +149,7 @@ def mark_reviewed(job: Job, stamp: str | None) -> None:
 
 
 def find_kept_result(job: Job, digest: str, *, keep_all: bool = False) -> ImageResult | None:
-    """Return the result of an existing alpha that is kept; None if the job has to be done.
+    """Return the result of an existing alpha that is kept; None if the image must be matted.
 
     ``keep_all``: keep every alpha of icm that was made from the same source. Raises OtherSourceError if the output is
     the alpha of another source or was retouched, and ImageError if the source or the output cannot be read.
@@ -168,10 +170,10 @@ def file_identities(job: Job) -> dict[Path, FileIdentity]:
 
 
 def check_unchanged(path: Path, job: Job, digest: str, replaceable: Mapping[Path, FileIdentity]) -> None:
-    """Raise OtherSourceError if an output must not be replaced, because another run has written it.
+    """Raise OtherSourceError if an output must not be replaced, because another run wrote it during this one.
 
-    ``replaceable``: identities of the outputs that this run replaces. A newer output may be replaced too if it is
-    damaged, or equal because it has the same source and digest.
+    ``replaceable``: identities of the outputs that this run may replace. A newer output may be replaced too if it is
+    damaged, or if it has the same source and ``digest`` as the new one.
     """
     current = file_identities(job).get(path)
     if current == replaceable.get(path) and not describe_obstacle(path):
@@ -200,7 +202,7 @@ def keep_existing_alphas(
     reusable_outputs: Callable[[Collection[Path], Collection[Path]], set[Path]] | None = None,
     on_outdated: Callable[[Job, ExistingAlpha], None] | None = None,
 ) -> list[Job]:
-    """Report the images whose alpha is kept, and return the jobs of all other images. Needs no model.
+    """Report the images whose alpha is kept, and return the jobs of all other images.
 
     Notices count the alphas that another version of icm made, those that are kept although settings have changed, and
     those that were retouched. Raises UsageError, before anything is reported, if an output that would be replaced is
@@ -210,8 +212,8 @@ def keep_existing_alphas(
         digest_for: Returns the digest that the alpha of a job would have now.
         keep_all: Keep every alpha that icm made from the same source, whatever its digest.
         hint: End of the notice about alphas of another version of icm.
-        reusable_outputs: For frames of shots, which depend on the frames before them. Called with the outputs that
-            could be kept, and those that are reviewed; returns the outputs to keep. Not used with ``keep_all``.
+        reusable_outputs: For shots, :meth:`icm_cli.matting.shot.Shot.reusable_outputs`: returns the outputs to keep, of
+            those that could be kept and those that are reviewed. Not used with ``keep_all``.
         on_outdated: Called with each complete alpha that is not kept.
     """
 
@@ -250,7 +252,7 @@ def _report_kept(
     on_result: Callable[[ImageResult], None],
     notice: Callable[[str], None],
 ) -> None:
-    """Report kept alphas; count those of other settings or versions, and retouched ones."""
+    """Report kept alphas, and give notices that count those of other settings or versions, and retouched ones."""
     for _, existing in kept:
         on_result(existing.result)
     reviewed = [(job, existing) for job, existing in kept if existing.is_reviewed]
@@ -273,7 +275,7 @@ def _report_kept(
 
 
 def _count_versions(alphas: Sequence[ExistingAlpha], action: str, hint: str, notice: Callable[[str], None]) -> None:
-    """Print a notice that counts the alphas of other versions of icm."""
+    """Give a notice that counts the alphas of other versions of icm. ``action``: "kept" or "recomputing"."""
     others = [existing.result.matting.made_by for existing in alphas if not existing.is_of_this_icm]
     versions = Counter(f"{one} with other code" if one == __version__ else one for one in others)
     if versions:
@@ -282,11 +284,11 @@ def _count_versions(alphas: Sequence[ExistingAlpha], action: str, hint: str, not
 
 
 def read_existing_alpha(job: Job) -> ExistingAlpha | None:
-    """Return the alpha that an earlier run made for a job; None without one, or if it is damaged.
+    """Return the alpha that an earlier run made for a job; None if there is none, or if it is damaged.
 
-    A reviewed alpha needs no trimap next to it. Raises OtherSourceError if the alpha was made from another source: one
-    with another name below its root, or one below another root and with other content. Raises ImageError if the source
-    or the output cannot be read.
+    If the run writes trimaps too, an alpha without its trimap is damaged, unless it is reviewed. Raises
+    OtherSourceError if the alpha was made from another source: one with another name below its root, or one below
+    another root and with other content. Raises ImageError if the source or the output cannot be read.
     """
     provenances = {path: _read_own_provenance(path, job) for path in job.outputs}
     retouched = next(
@@ -318,7 +320,7 @@ def _keep_advice(job: Job) -> str:
 
 
 def recorded_details(provenance: Mapping[str, str]) -> MattingDetails:
-    """Return the details that an alpha records, except those that are damaged or unknown to this version."""
+    """Return the details in the provenance of an alpha. Damaged values, and those of newer versions, are ignored."""
     details: dict[str, Any] = {}
     with contextlib.suppress(ValueError, RecursionError):
         recorded = json.loads(provenance.get(RESULT_KEY, "{}"))
@@ -344,9 +346,9 @@ def _check_ranges(recorded: Mapping[str, Any]) -> None:
 
 
 def _read_own_provenance(path: Path, job: Job) -> dict[str, str]:
-    """Return the metadata of an output, {} if it does not exist or is a damaged file of icm.
+    """Return the provenance of an output; {} if there is no file, or a damaged one of icm.
 
-    Raises OtherSourceError for an image of another source and for everything that icm did not write, and ImageError.
+    Raises OtherSourceError for an alpha of another source, and for a file that icm did not write; and ImageError.
     """
     if what := describe_obstacle(path):
         raise OtherSourceError(f"{path} is {what}, and an alpha would be written there; {OBSTACLE_ADVICE}")
@@ -369,7 +371,7 @@ def _read_own_provenance(path: Path, job: Job) -> dict[str, str]:
 
 
 def _is_foreign_file(path: Path) -> bool:
-    """Return whether icm did not write a file: it is not empty, and does not begin as an alpha of icm does.
+    """Return whether another program wrote a file, by its first bytes. An empty file is not foreign.
 
     Raises ImageError.
     """
@@ -378,5 +380,5 @@ def _is_foreign_file(path: Path) -> bool:
 
 
 def escape_name(path: str) -> str:
-    """Return a path as it is recorded: as text for any file, in which bytes that are not UTF-8 are escaped."""
+    """Return a path as text that can be written to any file: bytes that are not UTF-8 are escaped."""
     return path.encode(errors="surrogateescape").decode(errors="backslashreplace")

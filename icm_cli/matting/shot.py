@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from icm_cli.matting.references import Reference
 
 MIN_FRAMES = 2
-"""Files of one folder with different names before their numbers are separate shots if each has this many frames."""
+"""Files of one folder with different names before the frame number are separate shots if each has this many frames."""
 
 
 @dataclass(frozen=True)
 class Keyframe:
-    """A reference that is a frame of the shot: its name relative to the sources' root, and a function that reads it."""
+    """A reference that is a frame of the shot."""
 
     name: Path
+    """Its path below the root of the sources."""
     read: Callable[[], Reference]
 
 
@@ -36,8 +37,8 @@ class Shot:
 
     Attributes:
         order: All frames, in the order in which they are matted.
-        previous: For the output of a frame, the frame from which its alpha is propagated.
-        keyframes: For the output of a frame, the reference from which its alpha is propagated.
+        previous: Output path of a frame -> the frame from which an alpha is propagated to it, if there is one.
+        keyframes: Output path of a frame -> the reference from which its mask is propagated to it, if there is one.
         names: Names of all frames and keyframes, sorted.
     """
 
@@ -48,7 +49,7 @@ class Shot:
 
     @classmethod
     def from_examples(cls, examples: Iterable[tuple[Sequence[Job], Sequence[Keyframe]]]) -> Shot:
-        """Sort the frames of each example, given with the references that are frames of it.
+        """Order the frames of shots. ``examples``: the frames of each shot, and the references that are frames of it.
 
         A keyframe or a frame with hints is a start. Each frame belongs to the nearest start; if two are equally near,
         to the earlier one. The alpha of a start is propagated forward to its later frames, and then backward to its
@@ -63,7 +64,7 @@ class Shot:
             names += (frame.name for frame in frames)
             starts = [index for index, frame in enumerate(frames) if isinstance(frame, Keyframe) or frame.hints] or [0]
             lasts = [*((first + second) // 2 for first, second in itertools.pairwise(starts)), len(frames) - 1]
-            firsts = [0, *(last + 1 for last in lasts[:-1])]  # the frames of a start are first..last
+            firsts = [0, *(last + 1 for last in lasts[:-1])]  # frames first..last belong to a start
             for start, first, last in zip(starts, firsts, lasts, strict=True):
                 order += (frame for frame in frames[start : start + 1] if isinstance(frame, Job))
                 for run in (frames[start : last + 1], frames[first : start + 1][::-1]):
@@ -77,9 +78,9 @@ class Shot:
         return cls(order, previous, keyframes, sorted(dict.fromkeys(names), key=natural_sort_key))
 
     def shard(self, number: int, count: int) -> Shot:
-        """Return shard ``number``, counted from 1, of ``count``: consecutive frames that depend on no other shard.
+        """Return shard ``number`` (from 1) of ``count``: consecutive frames. Nothing is propagated between shards.
 
-        Keyframes count as frames, so that shards with different references split the shot in the same places.
+        Keyframes count as frames, so that machines with different references split the shot at the same frames.
         """
         begin, end = len(self.names) * (number - 1) // count, len(self.names) * number // count
         names = set(self.names[begin:end])
@@ -90,14 +91,14 @@ class Shot:
         return Shot(order, previous, keyframes, self.names[begin:end])
 
     def job_digest(self, job: Job, digest: str) -> str:
-        """Return the digest of a frame: that of the run, and the frame or keyframe from which it is propagated."""
+        """Return ``digest``, combined with the name of the frame or keyframe that is propagated to the frame."""
         previous, keyframe = self.previous.get(job.output), self.keyframes.get(job.output)
         if previous is not None:
             return combined_digest(digest, previous.planned.name)
         return combined_digest(digest, f"reference {keyframe.name}" if keyframe else "")
 
     def find_hints(self, job: Job) -> ImageHints | None:
-        """Return the hints of a frame, or of the start from which its alpha is propagated; None if there are none."""
+        """Return the hints of a frame, or else those of the start whose alpha is propagated to it; None without."""
         return self._hints.get(job.output)
 
     @functools.cached_property
@@ -112,7 +113,7 @@ class Shot:
         return hints
 
     def matte_digest(self, job: Job) -> str:
-        """Return the digest of the mattes of a frame and of all frames from which its alpha is propagated."""
+        """Return the digest of the mattes of a frame, and of all frames whose alphas are propagated to it."""
         return self._matte_digests[job.output]
 
     @functools.cached_property
@@ -130,8 +131,10 @@ class Shot:
         return Shot([by_output[job.output] for job in self.order], previous, self.keyframes, self.names)
 
     def reusable_outputs(self, finished: Collection[Path], reviewed: Collection[Path] = ()) -> set[Path]:
-        """Return the reviewed outputs, and the finished ones that can be kept, because all frames before them are
-        finished too. The other finished ones would change, because a frame before them is matted again."""
+        """Return the outputs that can be kept: reviewed ones, and ``finished`` ones whose earlier frames are kept too.
+
+        Other finished outputs would change, because a frame whose alpha is propagated to them is matted again.
+        """
         reusable: set[Path] = set()
         for job in self.order:
             previous = self.previous.get(job.output)
@@ -144,8 +147,8 @@ class Shot:
 def split_shots(jobs: Sequence[Job], keys: Sequence[Keyframe]) -> list[tuple[list[Job], list[Keyframe]]]:
     """Split frames and keyframes into shots.
 
-    A folder is one shot, unless its files have several prefixes before the frame number and each prefix has at least
-    ``MIN_FRAMES`` frames, or keyframes only; then each prefix is a shot.
+    A folder is one shot. It is one shot for each prefix before the frame number, such as a.0001.png and b.0001.png, if
+    each prefix has at least ``MIN_FRAMES`` frames or only keyframes.
     """
     folders: dict[Path, dict[str, list[Job | Keyframe]]] = {}
     frames: list[Job | Keyframe] = [*jobs, *keys]

@@ -1,6 +1,6 @@
-"""The run under review: its images, found again from ``.icm/run.json``, and the stamps of their alphas.
+"""The run under review: its images, found again from ``.icm/run.json``, and the provenance of their alphas.
 
-A stamp is the metadata that icm writes into the file of an alpha: its digest, the name of its image and its result.
+Provenance is the metadata that icm writes into the file of an alpha: its digest, the name of its image and its result.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from icm_cli.files import (
 )
 from icm_cli.images.colour import ColourSettings
 from icm_cli.images.decoding import library_settings
-from icm_cli.images.writing import FORMAT_SUFFIXES, read_stamp
+from icm_cli.images.writing import FORMAT_SUFFIXES, read_provenance_header
 from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.hint_files import SUFFIXES as HINT_SUFFIXES
 from icm_cli.matting.jobs import TRIMAP_SUFFIX, Job
@@ -61,7 +61,7 @@ class AlphaFile:
     identity: FileIdentity | None = None
     """Size and modification time; None if there is no file."""
     is_own: bool = False
-    """Whether its stamp says that icm made it for this image."""
+    """Whether its provenance says that icm made it for this image."""
     details: MattingDetails = NO_DETAILS
 
     @property
@@ -82,7 +82,7 @@ class ReviewRun:
         """Find the images of the run whose alphas are in ``folder``.
 
         ``hints``: folder for hint files, instead of that of the run. Images whose source was removed are found by the
-        stamps of their alphas. Raises UsageError and OutputError.
+        provenance of their alphas. Raises UsageError and OutputError.
         """
         self.folder = Path(os.path.abspath(folder))  # noqa: PTH100  resolve() follows links
         self.record_folder = self.folder / RECORD_FOLDER
@@ -121,7 +121,7 @@ class ReviewRun:
         return self._ids.get(name)
 
     def scan_alphas(self) -> None:
-        """Read the stamps of all alphas, and compare the alphas with each other. Only changed files are opened."""
+        """Read the provenance of all alphas, and compare the alphas with each other. Only changed files are opened."""
         before = list(self._alphas)
         with library_settings():  # entered once instead of for each file
             found = [self._read_alpha_file(id) for id in range(len(self.jobs))]
@@ -137,7 +137,7 @@ class ReviewRun:
             _write_index(self._index, dict(zip(self.names, found, strict=True)))
 
     def refresh(self, id: int) -> AlphaFile:
-        """Read the stamp of an alpha again if its file has changed, and return it. Also check for hint files."""
+        """Read the provenance of an alpha again if its file has changed, and return it. Also check for hint files."""
         alpha, has_hints = self._read_alpha_file(id), bool(self.hint_paths(id))
         with self._lock:
             if alpha != self._alphas[id]:
@@ -260,10 +260,10 @@ class ReviewRun:
             if path in planned or path.suffix.lower() not in OUTPUT_SUFFIXES or path.name.endswith(TRIMAP_SUFFIX):
                 continue
             with contextlib.suppress(ImageError):
-                stamp = read_stamp(path)
-                name, root = Path(stamp.get(NAME_KEY, "")), stamp.get(ROOT_KEY, "")
+                provenance = read_provenance_header(path)
+                name, root = Path(provenance.get(NAME_KEY, "")), provenance.get(ROOT_KEY, "")
                 source = Path(root, name)
-                if DIGEST_KEY in stamp and name.name and not source.exists():
+                if DIGEST_KEY in provenance and name.name and not source.exists():
                     result = ImageResult(str(source), str(path), "planned", name=name.as_posix())
                     yield Job(source, name, path, result, colour=self.colour, root=root)
 
@@ -276,9 +276,9 @@ class ReviewRun:
         if identity == known.identity:
             return known
         with contextlib.suppress(ImageError):
-            stamp = read_stamp(path)
-            if DIGEST_KEY in stamp and stamp.get(NAME_KEY) == escape_name(self.names[id]):
-                return AlphaFile(identity, True, recorded_details(stamp))
+            provenance = read_provenance_header(path)
+            if DIGEST_KEY in provenance and provenance.get(NAME_KEY) == escape_name(self.names[id]):
+                return AlphaFile(identity, True, recorded_details(provenance))
         return AlphaFile(identity)
 
 
