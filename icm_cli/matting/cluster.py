@@ -1,4 +1,4 @@
-"""Matting on a Ray cluster: Ray Data sends jobs to actors, each with its own model, and collects their results."""
+"""Matting on a Ray cluster. Ray Data sends blocks of jobs to actors, which have a model each, and returns results."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.reports.result import ImageResult
 
 BATCHES_PER_BLOCK = 8
-"""Model batches in a block of jobs. If an actor dies, its whole block is repeated."""
+"""Number of model batches in a block of jobs. If an actor dies, its whole block is repeated."""
 CONNECT_TIMEOUT_S = 10.0
 """Seconds to wait for the head node of a cluster."""
 MAX_RESTARTS = 3
-"""Maximal number of restarts of an actor, and of retries of a block of jobs."""
+"""Largest number of restarts of an actor, and of retries of a block of jobs."""
 
 
 @dataclass(frozen=True)
 class ProcessContext:
-    """Working directory and $OCIO of the driver, on which relative paths and colours depend."""
+    """Working directory and $OCIO of the process that runs ``icm``. Relative paths and colours depend on them."""
 
     folder: str
     ocio: str
@@ -124,7 +124,7 @@ class RayCluster:
         return RayRunner(setup, self._actor_count, self._resources, on_result, notice)
 
     def _check_nodes(self, folder: Path) -> None:
-        """Raise UsageError for a node with another icm or without the files, ConfigError without icm."""
+        """Raise UsageError for a node with another icm or without the files, and ConfigError for one without icm."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -187,7 +187,7 @@ class RayRunner:
         return self._peak_memory_bytes
 
     def _message_rows(self, jobs: Sequence[Job]) -> Any:
-        """Dataset of the pickled messages of all actors; each call of an actor processes a block of jobs."""
+        """Return a dataset of the pickled messages of all actors. A call of an actor processes one block of jobs."""
         import ray.data
 
         context = ray.data.DataContext.get_current()
@@ -299,7 +299,7 @@ def _select_model_on_node(
 
 
 def _find_node_problem(context: ProcessContext, probe: str, token: str, build: str) -> str:
-    """Return what keeps this node from matting, "" if nothing does. ``probe``: a file with ``token``."""
+    """Return why this node cannot matte; "" if it can. ``probe``: a file that must contain ``token``."""
     if describe_build() != build:
         return f"has icm {describe_build()}, and this machine has {build}; install the same version on both"
     content = None

@@ -21,14 +21,14 @@ Pixels = TypeVar("Pixels", bound=NDArray[np.generic])
 
 @dataclass(frozen=True)
 class CropBox:
-    """Rows and columns of a frame that a crop contains."""
+    """The rectangle of a frame that a crop contains."""
 
     rows: slice
     columns: slice
 
     @property
     def slices(self) -> tuple[slice, slice]:
-        """Index of the crop in an array [H,W,...] of the frame."""
+        """The crop as an index of an array [H,W,...] of the frame."""
         return self.rows, self.columns
 
     @property
@@ -51,7 +51,8 @@ def crop_box(
 ) -> CropBox | None:
     """Return the box around an object in a frame of ``size``; None without an object, or if it is outside the frame.
 
-    ``mask``: the object, bool [h,w]; it covers the frame, or its display window if ``windows`` are given.
+    ``mask``: the object, bool [h,w] of any size. It shows the whole frame, or its display window if ``windows`` are
+    given.
     """
     if not mask.any():
         return None
@@ -71,7 +72,7 @@ def crop_box(
 
 
 def align_box(box: CropBox, size: tuple[int, int], cells: int) -> CropBox:
-    """Enlarge a box in a frame of ``size`` to a grid of ``cells`` cells along the longer side of the frame."""
+    """Return a box enlarged to whole cells of a grid, which has ``cells`` cells along the longer side of the frame."""
     step = max(size) / cells
     starts = (math.floor(math.floor(side.start / step) * step) for side in box.slices)
     stops = (
@@ -82,8 +83,7 @@ def align_box(box: CropBox, size: tuple[int, int], cells: int) -> CropBox:
 
 
 def enlarge_box(box: CropBox, mask: NDArray[np.bool_], size: tuple[int, int], settings: CropSettings) -> CropBox:
-    """Enlarge a box in a frame of ``size`` at each side that cuts the object. ``mask``: the object, bool [h,w] of the
-    crop."""
+    """Return a box enlarged at each side that cuts the object. ``mask``: the object in the crop, bool [h,w]."""
     sides = []
     for side, lines, length in zip(box.slices, (mask, mask.T), size, strict=True):
         growth = math.ceil(settings.growth * (side.stop - side.start))
@@ -100,8 +100,8 @@ def matte_in_crops(
 ) -> tuple[CropResult, Tensor, CropBox] | None:
     """Matte a crop of a frame of ``size``. While the border of the crop cuts the object, repeat with a larger crop.
 
-    ``matte_crop`` returns a result and the alpha [h,w] of a crop, or None to give up. Returns result, alpha and box of
-    the last crop; None if ``matte_crop`` gave up.
+    ``matte_crop`` returns a result and the alpha [h,w] of a crop, or None to stop. Returns result, alpha and box of the
+    last crop; None if ``matte_crop`` returned None.
     """
     for number in range(1, settings.max_crops + 1):
         if (found := matte_crop(box)) is None:
@@ -115,9 +115,9 @@ def matte_in_crops(
 
 
 def paste_crop(alpha: Tensor, box: CropBox, size: tuple[int, int], fade: float = 0.0) -> Tensor:
-    """Paste the alpha of a crop, float32 [h,w], into a frame of ``size`` that is 0 elsewhere; return float32 [H,W].
+    """Return a frame of ``size``, float32 [H,W], with the alpha of a crop, float32 [h,w], and 0 elsewhere.
 
-    It fades to 0 over the fraction ``fade`` of the crop's side, at the sides inside the frame.
+    At the borders of the crop inside the frame, the alpha fades to 0 over the fraction ``fade`` of the crop's side.
     """
     frame = torch.zeros(size, dtype=torch.float32, device=alpha.device)
     if fade:
@@ -130,7 +130,7 @@ def paste_crop(alpha: Tensor, box: CropBox, size: tuple[int, int], fade: float =
 
 
 def _fade_weights(side: slice, frame_length: int, fade: float) -> Tensor:
-    """Weights of the pixels along a side of a crop: 1, falling to 0 at the ends that are inside the frame."""
+    """Return weights of the pixels along a side of a crop: 1, falling to 0 at ends that are inside the frame."""
     length = side.stop - side.start
     ramp = torch.clamp(torch.arange(length, dtype=torch.float32) / max(1.0, fade * length), max=1.0)
     weights = torch.ones(length)

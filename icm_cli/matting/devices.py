@@ -1,4 +1,4 @@
-"""Matting on several devices: one worker process per device, one queue of jobs, results collected in this process."""
+"""Matting on several devices: a worker process for each device, which requests jobs from this process."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from icm_cli.reports.result import ImageResult
 
 
 class Runner(Protocol):
-    """Runs jobs: the engine of this process, the workers of several devices, or the actors of a Ray cluster."""
+    """What mattes the jobs of a run: an engine, a pool of workers, or the actors of a Ray cluster."""
 
     def run(self, jobs: Sequence[Job], /) -> None:
-        """Matte every image and report each result when it is ready."""
+        """Matte every image, and report each result as soon as it is ready."""
 
     def peak_memory_bytes(self) -> int:
         """Largest peak memory of any process that mattes."""
@@ -37,7 +37,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class EngineSetup:
-    """Everything that a process needs to build an engine: model, device, references and options. It can be pickled."""
+    """Everything that a process needs to create an engine: model, device, references, options. It can be pickled."""
 
     choice: ModelChoice
     references: Sequence[Reference]
@@ -65,15 +65,16 @@ class WorkerMessage(Enum):
 
 @dataclass(frozen=True)
 class WorkerIdle:
-    """Message of a worker: its model is loaded, or all jobs that it took are finished."""
+    """Message of a worker that its model is loaded, or that all jobs that it took are finished."""
 
     peak_memory_bytes: int
 
 
 class WorkerPool:
-    """Mattes images in one worker process per device; ``on_result`` is called in the caller's thread.
+    """Mattes images in a worker process for each device.
 
-    If a device is lost or its process dies, a notice names it and the other workers take over its jobs.
+    ``on_result`` is called in the thread that calls :meth:`run`. If a device is lost or its process dies, a notice
+    names it, and the other workers do its jobs.
     """
 
     def __init__(
@@ -97,7 +98,9 @@ class WorkerPool:
         try:
             for number, setup in enumerate(self._setups, 1):
                 self._workers.append(_WorkerProcess(number, setup.choice.device.torch_device, self._receive))
-            for worker, setup in zip(self._workers, self._setups, strict=True):  # after all have started: it may block
+            for worker, setup in zip(
+                self._workers, self._setups, strict=True
+            ):  # only after all have started, because it may block
                 worker.send(setup)
             while self._is_busy and not self._error:
                 self._handle_next_message()
@@ -142,7 +145,7 @@ class WorkerPool:
         return any(not worker.is_idle for worker in self._live_workers)
 
     def _start_idle_workers(self) -> None:
-        """If jobs are waiting, tell idle workers to request them."""
+        """If jobs are waiting, send idle workers the message to request them."""
         for worker in self._live_workers:
             if self._waiting and worker.is_idle:
                 worker.is_idle = False
@@ -201,7 +204,7 @@ class WorkerPool:
             return
         for folder in {job.output.parent for job in worker.jobs.values()}:
             remove_stale_temporaries(folder)
-        self._waiting.extend(worker.jobs.values())  # at the end, because one of them may be the cause
+        self._waiting.extend(worker.jobs.values())  # at the end, because one of them may have killed the worker
         self._notice(
             f"{worker.name} is lost ({worker.end_reason}); {format_count(len(worker.jobs), 'image')} queued again"
         )
@@ -261,7 +264,7 @@ class _WorkerProcess:
         self._popen.wait()
 
     def wait_for_exit(self) -> str:
-        """Wait for the process to end, and return how it ended, in words."""
+        """Wait for the process to end, and return how it ended, such as "killed by signal 9"."""
         code = self._popen.wait()
         return f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 

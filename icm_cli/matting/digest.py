@@ -34,7 +34,7 @@ EXCLUDED = frozenset(
         "model/packing.py",
     }
 )
-"""Modules that find, distribute, count or list, and decide no pixel."""
+"""Modules of these packages that do not decide pixels."""
 
 
 def alpha_digest(values: Mapping[str, str]) -> str:
@@ -43,18 +43,21 @@ def alpha_digest(values: Mapping[str, str]) -> str:
 
 
 def describe_build() -> str:
-    """Return the version of icm and the beginning of the fingerprint of its code, for people."""
+    """Return the version of icm and the start of its code fingerprint, such as "0.2.1 (code 1a2b3c4d)"."""
     return f"{__version__} (code {code_fingerprint()[:8]})"
 
 
 @functools.cache
 def code_fingerprint() -> str:
-    """Return the fingerprint of the installed package; computed once per process."""
+    """Return the fingerprint of the installed package. It is computed once in a process."""
     return fingerprint_package(importlib.resources.files("icm_cli"))
 
 
 def fingerprint_package(package: Traversable) -> str:
-    """Return the SHA-256 of the sources that decide pixels; where there are none, of the version."""
+    """Return the SHA-256 of the source files that decide pixels.
+
+    If a package has only compiled files, the version of icm is hashed in their place.
+    """
     parts: list[bytes | str] = []
     for name in FINGERPRINTED:
         files = sorted(_source_files(package.joinpath(name), name), key=lambda each: each[0])

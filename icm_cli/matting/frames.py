@@ -26,12 +26,12 @@ _PLACEHOLDER = re.compile(
 )
 _RANGE = re.compile(r"(?P<first>-?[0-9]{1,99})(?:-(?P<last>-?[0-9]{1,99})(?:(?P<mode>[xy:])-?(?P<step>[0-9]{1,99}))?)?")
 _NUMBER_MARK = "\0"
-"""Stands for the number while wildcards are translated to a regular expression. No file name contains it."""
+"""Marks the place of the number while wildcards are translated to a regular expression. No file name contains it."""
 
 MAX_LISTED_RANGES = 12
-"""Maximum number of ranges that a message lists."""
+"""Largest number of ranges that a message lists."""
 MAX_EXPANDED_FRAMES = 10_000
-"""Maximum number of frames that are enumerated one by one."""
+"""Largest number of frames that are enumerated one by one."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ class FramePattern:
         return [name for name in names if name not in matching and expression.match(name)]
 
     def _compile_expression(self, number: str) -> re.Pattern[str]:
-        """Return the expression for names. ``number``: that for the number, with doubled backslashes."""
+        """Return the regular expression of this pattern. ``number``: the part for the number, for re.sub."""
         expression = fnmatch.translate(self.before + _NUMBER_MARK + self.after)
         return re.compile(re.sub(r"\\?\x00", number, expression))
 
     def escape_wildcards(self) -> FramePattern:
-        """Return the pattern in which brackets and other wildcards are ordinary characters."""
+        """Return the pattern with brackets and other wildcards as ordinary characters."""
         return replace(self, before=glob.escape(self.before), after=glob.escape(self.after))
 
     def frame_name(self, number: int) -> str:
@@ -123,7 +123,7 @@ class FramePattern:
 
 @dataclass(frozen=True)
 class FrameRanges:
-    """Frame numbers as disjoint ranges, so that their cost does not depend on how many they are."""
+    """Frame numbers as disjoint ranges, so that a range of a million frames costs no more than one of ten."""
 
     ranges: tuple[range, ...] = ()
     """Ascending ranges without common numbers."""
@@ -145,7 +145,7 @@ class FrameRanges:
         return FrameRanges(tuple(part for each in self.ranges for part in _split_range(each, ordered)))
 
     def __str__(self) -> str:
-        """Return the numbers as text, such as ``1001-1003,1010``; if there are many ranges, only the first ones."""
+        """Return the numbers as text, such as ``1001-1003,1010``. Only the first of many ranges are listed."""
         if self.count <= MAX_EXPANDED_FRAMES:
             parts = str(frameset.FrameSet.framesToFrameRange(sorted(self))).split(",")
         else:
@@ -167,7 +167,7 @@ def parse_frame_range(text: str) -> FrameRanges:
                 f"--frames {shown!r} is not a frame range; expected a range such as 1001-1100 or 1001-1100x2"
             )
         every = chosen = range(min(first, last), max(first, last) + 1)
-        if match["mode"] in ("x", "y"):  # the steps begin at the first number, which may be the larger one
+        if match["mode"] in ("x", "y"):  # steps are counted from the first number, also in 10-1x3
             chosen = every[::step] if first <= last else every[::-1][::step][::-1]
         added = _subtract_range(every, chosen, shown) if match["mode"] == "y" else [chosen]
         for other in tuple(ranges):
@@ -197,8 +197,8 @@ def _split_range(frames: range, numbers: Sequence[int]) -> list[range]:
 def _subtract_range(frames: range, other: range, text: str) -> list[range]:
     """Return the numbers of ``frames`` that are not in ``other``, as few ranges. Raises UsageError for too many.
 
-    If every n-th number is removed, the rest is either the pieces between the removed numbers, or n - 1 ranges with n
-    times the step. The smaller number of ranges is returned.
+    If every n-th number is removed, the rest can be written in two ways: the pieces between the removed numbers, or
+    n - 1 ranges with n times the step. The way with fewer ranges is used.
     """
     common = _common_frames(frames, other)
     if not common:
@@ -239,8 +239,8 @@ def missing_frames(
 ) -> dict[FramePattern, FrameRanges]:
     """Return the missing frame numbers of each sequence, by its pattern, such as ``shot.####.exr``.
 
-    ``wanted``: the expected numbers; None: all numbers between the first and the last frame of a sequence. ``ignored``:
-    files whose numbers are not missing, although they are not in ``paths``.
+    ``wanted``: the expected numbers; None for all between the first and the last frame of a sequence. ``ignored``:
+    existing files that are not in ``paths``, such as excluded ones. Their numbers are not missing.
     """
     patterns = _find_patterns([*paths, *ignored])
     existing: dict[FramePattern, set[int]] = {}

@@ -1,4 +1,4 @@
-"""Make masks from points, boxes and strokes: by the object decoder and the edges of ``lite``, for every model."""
+"""Make masks of references from points, boxes and strokes, with the object model and the edges of ``lite``."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from icm_cli.model.loading import load_objects_and_edges
 
 
 class MaskMaker:
-    """Makes masks of the objects that a person marks.
+    """Makes masks of the objects that a person marks. It loads a part of ``lite`` at its first use.
 
-    ``select_device`` returns the device when it is used first. Its dtypes are the best ones for ``lite``, whatever
-    those of the model that mattes are, so that every model gets the same mask.
+    Its dtypes do not depend on the model that mattes, so that every model gets the same mask.
     """
 
     def __init__(self, select_device: Callable[[], Device]) -> None:
+        """``select_device`` is called at the first use."""
         self._select_device = select_device
 
     @functools.cached_property
@@ -38,14 +38,13 @@ class MaskMaker:
 
     @property
     def objects(self) -> Objects:
-        """Object decoder of ``lite``."""
+        """The object model of ``lite``."""
         return self._parts[0]
 
     def make_mask(self, rgb: ImageU8, hints: Hints) -> NDArray[np.bool_]:
         """Return the mask, bool [H,W], of the object that hints mark in an image, sRGB uint8 [H,W,3].
 
-        The points, the box and the strokes select the object. In the mask, the points and ``hints.keep`` are on the
-        object, and the points off it and ``hints.drop`` are not. Raises ConfigError if memory runs out.
+        It contains all points and areas on the object, and none of those off it. Raises ConfigError if memory runs out.
         """
         objects, edges = self._parts
         with device_errors(self._device, "the mask of a reference was made"), torch.inference_mode():

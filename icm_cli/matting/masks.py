@@ -1,6 +1,6 @@
 """Read the mask of a reference: binary, soft, a trimap, label indices or instance colours.
 
-If a mask has several labels, the user must name one. Only unambiguous masks are read without it.
+The kind of the mask is found from its values. If it has several labels, the user must select one (``--mask-label``).
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from icm_cli.options import MaskOrientation
 VOID = 255
 """Palette index of void pixels in the PNGs of PASCAL VOC."""
 END_TOLERANCE = 0.05
-"""A value within this distance of black or white, as a fraction of the scale, counts as black or white."""
+"""A value this close to black or white, as a fraction of the scale, counts as black or white."""
 MIN_FLAT_FRACTION = 1e-4
-"""Minimum fraction of pixels that are surrounded by their own value, for that value to be a label."""
+"""A value is a label if at least this fraction of the pixels has it and only neighbours with the same value."""
 MAX_LABELS = 64
 """An image with more values than this is a soft mask and not a label map."""
 WHITES = 255.0, 1023.0, 4095.0, 16383.0
-"""Values of white of soft masks of 8, 10, 12 and 14 bits that are stored in integers of more bits."""
+"""Possible values of white in a 16-bit file: 8, 10, 12 and 14 bits may be stored in it without scaling."""
 LOSSY_TYPES = frozenset({"jpeg", "avif", "heic"})
-"""Types of files whose values have noise. WebP may be lossy."""
+"""File types whose compression changes values slightly. WebP is checked separately, because it may be lossless."""
 MAX_SOFT_STEP = 2
-"""Largest usual difference of neighbouring pixels of a wide gradient."""
+"""In a soft mask, neighbouring pixels of a gradient usually differ by at most this."""
 MAX_LISTED_LABELS = 12
-"""Maximum number of labels that a message lists."""
+"""Largest number of labels that a message lists."""
 UPRIGHT = 1
 """EXIF orientation of an image that is upright as stored."""
 
@@ -46,7 +46,7 @@ class AmbiguousMaskError(UsageError):
     """A mask has several labels, and none was selected."""
 
     def __init__(self, path: Path, labels: dict[str, float], example: object) -> None:
-        """``labels``: the fraction of the image by label; ``example``: a label that could be selected."""
+        """``labels``: label -> its fraction of the image. ``example``: a label that the user could select."""
         self.problem = f"mask {path} has several labels: {_format_labels(labels)}"
         super().__init__(f"{self.problem}; expected one object; select it, as in --mask-label {example}")
 
@@ -70,7 +70,7 @@ class MaskPlacement:
     orientation: int
     """EXIF orientation that was applied to the reference."""
     wanted: MaskOrientation
-    """Orientation of the mask: "upright" as the reference is shown, "stored" as in the reference's file, or "auto"."""
+    """Value of ``--mask-orientation``."""
 
 
 def read_mask(
@@ -82,10 +82,13 @@ def read_mask(
 ) -> Mask:
     """Read the mask of a reference.
 
-    ``label``: the value, index or colour ``#rrggbb`` of the object. ``placement``: how the mask is placed on its
-    reference; a notice says which orientation is used if both fit. ``windows``: those of the reference; a mask of the
-    same display window is cut to its data window. Raises UsageError for an ambiguous mask, listing its labels, and
-    ImageError for an unreadable file.
+    Args:
+        label: Value, index or colour ``#rrggbb`` of the object, if the mask has several labels.
+        notice: Gets a sentence for each assumption about the mask, such as its orientation.
+        placement: Size and orientation of the reference, by which the mask is oriented.
+        windows: Windows of the reference. An EXR mask with the same display window is cut to the data window.
+
+    Raises UsageError for an ambiguous mask, listing its labels, and ImageError for an unreadable file.
     """
     stored = read_stored_pixels(path, windows, has_labels=label is not None)
     for sentence in (*stored.notices, *extra_frame_notices("mask", path)):
@@ -143,7 +146,7 @@ def _orient_mask(
 
 
 def _mask_from_alpha(stored: DecodedImage, path: Path, notice: Callable[[str], None]) -> Mask:
-    """Return the mask of a file whose alpha varies: its opaque pixels. Raises UsageError."""
+    """Return the mask of a file with transparency: its opaque pixels. Raises UsageError."""
     assert stored.alpha is not None
     _check_transparency(stored, path)
     is_visible, values = stored.alpha > 0, stored.values
@@ -155,7 +158,7 @@ def _mask_from_alpha(stored: DecodedImage, path: Path, notice: Callable[[str], N
 
 
 def _check_transparency(stored: DecodedImage, path: Path) -> None:
-    """Raise UsageError if the opaque pixels are black, and transparent ones white."""
+    """Raise UsageError if opaque pixels are black and transparent ones white, so that the object is not clear."""
     assert stored.alpha is not None
     opaque = stored.alpha > 0.5 * stored.scale
     brightness = stored.values if stored.values.ndim == 2 else stored.values.max(axis=-1)
@@ -169,9 +172,9 @@ def _check_transparency(stored: DecodedImage, path: Path) -> None:
 
 
 def _mask_from_indices(stored: DecodedImage, opaque: NDArray[np.bool_] | None, path: Path) -> Mask:
-    """Return the mask of a palette of labels.
+    """Return the mask of a label map with a palette. Raises AmbiguousMaskError for several labels.
 
-    Index 0 and transparent pixels are the background; black pixels are if index 0 has a colour.
+    The background is index 0, or black if index 0 has another colour; and all transparent pixels.
     """
     indices, is_black = stored.indices, (stored.values == 0).all(axis=-1)
     assert indices is not None
@@ -187,7 +190,7 @@ def _mask_from_indices(stored: DecodedImage, opaque: NDArray[np.bool_] | None, p
 
 
 def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
-    """Return the mask of a file with one colour on black. Raises UsageError for several colours."""
+    """Return the mask of a file with one colour on black. Raises AmbiguousMaskError for several colours."""
     packed = _pack_colours(values, scale)
     every = _merge_noise(_flat_fractions(packed), path)
     flat = {each: fraction for each, fraction in every.items() if _max_channel(each) > END_TOLERANCE * 255} or every
@@ -206,7 +209,7 @@ def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: C
 
 
 def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
-    """Return the mask of a grey file: a trimap, a soft or binary mask, or one label. Raises UsageError."""
+    """Return the mask of a grey file: a trimap, a soft or binary mask, or one label. Raises AmbiguousMaskError."""
     present = np.unique(values)
     if len(present) > MAX_LABELS or _is_trimap(present, WHITES[0]):
         white = next((white for white in WHITES if present[-1] <= white), scale)
@@ -244,7 +247,7 @@ def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Cal
 
 
 def _mask_from_soft_values(values: NDArray[Any], scale: float, path: Path) -> Mask:
-    """Return the mask of an image with many values. Raise UsageError if they are labels, or if none is above half."""
+    """Return the mask of an image with many values. Raises UsageError if they are labels, or if none is above half."""
     if values.dtype.kind in "iu" and _has_label_areas(values, (1.0 - END_TOLERANCE) * scale):
         labels = _merge_noise(_flat_fractions(values), path)
         if len(labels) > 1:
@@ -264,7 +267,7 @@ def _mask_from_soft_values(values: NDArray[Any], scale: float, path: Path) -> Ma
 
 
 def _is_trimap(present: NDArray[Any], scale: float) -> bool:
-    """Whether the sorted values of an image are black, one half and white."""
+    """Return whether the sorted values of an image are black, one half and white."""
     if len(present) != 3:
         return False
     low, middle, high = (float(each) / scale for each in present)
@@ -318,19 +321,24 @@ def _pack_colours(values: NDArray[Any], scale: float) -> NDArray[np.uint32]:
 
 
 def _label_text(label: Any) -> str:
-    """Return a label as the user can give it. The format %g would round large ids."""
+    """Return a label as text for ``--mask-label``, with all digits of large ids."""
     return f"{float(label):.10g}"
 
 
 def _flat_fractions(values: NDArray[Any]) -> dict[Any, float]:
-    """Return the fraction of pixels of every value that fills areas, except 0. Those of antialiased edges do not."""
+    """Return the fraction of pixels of every value that fills areas, and so may be a label. 0 is excluded.
+
+    Values that occur only in antialiased edges fill no areas.
+    """
     in_areas, everywhere = _value_fractions(values[_is_flat(values)], values.size), _value_fractions(values)
     return {each: everywhere[each] for each, part in in_areas.items() if each != 0 and part >= MIN_FLAT_FRACTION}
 
 
 def _merge_noise(labels: dict[Any, float], path: Path) -> dict[Any, float]:
-    """Merge labels of a lossy file that differ only by noise: each is added to a similar, more frequent label, or to
-    black."""
+    """Merge labels of a lossy file that differ only by noise, into the most frequent of them or into black.
+
+    ``labels``: packed colour or grey value -> its fraction of the image, most frequent first.
+    """
     if len(labels) < 2 or not _is_lossy(path):
         return labels
     merged: dict[Any, float] = {0: 0.0}
@@ -351,13 +359,16 @@ def _is_lossy(path: Path) -> bool:
 
 
 def _is_flat(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether all neighbours of a pixel have its value, bool [H,W]."""
+    """Return where all neighbours of a pixel have its value, bool [H,W]."""
     numbers, kernel = np.asarray(values, np.float64), np.ones((3, 3), np.uint8)
     return np.asarray(cv2.dilate(numbers, kernel) == cv2.erode(numbers, kernel))
 
 
 def _has_label_areas(values: NDArray[Any], white: float) -> bool:
-    """Whether integers between black and white fill areas with large steps between them, unlike a soft mask."""
+    """Return whether values between black and white fill areas with steps between them, as labels do.
+
+    In a soft mask they form gradients instead.
+    """
     is_flat, is_between = _is_flat(values), (values != 0) & (values < white)
     steps = np.abs(np.diff(values.astype(np.float64), axis=1))
     return bool(is_between.any() and is_flat[is_between].mean() > 0.5 and np.median(steps[steps > 0]) > MAX_SOFT_STEP)

@@ -39,7 +39,7 @@ class Mattes:
         return Mattes(*(None if each is None else box.crop(each) for each in (self.garbage, self.keep)))
 
     def hide_garbage(self, rgb: ImageU8) -> ImageU8:
-        """Return the image [H,W,3] with the mean colour of its other pixels in the garbage area."""
+        """Return the image [H,W,3] with its garbage area filled with the mean colour of the other pixels."""
         if self.garbage is None or not self.garbage.any():
             return rgb
         weight = 1.0 - self.garbage
@@ -65,15 +65,15 @@ class Mattes:
 
 @dataclass(frozen=True)
 class MatteFile:
-    """The file of one matte of an image."""
+    """The file of a matte of one image."""
 
     path: Path
     problem: str = ""
-    """Why there is no such file, if there is none."""
+    """Why the image has no file, such as a missing frame; "" if it has one."""
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash of the content. If the file cannot be read, its image will fail, and the path is hashed."""
+        """Hash of the content. For a file that cannot be read, whose image will fail, a text with its path."""
         try:
             return file_digest(self.path)
         except ImageError:
@@ -110,12 +110,13 @@ class ImageMattes:
 
 @dataclass(frozen=True)
 class MatteFiles:
-    """The mattes of an option: one file for all images, or one for each frame number."""
+    """The mattes of ``--garbage`` or ``--keep``: one file for all images, or one for each frame number."""
 
     flag: str
     where: str
+    """Value of the option."""
     files: dict[int | None, MatteFile]
-    """File of each frame number; that of the key None is for all images."""
+    """Frame number -> file. A single file for all images has the key None."""
 
     @classmethod
     def find(cls, flag: str, where: str | None, notice: Callable[[str], None]) -> MatteFiles | None:
@@ -157,7 +158,7 @@ class MatteFiles:
 def assign_mattes(
     names: Sequence[Path], garbage: MatteFiles | None, keep: MatteFiles | None
 ) -> list[ImageMattes | None]:
-    """Return the mattes of the images with these names; None for all of them if there are no mattes.
+    """Return the mattes of each image, by names; only None if neither option is given.
 
     Raises UsageError if the frames of an option belong to none of the images.
     """
@@ -176,10 +177,10 @@ def assign_mattes(
 
 
 def read_matte(path: Path, windows: ImageWindows | None) -> Float:
-    """Read a matte, float32 in 0..1: the alpha channel of the file if it varies, else the brightest channel.
+    """Read a matte as float32 [H,W] in 0..1, of the data window of an image with these windows. Raises ImageError.
 
-    It is placed on an image with these windows: by the display window of an EXR, or resized if it has the aspect ratio
-    of the image. Raises ImageError.
+    It is the alpha channel of the file if that varies, else the maximum of the channels. A matte of another size with
+    the same aspect ratio is resized. ``windows``: None to return the matte as it is stored.
     """
     stored = read_stored_pixels(path, windows)
     if any(NOT_FINITE in sentence for sentence in stored.notices):

@@ -1,4 +1,4 @@
-"""Selection of the model: checked before slow work, loaded only if there are images to matte."""
+"""Choice of the model. It is checked before slow work, and loaded only if there are images to matte."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ModelChoice:
     def from_options(
         cls, options: ModelOptions, batch_size: int | Literal["auto"], *, device: str | None = None
     ) -> ModelChoice:
-        """Return the choice that the options describe; ``device`` overrides theirs. Reads no weights.
+        """Return the choice that options describe, without reading weights. ``device``: instead of ``--device``.
 
         Raises UsageError or ConfigError.
         """
@@ -61,7 +61,7 @@ class ModelChoice:
         return {DigestPart.MODEL: model, DigestPart.DTYPE: self.device.dtype_name}
 
     def decoder_digest(self) -> str:
-        """Return the digest of the decoder that hints prompt; "" if it is a part of the model. Raises ConfigError."""
+        """Return the digest of the object model for hints; "" if the model has its own. Raises ConfigError."""
         return "" if self.config.objects else MobileSam.weights_digest(MobileSam.Config(), offline=True)
 
     def check_weights(self) -> list[str]:
@@ -72,9 +72,9 @@ class ModelChoice:
         return check_weights_exist(self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline)
 
     def resolve_learn_steps(self, requested: int | None, *, is_shot: bool) -> int:
-        """Return the number of steps in which the head learns the references.
+        """Return the number of steps for fine-tuning the head on the references. ``requested``: ``--learn-steps``.
 
-        By default it is 0; in a shot it is ``DEFAULT_STEPS`` if the head can learn. Raises UsageError.
+        The default is ``DEFAULT_STEPS`` in a shot, if the head can be fine-tuned, and 0 otherwise. Raises UsageError.
         """
         return _resolve_learn_steps(requested, component_class("head", self.config.head.name), is_shot=is_shot)
 
@@ -91,7 +91,7 @@ class ModelChoice:
 
     @property
     def description(self) -> str:
-        """Components and device, for people."""
+        """Components and device, as messages name them."""
         return f"model {self.config.title} on {self.device.description}"
 
     def as_settings(self) -> dict[str, Any]:
@@ -109,14 +109,14 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is loaded already, such as one in training. It keeps no alphas of earlier runs."""
+    """A model that is loaded already, such as one in training. Alphas of earlier runs are never kept with it."""
 
     predictor: Predictor
 
     seed = 0
-    """Seed in digests; the seed of the loaded weights is unknown."""
+    """Only a placeholder in digests: the seed of the loaded weights is unknown."""
     checkpoint = None
-    """Unknown, and with it the images that the model was trained on."""
+    """Unknown, so that the images that the model was trained on are unknown too."""
 
     @property
     def device(self) -> Device:
@@ -127,7 +127,7 @@ class LoadedModel:
         return self.device.auto_batch_size
 
     def digest_parts(self) -> dict[DigestPart, str]:
-        """As in :class:`ModelChoice`, but different at every call, because the weights may change."""
+        """Return parts that differ at every call, so that no alpha is kept, because the weights may change."""
         return {DigestPart.MODEL: secrets.token_hex(), DigestPart.DTYPE: self.device.dtype_name}
 
     def resolve_learn_steps(self, requested: int | None, *, is_shot: bool) -> int:
@@ -140,7 +140,7 @@ class LoadedModel:
 
     @property
     def description(self) -> str:
-        """Components and device, for people."""
+        """Components and device, as messages name them."""
         return f"model {self._title} on {self.device.description}"
 
     @property

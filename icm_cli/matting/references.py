@@ -32,12 +32,12 @@ INVERTED_FRACTION, INVERTED_BORDER = 0.6, 0.95
 """Fractions of the image, and of its border, above which a white area is probably the background."""
 
 MakeMask: TypeAlias = Callable[[ImageU8, Hints], NDArray[np.bool_]]
-"""Makes the mask, bool [H,W], of the object that hints mark in an image, sRGB uint8 [H,W,3]."""
+"""Function that returns the mask, bool [H,W], of the object that hints mark in an image, sRGB uint8 [H,W,3]."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference image and the mask of its object; or a negative reference, an image of what is not the object."""
+    """A reference: an image and the mask of its object. Or a negative reference, which shows what is not the object."""
 
     rgb: ImageU8
     """sRGB uint8 [H,W,3]."""
@@ -48,16 +48,17 @@ class Reference:
     windows: ImageWindows | None = None
     """Data and display window of the image; None if they are equal."""
     attended_points: Sequence[Point] = ()
-    """Points of ``guidance``, x and y in pixels, by whose self-attention the model extends it (paper, section 3.6)."""
+    """For ``--guidance paper``: points (x, y) on the object, from which the model extends ``guidance`` by its
+    self-attention (section 3.6 of the paper)."""
 
     @classmethod
     def negative(cls, rgb: ImageU8, area: NDArray[np.bool_], windows: ImageWindows | None = None) -> Reference:
-        """Return a negative reference: the pixels of ``area``, bool [H,W], show what is not the object."""
+        """Return a negative reference: an image whose pixels in ``area``, bool [H,W], are not the object."""
         return cls(rgb, np.zeros_like(area), None if area.all() else ~area, windows)
 
     @property
     def is_negative(self) -> bool:
-        """Whether no pixel is of the object: all pixels that are not unknown show what is not the object."""
+        """Whether this is a negative reference: no pixel is of the object, and none but unknown ones may be."""
         return not self.guidance.any()
 
     @property
@@ -65,7 +66,7 @@ class Reference:
         """Pixels that the mask selects, bool [H,W]: the object, or in a negative reference what is not the object."""
         if not self.is_negative:
             return self.guidance
-        return np.ones_like(self.guidance) if self.unknown is None else ~self.unknown  # all that is not unknown
+        return np.ones_like(self.guidance) if self.unknown is None else ~self.unknown
 
     @property
     def display_mask(self) -> NDArray[np.bool_]:
@@ -92,13 +93,15 @@ def read_references(
     prompts: ReferenceOptions | None = None,
     make_mask: MakeMask | None = None,
 ) -> list[Reference]:
-    """Read every reference with its mask.
+    """Read every reference with its mask. Without masks and prompts, each must be an RGBA cut-out. Raises UsageError.
 
-    Without masks and prompts, each reference must be an RGBA cut-out. ``label`` selects the object in a mask with
-    several labels: its value, index or colour, or its name in a JSON annotation. ``orientation``: how masks are
-    oriented if their reference has an EXIF orientation: "upright" like the displayed reference, "stored" like the
-    pixels in its file, "auto" decided by the size of the mask. ``prompts``: points, a box or strokes in place of the
-    mask of a single reference. ``make_mask`` makes masks from prompts. Raises UsageError.
+    Args:
+        label: Selects the object in a mask with several labels: its value, index or colour, or its name in a JSON
+            annotation.
+        orientation: How masks are oriented if their reference has an EXIF orientation: "upright" like the displayed
+            reference, "stored" like the pixels in its file, or "auto", decided by the size of the mask.
+        prompts: Options that may contain points, a box or strokes in place of the mask of a single reference.
+        make_mask: Makes masks from prompts.
     """
     if not refs:
         raise UsageError("no reference was given; give --ref IMAGE and --mask MASK")
@@ -130,8 +133,11 @@ def read_negatives(
     colour: ColourSettings = DEFAULT_COLOUR,
     make_mask: MakeMask | None = None,
 ) -> list[Reference]:
-    """Read negative references. Each mask belongs to the image of the same position. Images without a mask are negative
-    as a whole, except RGBA cut-outs. Raises UsageError."""
+    """Read negative references. The masks belong to the first images, in order. Raises UsageError.
+
+    In an RGBA cut-out without a mask, the opaque pixels are negative. Other images without a mask are negative
+    everywhere.
+    """
     if len(masks) > len(refs):
         raise UsageError(
             f"{len(masks)} --not-mask but {len(refs)} --not-ref were given; give at most one --not-mask for each "
@@ -152,7 +158,10 @@ def read_negatives(
 
 
 def check_negatives(references: Sequence[Reference]) -> None:
-    """Raise UsageError for a negative reference that marks more than half of the object of another reference."""
+    """Raise UsageError if a negative reference marks the object of a reference as not the object.
+
+    That is so if both have the same image, and the negative covers more than ``MAX_CONTRADICTION`` of the object.
+    """
     objects = [each for each in references if not each.is_negative]
     for number, negative in enumerate((each for each in references if each.is_negative), 1):
         for reference in objects:
@@ -166,10 +175,10 @@ def check_negatives(references: Sequence[Reference]) -> None:
 
 
 def make_guidance(mask: ImageU8, windows: ImageWindows, name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
-    """Convert a mask uint8 [h,w] to guidance bool of the size of its reference's data window.
+    """Return a mask, uint8 [h,w], as guidance, bool [H,W] of the size of its reference's data window.
 
-    The mask has the size of the data window or the aspect ratio of the display window of ``windows``. ``name``: what
-    messages call it. Raises UsageError if it has another aspect ratio, or is empty or full.
+    The mask must have the size of the data window, or the aspect ratio of the display window. ``name``: what messages
+    call it, such as "mask m.png". Raises UsageError if it has another aspect ratio, or is empty or full.
     """
     if mask.shape not in (windows.size, windows.display):
         size = windows.display
@@ -203,8 +212,8 @@ def mask_from_hints(
 ) -> NDArray[np.bool_]:
     """Return the mask of the object that hints mark in an image, bool [H,W].
 
-    Outlines are the mask itself. From points, boxes and strokes, ``make_mask`` makes it. ``name``: what messages call
-    the mask. Raises UsageError if the hints do not mark the object.
+    If the hints outline the object, the outlined area is the mask. Otherwise ``make_mask`` makes it from points, boxes
+    and strokes. ``name``: what messages call the mask. Raises UsageError if the hints do not mark the object.
     """
     if hints.is_outlined:
         assert hints.object_area is not None
@@ -269,7 +278,7 @@ def _read_reference(
 def _read_annotation(
     path: Path, ref: Path, size: tuple[int, int], label: str | None, notice: Callable[[str], None]
 ) -> Hints:
-    """Read an annotation of a reference of ``size``. A notice says if it names another image. Raises UsageError."""
+    """Read an annotation of a reference of ``size``. A notice is given if it names another image. Raises UsageError."""
     hints = read_hints(path, size, image=ref, label=label, can_select=True)
     if name := find_other_image(path, ref):
         notice(OTHER_IMAGE.format(path=path, name=name, image=ref))
@@ -277,7 +286,7 @@ def _read_annotation(
 
 
 def _read_prompts(options: ReferenceOptions, ref: Path, size: tuple[int, int]) -> Hints:
-    """Return the points, the box and the strokes that were given for a reference. Raises UsageError."""
+    """Return the points, the box and the strokes of the options as hints about a reference. Raises UsageError."""
     boxes = [options.box] if options.box else []
     strokes = Hints(size=size) if options.scribble is None else read_scribble(options.scribble, size)
     if strokes.is_outlined:
@@ -302,7 +311,7 @@ def _make_prompted_reference(
     make_mask: MakeMask | None,
     rule: GuidanceRule,
 ) -> Reference:
-    """Return a reference with the mask that is made from hints, or whose guidance is their points and strokes."""
+    """Return a reference with a mask made from hints; or for ``--guidance paper``, with their points and strokes."""
     if rule == "mask":
         inside = mask_from_hints(hints, image.to_display_window().rgb, name, notice, make_mask)
         inside = image.windows.display_window.move_pixels(inside, image.windows)
@@ -330,7 +339,7 @@ def _make_reference(
 
 
 def _fit_to_data_window(mask: ImageU8, windows: ImageWindows) -> ImageU8:
-    """Return a mask of the data window unchanged. Resize others to the display window and cut out the data window."""
+    """Return a mask of the size of the data window. Any other is resized to the display window and cropped."""
     if mask.shape == windows.size:
         return mask
     return windows.display_window.move_pixels(resize(mask, windows.display), windows)

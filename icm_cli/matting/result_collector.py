@@ -1,4 +1,4 @@
-"""Collect, score and report the results of a run, even if the run fails."""
+"""Collect and score the results of a run, and write its reports even if the run fails."""
 
 from __future__ import annotations
 
@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 
 
 class ResultCollector:
-    """Collects results, has them scored in other processes, and writes the reports however the run ends.
+    """Collects the results of a run, scores them in other processes, and writes the reports at the end.
 
-    ``start``: time at which the run began. ``trained_on``: digests of the images that the model was trained on.
-    ``add_reasons``: completes the results at the end of the run.
+    Args:
+        report: The report that the results are added to.
+        planned: The results of all jobs before the run, in the order of the report.
+        start: time.perf_counter() when the run began.
+        scoring: Scores alphas that have a ground truth; None to score none.
+        trained_on: SHA-256 digests of the images that the model was trained on; None if they are not known.
+        add_reasons: Adds the reasons of :mod:`icm_cli.quality.batch` to all results at the end of the run.
     """
 
     def __init__(
@@ -57,10 +62,10 @@ class ResultCollector:
             self._scoring.pool.close()
 
     def add(self, result: ImageResult) -> None:
-        """Add a result of the engine. It is reported when it has its scores, if it gets any."""
+        """Add a result of the engine. If it is to be scored, it is reported when it has its scores."""
         if result.status == "done" and "predictions" not in self.report.settings:
             result = replace(result, matting=replace(result.matting, made_by=environment.__version__))
-        is_named = result.output in result.reason  # the reason says already what happens to the file
+        is_named = result.output in result.reason  # the reason already says what happens to the file
         if result.status == "failed" and result.output and not is_named and is_file(result.output):
             earlier = f"the earlier alpha {result.output} is kept, although its source or settings have changed"
             result = replace(result, reason=f"{result.reason}; {earlier}")
@@ -76,7 +81,7 @@ class ResultCollector:
         return [result for result in self.report.results if result.evaluation.scores]
 
     def add_flicker(self, tasks: Sequence[tuple[tuple[int, str], FlickerTask]]) -> None:
-        """Measure the flicker of results, which are given by their keys."""
+        """Measure the flicker of results. ``tasks``: pairs of the key of a result and its task."""
         numbers = {result.key: number for number, result in enumerate(self.report.results)}
         for key, task in tasks:
             self._submit_task(task, partial(self._add_flicker_score, numbers[key]))
@@ -88,7 +93,7 @@ class ResultCollector:
 
     @contextlib.contextmanager
     def writing_reports(self, report_files: ReportFiles, peak_memory: Callable[[], int]) -> Iterator[None]:
-        """Context of the matting: at its end, however it ends, the results are scored and reported."""
+        """Context for matting. At its end, even after an exception, the results are scored and reported."""
         matting_start = time.perf_counter()
         try:
             yield
@@ -98,35 +103,35 @@ class ResultCollector:
             raise
         self._write_reports(report_files, matting_start, peak_memory)
 
-    def _add_scores(self, result: ImageResult, answer: Any) -> None:
-        """Report a result with its scores. ``answer`` is None if the process that scored it died."""
-        if answer is None:
+    def _add_scores(self, result: ImageResult, scored: Any) -> None:
+        """Report a result with its scores. ``scored``: what the task returned; None if its process died."""
+        if scored is None:
             reason = (
                 f"the process that scored {result.output} died, perhaps because memory ran out; run the command again"
             )
             self._report_result(replace(result, status="failed", reason=reason))
             return
-        for problem in answer.problems:
+        for problem in scored.problems:
             self.add_problem(problem)
-        is_seen = None if self._trained_on is None else answer.image_sha256 in self._trained_on
-        foreground = answer.mean_alpha if result.matting.foreground is None else result.matting.foreground
+        is_seen = None if self._trained_on is None else scored.image_sha256 in self._trained_on
+        foreground = scored.mean_alpha if result.matting.foreground is None else result.matting.foreground
         self._report_result(
             replace(
                 result,
-                status=result.status if answer.evaluation.scores else "unscored",
+                status=result.status if scored.evaluation.scores else "unscored",
                 matting=replace(result.matting, foreground=foreground),
-                evaluation=replace(answer.evaluation, is_seen=is_seen),
-                reason="; ".join(problem.reason for problem in answer.problems),
+                evaluation=replace(scored.evaluation, is_seen=is_seen),
+                reason="; ".join(problem.reason for problem in scored.problems),
             )
         )
 
-    def _add_flicker_score(self, number: int, answer: Any) -> None:
-        if isinstance(answer, float):
+    def _add_flicker_score(self, number: int, scored: Any) -> None:
+        if isinstance(scored, float):
             result = self.report.results[number]
-            self.report.results[number] = replace(result, evaluation=replace(result.evaluation, dt_ssd=answer))
+            self.report.results[number] = replace(result, evaluation=replace(result.evaluation, dt_ssd=scored))
 
     def _report_result(self, result: ImageResult) -> None:
-        """Add a result to the report and tell the listener, but only the first time."""
+        """Add a result to the report and notify the listener, unless that was done before."""
         if result.key in self._reported:
             return
         self._reported.add(result.key)
@@ -142,7 +147,7 @@ class ResultCollector:
             self._scoring.pool.drain()
 
     def _write_reports(self, report_files: ReportFiles, matting_start: float, peak_memory: Callable[[], int]) -> None:
-        """Complete the report, write all its files and tell the listener. Images without a result are "not reached"."""
+        """Complete the report, write its files and notify the listener. Images without a result are "not reached"."""
         self._wait_for_scorer()
         report = self.report
         report.results += [

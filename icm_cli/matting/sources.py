@@ -1,4 +1,4 @@
-"""Find the source files, the root that the output tree mirrors, and the files that are skipped."""
+"""Find the files that ``--src`` names, and the root below which output paths mirror them."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ UNREADABLE_FILE = "not readable for this user"
 ADVICE = {A_MOVIE: "; extract its frames first, for example with ffmpeg"}
 """Advice about skipped files, by reason."""
 NUL_PICTURE = "\u2400"
-"""Replaces NUL characters in lists, which no file name contains."""
+"""The character that shows NUL. It replaces NUL in lists, because no path may contain NUL."""
 MAX_LISTED_FILES = 8
-"""Maximum number of files that an error lists."""
+"""Largest number of files that an error lists."""
 
 
 class SkippedFiles(Counter[str]):
@@ -49,7 +49,7 @@ class SkippedFiles(Counter[str]):
         self.notify = notice
 
     def add(self, paths: Sequence[Path], reason: str, *, is_reported: bool = True) -> None:
-        """Count files with a reason, and report it."""
+        """Count files that are skipped for a reason, and give a notice."""
         self[reason] += len(paths)
         if paths and is_reported:
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
@@ -64,7 +64,7 @@ class SkippedFiles(Counter[str]):
         return [path for path in paths if path not in excluded]
 
     def add_skipped_paths(self, skipped: SkippedPaths) -> None:
-        """Count and report what a walk has skipped."""
+        """Count and report what :func:`icm_cli.files.walk_files` has skipped."""
         for reason, paths in skipped.items():
             self.add(paths, reason)
 
@@ -76,9 +76,9 @@ class Sources:
     root: Path
     files: Sequence[Path]
     is_sequence: bool = False
-    """Whether a frame pattern named them."""
+    """Whether ``--src`` is a frame pattern."""
     inspected: Mapping[Path, SourceFile] = field(default_factory=dict)
-    """Files that were inspected to find out whether they are images."""
+    """Headers of those files that were already opened to find out whether they are images."""
 
 
 def find_sources(
@@ -87,12 +87,17 @@ def find_sources(
     skipped_files: SkippedFiles,
     is_ignored: Callable[[Path, Path], bool] = lambda path, folder: False,  # noqa: ARG005
 ) -> Sources:
-    """Find the files that ``src`` names.
+    """Find the files that ``src`` names. Raises UsageError if there are none, or if images are outside the root.
 
-    The root is the folder itself, the folder of a file, or the part of a glob or frame pattern without wildcards. For a
-    list, it is the part of its lines before ROOT_MARK, else the working directory. ``root`` overrides it. The root does
-    not depend on the other files of the run, so neither does an output path. ``is_ignored(path, folder)``: whether a
-    file that was found in a folder is not a source. Raises UsageError, also for images outside the root.
+    The root is ``root`` if it is given. Otherwise it depends on ``src``:
+
+    - a folder: that folder;
+    - a file: its folder;
+    - a glob or frame pattern: the folder before the first wildcard;
+    - a list: the part of its lines before ROOT_MARK, else the working directory.
+
+    So the root, and with it every output path, does not depend on which files exist. ``is_ignored(path, folder)``:
+    whether a file that was found in a folder is not a source.
     """
     sources = _find_files(src, skipped_files, is_ignored)
     if root is not None:
@@ -130,7 +135,7 @@ def find_sources(
 def _may_be_image(file: SourceFile) -> bool:
     """Return whether a file exists and may be an image.
 
-    Its content decides. Its suffix decides if the file cannot be read, and for Targa, the only format without a
+    This is decided by its content; by its suffix if it cannot be read, or for Targa, the only format without a
     signature.
     """
     has_image_suffix = file.path.suffix.lower() in IMAGE_SUFFIXES
@@ -140,7 +145,7 @@ def _may_be_image(file: SourceFile) -> bool:
 
 
 def name_below(path: Path, root: Path) -> Path:
-    """Return the path relative to the root. A path outside the root, whose image will fail, loses its leading /."""
+    """Return a path relative to the root. A path outside the root, whose image will fail, is made relative to /."""
     try:
         return path.relative_to(root)
     except ValueError:
@@ -154,7 +159,7 @@ def natural_sort_key(path: Path) -> list[list[tuple[int, int, str, str]]]:
 
 @functools.lru_cache(maxsize=1024)
 def _natural_name_key(name: str) -> list[tuple[int, int, str, str]]:
-    """Return the key of one part of a path. It is cached because folders have many files."""
+    """Return the sort key of one part of a path. It is cached, because many files have the same folders."""
     keys = []
     for part in filter(None, re.split("([0-9]+)", name)):
         digits = part.lstrip("0") if part[0] in "0123456789" else None  # compared by their length, then as text
@@ -282,9 +287,10 @@ def _find_sequence(pattern: FramePattern, text: str, skipped_files: SkippedFiles
 
 
 def _read_list(data: bytes, where: str, skipped_files: SkippedFiles) -> Sources:
-    """Return the files of a list, without folders. A line that is no path is kept, so that it fails alone.
+    """Return the files of a list, without folders. ``where``: what messages call the list.
 
-    Raises UsageError for lines that give different roots.
+    A line that cannot be a path is kept, so that only this image fails. Raises UsageError if lines have different
+    roots.
     """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UsageError(f"{where} is UTF-16 text; expected UTF-8 with one path per line; save it as UTF-8")
@@ -303,7 +309,7 @@ def _read_list(data: bytes, where: str, skipped_files: SkippedFiles) -> Sources:
 
 
 def _find_list_root(lines: Sequence[str], where: str) -> Path:
-    """Return the root that lines of a list give, or the working directory. Raises UsageError for several roots."""
+    """Return the root in the lines of a list, else the working directory. Raises UsageError for different roots."""
     given = [line.rpartition(ROOT_MARK)[0] for line in lines if ROOT_MARK in line]
     roots = sorted({os.path.abspath(root or "/") for root in given})  # noqa: PTH100
     if len(roots) > 1:

@@ -1,4 +1,4 @@
-"""A worker process: mattes on one device, requests job after job, and sends every result to its parent process."""
+"""A worker process of :class:`icm_cli.matting.devices.WorkerPool`, which mattes on one device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Serve the parent process until it closes the connection; the arguments are the file descriptors of two pipes."""
+    """Request and matte jobs until the parent process closes the connection.
+
+    The command line arguments are the file descriptors of two pipes, for reading and for writing.
+    """
     ignore_stop_signals()
     from icm_cli.environment import limited_threads, resource_errors
     from icm_cli.errors import IcmError
