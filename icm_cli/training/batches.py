@@ -22,7 +22,7 @@ from icm_cli.errors import ImageError, TrainingError
 
 WORKER_NICENESS = 15
 MAX_ATTEMPTS = 10
-"""Number of unreadable draws for one sample after which training ends."""
+"""Training ends if a sample could not be read in this many draws."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Batch:
     names: tuple[str, ...]
     counters: tuple[int, ...]
     skipped: tuple[str, ...]
-    """For each draw that could not be read: the reason."""
+    """Reasons for the draws that could not be read."""
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Return the tensors by field name; tensors of a tuple are numbered ("scales.0")."""
@@ -78,7 +78,7 @@ class BatchMaker(Dataset[Any], ABC, Generic[BatchT]):
         """Make the batch of some samples. Raises TrainingError if a sample cannot be made."""
 
     def __getitems__(self, counters: Sequence[int]) -> BatchT | str:
-        """Make a batch for DataLoader. After an error, return its text, because DataLoader changes its type."""
+        """Make a batch for DataLoader. An error is returned as text, because DataLoader would change its type."""
         try:
             return self.make_batch(counters)
         except TrainingError as error:

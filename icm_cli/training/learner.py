@@ -22,7 +22,7 @@ from icm_cli.training.batches import number_samples
 from icm_cli.training.settings import Settings, TrainConfig
 
 START_FACTOR = 1e-6
-"""Factor of the learning rate at step 0 of the warm-up (released code)."""
+"""Factor of the learning rate at step 0 of the warm-up, as in the code released with the paper."""
 
 
 class Learner:
@@ -113,8 +113,8 @@ class Learner:
     def set_training_mode(self) -> None:
         """Set the model to training mode.
 
-        These BatchNorm layers keep their statistics: those of the backbone, those whose weights are frozen, and with
-        ``batch_norm: fixed`` all.
+        BatchNorm layers keep their statistics if they are in the backbone or if their weights are frozen. With
+        ``batch_norm: fixed``, all of them do.
         """
         self.model.train()
         self.model.backbone.eval()
@@ -125,7 +125,7 @@ class Learner:
 
     @contextlib.contextmanager
     def inference_mode(self) -> Iterator[None]:
-        """Set the model up for inference or saving inside the context, with the moving average of its weights."""
+        """Context in which the model has the moving average of its weights and is in evaluation mode."""
         with self.ema.swap_into_model(), self.accelerator.autocast():
             self.model.eval()
             try:
@@ -141,8 +141,8 @@ class Learner:
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of a micro-batch's summed loss.
 
-        Gradients are averaged over micro-batches and processes. The loss is multiplied by their number, so that the
-        result equals the published sum over the batch.
+        Accelerate averages gradients over micro-batches and processes. The loss is multiplied by their number, so that
+        the result is the gradient of the sum over the batch, as in the paper.
         """
         self.accelerator.backward(loss * (self.accumulation * self.accelerator.num_processes))
 
@@ -172,7 +172,7 @@ class Learner:
         return float(self.accelerator.clip_grad_norm_(parameters, self.config.clip_norm or float("inf")))
 
     def is_true_anywhere(self, condition: bool) -> bool:
-        """Whether a condition is true in any of the processes."""
+        """Return whether a condition is true in any of the processes."""
         if self.accelerator.num_processes == 1:
             return condition
         if condition:
@@ -208,7 +208,7 @@ class Learner:
 
     @contextlib.contextmanager
     def explain_errors(self) -> Iterator[None]:
-        """Turn errors about memory, here or in a worker process, into messages that say what to do."""
+        """Context that converts out-of-memory errors, of this or of a worker process, to errors that say what to do."""
         try:
             yield
         except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
@@ -277,7 +277,7 @@ def learning_rate_factor(step: int, config: TrainConfig, elapsed_fraction: float
 
 
 class MovingAverage:
-    """Exponential moving average (EMA) of tensors. If ``decay`` is None, there is none: the tensors are used.
+    """Exponential moving average (EMA) of tensors. If ``decay`` is None, the tensors themselves are used instead.
 
     At step n the decay is at most (1 + n) / (10 + n), so that the average soon forgets the initial weights. Integer
     tensors, such as BatchNorm's counters, are copied.
@@ -302,7 +302,7 @@ class MovingAverage:
 
     @contextlib.contextmanager
     def swap_into_model(self) -> Iterator[None]:
-        """Put the average into the model's tensors inside the context; restore them afterwards."""
+        """Context in which the model's tensors have the values of the average."""
         self._swap_tensors()
         try:
             yield

@@ -1,4 +1,4 @@
-"""The log of a run: metrics of the steps, written to a CSV file and to TensorBoard."""
+"""The log of a training run: metrics of its steps, in a CSV file and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class StepStats:
         return time.perf_counter() - self._start - self._paused
 
     def take_metrics(self, learning_rate: float) -> dict[str, float]:
-        """Return the means since the last call, named like the log's columns, and reset them."""
+        """Return the means since the last call, by the names of the log's columns."""
         now = self.samples, self.waiting, self.seconds
         samples, waiting, seconds = (after - before for after, before in zip(now, self._logged, strict=True))
         seconds = max(1e-9, seconds)
@@ -178,7 +178,7 @@ class StepStats:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the complete rows of a log. Damaged rows are skipped; reading stops where the file is no CSV."""
+    """Return the complete rows of a log. Damaged rows are skipped; reading stops where the CSV itself is damaged."""
     rows: list[dict[str, Any]] = []
     if not path.is_file():
         return rows

@@ -1,7 +1,7 @@
-"""The losses of the stage "matte", equal to the published code (Guo et al. 2024, section 4).
+"""The losses of the stage "matte", equal to those of the published code (Guo et al. 2024, section 4).
 
-Its losses on trimap regions are those of ViTMatte. A loss has one value per sample, [B]; the published total is their
-sum over the batch. All values are float32.
+The losses on trimap regions are those of ViTMatte. A loss has one value per sample, [B] float32. The published total is
+their sum over the batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from icm_cli.scoring.metrics import UNKNOWN_RANGE
 from icm_cli.training.settings import BinaryRule, LossConfig
 
 REGION_SCALE = 512.0 * 512.0
-"""The mean of a region loss is multiplied by this over the region's number of pixels, for any image size."""
+"""A region loss is its mean over the image times REGION_SCALE / (pixels of the region), at any image size."""
 LAPLACIAN_LEVELS = 5
 LAPLACIAN_MIN_PX = 64
 """Smallest side of an image with five pyramid levels."""
@@ -113,7 +113,7 @@ def cross_entropy_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:
 def dice_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # noqa: ARG001
     """Return 1 - Dice coefficient, [B] in 0..1."""
     common, sizes = (alpha * truth).sum(dim=(1, 2, 3)), (alpha.square() + truth.square()).sum(dim=(1, 2, 3))
-    return 1.0 - (2.0 * common + 1.0) / (sizes + 1.0)  # (the added pixel gives an empty truth a gradient)
+    return 1.0 - (2.0 * common + 1.0) / (sizes + 1.0)  # adding 1 gives an empty truth a gradient
 
 
 def l1_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # noqa: ARG001

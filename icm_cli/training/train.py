@@ -1,4 +1,4 @@
-"""``icm_cli.train``: the training loop, to be read from top to bottom. The body of the ``icm train`` command."""
+"""``icm_cli.train``: train a model. The command ``icm train`` calls it. The loop is :meth:`_TrainingLoop.run_steps`."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ from icm_cli.training.settings import Settings, ValidationConfig, read_settings
 from icm_cli.training.stages import AnyStage, make_stage
 
 MAX_REPORTED_SKIPS = 20
-"""Number of unreadable draws that are reported one by one."""
+"""Number of unreadable samples that are reported one by one."""
 MAX_LOSS = 1e4
-"""A sample whose loss is above this ends the run (released code)."""
+"""A sample whose loss is above this ends the run, as in the code released with the paper."""
 MAX_SKIPPED_FRACTION = 0.01
-"""Largest fraction of draws that may be unreadable."""
+"""If a larger fraction of the drawn samples cannot be read, the run ends."""
 MIN_DRAWS_TO_JUDGE = 100
-"""Number of draws from which that fraction is checked."""
+"""The fraction is checked only after this many draws."""
 
 
 @keyword_arguments(TrainOptions)
@@ -176,7 +176,10 @@ class _TrainingLoop:
         return self._summarise()
 
     def _take_step(self, batches: Iterator[Batch]) -> tuple[int, Batch]:
-        """Take one step over all of its micro-batches; return the draws skipped so far and the last micro-batch."""
+        """Take one optimiser step over all of its micro-batches.
+
+        Returns the number of draws skipped since the run began, and the last micro-batch.
+        """
         learner, stage, skipped, norm = self._learner, self._stage, self._progress.skipped, 0.0
         torch.manual_seed(self._recipe.seed + self._progress.step)  # for models that draw random numbers themselves
         for _ in range(learner.accumulation):
@@ -188,8 +191,8 @@ class _TrainingLoop:
                 losses = stage.compute_losses(prediction, batch)
                 self._check_losses(losses["total"].detach(), batch)
                 learner.backward(losses["total"].sum())
-                norm += learner.clip_gradients()  # 0 until the gradients are complete
-                # (with fp16, the scaler of the losses skips steps whose gradients overflow)
+                norm += learner.clip_gradients()  # 0 except after the last micro-batch
+                # With fp16, gradients may overflow: the loss scaler then skips the step.
                 if not math.isfinite(norm) and learner.accelerator.scaler is None:
                     advice = "reduce train.learning_rate or set train.precision to no"
                     raise self._divergence("the gradients are NaN or infinite", batch.names, batch, advice)
@@ -217,7 +220,7 @@ class _TrainingLoop:
             raise self._divergence(f"the loss is NaN or above {MAX_LOSS:g}", names, batch, advice)
 
     def _divergence(self, problem: str, names: Sequence[str], batch: Batch, advice: str) -> TrainingError:
-        """Save a batch, and return the error that names the step and the samples."""
+        """Save the batch for inspection, and return the error that names the step and the samples."""
         step = self._progress.step + 1
         return TrainingError(
             f"step {step}: {problem} for {'; '.join(names)}. The batch is in {self._run.save_batch(batch, step)}, and "

@@ -1,4 +1,4 @@
-"""The stages of training: the samples, predictions and losses of each kind of training."""
+"""Interface of the training stages: the samples, predictions and losses of each kind of training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Stage(ABC, Generic[BatchT]):
     loss_names: ClassVar[tuple[str, ...]]
     """Names of the losses in the log."""
     maker: BatchMaker[BatchT]
-    """Makes the batches, if worker processes can make them."""
+    """Makes the batches in worker processes; not set by stages that make them in the main process."""
 
     def __init__(self, settings: Settings, pool: TrainingPool) -> None:
         self.settings = settings
@@ -58,7 +58,7 @@ class Stage(ABC, Generic[BatchT]):
         return load_batches(self.maker, learner.number_samples(first_step), workers=learner.workers, pin=is_cuda)
 
     def predict(self, forward: nn.Module, batch: BatchT) -> Prediction:
-        """Run the selected module, as wrapped by the accelerator, on a batch."""
+        """Run the selected module on a batch. ``forward``: the module as Accelerate has wrapped it."""
         prediction: Prediction = forward(batch)
         return prediction
 

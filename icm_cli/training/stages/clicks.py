@@ -38,8 +38,8 @@ class Click:
 def find_largest_error(found: Mask, truth: Mask) -> Click | None:
     """Return a click at the centre of the largest connected error; None if there is no error.
 
-    The centre is the point farthest from the border of the error. An error is either a missing part of the object or
-    background that is taken for it.
+    An error is a missing part of the object, or background that is in the mask. Its centre is the point farthest from
+    its border.
     """
     largest: tuple[int, Mask, int] | None = None
     for label, errors in ((1, truth & ~found), (0, found & ~truth)):
@@ -88,7 +88,7 @@ def draw_box(truth: Mask, rng: np.random.Generator) -> tuple[float, float, float
 
 
 def corrupt_alpha(alpha: Tensor, config: ClickConfig, rng: np.random.Generator) -> Tensor:
-    """Add regions to an alpha [H,W] in 0..1, and remove others."""
+    """Return an alpha [H,W] in 0..1 to which smooth random regions were added, and from which others were removed."""
     cells = int(rng.integers(CORRUPTION_CELLS[0], CORRUPTION_CELLS[1] + 1))
     noise = torch.from_numpy(rng.standard_normal((1, 1, cells, cells), np.float32)).to(alpha.device)
     noise = F.interpolate(noise, alpha.shape, mode="bicubic", align_corners=False)[0, 0]
@@ -128,7 +128,7 @@ def _draw_in_area(area: Mask, truth: Mask, rng: np.random.Generator) -> Click:
 
 
 def _distance_to_border(area: Mask) -> NDArray[np.float32]:
-    """Return the distance of each pixel of an area to its border, which the border of the image is part of."""
+    """Return the distance of each pixel of an area to the nearest pixel outside it or outside the image."""
     padded = np.pad(area.astype(np.uint8), 1)
     distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return np.asarray(distance[1:-1, 1:-1], np.float32)

@@ -1,4 +1,4 @@
-"""The stage "match": train a token-match head to recognise the target object, on stored tokens.
+"""The stage "match": train a token-match head on stored tokens to recognise the target object.
 
 The backbone is frozen, so that every image is encoded only once; its tokens are stored in the run's folder. A sample is
 a mosaic of the tokens of one to four images. The reference's object is in one of them, in several, or in none. This is
@@ -101,7 +101,7 @@ class MatchStage(MosaicStage[MosaicBatch]):
         self._views |= self._encoder.load_views([file for file in files if file not in self._views])
 
     def _use_view_set_of(self, step: int) -> None:
-        """Use the view set of a step, and encode what the next one needs by this step."""
+        """Switch to the view set of a step, and encode the part of the next one that is due at this step."""
         self._load_views(self._plan.files_due(step))
         number = self._plan.set_number(step)
         if number == self._set_number:
@@ -111,17 +111,17 @@ class MatchStage(MosaicStage[MosaicBatch]):
         self._views = {file: views for file, views in self._views.items() if file.rotation_part >= number}
         self._sources = _split_by_size(self.pool, {file: self._views[file] for file in files}, lambda view: view)
         if self._set_number is not None and self._encoder is not None:
-            self._encoder.remove_parts_before(number - 1)  # a resumed run may start from an earlier state
+            self._encoder.remove_parts_before(number - 1)  # a resumed run may need the set before
         self._set_number = number
 
     def make_batches(self, learner: Learner, first_step: int) -> Iterator[MosaicBatch]:
-        """Yield the batches of this process, which makes them itself, because it has the tokens."""
+        """Yield the batches. They are made in this process and not in workers, because it has the tokens in memory."""
         return map(self.make_batch, learner.number_samples(first_step))
 
     def make_batch(self, counters: Sequence[int]) -> MosaicBatch:
         """Make samples number ``counters``, which are the same in every run with the same seed.
 
-        All of them have the same layout. Raises TrainingError if the images do not suffice for a mosaic.
+        All of them have the same layout. Raises TrainingError if there are too few images for a mosaic.
         """
         self._use_view_set_of(counters[0] // self.settings.train.batch_size)
         assert self._sources is not None

@@ -32,7 +32,7 @@ from icm_cli.training.settings import Settings
 from icm_cli.training.stages import PANEL_ROWS, Prediction, Stage, darken_outside, image_grid, to_rgb
 
 FORMAT = "3"
-"""Version of the entries; part of their names."""
+"""Version of the cache entries. It is part of their names, so that entries of other versions are not used."""
 
 
 class MatteStage(Stage[PairBatch]):
@@ -125,7 +125,7 @@ def _heat_map(values: Tensor) -> ImageU8:
 
 
 class FeatureCache:
-    """A disk cache of a frozen backbone's features, so that every image is encoded only once.
+    """A disk cache of the features of a frozen backbone, so that every image is encoded only once.
 
     The name of an entry is the digest of the canvas, its padding mask, and everything that determines the backbone.
     Entries are in half precision. Newly computed features are rounded to half precision, too, so that the results of a
@@ -133,7 +133,7 @@ class FeatureCache:
     """
 
     def __init__(self, backbone_digest: str, limit_bytes: int, *, notice: Callable[[str], None]) -> None:
-        """Open the cache. ``limit_bytes`` bounds all entries, also those of other backbones.
+        """Open the cache. ``limit_bytes``: largest size of all entries, also those of other backbones.
 
         Entries of other backbones are deleted, oldest first, if space is needed.
         """
@@ -170,7 +170,7 @@ class FeatureCache:
         valid: Tensor,
         noise_keys: Sequence[str],
     ) -> Features:
-        """Return the features of images in a role, whose entries are named by their pixels and padding masks."""
+        """Return the features of images from the cache, or encode and store them. ``role``: target or reference."""
         singles = []
         for i in range(len(rgb)):
             pixels = (layer[i].cpu().numpy().tobytes() for layer in (rgb, valid))

@@ -1,4 +1,4 @@
-"""Mosaics of the tokens of images, of which one, several or none show the reference's object.
+"""Mosaics: the tokens of several images on one canvas. One, several or none of the images show the reference's object.
 
 The stages that train a token-match head use them: "match" and "objects" on stored tokens, "end-to-end" on images that
 are made for each step.
@@ -36,22 +36,25 @@ from icm_cli.training.stages import Prediction, Stage, darken_outside, render_la
 LARGE_FACTOR = 2
 """Side of a large view, as a multiple of a view's side."""
 NOISE_REGION = 6
-"""Side, in tokens, of the regions that share a part of their noise."""
+"""Side, in tokens, of the regions whose tokens have a part of their noise in common."""
 FURTHER_PROBABILITY = 0.7
 """Probability that a further tile shows the object, in mosaics where several tiles may show it."""
 MAX_ATTEMPTS = 1000
-"""Number of draws for one tile of a mosaic after which training ends."""
+"""Training ends if no image was found for a tile of a mosaic in this many draws."""
 MAX_PARTNER_DRAWS = 20
-"""Number of draws for one reference after which another target is drawn."""
+"""If no reference was found for a target in this many draws, another target is drawn."""
 
 
 class View(NamedTuple):
-    """Tokens of an image, or of N images if all tensors have a further first axis.
+    """Tokens of an image; or of N images, if all tensors have a further first axis.
 
-    feature: correspondence features [C,h,w]; scales: inputs of the head's decoder, from coarse to fine, [C',2h,2w],
-    [C",4h,4w] ...; alpha: mean of the alpha in each cell of the decoder's output, [nh,nw]; inside, outside: tokens
-    inside and outside the guidance, bool [h,w]; valid: tokens of the image instead of padding, bool [h,w]; embedding:
-    image embedding of the object model, [E,mh,mw], or [0,0,0] if it is not trained.
+    Attributes:
+        feature: Correspondence features, [C,h,w].
+        scales: Inputs of the head's decoder, from coarse to fine: [C',2h,2w], [C",4h,4w] ...
+        alpha: Mean of the alpha in each cell of the decoder's output, [nh,nw].
+        inside, outside: Tokens inside and outside the guidance, bool [h,w].
+        valid: Tokens that are image and not padding, bool [h,w].
+        embedding: Image embedding of the object model, [E,mh,mw]; empty if that is not trained.
     """
 
     feature: Tensor
@@ -77,7 +80,7 @@ Image = TypeVar("Image", View, Scene)
 
 
 class ImageSource(Generic[Image]):
-    """The images of one size from which mosaics are made.
+    """The images of one size from which mosaics are made: small or large views.
 
     ``views`` has the views of each item; ``load`` returns the image of a view, or None if it cannot be read.
     """
@@ -115,11 +118,12 @@ class Mosaic(Generic[Image]):
 
 @dataclass(frozen=True)
 class MosaicBatch(Batch):
-    """A batch of mosaics with R references each.
+    """A batch of mosaics of H x W tokens, with R references of h x w tokens each.
 
-    Of the mosaics: feature [B,C,H,W], valid bool [B,H,W], scales [B,C',2H,2W] ..., alpha float32 [B,nH,nW], every_alpha
-    like it but with the objects of all tiles, and embedding [B,E,mH,mW] if the object model is trained. Of the
-    references: reference_feature [B,R,C,h,w], inside and outside bool [B,R,h,w].
+    The tensors are those of :class:`View`. Of the mosaics: feature [B,C,H,W], valid bool [B,H,W], scales [B,C',2H,2W]
+    ..., alpha float32 [B,nH,nW] of the reference's object, every_alpha [B,nH,nW] of the objects of all tiles, and
+    embedding [B,E,mH,mW] if the object model is trained. Of the references: reference_feature [B,R,C,h,w], inside and
+    outside bool [B,R,h,w].
     """
 
     rows: int
@@ -177,7 +181,7 @@ def require_token_match_head(model: InContextMatting, stage: str) -> TokenMatchH
 
 
 def fit_config_to_groups(config: MatchStageConfig, pool: TrainingPool) -> tuple[MatchStageConfig, str]:
-    """Adapt the settings of mosaics to a pool. Return them, and a notice if they were changed, else "".
+    """Return the settings of mosaics, adapted to a pool, and a notice if they were changed, else "".
 
     If all images show the same object, there are no negatives: each mosaic is a single image that shows the object.
     Raises UsageError if only some of the groups have negatives.
@@ -307,7 +311,7 @@ def join_tiles(
     references: View,
     is_positive: Tensor,
 ) -> MosaicBatch:
-    """Join B * T tiles, of T = ``rows`` * ``columns`` in each mosaic, and B * R references to a batch of mosaics.
+    """Return a batch of B mosaics of B * T tiles, where T = ``rows`` * ``columns``, and of B * R references.
 
     ``is_positive``, bool [B,T]: which tiles show the references' object.
     """
@@ -348,10 +352,10 @@ def _stack_views(views: Sequence[View]) -> View:
 
 
 def add_feature_noise(batch: MosaicBatch, max_std: float, rng: np.random.Generator) -> MosaicBatch:
-    """Add noise to the features that are compared, so that the head makes mistakes as on images it never saw.
+    """Return a batch with noise in its correspondence features, so that the head errs as it does on unseen images.
 
-    The noise of each image has its own strength, up to a standard deviation of ``max_std``. One part of it differs from
-    token to token, the other part from region to region. The features themselves have a variance of 1.
+    The strength of the noise is drawn for each image, up to a standard deviation of ``max_std``; the features have a
+    variance of 1. One part of the noise differs from token to token, the other from region to region.
     """
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
 
@@ -434,7 +438,7 @@ class MosaicStage(Stage[BatchT]):
         super().__init__(settings, pool)
         self._config, self._notice = fit_config_to_groups(settings.train.match, pool)
         self._previews: dict[int, list[Mosaic[Scene]]] = {}
-        """The mosaics of the last batch of the preview, by the number of its first sample."""
+        """The mosaics of the last previewed batch, by the number of its first sample."""
 
     def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
         del folder, first_step

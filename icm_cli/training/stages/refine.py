@@ -1,8 +1,8 @@
 """The stage "refine": train the edges on images with a mask or an alpha, and degraded coarse alphas.
 
-It needs no pairs: any image with a mask or an alpha can be used. Alphas of composites are exact, so all their pixels
-count fully. An outline drawn by hand shows where the edge is, but not how soft it is, so pixels at such edges have a
-smaller weight. Coarse alphas are degraded true ones: they have the errors of a head's output or of a rough mask.
+It needs no pairs of images: every image with a mask or an alpha can be used. Composites have exact alphas, so all their
+pixels have full weight. An outline drawn by hand shows where an edge is, but not how soft it is, so pixels at its edges
+have a smaller weight. Coarse alphas are true alphas with simulated errors of a head, or of a rough mask.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from icm_cli.training.stages import PANEL_ROWS, Prediction, Stage, add_total, re
 PHOTOGRAPH_BACKGROUND_PROBABILITY = 0.7
 """Probability that a composite has another item's photograph as its background instead of a background image."""
 EDGE_CROP_PROBABILITY = 0.85
-"""Probability that a crop is placed at an edge or an error of the coarse alpha; others are placed anywhere."""
+"""Probability that a crop is placed at an edge or at an error of the coarse alpha, and not anywhere."""
 EDGE_ALPHAS = (0.1, 0.9)
 """Pixels with an alpha between these, and their neighbours, are edge pixels."""
 UNKNOWN_TOLERANCE = 0.05
@@ -39,12 +39,12 @@ UNKNOWN_TOLERANCE = 0.05
 TOKEN_CELL_RANGE = (1 / 52, 1 / 14)
 """Smallest and largest side of a token's cell, as a fraction of the image's long side."""
 OBJECT_CELL_RANGE = (1 / 256, 1 / 128)
-"""Smallest and largest side of an object mask's cell, as a fraction of the image's long side."""
+"""Smallest and largest side of a pixel of an object mask, as a fraction of the image's long side."""
 OBJECT_BLUR = (0.4, 3.0)
-"""Standard deviation, in cells, of the blur of an object mask's outline. A network that was trained with more blur
-changes masks that are correct."""
+"""Smallest and largest standard deviation of the blur of an object mask, in pixels of the mask. A network that was
+trained with more blur changes masks that are correct."""
 CERTAIN_LOGIT = 4.0
-"""Far from the object, the logit of an object mask is at most minus this."""
+"""Far from the object, the logit of an object mask is at most -CERTAIN_LOGIT."""
 MAX_REGION_FRACTION = 0.12
 """Largest fraction of the image that an uncertain region covers."""
 INSIDE_PROBABILITY = 0.65
@@ -204,7 +204,7 @@ def _gradient_error(error: Tensor, weight: Tensor, axis: int) -> Tensor:
 
 
 def degrade_to_tokens(alpha: Float, rng: Rng) -> Float:
-    """Degrade an alpha, [H,W] 0..1, to the output of a head on tokens: large cells, smooth errors, holes and blobs."""
+    """Return an alpha, [H,W] 0..1, with the errors of a head: large cells, smooth errors, holes and blobs."""
     height, width = alpha.shape
     cell = max(height, width) * np.exp(rng.uniform(*np.log(TOKEN_CELL_RANGE)))
     rows, columns = max(2, round(height / cell)), max(2, round(width / cell))
@@ -216,6 +216,7 @@ def degrade_to_tokens(alpha: Float, rng: Rng) -> Float:
     if rng.random() < 0.4:
         shifted = _dilate_or_erode(shifted, rng.uniform(-0.6, 0.6) * cell)
     grid = cv2.resize(shifted, (columns, rows), interpolation=cv2.INTER_AREA)
+    # Change the confidence, and add smooth errors, noise, holes and blobs to the logits of the cells.
     logit = np.log((grid + 0.02) / (1.02 - grid)) * rng.uniform(0.5, 2.0) + rng.uniform(-0.7, 0.7)
     logit += draw_smooth_noise((rows, columns), rng.uniform(1.0, 4.0), rng) * rng.uniform(0.0, 1.6)
     logit += rng.standard_normal((rows, columns)) * rng.uniform(0.0, 0.8)
@@ -227,7 +228,7 @@ def degrade_to_tokens(alpha: Float, rng: Rng) -> Float:
 
 
 def degrade_outline(alpha: Float, rng: Rng) -> Float:
-    """Degrade the outline of an alpha, [H,W] 0..1: displaced by a few pixels, hardened at random, and blurred."""
+    """Return an alpha, [H,W] 0..1, with a wrong outline: displaced by a few pixels, sometimes hardened, and blurred."""
     reach = rng.uniform(0.5, 7.0)
     coarse = (alpha > rng.uniform(0.3, 0.7)).astype(np.float32) if rng.random() < 0.5 else alpha
     if rng.random() < 0.8:
@@ -245,7 +246,7 @@ def degrade_outline(alpha: Float, rng: Rng) -> Float:
 
 
 def degrade_to_object_mask(alpha: Float, rng: Rng) -> Float:
-    """Degrade an alpha, [H,W] 0..1, to the output of an object segmentation model.
+    """Return an alpha, [H,W] 0..1, with the errors of an object segmentation model.
 
     The outline is smooth and confident on both sides. Hair extends beyond it, or the gaps between strands are closed.
     """
@@ -263,7 +264,7 @@ def degrade_to_object_mask(alpha: Float, rng: Rng) -> Float:
 
 
 def add_uncertain_regions(coarse: Float, rgb: ImageU8, truth: Float, rng: Rng) -> Float:
-    """Make a coarse alpha, [H,W] 0..1, uncertain about one to three regions of similar colour.
+    """Return a coarse alpha, [H,W] 0..1, made uncertain in one to three regions of similar colour.
 
     Regions of the object fade, and regions of the background appear, as in the output of a head that judges by
     similarity. ``rgb`` is the image, uint8 [H,W,3].

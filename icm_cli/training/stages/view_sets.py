@@ -1,9 +1,9 @@
-"""View sets of the stage "match": the images whose tokens are stored, and their replacement during training.
+"""View sets of the stage "match": which images have their tokens stored, and when they are replaced by others.
 
-The images of each group are shuffled with the seed and divided into rotation parts, one after another; after the last
-image, the first one follows again. A view set consists of :attr:`MatchStageConfig.rotation_parts` consecutive parts.
-After every :attr:`MatchStageConfig.rotate_every` steps, the next view set is used: it lacks the first part of the one
-before, and has one further part. The parts depend only on the seed, so a resumed run has the same view sets.
+A view is an augmented version of a training image. The images of each group are shuffled with the seed and divided into
+rotation parts; after the last image, the first one follows again. A view set consists of
+:attr:`MatchStageConfig.rotation_parts` consecutive parts. After every :attr:`MatchStageConfig.rotate_every` steps, it
+moves on by one part. The parts depend only on the seed, so a resumed run has the same view sets.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class ViewPlan:
 
 
 class SceneDataset(Dataset["Scene | str"]):
-    """Scenes of the items of files, with random distractors; for an unreadable item, a str with the reason."""
+    """Scenes of the items of view files, with random distractors. An unreadable item is a str with the reason."""
 
     def __init__(self, pool: TrainingPool, settings: Settings, files: Sequence[ViewFile]) -> None:
         train = settings.train
@@ -168,7 +168,7 @@ class ViewEncoder:
     def load_views(
         self, files: Sequence[ViewFile], workers: int = 0, *, is_start: bool = False
     ) -> dict[ViewFile, Views]:
-        """Return the views of files. Images that are not stored yet are encoded; at the start, with their progress.
+        """Return the views of files. Those that are not stored yet are encoded. ``is_start``: report the progress.
 
         Each file is stored as soon as it is encoded, so that an interrupted run can be resumed.
         """
@@ -228,7 +228,7 @@ class ViewEncoder:
         return [None if view is None else View(*view) for view in stored["views"]]
 
     def _store_file(self, file: ViewFile, views: Views) -> Views:
-        """Write views to the run's folder, and return them memory-mapped, so that the system can free the memory."""
+        """Write views to the run's folder, and return them memory-mapped, so that they need not stay in memory."""
         if not self._learner.is_main:
             return views
         tensors = [None if view is None else tuple(view) for view in views]
