@@ -617,7 +617,7 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _matches_parts(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Whether the parts of a path match the parts of a glob."""
+    """Return whether the parts of a path match the parts of a glob."""
     if not patterns:
         return not names
     if patterns[0] == "**":

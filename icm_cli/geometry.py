@@ -89,7 +89,7 @@ class Placement:
 
 
 def has_same_aspect(size: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether (height, width) has the aspect ratio of ``expected``, except for rounding."""
+    """Return whether (height, width) has the aspect ratio of ``expected``, except for rounding."""
     ratio = (size[1] / size[0]) / (expected[1] / expected[0])
     return abs(ratio - 1) <= ASPECT_TOLERANCE
 

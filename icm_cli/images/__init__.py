@@ -1,1 +1,1 @@
-"""Read images upright in every common format, and write alphas that can be traced."""
+"""Read images of every common format upright, and write alphas with their provenance."""

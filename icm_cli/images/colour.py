@@ -21,7 +21,7 @@ BUILT_IN = "ocio://studio-config-latest"
 """Built-in configuration of OpenColorIO: ACES, camera log spaces, Rec.709, P3."""
 DISPLAY = "sRGB - Display"
 VIEW = "Un-tone-mapped"
-"""Default view of scene-referred images: values in 0..1 look as if they were saved as sRGB."""
+"""Default view of scene-referred images. It only converts to sRGB: no tone mapping, values above 1 are clipped."""
 SRGB = "sRGB"
 """Name of display-referred sRGB, which needs no transform."""
 LINEAR = "lin_rec709_scene"
@@ -33,7 +33,7 @@ PRIMARIES = {
     (0.708, 0.292, 0.170, 0.797, 0.131, 0.046): "lin_rec2020_scene",
     (0.680, 0.320, 0.265, 0.690, 0.150, 0.060): "lin_p3d65_scene",
 }
-"""Colour space by the chromaticities of an EXR: x and y of red, green and blue."""
+"""Chromaticities of an EXR (x and y of red, green and blue) -> colour space."""
 CICP_SPACES = {
     **{(1, transfer): "g24_rec709_display" for transfer in (1, 6, 14, 15)},
     (1, 4): "g22_rec709_display",
@@ -47,7 +47,7 @@ CICP_SPACES = {
     (12, 16): "pq_p3d65_display",
     (12, 17): "g26_p3d65_display",
 }
-"""Colour space by the codes of ITU-T H.273 for primaries and transfer function."""
+"""Codes of ITU-T H.273 for primaries and transfer function -> colour space."""
 CICP_UNSPECIFIED = 2
 HDR_SPACES = ("pq_rec2020_display", "hlg_rec2020_display", "pq_p3d65_display")
 HDR_WHITE = 2.03
@@ -55,7 +55,7 @@ HDR_WHITE = 2.03
 ACES = frozenset({"lin_ap0_scene", "lin_ap1_scene"})
 ACES_WHITE = 0.32168, 0.33767
 D65 = 0.3127, 0.3290
-"""White point of the other spaces in ``PRIMARIES``."""
+"""White point, x and y, of the spaces in ``PRIMARIES`` that are not ACES."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class ColourSettings:
     layer: str = ""
     """Layer of an EXR, by part name or channel prefix; "": selected by name."""
     white: float | None = None
-    """Value of white in images with more than 8 bits, if it differs from the maximum of their type."""
+    """Value of white (``--white``) in images with more than 8 bits; None for the largest value of their type."""
     is_matte: bool = False
     """Whether the file is a mask or an alpha, to which no option applies."""
     has_labels: bool = False
-    """Whether the file is a mask whose values are labels, of any size."""
+    """Whether the file is a mask whose values are labels, and so may have any value."""
 
     def validate(self) -> None:
         """Raise UsageError for an unknown configuration, colour space or view."""
@@ -97,7 +97,7 @@ class ColourSettings:
 
     @property
     def config_identity(self) -> str:
-        """Identity of the OpenColorIO configuration, which changes with its content."""
+        """Text that changes with the content of the OpenColorIO configuration. It is part of digests."""
         if path := self.config or os.environ.get("OCIO", ""):
             try:
                 return str(_load_config(self.config).getCacheID())
@@ -135,12 +135,12 @@ def to_display_srgb(pixels: NDArray[Any], scale: float, space: str, colour: Colo
 
 @functools.lru_cache(maxsize=8)
 def _rounding_table(scale: float) -> ImageU8:
-    """Return the 8-bit value of every 16-bit value. A table needs no float copy, which is eight times as large."""
+    """Return the 8-bit value of every 16-bit value. A lookup needs far less memory than a float copy of the image."""
     return round_to_u8(np.arange(65536, dtype=np.float32) * np.float32(255.0 / scale))
 
 
 def _packed_image(pixels: NDArray[Any]) -> Any:
-    """Describe pixels [H,W,3], float32 or uint8, to OpenColorIO. The pixels must outlive the description."""
+    """Return pixels [H,W,3], float32 or uint8, as an image of OpenColorIO, which only refers to their memory."""
     depth = ocio.BIT_DEPTH_F32 if pixels.dtype == np.float32 else ocio.BIT_DEPTH_UINT8
     height, width, _ = pixels.shape
     rows, columns, channels = pixels.strides
@@ -148,7 +148,7 @@ def _packed_image(pixels: NDArray[Any]) -> Any:
 
 
 def find_colour_space(label: str | None, config: str) -> str | None:
-    """Return the configuration's name of a colour space, None if it has no such space."""
+    """Return the name that the configuration has for a colour space; None if it has no such space."""
     if not label:
         return None
     found = _load_config(config).getColorSpace(label)
@@ -157,16 +157,16 @@ def find_colour_space(label: str | None, config: str) -> str | None:
 
 @dataclass(frozen=True)
 class CodePoints:
-    """Colour space of a PNG (chunk cICP), AVIF or HEIC (box nclx), by the codes of ITU-T H.273."""
+    """Colour space that a PNG (chunk cICP), AVIF or HEIC (box nclx) states by the codes of ITU-T H.273."""
 
     primaries: int
     transfer: int
     is_full_range: bool = True
-    """Whether black is 0 and white the largest value, unlike in video."""
+    """Whether black is 0 and white the largest value. In the narrow range of video, black is above 0."""
 
     def find_space(self, config: str) -> tuple[str | None, str]:
-        """Return the configuration's name of the colour space, None if icm does not support it; and the end of a
-        notice, "" if the space is supported or not specified."""
+        """Return the name that the configuration has for the space, None if icm does not support it; and the end of a
+        notice, "" if it is supported or not specified."""
         codes = self.primaries, self.transfer
         label = CICP_SPACES.get(codes)
         space = SRGB if label == SRGB else find_colour_space(label, config)
@@ -195,8 +195,8 @@ def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
 def to_scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]:
     """Convert colours [H,W,3] on the scale 0..1 to a scene-linear space; return them with its name.
 
-    sRGB keeps its primaries, which are those of Rec.709. Other spaces with a transfer curve are converted to the
-    configuration's ``scene_linear``. Linear spaces and data are not changed.
+    sRGB becomes linear Rec.709, which has the same primaries. Other spaces with a transfer curve are converted to the
+    role ``scene_linear`` of the configuration. Linear spaces and data are not changed.
     """
     if space == SRGB:
         return _convert_colours(pixels, BUILT_IN, "srgb_rec709_scene", LINEAR), LINEAR
@@ -276,7 +276,7 @@ def _display_name(config: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _display_processor(path: str, space: str, view: str, exposure: float) -> Any:
-    """Return the transform from float32 in a space to display sRGB uint8. It rounds three times as fast as NumPy."""
+    """Return the transform from float32 in a space to display sRGB uint8. It rounds itself, faster than NumPy does."""
     config, display = _load_config(path), _display_name(path)
     views = list(config.getViews(display))
     chosen = view or (VIEW if VIEW in views else str(config.getDefaultView(display)))

@@ -1,7 +1,7 @@
-"""Read the structure of JPEG, PNG and TIFF files, to accept or reject damaged ones.
+"""Read the structure of JPEG, PNG and TIFF files, to find damaged ones before they are decoded.
 
-libpng and libtiff print their complaints about a damaged file. The checks here find the damage first, so that icm
-reports it in its own messages.
+libpng and libtiff print messages about a damaged file to the terminal. The checks here find the damage first, so that
+icm reports it itself.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PROGRESSIVE, SCAN = 0xC2, 0xDA
 """JPEG markers of a progressive image's header, and of a scan."""
 MARKER_START = 0xFF
 WITHOUT_LENGTH = frozenset({0x00, 0x01, MARKER_START, *range(0xD0, 0xDA)})
-"""Bytes that follow 0xFF in coded data, and JPEG markers without a length."""
+"""Second bytes of JPEG markers without a length, and of 0xFF in coded data, which is no marker."""
 COEFFICIENTS = 64
 """Coefficients of a JPEG block."""
 _TRIED_ENDS = 2
-"""Number of random continuations that a JPEG without end marker is decoded with."""
+"""Number of random endings with which a JPEG without end marker is decoded; see :func:`complete_jpeg`."""
 _NOISE_RUNS, _NOISE_RUN_BYTES = 64, 64
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -50,7 +50,7 @@ CHUNKS_BEFORE_GAMMA = frozenset({b"sRGB", b"iCCP", b"cICP"})
 SRGB_GAMMA = 45455
 """1/2.2 as a gAMA chunk stores it, in units of 1/100000."""
 INFLATED_BYTES = 1 << 20
-"""Number of bytes that are inflated at a time."""
+"""Number of bytes that are decompressed at a time."""
 
 JPEG2000_SIZES, JPEG2000_COMPONENTS_OFFSET = b"\xff\x4f\xff\x51", 40
 """Markers at the start of a codestream, and the offset of the number of components from there."""
@@ -68,12 +68,12 @@ MAX_TIFF_PAGES = 65535
 
 
 def complete_jpeg(file: ImageFile) -> io.BytesIO | None:
-    """Return the bytes of a JPEG with its missing end marker, None if more is missing.
+    """Return the bytes of a JPEG with its missing end marker added; None if more is missing.
 
-    The file is decoded with several endings; if the pixels differ, rows are missing. A progressive file has all its
-    rows after the first scan, so its scans are counted as well. Raises OSError.
+    To find that out, the file is decoded with several random endings. If the pixels differ, rows are missing. In a
+    progressive file, the first scan already has all rows, so its scans are checked too. Raises OSError.
     """
-    data = file.stream.read().rstrip(b"\xff")  # half of a marker
+    data = file.stream.read().rstrip(b"\xff")  # the first half of the end marker may be there
     if not _has_every_scan(data):
         return None
     try:
@@ -84,12 +84,12 @@ def complete_jpeg(file: ImageFile) -> io.BytesIO | None:
 
 
 def is_deep_png(head: bytes) -> bool:
-    """Whether a PNG with this head has 16 bits per channel. Pillow reduces 16-bit RGB to 8 bits without notice."""
+    """Return whether a PNG with this head has 16 bits per channel. Pillow silently reduces 16-bit RGB to 8 bits."""
     return head.startswith(PNG_SIGNATURE) and head[PNG_DEPTH_OFFSET : PNG_DEPTH_OFFSET + 1] == b"\x10"
 
 
 def has_unusual_gamma(file: ImageFile) -> bool:
-    """Whether a PNG has a gamma that differs from that of sRGB (about 1/2.2).
+    """Return whether a PNG has a gamma that differs from that of sRGB (about 1/2.2).
 
     A gAMA chunk is ignored if a chunk with precedence over it is present. Raises ValueError for a damaged file.
     """
@@ -150,7 +150,7 @@ def file_white(file: ImageFile) -> int | None:
 
 
 def is_black_and_white_bmp(head: bytes) -> bool:
-    """Whether a file begins as a BMP of 4 or 8 bits with only black and white in its palette.
+    """Return whether a file begins as a BMP of 4 or 8 bits with only black and white in its palette.
 
     Pillow reads its pixels as single bits.
     """
@@ -165,19 +165,19 @@ def is_black_and_white_bmp(head: bytes) -> bool:
 
 
 def may_have_jpeg2000_alpha(head: bytes) -> bool:
-    """Whether a JPEG 2000 has 2 or more than 3 components, or too much metadata to find out."""
+    """Return whether a JPEG 2000 has 2 or more than 3 components, or too much metadata to find out."""
     at = head.find(JPEG2000_SIZES)
     components = head[at + JPEG2000_COMPONENTS_OFFSET :][:2] if at >= 0 else b""
     return components not in (b"\0\1", b"\0\3")
 
 
 def has_64_bit_integers(file: ImageFile) -> bool:
-    """Whether a TIFF stores integers of 64 bits, which no decoder supports."""
+    """Return whether a TIFF stores integers of 64 bits, which no decoder supports."""
     return any(tags.get(TIFF_BITS) == 64 and tags.get(TIFF_SAMPLE_FORMAT, 1) in (1, 2) for tags in _tiff_tags(file))
 
 
 def has_png_alpha(file: ImageFile) -> bool:
-    """Whether a PNG has an alpha channel or a transparent colour. Raises ValueError for a damaged file."""
+    """Return whether a PNG has an alpha channel or a transparent colour. Raises ValueError for a damaged file."""
     colour_type = file.head[PNG_DEPTH_OFFSET + 1 : PNG_DEPTH_OFFSET + 2]
     return colour_type not in PNG_OPAQUE or any(name == b"tRNS" for name, _ in _png_chunks(file, stop_before=b"IDAT"))
 
@@ -189,12 +189,12 @@ def tiff_pages(file: ImageFile) -> list[int]:
 
 
 def has_tiff_extra_samples(file: ImageFile) -> bool:
-    """Whether any page of a TIFF has channels besides its colours, such as an alpha."""
+    """Return whether any page of a TIFF has channels besides its colours, such as an alpha."""
     return any(TIFF_EXTRA_SAMPLES in tags for tags in _tiff_tags(file))
 
 
 def _has_every_scan(data: bytes) -> bool:
-    """Whether the scans of a progressive JPEG contain all bits of all coefficients."""
+    """Return whether the scans of a progressive JPEG contain all bits of all coefficients."""
     components: set[int] = set()
     missing_bits: dict[tuple[int, int], int] = {}
     for marker, content in _jpeg_segments(data):
@@ -229,7 +229,7 @@ def _pixel_digest(data: bytes) -> bytes:
 
 
 def _noise_bytes(seed: int) -> bytes:
-    """Return bytes that decode to arbitrary rows, with all restart markers and an end marker."""
+    """Return random bytes that decode to some rows of a JPEG, with all restart markers and an end marker."""
     shape = (_NOISE_RUNS, _NOISE_RUN_BYTES)
     runs = np.random.default_rng(seed).integers(0, MARKER_START, shape, np.uint8)
     return b"".join(run.tobytes() + bytes([0xFF, 0xD0 + number % 8]) for number, run in enumerate(runs)) + JPEG_END

@@ -1,6 +1,6 @@
-"""Decode image files: with Pillow if they have 8 bits, with OpenImageIO if they are deep or linear.
+"""Decode image files: with Pillow if they have 8 bits, with OpenImageIO if they have more bits or are linear.
 
-A decoder may raise any exception. This module converts all of them to ImageError.
+Decoders may raise any exception. This module converts all of them to ImageError.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ _PILLOW_FORMATS = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """Properties of a source file that planning reads from one open handle. It keeps no file content."""
+    """What planning reads from the start of a source file: its type, its number of frames and its state."""
 
     path: Path
     type: FileType = UNKNOWN_TYPE
     frame_count: int = 1
     planned_state: str = ""
-    """State at planning; "" if the file could not be read."""
+    """State (see :meth:`ImageFile.read_state`) at planning; "" if the file could not be read."""
     error: FileAccessError | None = None
-    """Why the file could not be read, if the system did not allow it."""
+    """Error of the system when the file was opened; None if it could be read."""
 
     @classmethod
     def inspect(cls, path: Path) -> SourceFile:
@@ -107,7 +107,7 @@ def library_settings() -> Iterator[None]:
 
 
 def _change_settings(restored: contextlib.ExitStack) -> None:
-    """Change settings, and register their restoration."""
+    """Change the settings, and register callbacks that restore them."""
     logger, pixels, threads = logging.getLogger("PIL"), Image.MAX_IMAGE_PIXELS, oiio.get_int_attribute("threads")
     restored.callback(logger.setLevel, logger.level)
     logger.setLevel(logging.CRITICAL)  # icm reports damaged files itself
@@ -276,7 +276,7 @@ def _decode_tiff_or_pnm(file: ImageFile, frame: int, wanted: colour.ColourSettin
 
 
 def _decode_png(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
-    """Decode with Pillow if the file has 8 bits and no gamma, which Pillow would ignore."""
+    """Decode with Pillow if the file has 8 bits and the usual gamma, because Pillow ignores another one."""
     uses_gamma = wanted.space == "auto" and not file.type.may_have_frames
     if not containers.is_deep_png(file.head) and not (uses_gamma and containers.has_unusual_gamma(file)):
         with contextlib.suppress(ValueError):  # a PNG with more metadata than Pillow accepts

@@ -17,7 +17,7 @@ from icm_cli.errors import ImageError
 from icm_cli.files import retry_transient, special_file_kind
 
 HEAD_BYTES = 4096
-"""Number of bytes at the start of a file that decide its type and are part of its state."""
+"""Size of the head: the bytes at the start of a file from which its type and its state are found."""
 STATE_DIGEST_DIGITS = 16
 EMPTY_FILE = "is empty (0 bytes); get a complete copy"
 ICM_ALPHA_MARK = b"icm-digest"
@@ -57,11 +57,11 @@ _HEADER_PATTERNS = {
     "pnm": re.compile(rb"P.(\s|#[^\n]*\n)+\d+\s"),
     "sgi": re.compile(rb"\x01\xda[\0\x01][\x01\x02]"),
 }
-"""Formats whose signature also begins text and other data, and the header that a real image has."""
+"""Format whose signature is so short that other files begin with it too -> pattern of a real header."""
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _MOVIE_BRANDS = (b"isom", b"iso2", b"iso5", b"iso6", b"mp41", b"mp42", b"M4V", b"qt  ", b"avc1", b"dash", b"3gp")
 _MOVIE_ATOMS = (b"moov", b"mdat", b"wide")
-"""First atoms of QuickTime movies that have no brand."""
+"""First atoms of old QuickTime movies, which have no atom "ftyp"."""
 _MOVIE_SIGNATURES = (b"\x1aE\xdf\xa3", b"\x06\x0e+4", b"\0\0\1\xba", b"FLV\1", b"0&\xb2u", b"OggS", b"YUV4MPEG2")
 """Signatures of Matroska and WebM, MXF, MPEG, Flash, Windows Media, Ogg and YUV4MPEG."""
 MOVIE_SUFFIXES = frozenset(
@@ -107,7 +107,7 @@ class ReopeningFile(io.FileIO):
         self._state = _size_and_time(os.fstat(self.fileno()))
 
     def seekable(self) -> bool:
-        return True  # FileIO finds out by a call that may fail
+        return True  # FileIO would ask the system, which may fail
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         return retry_transient(lambda: super(ReopeningFile, self).seek(offset, whence))
@@ -177,8 +177,8 @@ class ImageFile:
     def read_state(self) -> str:
         """Return size, modification time in nanoseconds, and a digest of the file's first bytes.
 
-        These bytes contain the size and the orientation of the image. In a TIFF, the last bytes may contain them, so
-        they are included.
+        The first bytes usually contain the size and the orientation of the image. In a TIFF, they may be in the last
+        bytes, so these are included.
         """
         status = os.fstat(self._stream.fileno())
         hasher = hashlib.sha256(self.head)
@@ -193,7 +193,7 @@ class ImageFile:
 
 
 def has_state(path: Path, state: str) -> bool:
-    """Whether a file still has the size and the modification time of this state. Raises OSError."""
+    """Return whether a file still has the size and the modification time of this state. Raises OSError."""
     return state.startswith(_size_and_time(path.stat()) + " ")
 
 

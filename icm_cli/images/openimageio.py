@@ -29,15 +29,15 @@ from icm_cli.images.pixels import (
 
 NOT_FINITE = "pixels that are NaN or infinite"
 MAX_DISPLAY_VALUE = 1.5
-"""A float image that is not scene-linear and has larger values is not on the scale 0..1."""
+"""If a float image that is not scene-linear has larger values, its scale is not 0..1 but perhaps 0..255."""
 MAX_12_BIT = 4095
 _INTEGER_TYPES = ("uint8", "uint16", "uint", "int8", "int16", "int")
 _INTEGER_WHITE = {"uint": 2.0**32 - 1, "int": 2.0**31 - 1, "int16": 2.0**15 - 1, "int8": 2.0**7 - 1}
-"""Value that OpenImageIO reads as 1.0, by its name of the integer type."""
+"""Integer type of OpenImageIO -> the value that it converts to 1.0."""
 _SCENE_LINEAR_FORMATS = frozenset({"openexr", "hdr"})
 _WITHOUT_STRAIGHT_ALPHA = frozenset({"openexr", "hdr", "cineon", "pnm"})
 DPX_DESCRIPTOR_OFFSET, DPX_RGB = 800, bytes([50])
-"""Offset of the byte that tells which channels a DPX has, and its value for RGB."""
+"""Offset of the byte that states which channels a DPX has, and its value for RGB."""
 MIN_IS_WHITE = 0
 """TIFF's photometric interpretation of a negative."""
 
@@ -54,7 +54,7 @@ BEAUTY_NAMES = frozenset({"beauty", "combined", "rgb", "rgba"})
 
 @contextlib.contextmanager
 def open_reader(file: ImageFile, *, must_open: bool = True) -> Iterator[Any]:
-    """Open a file, whose colours are read as they are stored: not multiplied by its alpha.
+    """Open a file so that its colours are read as they are stored, not multiplied by its alpha.
 
     If the file cannot be opened: raise UnidentifiedImageError, or yield None.
     """
@@ -87,7 +87,7 @@ def _may_have_straight_alpha(file: ImageFile) -> bool:
 
 
 def is_plain_8_bit(spec: Any) -> bool:
-    """Whether a file has 8 bits per channel and no associated alpha.
+    """Return whether a file has 8 bits per channel and no associated alpha.
 
     Pillow would divide the colours by an associated alpha.
     """
@@ -119,7 +119,7 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
         raise ValueError(reader.geterror() or "no pixels")
     alpha = None if layer.alpha is None else values[..., layer.alpha - first]
     red, blue = layer.colours[0] - first, layer.colours[-1] - first
-    is_adjacent = layer.colours == tuple(range(layer.colours[0], layer.colours[-1] + 1))  # is not copied
+    is_adjacent = layer.colours == tuple(range(layer.colours[0], layer.colours[-1] + 1))  # can be read without a copy
     pixels = values[..., red : blue + 1] if is_adjacent else values[..., [channel - first for channel in layer.colours]]
     scale = _white_value(spec, values.dtype, wanted.white)
     if _integer_attribute(spec, "tiff:PhotometricInterpretation", -1) == MIN_IS_WHITE:
@@ -332,7 +332,7 @@ def _is_data(name: str) -> bool:
 
 
 def _hold_only_data(parts: Parts) -> bool:
-    """Whether all channels of all parts hold depth, ids or cryptomattes."""
+    """Return whether all channels of all parts hold depth, ids or cryptomattes."""
     channels = [channel for _, channels in parts for channel in channels]
     return bool(channels) and all(_is_data(channel) for channel in channels)
 

@@ -71,7 +71,7 @@ class ImageWindows:
         return ImageWindows.full(self.display)
 
     def matched_to(self, other: ImageWindows | None) -> ImageWindows:
-        """Return ``other`` if its display window has the same size, else this display window."""
+        """Return ``other`` if its display window has the size of this one; else :attr:`display_window`."""
         return other if other is not None and other.display == self.display else self.display_window
 
     def move_pixels(self, pixels: NDArray[Any], to: ImageWindows) -> NDArray[Any]:
@@ -94,8 +94,7 @@ class ImageWindows:
 
 
 def _overlap(length: int, shift: int, target_length: int) -> tuple[slice, slice]:
-    """Move ``length`` pixels by ``shift``. Return the slice of a target that they then cover, and the slice of the
-    pixels that are in the target."""
+    """Return the slices of target and source that overlap if ``length`` pixels of the source are moved by ``shift``."""
     start = max(0, shift)
     end = max(start, min(target_length, length + shift))
     return slice(start, end), slice(start - shift, end - shift)
@@ -105,7 +104,7 @@ def _overlap(length: int, shift: int, target_length: int) -> tuple[slice, slice]
 class DecodedImage:
     """Upright pixels of one frame as the file stores them.
 
-    Colours that are multiplied by the alpha (associated alpha) stay so, which is the image over black.
+    Colours may be multiplied by the alpha (associated alpha). They stay so: that is the image over black.
     """
 
     pixels: NDArray[Any]
@@ -124,7 +123,7 @@ class DecodedImage:
     indices: NDArray[Any] | None = None
     """Palette indices [H,W], if the file has a palette."""
     has_grey_palette: bool = False
-    """Whether the colours of the palette, or those that are used, are greys: the file is no label map."""
+    """Whether the colours of the palette, or those that are used, are greys, so that the file is not a label map."""
     header: Any = None
     """OpenImageIO's specification of the file, if it has read the file."""
     orientation: int = 1
@@ -132,7 +131,7 @@ class DecodedImage:
     is_half: bool = False
     """Whether the file stores 16-bit floats."""
     own_windows: ImageWindows | None = None
-    """Windows of an EXR whose orientation is upright."""
+    """Windows of an EXR without an EXIF orientation; None for all other files."""
 
     @property
     def values(self) -> NDArray[Any]:
@@ -190,7 +189,7 @@ def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 
 reserve_memory: ContextVar[Callable[[Path, str, int], None] | None] = ContextVar("reserve_memory", default=None)
-"""Replaces :func:`check_memory` in a thread that reads images while others are matted and written."""
+"""Function that :func:`check_memory` calls instead, in threads that read while other images are being processed."""
 
 
 def check_memory(path: Path, width: int, height: int, sample_bytes: int = 1) -> None:

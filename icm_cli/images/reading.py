@@ -36,7 +36,7 @@ class SourceImage:
     notices: tuple[str, ...] = ()
     """Messages about unusual properties of the file."""
     stored: DecodedImage | None = None
-    """The file's own pixels."""
+    """The pixels as the file stores them."""
 
     @property
     def windows(self) -> ImageWindows:
@@ -81,15 +81,15 @@ def read_stored_pixels(
 ) -> DecodedImage:
     """Read the values that an image file stores, with its EXIF orientation applied.
 
-    Raises ImageError. The pixels of an EXR cover its display window and are 0 outside its data window. If
-    ``target_windows`` of the image that the file belongs to have a display window of this size, they cover the data
-    window of that image. ``has_labels``: the values are labels, of any size.
+    The pixels of an EXR cover its display window, and are 0 outside its data window. ``target_windows``: windows of the
+    image that a mask or alpha belongs to. If their display window has the same size, the result covers their data
+    window. ``has_labels``: the values are labels and may be any numbers. Raises ImageError.
     """
     decoded = decode_image(path, wanted=LABEL_VALUES if has_labels else RAW_VALUES)
     decoded = decoded.move_to(decoded.windows.matched_to(target_windows))
     if decoded.file_white is None:
         return decoded
-    factor = decoded.file_white / decoded.scale  # undoes that the decoder has scaled the values
+    factor = decoded.file_white / decoded.scale  # the decoder has scaled the values of the file
     pixels = np.round(decoded.pixels * factor).astype(decoded.pixels.dtype)
     alpha = None if decoded.alpha is None else decoded.alpha * factor
     return replace(decoded, pixels=pixels, alpha=alpha, scale=float(decoded.file_white), file_white=None)
@@ -130,9 +130,9 @@ def read_ground_truth(
 
 
 def extra_frame_notices(what: str, path: Path) -> list[str]:
-    """Return a notice if a file of which only one image is used has several.
+    """Return a notice if a file has several images, of which only the first is used; else [].
 
-    Raises ImageError. ``what``: what the file is used as, such as "mask".
+    ``what``: what the file is used as, such as "mask". Raises ImageError.
     """
     frames = frame_count(path)
     return [f"{what} {path} has {frames} frames or pages; the first one is used"] if frames > 1 else []

@@ -1,4 +1,4 @@
-"""Write alphas, foregrounds and trimaps with their provenance (what made them), and read it."""
+"""Write alphas, foregrounds and trimaps with their provenance (what made them), and read provenance."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ BIT_DEPTHS: Mapping[ImageFormat, tuple[BitDepth, ...]] = {
 FORMAT_SUFFIXES: Mapping[ImageFormat, tuple[str, ...]] = {"png": (".png",), "tiff": (".tif", ".tiff"), "exr": (".exr",)}
 """File name suffixes of each format. The first one is written."""
 PNG_COMPRESSION = 1
-"""zlib level. An alpha is mostly flat, and higher levels take far more time for little less space."""
+"""zlib level. Alphas are mostly flat, so higher levels save little space and take far more time."""
 PROVENANCE_KEY = "ImageDescription"
 """Attribute of a TIFF or EXR that holds the provenance as JSON."""
 PIXELS_KEY = "icm-pixels"
 """Key of the digest of the pixels, by which a retouched alpha is recognised."""
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _PNG_SEAL_BYTES = 85 + len(_PNG_END)
-"""Size of the chunk that :func:`_sealed_png` adds, and of the end."""
+"""Size of the digest chunk that :func:`_sealed_png` adds and of the end chunk, together."""
 _OIIO_TYPES: Mapping[BitDepth, str] = {"8": "uint8", "16": "uint16", "half": "half", "float": "float"}
 
 
@@ -108,7 +108,7 @@ class OutputFormat:
 
     @property
     def is_premultiplied(self) -> bool:
-        """Whether the colours of a foreground are multiplied by its alpha, as EXR does."""
+        """Whether the colours of a foreground are multiplied by its alpha, as is usual in EXR."""
         return self.foreground == "premultiplied" or (self.foreground == "auto" and self.format == "exr")
 
     def depth_for(self, source: DecodedImage | None) -> BitDepth:
@@ -184,9 +184,9 @@ def write_mask(path: Path, mask: NDArray[np.bool_]) -> None:
 
 
 def read_provenance(path: Path) -> dict[str, str] | None:
-    """Return the provenance of a file of icm, or the text of another PNG.
+    """Return the provenance of a file of icm; for another PNG, the text that it contains.
 
-    Returns None for other and damaged files, and if there is no file. Raises FileAccessError.
+    Returns None for other files, damaged files and missing files. Raises FileAccessError.
     """
     try:
         with open_image(path) as file:
@@ -269,7 +269,7 @@ def set_provenance_entry(path: Path, key: str, value: str | None, check: WriteCh
 
 
 def _set_png_text(content: bytes, key: str, value: str | None) -> bytes:
-    """Return a PNG with another text chunk for ``key``, or with None without it. A digest of its bytes is renewed."""
+    """Return a PNG with a text chunk replaced; None removes it. The digest of its bytes is updated."""
     is_sealed = content == _sealed_png(content[:-_PNG_SEAL_BYTES])
     body = content[:-_PNG_SEAL_BYTES] if is_sealed else content.removesuffix(_PNG_END)
     kept, at = [body[:8]], 8
@@ -371,7 +371,7 @@ def _pixel_digest(values: NDArray[Any]) -> str:
 
 
 def _sealed_png(content: bytes) -> bytes:
-    """Return a PNG, given without its end chunk, with a digest of its bytes and the end chunk.
+    """Return a PNG with a chunk with the digest of its bytes, and its end chunk. ``content``: without the end chunk.
 
     By this digest, an unchanged file is recognised without decoding it.
     """
@@ -385,7 +385,7 @@ def _png_text(key: str, text: str) -> bytes:
 
 
 def _write_failure(path: Path, text: str, size: int) -> OSError:
-    """Return the file system's error from a library's message, which names the temporary file."""
+    """Return the error of the file system that a library's message contains. ``text`` names the temporary file."""
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         if os.strerror(number).lower() in text.lower():
             return OSError(number, os.strerror(number))

@@ -26,8 +26,10 @@ def apply_in_batches(
     size_of: Callable[[ItemT], Hashable],
     max_batch: int | None = None,
 ) -> list[ResultT]:
-    """Apply a function of a batch to items of any sizes: those of equal size in one batch of at most ``max_batch``
-    items. Return the results in the order of the items."""
+    """Apply a function of a batch to items of any sizes, and return the results in the order of the items.
+
+    Items of equal size are in one batch, which has at most ``max_batch`` items.
+    """
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for index, item in enumerate(items):
         groups[size_of(item)].append(index)
@@ -41,7 +43,7 @@ def apply_in_batches(
 
 
 def max_batch_size(device: torch.device) -> int | None:
-    """Largest batch of images for a network on this device; None for no limit.
+    """Return the largest batch of images for a network on this device; None for no limit.
 
     On the CPU it is 1: larger batches are not faster there, and an alpha would depend, in its last bits, on the other
     images of its batch.
@@ -63,7 +65,7 @@ def resize_alpha(alpha: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def resize_on_device(alpha: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize an alpha as :func:`resize_alpha` does, by operations of its device."""
+    """Resize an alpha as :func:`resize_alpha` does, without leaving its device."""
     if size[0] * size[1] >= alpha.numel():
         return F.interpolate(alpha[None, None], size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
     return _average_rows(_average_rows(alpha, size[0]).mT, size[1]).mT.contiguous()
@@ -87,7 +89,7 @@ def _average_rows(alpha: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a tile, and the weight of its pixels where tiles overlap, float32 [h,w]."""
+    """A tile of an image: its rows and columns, and the weights with which it is blended with its neighbours."""
 
     rows: slice
     columns: slice
@@ -101,7 +103,7 @@ class Tile:
 
     @property
     def slices(self) -> tuple[slice, slice]:
-        """Index of the tile in an array [H,W,...] of the image."""
+        """The tile as an index of an array [H,W,...] of the image."""
         return self.rows, self.columns
 
 

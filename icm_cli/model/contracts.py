@@ -125,7 +125,7 @@ class PreparedReferences(Protocol):
 
 
 def ignore_progress(fraction: float) -> None:
-    """Do nothing with the progress of learning."""
+    """Ignore the progress of fine-tuning: the default of ``on_progress``."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ class EmbeddedImage:
     """Embedding of one image by :class:`Objects`. It can be kept and used for several coarse alphas."""
 
     embedding: Tensor
-    """What the mask decoder needs to know of the image, [1,C,h,w]."""
+    """Input of the mask decoder, [1,C,h,w]."""
     mask_size: tuple[int, int]
     """Height and width of the completed alpha, which covers exactly the image."""
 
@@ -301,7 +301,8 @@ class PointPrompts:
 
 
 class Objects(Component):
-    """Completes the objects of coarse alphas before their edges are refined, whatever the references show.
+    """The object model: completes the objects of coarse alphas before their edges are refined. It does not use the
+    references.
 
     ``icm train`` trains it; a checkpoint contains all of its weights.
     """
@@ -348,7 +349,7 @@ class Objects(Component):
         *,
         are_completed: bool = False,
     ) -> list[Tensor]:
-        """Turn coarse alphas into alphas of the complete object.
+        """Return alphas of complete objects from coarse alphas, prompts or both.
 
         ``coarse`` has one alpha for each image: float32 [h,w] in 0..1 of any size, whose borders are those of the
         image. Each result is float32 in 0..1 with the ``mask_size`` of its image.
@@ -374,7 +375,7 @@ class Objects(Component):
 
 
 class Edges(Component):
-    """Refines the edges of coarse alphas at the size of their sources, whatever the references show."""
+    """Refines the edges of coarse alphas at the size of their sources. It does not use the references."""
 
     is_trained: ClassVar[bool] = False
     """Whether it has weights that ``icm train`` trains and a checkpoint contains."""

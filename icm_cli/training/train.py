@@ -326,7 +326,7 @@ def check_validation(config: ValidationConfig, images: Sequence[Path], notice: C
 
 
 def _can_be_scored(samples: Sequence[Sample]) -> bool:
-    """Whether a group has two images, and a readable alpha that is not empty."""
+    """Return whether a group has two images, and a readable alpha that is not empty."""
     if len({sample.image for sample in samples}) < 2:
         return False
     for sample in samples:

@@ -41,7 +41,7 @@ FIRST_TRANSFERRED = 6
 PRESENCE_EVIDENCE = (0, 1, FIRST_TRANSFERRED)
 """Indices of the evidence values that predict presence: the maximum of each one over the image is an input."""
 PRESENCE_CHANNELS = 2 + len(PRESENCE_EVIDENCE)
-"""Presence inputs per comparison: similarity to the mean foreground and background, and these maxima."""
+"""Presence inputs per comparison: similarity to the mean foreground, to the mean background, and these maxima."""
 PRESENCE_WIDTH = 64
 """Hidden units of the presence prediction."""
 MIN_TOKEN_WEIGHT = 1e-3
@@ -91,7 +91,7 @@ class TokenMatchConfig:
     edge_epsilon: float = 1e-4
     """Variance of a colour channel (0..1) above which the guided filter preserves an edge."""
     edge_stride: int = 4
-    """The guided filter fits its coefficients at this fraction of the size: 4 for a quarter."""
+    """The guided filter computes its coefficients on an image that is this many times smaller."""
     alpha_stretch: float = 0.03
     """Inference only: alphas below this and above 1 - this become about 0 and 1; values between are stretched."""
 
@@ -130,7 +130,9 @@ class TokenMatchHead(FinetunableHead):
         self.project = nn.ModuleList(nn.Linear(channels, config.width) for channels in config.feature_channels)
         self.log_sharpness = nn.Parameter(torch.full((config.comparisons, 1, 1), -math.log(config.temperature)))
         self.background_null = nn.Parameter(torch.zeros(config.comparisons, 1, 1))
-        evidence = 2 * EVIDENCE_CHANNELS * config.comparisons  # of the token, and its difference from the maximum
+        evidence = (
+            2 * EVIDENCE_CHANNELS * config.comparisons
+        )  # those of the token, and their differences from the maximum
         self.project_features = nn.Conv2d(sum(config.feature_channels), config.context_width, 1)
         self.project_evidence = nn.Conv2d(evidence, config.context_width, 1)
         self.context = nn.ModuleList(ContextLayer(config.context_width) for _ in range(config.context_layers))
@@ -374,8 +376,8 @@ class TokenMatchHead(FinetunableHead):
             for side in (reference.foreground, reference.background, target)
         )
         foreground = _append_mean_layer(tokens @ inside.transpose(1, 2))
-        # A reference may have no background. So an additional background token (the null) has the same learned
-        # similarity to all tokens. It counts as often as there are foreground tokens; otherwise it would have less
+        # A reference may have no background. So there is an additional background token, the null, whose similarity
+        # to all tokens is learned. It counts as often as there are foreground tokens; otherwise it would have less
         # weight on a finer grid.
         null = (self.background_null + _log_count(foreground) / sharpness).expand(-1, len(target), 1)
         background = torch.cat([_append_mean_layer(tokens @ outside.transpose(1, 2)), null], dim=2)

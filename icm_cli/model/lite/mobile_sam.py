@@ -1,4 +1,4 @@
-"""MobileSAM with a coarse alpha as its prompt: it completes the object and removes similar background next to it.
+"""The object model: MobileSAM completes the object of a coarse alpha, and removes similar background next to it.
 
 The head finds an object by its similarity to the reference, and misses parts that are not similar, such as a wheel or a
 blue spot. MobileSAM was trained on a billion masks and knows the extent of objects. Points and boxes correct the
@@ -40,7 +40,7 @@ PUBLISHED_DIGEST = "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d
 FULL_PX = CELL_PX * FULL_CELLS
 """Largest long side of an image on the canvas."""
 COARSE_WEIGHT, MASK_WEIGHT = 1.0, 0.25
-"""Initial weights, before training, with which the logits of the coarse alpha and of the first mask are added."""
+"""Weights before training with which the logits of the coarse alpha and of the first mask are summed."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class MobileSam(Objects):
     ) -> tuple[Tensor, Tensor]:
         rows, columns = embedding.shape[-2:]
         coordinates = coordinates * (torch.tensor([columns, rows]).to(coordinates) / FULL_CELLS)
-        if not bool((labels > 1).any()):  # without a box, a point that means nothing follows, as in the published code
+        if not bool((labels > 1).any()):  # without a box, a placeholder follows, as in the published code
             coordinates, labels = F.pad(coordinates, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=NO_POINT)
         points = coordinates, labels
         logit, iou = self.prompt_decoder.decode_object(embedding, alpha, points, self.config.logit_eps)

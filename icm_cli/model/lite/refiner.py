@@ -1,4 +1,4 @@
-"""Refining network: computes a fine alpha from an image and a coarse alpha, whatever the object.
+"""Refining network: computes a fine alpha from an image and a coarse alpha. It does not see the references.
 
 The same network runs in two steps, as in CascadePSP (Cheng et al., CVPR 2020). The first one runs on the image at
 ``RefineConfig.frame_px``, where a coarse alpha of a few hundred tokens becomes an outline. For larger sources, the
@@ -61,8 +61,8 @@ class RefineConfig:
     core_transparent_to: float = 0.15
     """Alphas up to this value become 0 far outside the object."""
     core_softness: float = 0.3
-    """These two apply fully where the smallest alpha nearby is above 0.5 by this, or the largest is below 0.5 by this.
-    Between 0.5 and this, they apply in part."""
+    """``core_opaque_from`` applies fully where all alphas nearby are above 0.5 + this, and ``core_transparent_to`` where
+    all are below 0.5 - this. Where alphas are closer to 0.5, they apply in part."""
     decided_margin: float = 0.01
     """A tile is not changed if all its alphas are within this distance of 0, or all within this distance of 1."""
 
@@ -223,7 +223,7 @@ class Refine(Edges):
         return alpha.sub_(low).div_(high.sub_(low)).clamp_(0.0, 1.0)
 
     def _is_undecided(self, coarse: Tensor) -> bool:
-        """Return whether a coarse alpha has a value that is neither 0 nor 1, or has both."""
+        """Return whether a coarse alpha needs refinement: it is not nearly 0 everywhere, nor nearly 1 everywhere."""
         distance = torch.minimum(coarse, 1.0 - coarse).max()
         return bool(distance > self.config.decided_margin) or bool(coarse.min() < 0.5 < coarse.max())
 

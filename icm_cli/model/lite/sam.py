@@ -22,20 +22,20 @@ CELL_PX = 16
 EMBED_DIM = 256
 """Channels of the embedding."""
 STAGES = ((64, 2, 0, 0), (128, 2, 4, 7), (160, 6, 5, 14), (320, 2, 10, 7))
-"""Channels, blocks, attention heads and side of the attention windows in cells of each stage. The first has no
+"""Of each stage: channels, blocks, attention heads, and side of the attention windows in cells. The first stage has no
 attention."""
 STAGE_STRIDES = (2, 2, 1)
 """Strides between the stages. A cell of the first stage is 4 px."""
 EXPANSION_RATIO = 4
 """Ratio of the hidden channels of a block to its channels."""
 MASK_SCALE = 4
-"""Resolution of the masks and of the coarse alpha, relative to the embedding."""
+"""Side of the masks and of the coarse alpha, as a multiple of that of the embedding."""
 MASKS = 4
 """Number of masks."""
 POINT_LABELS = 4
 """Number of labels of a point: 0 off the object, 1 on it, 2 and 3 the first and the last corner of a box."""
 NO_POINT = -1
-"""Label of a point that means nothing. It completes the points of an image without a box, as in the published code."""
+"""Label of a placeholder that follows the points of an image without a box, as in the published code."""
 DECODER_LAYERS = 2
 DECODER_HEADS = 8
 MLP_WIDTH = 2048

@@ -43,7 +43,7 @@ class TrainingItem:
     """Its alpha that another model computed, if there is one."""
 
     def is_negative_for(self, other: TrainingItem) -> bool:
-        """Whether the image does not show the object of another item, according to groups and classes."""
+        """Return whether the image does not show the object of another item, according to groups and classes."""
         return self.group != other.group and not (self.classes & other.classes)
 
 
