@@ -137,7 +137,7 @@ def main() -> None:
 def _with_options(
     options_class: type[Options], callbacks: Mapping[str, Callback] | None = None
 ) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
-    """Decorate the body of a command, which takes all options in one object, for Typer.
+    """Decorate the function of a command, which takes one options object, so that Typer gives it the options.
 
     ``callbacks``: flags that do something else and exit. Errors and signals become a message and an exit code.
     """

@@ -64,7 +64,7 @@ SkippedPaths: TypeAlias = dict[str, list[Path]]
 RETRY_DELAYS_S = (0.1, 0.4, 1.0)
 """Seconds to wait before each further attempt after a transient error."""
 MAX_WASTED_S = 30.0
-"""Seconds that a process waits in vain before it stops repeating operations."""
+"""After this many seconds of waiting without success, a process no longer repeats failed operations."""
 Result = TypeVar("Result")
 
 
@@ -91,7 +91,7 @@ _ERROR_ADVICE = {
     _error_numbers("ENAMETOOLONG"): "the path is too long for this file system; use a shorter one",
 }
 _wasted_s = 0.0
-"""Seconds that this process has waited in vain since a repeated operation last succeeded."""
+"""Seconds that this process has waited without success since a repeated operation last succeeded."""
 
 
 def is_transient(error: OSError) -> bool:
@@ -117,7 +117,7 @@ def describe_os_error(error: OSError, other_advice: str = "") -> str:
 def retry_transient(operation: Callable[[], Result]) -> Result:
     """Return the result of an operation, which is repeated up to three times after a transient error.
 
-    Raises the last OSError. If a drive is gone, it does not wait for every file of the drive: see MAX_WASTED_S.
+    Raises the last OSError. After a drive has failed for MAX_WASTED_S, operations are not repeated any more.
     """
     global _wasted_s
     delays, waited = iter(RETRY_DELAYS_S), 0.0
@@ -248,7 +248,7 @@ def _is_stale(path: Path) -> bool:
 
 
 def _age_on_drive_s(path: Path) -> float:
-    """Return the seconds since the last write by the clock of the drive, which may differ from ours."""
+    """Return the seconds since the last write, by the clock of the drive, which may differ from that of the machine."""
     probe = path.parent / temporary_name()
     probe.touch()
     try:
@@ -324,7 +324,7 @@ def _rename(temporary: Path, path: Path, check: WriteCheck | None) -> None:
 
 
 def identify_file(path: Path) -> FileIdentity | None:
-    """Return the identity of a file; None if it does not exist or cannot be accessed."""
+    """Return size and modification time of a file; None if it does not exist or cannot be accessed."""
     with contextlib.suppress(OSError):
         status = path.stat()
         return status.st_size, status.st_mtime_ns
@@ -476,7 +476,7 @@ def check_schema(value: Any, schema: Any, name: str) -> None:
 
 
 def shorten(text: str) -> str:
-    """Return the start of a wrong value for a message."""
+    """Return the first ``MAX_SHOWN_CHARACTERS`` of a wrong value, for a message."""
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
@@ -493,9 +493,9 @@ def special_file_kind(mode: int) -> str:
 
 
 def describe_obstacle(path: str | Path) -> str:
-    """Return what is at a path if it is not a regular file, such as "a folder" or "a pipe".
+    """Return what prevents writing a file at a path, such as "a folder" or "a pipe" that is there.
 
-    Return "" for a regular file or a link to one, and if the path does not exist.
+    Returns "" for a regular file or a link to one, and if the path does not exist.
     """
     if is_file(path) or not os.path.lexists(path):
         return ""

@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def ignore_stop_signals() -> None:
-    """Leave signals to the process group to the parent process."""
+    """Ignore Ctrl-C and SIGTERM in a worker process, because its parent process handles them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

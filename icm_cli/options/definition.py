@@ -78,7 +78,7 @@ class DigestPart(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """Properties of an option other than its name, type and default."""
+    """Properties of an option, except its name, type and default."""
 
     help: str
     flags: tuple[str, ...] = ()
@@ -164,7 +164,7 @@ class OptionField:
 
     @property
     def metavar(self) -> str:
-        """Stands for a value in help texts; empty for choices and flags."""
+        """Placeholder for a value in help texts, such as PATH; empty for choices and flags."""
         default = {int: "N", Path: "FILE"}.get(self.value_type, "")
         return self.properties.metavar or default
 
@@ -188,7 +188,7 @@ class OptionField:
         return "a path" if self.is_path else f"text of 1 to {MAX_TEXT_LENGTH} printable characters"
 
     def parse_text(self, text: object) -> object:
-        """Return the number, or the numbers with commas between them, that a text of the command line stands for.
+        """Return a text of the command line as the number, or the comma-separated numbers, that the option needs.
 
         Other values are returned as they are.
         """
@@ -347,9 +347,9 @@ Options = TypeVar("Options", bound=CommandOptions)
 
 
 def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., Returned]], Callable[..., Returned]]:
-    """Decorate a function of ``options`` so that it takes every option as an argument of its own.
+    """Decorate a function of an options object, so that it takes every option as its own argument.
 
-    The options object itself is accepted in their place, as the only positional argument. Other keyword-only parameters
+    The options object itself is accepted too, as the only positional argument. Other keyword-only parameters
     of the function stay as they are. Messages of errors name the arguments, not the flags of the command.
     """
 
