@@ -61,8 +61,8 @@ class RefineConfig:
     core_transparent_to: float = 0.15
     """Alphas up to this value become 0 far outside the object."""
     core_softness: float = 0.3
-    """``core_opaque_from`` applies fully where all alphas nearby are above 0.5 + this, ``core_transparent_to`` where all
-    are below 0.5 - this. Where alphas are closer to 0.5, they apply in part."""
+    """``core_opaque_from`` applies fully where all alphas nearby are above 0.5 + this; ``core_transparent_to``
+    where all are below 0.5 - this. If alphas nearby are closer to 0.5, they apply in part."""
     decided_margin: float = 0.01
     """A tile is not changed if all its alphas are within this distance of 0, or all within this distance of 1."""
 
