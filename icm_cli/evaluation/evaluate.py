@@ -223,6 +223,6 @@ def _plan_results(
 
 
 def _unique_stems(stems: Mapping[NamedT, str]) -> dict[str, NamedT]:
-    """Return the keys by stem, for stems that occur once."""
+    """Return stem -> key, for the stems that only one key has."""
     counts = Counter(stems.values())
     return {stem: key for key, stem in stems.items() if counts[stem] == 1}

@@ -102,6 +102,6 @@ def describe_group_problems(groups: Mapping[str, Sequence[Sample]], rounds: int,
 
 
 def select_targets(samples: Sequence[Sample], references: Sequence[str]) -> list[Sample]:
-    """Return the samples of a group, without those that share their image with a reference."""
+    """Return the targets of a group: its samples, except those whose image is also the image of a reference."""
     reference_images = {sample.image for sample in samples if sample.name in references}
     return [sample for sample in samples if sample.image not in reference_images]

@@ -244,7 +244,7 @@ def as_image_errors(path: Path, file_type: FileType = UNKNOWN_TYPE) -> Iterator[
     except IsADirectoryError:
         raise ImageError(f"{path} is a folder; expected an image file") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{path} {_not_an_image(path, file_type)}") from None
+        raise ImageError(f"{path} {_describe_undecodable_file(path, file_type)}") from None
     except Exception as error:  # noqa: BLE001  decoders raise anything
         if is_out_of_memory(error):
             raise ImageMemoryError(f"{path} {OUT_OF_MEMORY.format(free_memory())}") from None
@@ -392,7 +392,7 @@ def _exif_orientation(image: Image.Image) -> int:
     return valid_orientation(orientation)
 
 
-def _not_an_image(path: Path, file_type: FileType) -> str:
+def _describe_undecodable_file(path: Path, file_type: FileType) -> str:
     """Return the end of a message about a file that no decoder accepts."""
     if path.stat().st_size == 0:
         return EMPTY_FILE

@@ -123,9 +123,9 @@ class OptionField:
     """Name of the attribute of the command's options that holds the option's group."""
     panel: Panel
     hint: Any
-    """Resolved type."""
+    """Type, as an object."""
     annotation: str
-    """Type as it is written in the definition."""
+    """Type, as text in the source code."""
     default: Any
     properties: Option
 

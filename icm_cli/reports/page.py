@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 MAX_WORST = 8
 MAX_BEST = 4
+"""Numbers of images shown for a run with ground truth: the worst and the best by MSE."""
 MAX_UNSCORED = 60
 """Number of images shown for a run without ground truth: those with the lowest quality."""
 CARD_PX = 320
@@ -47,7 +48,7 @@ MAX_OPEN = 20
 """A longer list of problems is folded."""
 HISTOGRAM_BINS = 24
 HISTOGRAM_DECADES = 5
-"""Scores that are this many powers of ten below the largest score are counted in the first bin."""
+"""Scores below the largest one divided by 10 ** HISTOGRAM_DECADES are counted in the first bin."""
 MASK_TINT = (255, 64, 96)
 
 

@@ -178,7 +178,7 @@ def write_review_list(path: Path, results: Sequence[ImageResult]) -> list[str]:
 
 
 def _list_line(result: ImageResult) -> str:
-    """Return the line of the source of a result. The name of a page is longer than that of its file."""
+    """Return the line of a result in a review list, such as "/plates/./sh010/a.png"."""
     source = Path(os.path.abspath(result.source))  # noqa: PTH100  resolve() would follow links
     root = source.parents[len(Path(result.name).parts) - 1]
     return f"{str(root).rstrip(os.sep)}{ROOT_MARK}{source.relative_to(root)}"

@@ -179,7 +179,6 @@ def _checkerboard(height: int, width: int) -> NDArray[Any]:
 
 def _file_version(job: Job) -> str:
     """Return a text that changes whenever a file of a source changes; "" if one does not exist."""
-
     with contextlib.suppress(OSError):
         states = [path.stat() for path in job.files]
         return " ".join(f"{state.st_size} {state.st_mtime_ns}" for state in states)

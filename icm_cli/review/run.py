@@ -187,7 +187,6 @@ class ReviewRun:
 
     def hint_target(self, id: int) -> Path:
         """Return the JSON file to which hints of an image are saved. Raises UsageError if ``--hints`` allows none."""
-
         existing = [path for path in self.hint_paths(id) if path.suffix.lower() == ".json"]
         candidates = existing or [path for path in self._hint_candidates(id) if path.suffix.lower() == ".json"]
         if not candidates:
@@ -336,7 +335,6 @@ def _read_index(path: Path) -> dict[str, AlphaFile]:
 
 def _write_index(path: Path, alphas: Mapping[str, AlphaFile]) -> None:
     """Store what is known about the alphas for the next process. Nothing is stored in a read-only folder."""
-
     own = {name: alpha for name, alpha in alphas.items() if alpha.identity and alpha.is_own}
     stored = {name: (*alpha.identity, vars(alpha.details)) for name, alpha in own.items() if alpha.identity}
     with contextlib.suppress(OutputError), atomic_write(path) as file:

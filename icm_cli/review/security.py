@@ -118,7 +118,6 @@ def is_any_address(host: str) -> bool:
 
 def is_loopback(host: str) -> bool:
     """Return whether a server at this host can be reached only from this machine."""
-
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

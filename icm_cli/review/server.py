@@ -458,5 +458,4 @@ def _link_host(host: str) -> str:
 
 def _has_desktop() -> bool:
     """Return whether a browser can open a window. Without a desktop, a text browser would start in this terminal."""
-
     return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -110,7 +110,6 @@ def _mask_at(inside: Area, left: int, top: int) -> dict[str, Any]:
 
 def shapes_of_hints(hints: Hints) -> Iterator[dict[str, Any]]:
     """Yield hints as shapes: points, rectangles and masks."""
-
     sides: list[tuple[str, Sequence[Point]]] = [("fg", hints.points), ("bg", hints.not_points)]
     for label, points in sides:
         yield from (_as_shape(label, [list(point)], "point") for point in points)

@@ -261,7 +261,6 @@ class Teaching:
 
     def _save_changes(self, changes: Mapping[int, float]) -> None:
         """Save the differences in the state. A rejected image whose alpha has changed becomes open again."""
-
         if not changes:
             return
         with self._state.edit_all() as images:

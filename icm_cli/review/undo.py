@@ -90,7 +90,6 @@ class UndoCopies:
     @contextlib.contextmanager
     def restored_on_error(self, entry: Entry, alpha: Path) -> Iterator[None]:
         """Context of a change. If it fails, the files are restored."""
-
         try:
             yield
         except Exception:

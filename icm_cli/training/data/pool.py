@@ -184,7 +184,7 @@ def _complete_item(
 ) -> TrainingItem:
     """Add the properties that a source gives to its items. Raises UsageError if its folder has no classes."""
     parts = item.image.parent.parts
-    keys = ["/".join(parts[n:]) for n in range(len(parts))]  # the last parts of the path suffice
+    keys = ["/".join(parts[n:]) for n in range(len(parts))]  # the file may name a folder by the end of its path
     item_classes = next((classes[key] for key in keys if key in classes), None)
     if source.classes and item_classes is None:
         raise UsageError(
