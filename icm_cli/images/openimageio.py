@@ -136,14 +136,12 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
         notices += [f"{path} has {notice}"] if notice and profile is None else []
     notices += _check_range(path, pixels, scale, space, wanted)
     if profile is not None and (file.type.name != "png" or space == colour.SRGB):
-        image_u8 = _to_8_bits(pixels, scale)
-        image = Image.fromarray(image_u8 if image_u8.shape[-1] == 3 else image_u8[..., 0])
-        converted = colour.to_srgb(image, bytes(profile))
+        converted = _convert_by_profile(pixels, scale, bytes(profile))
         if converted is None:
             notices.append(f"{path}: {BAD_PROFILE}")
         else:
             alpha = None if alpha is None else _to_8_bits(alpha, scale)
-            pixels, space, scale = np.asarray(converted), colour.SRGB, 255.0
+            pixels, space, scale = converted, colour.SRGB, 255.0
     channel_formats = spec.channelformats or [spec.format] * end
     decoded = DecodedImage(
         pixels,
@@ -158,6 +156,14 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
         own_windows=windows,
     )
     return decoded.reorient(orientation)
+
+
+def _convert_by_profile(pixels: NDArray[Any], scale: float, profile: bytes) -> ImageU8 | None:
+    """Convert pixels from their ICC profile to sRGB, uint8 [H,W,3]; None if the profile cannot be used."""
+    image_u8 = _to_8_bits(pixels, scale)
+    image = Image.fromarray(image_u8 if image_u8.shape[-1] == 3 else image_u8[..., 0])
+    converted = colour.to_srgb(image, profile)
+    return None if converted is None else np.asarray(converted)
 
 
 def _image_windows(spec: Any, file_type: FileType, orientation: int) -> ImageWindows:
@@ -205,8 +211,8 @@ def _white_value(spec: Any, dtype: Any, white: float | None) -> float:
 
 
 def _file_white(spec: Any, file: ImageFile, dtype: Any) -> int | None:
-    """Return the value of white in the file, such as 4095 for 12 bits, if OpenImageIO has scaled its values to the
-    full range of a type; None otherwise."""
+    """Return the value of white in the file, such as 4095 for 12 bits, if OpenImageIO has scaled it to the maximum of a
+    type; None otherwise."""
     if file.type.name == "pnm":
         return containers.file_white(file)
     bits = _integer_attribute(spec, "oiio:BitsPerSample", 0)
@@ -238,8 +244,7 @@ def _to_8_bits(values: NDArray[Any], scale: float) -> ImageU8:
 
 
 def _file_colour_space(spec: Any, file_type: FileType, config: str) -> tuple[str, str]:
-    """Return the colour space that a file is labelled with, else the usual one of its format; and the end of a notice
-    about an unknown one."""
+    """Return the colour space by the label of a file, else by its format; and the end of a notice, "" for none."""
     codes = spec.getattribute("CICP")
     if codes is not None:
         found, notice = colour.CodePoints(codes[0], codes[1], bool(codes[3])).find_space(config)

@@ -130,9 +130,8 @@ class TokenMatchHead(FinetunableHead):
         self.project = nn.ModuleList(nn.Linear(channels, config.width) for channels in config.feature_channels)
         self.log_sharpness = nn.Parameter(torch.full((config.comparisons, 1, 1), -math.log(config.temperature)))
         self.background_null = nn.Parameter(torch.zeros(config.comparisons, 1, 1))
-        evidence = (
-            2 * EVIDENCE_CHANNELS * config.comparisons
-        )  # those of the token, and their differences from the maximum
+        # The evidence of each token, and its difference from the largest one in the image.
+        evidence = 2 * EVIDENCE_CHANNELS * config.comparisons
         self.project_features = nn.Conv2d(sum(config.feature_channels), config.context_width, 1)
         self.project_evidence = nn.Conv2d(evidence, config.context_width, 1)
         self.context = nn.ModuleList(ContextLayer(config.context_width) for _ in range(config.context_layers))
@@ -159,8 +158,10 @@ class TokenMatchHead(FinetunableHead):
 
     @torch.no_grad()
     def initialise_from_pca(self, samples: Tensor) -> None:
-        """Initialise the token projections with the principal components of sample tokens [N,C]: what all tokens have
-        in common is removed, so that similarity is meaningful before training."""
+        """Initialise the token projections with the principal components of sample tokens [N,C].
+
+        This removes what all tokens have in common, so that similarity is meaningful before training.
+        """
         for project, layer in zip(
             self.project, torch.split(samples, list(self.config.feature_channels), dim=1), strict=True
         ):
@@ -217,7 +218,7 @@ class TokenMatchHead(FinetunableHead):
 
         A token is excluded if it is nearer to a negative reference than to the object by more than NEGATIVE_MARGIN.
         This is decided by the mean over the 5 x 5 tokens around it, weighted by the coarse alpha, because single tokens
-        of the object may be nearer to a negative reference.
+        of the object may be nearer to a negative reference by chance.
         """
         if all(tokens.negative is None for tokens in references):
             return None
@@ -264,9 +265,13 @@ class TokenMatchHead(FinetunableHead):
     def compute_evidence(self, projected: Tensor, valid: Tensor, references: Sequence[ReferenceTokens]) -> Tensor:
         """Compare the result of :meth:`project_tokens` with the references of each target.
 
-        Returns eight values per token and comparison, float32 [B,8*comparisons,h,w]: soft and hard maximum of the
-        similarity to the foreground; the same for the background; similarity to the mean of foreground and of
-        background; guidance transferred by softmax attention, in -1..1; and that propagated by intra-similarity.
+        Returns float32 [B,8*comparisons,h,w], with these values for each token and comparison:
+
+        - 0, 1: soft and hard maximum of the similarity to the foreground tokens;
+        - 2, 3: the same for the background tokens;
+        - 4, 5: similarity to the mean foreground token, and to the mean background token;
+        - 6: guidance that softmax attention transfers from the references, -1..1;
+        - 7: value 6, propagated by intra-similarity.
         """
         height, width = valid.shape[1:]
         compared = torch.stack(
@@ -330,12 +335,12 @@ class TokenMatchHead(FinetunableHead):
         return logit
 
     def _coarse_logit(self, fused: Tensor) -> Tensor:
-        """Logit of the coarse alpha, float32 [B,1,h,w]."""
+        """Return the logit of the coarse alpha, float32 [B,1,h,w]."""
         logit: Tensor = self.coarse(fused.to(self.coarse.weight.dtype)).float()
         return logit
 
     def _skip_features(self, target: Features, image: Tensor | None) -> list[Tensor]:
-        """Inputs of each decoder step: the backbone's scales, then the image."""
+        """Return the inputs of the decoder steps: the backbone's feature scales, then the image."""
         features = []
         height, width = target.valid.shape[-2:]
         for level, channels in enumerate(self.config.skip_channels, start=1):

@@ -146,8 +146,10 @@ class Refine(Edges):
         self.to(fast_dtype)
 
     def forward(self, image: Tensor, coarse: Tensor) -> Tensor:
-        """Return the logits of corrected alphas, float32 [B,1,H,W], for sRGB images [B,3,H,W] in 0..1 and coarse alphas
-        [B,1,H,W]; H and W are multiples of ``config.multiple``."""
+        """Return the logits of corrected alphas, float32 [B,1,H,W].
+
+        ``image``: sRGB [B,3,H,W] in 0..1. ``coarse``: [B,1,H,W]. H and W are multiples of ``config.multiple``.
+        """
         logit = torch.logit(coarse.float(), eps=self.config.logit_eps)
         dtype = self.output.weight.dtype
         x = torch.cat([4.0 * image.float() - 2.0, logit / 2.0], dim=1).to(dtype)
@@ -202,8 +204,8 @@ class Refine(Edges):
     def _clear_core(self, alpha: Tensor) -> Tensor:
         """Make an alpha [H,W] opaque far inside the object and transparent far outside it, in place.
 
-        ``inside`` and ``outside`` are 1 where all alphas nearby are high and low, and 0 near edges. There, the range of
-        the alpha that is stretched to 0..1 is smaller.
+        ``inside`` is 1 where all alphas nearby are high, ``outside`` where all are low; near edges both are 0. The
+        range ``low``..``high`` of the alpha is stretched to 0..1. Inside, high is below 1; outside, low is above 0.
         """
         config = self.config
         if not config.core_distance:
@@ -228,7 +230,7 @@ class Refine(Edges):
         return bool(distance > self.config.decided_margin) or bool(coarse.min() < 0.5 < coarse.max())
 
     def _weight_near_unknown(self, coarse: Tensor) -> Tensor:
-        """Weights [h,w]: 1 near unknown pixels, falling to 0 at ``config.change_radius``."""
+        """Return weights [h,w]: 1 near unknown pixels, falling to 0 at ``config.change_radius``."""
         alpha = coarse.numpy(force=True)
         inside = (alpha > 0.5).astype(np.uint8)
         edge = cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
