@@ -165,8 +165,10 @@ class CodePoints:
     """Whether black is 0 and white the largest value. In the narrow range of video, black is above 0."""
 
     def find_space(self, config: str) -> tuple[str | None, str]:
-        """Return the name that the configuration has for the space, None if icm does not support it; and the end of a
-        notice, "" if it is supported or not specified."""
+        """Return the name that the configuration has for the space, and the end of a notice.
+
+        The name is None if icm does not support the space. The notice is "" if it is supported or not specified.
+        """
         codes = self.primaries, self.transfer
         label = CICP_SPACES.get(codes)
         space = SRGB if label == SRGB else find_colour_space(label, config)

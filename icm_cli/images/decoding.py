@@ -336,8 +336,11 @@ def _decode_with_pillow(
 
 
 def _is_grey_palette(palette: NDArray[Any], used: NDArray[Any]) -> bool:
-    """Return whether a palette, uint8 [N,3], has several greys and no other colours; or only greys with black and white
-    among its ``used`` indices. Programs fill unused entries with any colours."""
+    """Return whether a palette, uint8 [N,3], is one of greys, so that an image with it is not a label map.
+
+    Either all its colours are greys, and not all the same; or the colours of the ``used`` indices are greys that
+    include black and white. Programs fill unused entries with arbitrary colours.
+    """
     used_colours = palette[used[used < len(palette)]]
     for colours in (palette, used_colours):
         is_grey = np.ptp(colours, axis=-1).max() <= GREY_TOLERANCE

@@ -274,8 +274,7 @@ class TrainedHead(Head, ABC):
 
     @abstractmethod
     def similarity_maps(self, target: Features, references: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Return inter- and intra-similarity as images to show during training, float32 [B,1,h,w] each, on a grid and
-        scale of their own."""
+        """Return inter- and intra-similarity as images to show during training, float32 [B,1,h,w] of any range."""
 
 
 @dataclass(frozen=True)
@@ -318,8 +317,10 @@ class Objects(Component):
 
     @abstractmethod
     def forward(self, embedding: Tensor, coarse: Tensor) -> Tensor:
-        """Decode the logits of completed alphas, float32 [B,1,nh,nw], from embeddings [B,C,h,w] and coarse alphas,
-        float32 [B,1,h',w'] in 0..1."""
+        """Return the logits of completed alphas, float32 [B,1,nh,nw].
+
+        ``embedding``: [B,C,h,w]. ``coarse``: coarse alphas, float32 [B,1,h',w'] in 0..1.
+        """
 
     @abstractmethod
     def decode_prompts(

@@ -116,8 +116,10 @@ class InContextMatting(nn.Module):
         return self
 
     def use_channels_last(self) -> None:
-        """Store the weights of convolutions in channels-last order. Attention uses this order too, so that features
-        need not be reordered between the layers."""
+        """Store the weights of convolutions in channels-last order.
+
+        Attention uses this order too, so features need not be reordered between the layers.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
@@ -200,10 +202,10 @@ class InContextMatting(nn.Module):
 
     @torch.inference_mode()
     def infer(self, image: Tensor, valid: Tensor, reference: PreparedReferences | LearnedReferences) -> Matte:
-        """Matte a batch of targets on canvases of one size: image float32 sRGB [B,3,H,W] in 0..1, valid bool [B,H,W],
-        False in the padding. ``reference`` is the result of :meth:`prepare_references`.
+        """Compute the coarse mattes of a batch of targets, whose canvases have the same size.
 
-        Returns coarse mattes. The alpha of a target whose features are not finite is NaN.
+        ``image``: sRGB float32 [B,3,H,W] in 0..1. ``valid``: bool [B,H,W], False in the padding. ``reference``: result
+        of :meth:`prepare_references`. The alpha of a target whose features are not finite is NaN.
         """
         count = len(image)
         features = self.backbone.target_features(image, valid, [TARGET_NOISE_KEY] * count)

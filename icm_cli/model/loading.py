@@ -242,8 +242,10 @@ def check_weights_exist(
 def _pretrained_components(
     config: ModelConfig, checkpoint: Path | None, weights: str | None
 ) -> Iterator[tuple[type[Component], Any, str | None]]:
-    """Yield class, settings and source of the components whose pretrained weights are loaded, because the checkpoint
-    does not contain them. ``weights``: source of the backbone's weights."""
+    """Yield class, settings and source of the components whose weights the checkpoint does not contain.
+
+    For these, pretrained weights are loaded. ``weights``: source of the backbone's weights.
+    """
     backbone = component_class("backbone", config.backbone.name)
     if checkpoint is None or not _contains_backbone(checkpoint, backbone, weights):
         yield backbone, config.backbone.settings, weights

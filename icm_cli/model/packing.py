@@ -99,8 +99,10 @@ def _shared_objects(paths: Sequence[Path], checkpoints: Sequence[_TrainedCheckpo
 
 
 def _load_requested_config(model: str, config: ModelConfig) -> ModelConfig:
-    """Return the configuration of ``--model``. Raises ConfigError if it differs from ``config``, that of the
-    checkpoints, in more than the settings of head and edges."""
+    """Return the configuration of ``--model``. ``config``: that of the checkpoints.
+
+    Raises ConfigError if they differ in more than the settings of head and edges.
+    """
     requested = load_model_config(model)
     if (requested.backbone, requested.objects) != (config.backbone, config.objects):
         raise ConfigError(

@@ -47,8 +47,8 @@ def valid_tokens(valid: Tensor, stride: int) -> Tensor:
 
 @without_autocast
 def inter_similarity(reference_tokens: Tensor, target_tokens: Tensor, target_valid: Tensor) -> Tensor:
-    """Compute the inter-similarity S (paper, equation 3), float32 [B,N], of reference tokens [K,C] and target tokens
-    [B,N,C], of which ``target_valid`` bool [B,N] count.
+    """Return the inter-similarity S (paper, equation 3), float32 [B,N], of reference tokens [K,C] and target tokens
+    [B,N,C]. ``target_valid``, bool [B,N]: target tokens that are not padding.
 
     Each reference token distributes a softmax over the target tokens, so S sums to K. It says where the object is, but
     not whether it is present. The paper averages over the reference tokens; the published code and checkpoint use the
@@ -61,8 +61,11 @@ def inter_similarity(reference_tokens: Tensor, target_tokens: Tensor, target_val
 
 
 def attended_tokens(matrix: Tensor, queries: Sequence[int], count: int) -> Tensor:
-    """Return the tokens of the RoI mask of points (paper, section 3.6), bool [N]: those of the points themselves,
-    ``queries``, and for each of them the ``count`` tokens with the highest attention in its row of A [N,N]."""
+    """Return the tokens of the RoI mask of points (paper, section 3.6), bool [N].
+
+    They are the tokens of the points, ``queries``, and for each of them the ``count`` tokens that it attends to most,
+    by its row of ``matrix`` [N,N].
+    """
     attended = torch.zeros(len(matrix), dtype=torch.bool, device=matrix.device)
     rows = torch.tensor(queries, device=matrix.device)
     attended[matrix[rows].topk(min(count, len(matrix)), dim=1).indices.flatten()] = True
@@ -171,8 +174,10 @@ def is_negative(guidance: Tensor) -> bool:
 
 
 def selected_token_mask(reference: ReferenceFeatures) -> tuple[Tensor, str | None]:
-    """Return the tokens of the object of a reference, or of the area of a negative one, as
-    :func:`foreground_token_mask` does."""
+    """Return the tokens that a reference selects: those of the object, or those of the area of a negative reference.
+
+    The result is that of :func:`foreground_token_mask`.
+    """
     stride = reference.guidance.shape[-1] // reference.features.correspondence_features.shape[-1]
     if not is_negative(reference.guidance):
         return foreground_token_mask(reference.guidance, reference.valid, stride)
@@ -181,8 +186,10 @@ def selected_token_mask(reference: ReferenceFeatures) -> tuple[Tensor, str | Non
 
 
 def similarity_difference(target: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Return how much more similar each target token [N,C] is to the ``first`` tokens [K,C] than to the ``second``
-    [M,C], float32 [N]: the difference of the largest products. Without ``first`` tokens, it is minus infinity."""
+    """Return how much more similar target tokens [N,C] are to ``first`` [K,C] than to ``second`` [M,C], float32 [N].
+
+    It is the difference of the largest dot products. Without ``first`` tokens, it is minus infinity.
+    """
     if not len(first):
         return target.new_full((len(target),), -torch.inf)
     chunks = torch.split(target, CHUNK_TOKENS)

@@ -121,8 +121,10 @@ class Dino(Backbone):
 
     @torch.no_grad()
     def extract_tokens(self, image: Tensor) -> list[Tensor]:
-        """Return the tokens of each configured block after the last LayerNorm of the model, of unit length, float32
-        [B,C,h,w], for an image float32 sRGB [B,3,H,W] in 0..1; H and W are multiples of ``patch_px``."""
+        """Return the tokens of each configured block, float32 [B,C,h,w], after the last LayerNorm and with unit length.
+
+        ``image``: sRGB float32 [B,3,H,W] in 0..1; H and W are multiples of ``patch_px``.
+        """
         model: Any = self.transformer
         norm = model.layernorm if hasattr(model, "layernorm") else model.norm
         pixels = (image - self.mean.to(image.device)) / self.std.to(image.device)
@@ -147,11 +149,10 @@ class Dino(Backbone):
 
 
 def positional_subspace(tokens: Tensor, rank: int) -> Tensor:
-    """Compute the principal directions of the tokens [1,C,h,w] of an empty image, which differ by their position only:
-    orthonormal columns, float32 [C,rank].
+    """Return the principal directions of the tokens [1,C,h,w] of an empty image, as orthonormal columns [C,rank].
 
-    These are the left singular vectors of the centred tokens (INSID3, section 3.2). They are computed on the CPU,
-    because not every device supports the decomposition.
+    Such tokens differ only by their position. The directions are the left singular vectors of the centred tokens
+    (INSID3, section 3.2). They are computed on the CPU, because not every device supports the decomposition.
     """
     columns = tokens[0].flatten(1).cpu()
     vectors = torch.linalg.svd(columns - columns.mean(dim=1, keepdim=True), full_matrices=False).U

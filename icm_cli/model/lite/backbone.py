@@ -220,8 +220,10 @@ def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
 
 
 class VisionTransformer(nn.Module):
-    """The first ``depth`` blocks of the vision transformer of DINOv2: patches of 14 px, a class token, learned
-    positions, and LayerScale (Oquab et al., 2023)."""
+    """The first ``depth`` blocks of the vision transformer of DINOv2 (Oquab et al., 2023).
+
+    It has patches of 14 px, a class token, learned positions, and LayerScale.
+    """
 
     def __init__(self, width: int, heads: int, depth: int) -> None:
         super().__init__()
@@ -232,8 +234,10 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
 
     def forward(self, image: Tensor, layers: Collection[int]) -> list[Tensor]:
-        """Return the patch tokens [B,C,h,w] after the blocks ``layers`` (from 1) of a normalised image [B,3,14h,14w],
-        in ascending order, without LayerNorm."""
+        """Return the patch tokens [B,C,h,w] after each of the blocks ``layers`` (from 1), in ascending order.
+
+        ``image``: normalised, [B,3,14h,14w]. No LayerNorm is applied to the result.
+        """
         x = self.patches(image)
         grid = x.shape[-2:]
         positions = F.interpolate(self.positions.float(), size=grid, mode="bicubic", align_corners=False)

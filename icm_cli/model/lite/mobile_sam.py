@@ -215,8 +215,10 @@ class MobileSam(Objects):
         return [each[:height, :width] for each, (height, width) in zip(alpha[:, 0], sizes, strict=True)]
 
     def _fill_canvas(self, rgb: ImageU8) -> tuple[Float, tuple[int, int]]:
-        """Resize an image and pad it to a multiple of CELL_PX. Return the canvas, float32 [h,w,3], and the size of a
-        mask of the image, whose pixels are MASK_SCALE px of the canvas."""
+        """Resize an image and pad it to a multiple of CELL_PX.
+
+        Returns the canvas, float32 [h,w,3], and the size of masks of the image, which are MASK_SCALE times smaller.
+        """
         scale = self.config.long_side_px / max(rgb.shape[:2])
         height, width = (max(MASK_SCALE, MASK_SCALE * round(side * scale / MASK_SCALE)) for side in rgb.shape[:2])
         padded = [math.ceil(side / CELL_PX) * CELL_PX for side in (height, width)]

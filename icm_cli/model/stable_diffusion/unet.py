@@ -85,8 +85,8 @@ class MeanAttention:
         return self._sum / self._layers
 
     def _accumulate_maps(self, query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield chunks of a layer's E*H maps and query rows with their probabilities float32 [maps,rows,N], which are
-        valid until the next chunk."""
+        """Add the maps of a layer to the sum, in chunks. Yields the slices of maps and query rows of each chunk, and its
+        probabilities, float32 [maps,rows,N], whose memory the next chunk overwrites."""
         queries = query.flatten(0, 1).float() * query.shape[-1] ** -0.5
         key_columns = key.flatten(0, 1).float().transpose(-1, -2)
         count, tokens = queries.shape[:2]
@@ -110,11 +110,10 @@ class MeanAttention:
 def run_unet(
     unet: Any, noisy: Tensor, prompt_embedding: Tensor, maps: Mapping[Grid, MeanAttention] | None = None
 ) -> dict[int, Tensor]:
-    """Run the U-Net after :func:`drop_unused_layers` and :func:`fold_timestep` on noisy latents [E,4,h,w] and the
-    embedded prompt [1,77,1024].
+    """Run a U-Net to which :func:`drop_unused_layers` and :func:`fold_timestep` were applied.
 
-    ``maps`` accumulate the self-attention of each grid. Returns the features: stride -> output of ``up_blocks[0]`` or
-    ``up_blocks[1]``, [E,C,h,w].
+    ``noisy``: latents [E,4,h,w]. ``prompt_embedding``: [1,77,1024]. ``maps`` accumulate the self-attention of each
+    grid. Returns the features: stride -> output of ``up_blocks[0]`` or ``up_blocks[1]``, [E,C,h,w].
     """
     x = unet.conv_in(noisy)
     skips = [x]

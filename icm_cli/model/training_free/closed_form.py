@@ -67,11 +67,10 @@ class ClosedForm(Edges):
 
 
 def solve_alpha(rgb: NDArray[np.float64], trimap: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Solve the alpha float64 [h,w] of an sRGB image float64 [h,w,3] in 0..1 and a trimap [h,w]: 0 background, 1
-    foreground, other values unknown.
+    """Return the alpha, float64 [h,w], of an image and its trimap.
 
-    If the trimap contains no foreground or no background, the unknown pixels belong to the other side. If it contains
-    no unknown pixels, it is the alpha.
+    ``rgb``: sRGB float64 [h,w,3] in 0..1. ``trimap``: [h,w], 0 background, 1 foreground, other values unknown. Without
+    any foreground, all pixels become background; without any background, all become foreground.
     """
     if not (trimap == 1).any():
         return np.zeros_like(trimap)

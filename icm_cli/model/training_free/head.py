@@ -199,11 +199,10 @@ class TrainingFree(Head):
         return F.interpolate(alpha[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
 
     def make_trimap(self, contrast: Tensor) -> Tensor:
-        """Return the trimap [H,W] of a contrast, with the values 0, 0.5 and 1. The pixels whose contrast is closest to
-        the threshold are unknown.
+        """Return the trimap of a contrast, [H,W] of 0, 0.5 (unknown) and 1.
 
-        Pixels whose contrast is closer to the strongest one than to the threshold are never unknown, so that small
-        objects keep some foreground.
+        The pixels whose contrast is closest to the threshold are unknown. Those whose contrast is closer to the
+        strongest one than to the threshold are never unknown, so that small objects keep some foreground.
         """
         strongest = contrast.max()
         threshold = self.config.threshold * strongest
@@ -216,8 +215,11 @@ class TrainingFree(Head):
 
 
 def keep_strong_regions(evidence: Tensor, inside: Tensor, fraction: float) -> Tensor:
-    """Keep the connected regions of ``inside`` [H,W] whose strongest evidence is at least ``fraction`` of the strongest
-    evidence of all regions. Other objects often form separate regions that are slightly similar to the reference."""
+    """Return the connected regions of ``inside``, bool [H,W], whose evidence is strong.
+
+    The strongest evidence of such a region is at least ``fraction`` of the strongest evidence of all regions. Weak
+    regions are often other objects that are slightly similar to the reference.
+    """
     count, label = cv2.connectedComponents(inside.numpy().astype(np.uint8))
     region = torch.from_numpy(label).long().flatten()
     best = evidence.new_full((count,), -torch.inf).scatter_reduce(0, region, evidence.flatten(), "amax")
@@ -227,8 +229,10 @@ def keep_strong_regions(evidence: Tensor, inside: Tensor, fraction: float) -> Te
 
 
 def soft_max_similarity(reference: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Compute the soft maximum of the similarity of each target token [N,C] to the reference's tokens [K,C], all of
-    unit length: temperature * log mean exp(cosine / temperature), float32 [N]; 0 if there are no reference tokens."""
+    """Return the soft maximum of the cosines of each target token [N,C] to all reference tokens [K,C], float32 [N].
+
+    It is temperature * log(mean(exp(cosine / temperature))). Tokens have unit length. Without reference tokens it is 0.
+    """
     if not len(reference):
         return target.new_zeros(len(target))
     sums = [(chunk @ reference.T / temperature).logsumexp(dim=1) for chunk in torch.split(target, CHUNK_TOKENS)]
@@ -280,8 +284,7 @@ def segment_by_clusters(
 
 
 def cluster_tokens(tokens: Tensor, min_cluster_cosine: float) -> Tensor:
-    """Cluster tokens [N,C] by average linkage, on the CPU by SciPy; return the index of each token's cluster, int64
-    [N]."""
+    """Cluster tokens [N,C] by average linkage, with SciPy on the CPU. Returns the cluster of each token, int64 [N]."""
     count = len(tokens)
     if count < 2:
         return torch.zeros(count, dtype=torch.long, device=tokens.device)
