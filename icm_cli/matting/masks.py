@@ -151,6 +151,7 @@ def _mask_from_alpha(stored: DecodedImage, path: Path, notice: Callable[[str], N
     _check_transparency(stored, path)
     is_visible, values = stored.alpha > 0, stored.values
     visible, hidden = values[is_visible], values[~is_visible]
+    # No notice if the colours cannot contradict the alpha: one colour on transparent black, or the same everywhere.
     is_uniform = not (visible != visible[0]).any()
     if not is_uniform or ((hidden != visible[0]).any() and hidden.max() > 0.5 * visible.max()):
         notice(f"mask {path} has an alpha and colours that vary; its alpha is used and its colours are ignored")

@@ -164,7 +164,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_pixel_statistics(folder: Path, default: PixelStatistics) -> PixelStatistics:
     """Return the statistics with which a model normalises pixels. Raises ConfigError.
 
-    They are ``image_mean`` and ``image_std`` in ``preprocessor_config.json``; ``default`` if the file or a key is missing.
+    They are ``image_mean`` and ``image_std`` in ``preprocessor_config.json``, or ``default`` if these are missing.
     """
     path = folder / PREPROCESSOR_FILE
     if not path.is_file():

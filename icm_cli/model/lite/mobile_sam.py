@@ -272,7 +272,7 @@ def _pad_to_canvas(image: EmbeddedImage, alpha: Tensor) -> Tensor:
 
 
 def _lite_path() -> Path:
-    """Checkpoint of ``lite`` in this package. Raises ConfigError if it was removed."""
+    """Return the path of the checkpoint of ``lite`` in this package. Raises ConfigError if it was removed."""
     path = packed_checkpoint("lite")
     if path is None:
         raise ConfigError(
@@ -283,7 +283,7 @@ def _lite_path() -> Path:
 
 
 def _published_path() -> Path:
-    """File of the published weights. Raises ConfigError if it is not installed."""
+    """Return the path of the published weights. Raises ConfigError if they are not installed."""
     try:  # the package itself is not imported, because it imports much more
         return Path(str(importlib.metadata.distribution(PACKAGE).locate_file(FILE)))
     except importlib.metadata.PackageNotFoundError as error:

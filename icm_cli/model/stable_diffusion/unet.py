@@ -85,8 +85,11 @@ class MeanAttention:
         return self._sum / self._layers
 
     def _accumulate_maps(self, query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Add the maps of a layer to the sum, in chunks. Yields the slices of maps and query rows of each chunk, and its
-        probabilities, float32 [maps,rows,N], whose memory the next chunk overwrites."""
+        """Add the attention maps of a layer to the sum, in chunks.
+
+        Yields for each chunk the slices of its maps and query rows, and its probabilities, float32 [maps,rows,N]. The
+        next chunk overwrites their memory.
+        """
         queries = query.flatten(0, 1).float() * query.shape[-1] ** -0.5
         key_columns = key.flatten(0, 1).float().transpose(-1, -2)
         count, tokens = queries.shape[:2]
