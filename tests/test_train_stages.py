@@ -552,6 +552,20 @@ class TestRefineNetwork:
         )
         np.testing.assert_allclose(plain, alpha, atol=1e-5)
 
+    @pytest.mark.parametrize("centre", [(100, 90), (4, 195)])
+    def test_first_step_omits_the_image_far_from_unknown_pixels(self, centre: tuple[int, int]) -> None:
+        config = Refine.Config(widths=(4, 6), frame_px=200, tile_px=64, change_radius=0.05, core_distance=0)
+        edges, whole = Refine(config).eval(), Refine(replace(config, context_px=200)).eval()
+        torch.nn.init.normal_(edges.output.weight, std=0.1)
+        whole.load_state_dict(edges.state_dict())
+        sizes: list[tuple[int, ...]] = []
+        edges.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[-2:])))
+        rgb = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+        coarse = cv2.circle(np.zeros((200, 200), np.float32), centre, 12, 0.8, -1)
+        np.testing.assert_allclose(refine_alpha(edges, rgb, coarse), refine_alpha(whole, rgb, coarse), atol=1e-5)
+        (size,) = sizes
+        assert max(size) <= 2 * (12 + 10 + config.context_px + config.multiple)
+
     def test_tiles_leave_no_seams(self) -> None:
         """A network that moves every alpha by a constant moves that of a tiled photograph so everywhere."""
         edges = Refine(Refine.Config(widths=(4, 6), frame_px=64, tile_px=64, overlap_px=16, core_distance=0)).eval()

@@ -2,7 +2,8 @@
 
 The same network runs in two steps, as in CascadePSP (Cheng et al., CVPR 2020). The first one runs on the image at
 ``RefineConfig.frame_px``, where a coarse alpha of a few hundred tokens becomes an outline. For larger sources, the
-second one runs on tiles at the size of the source, where that outline becomes an edge.
+second one runs on tiles at the size of the source, where that outline becomes an edge. Both steps omit the parts of the
+image in which the alpha cannot change.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class RefineConfig:
     """Number of residual blocks before the output, at half the size of the image."""
     frame_px: int = 1024
     """Long side, in px, of the image in the first step."""
+    context_px: int = 32
+    """Distance from the pixels that may change, in px, up to which the first step sees the image."""
     tile_px: int = 256
     """Side, in px, of the tiles of a larger source."""
     overlap_px: int = 32
@@ -71,6 +74,7 @@ class RefineConfig:
         checks = {
             "widths": (len(widths) >= 2 and min(widths) >= 1, "two or more numbers of 1 or more"),
             "frame_px": (self.frame_px >= multiple and not self.frame_px % multiple, f"a multiple of {multiple}"),
+            "context_px": (self.context_px >= 0, "0 or more"),
             "tile_px": (self.tile_px >= multiple and not self.tile_px % multiple, f"a multiple of {multiple}"),
             "overlap_px": (0 <= self.overlap_px <= self.tile_px // 2, "0 to half of tile_px"),
             "detail_blocks": (0 <= self.detail_blocks <= 64, "0 to 64"),
@@ -166,13 +170,18 @@ class Refine(Edges):
     def refine_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
         undecided = [index for index, alpha in enumerate(coarse) if self._is_undecided(alpha)]
         sizes = [downscaled_size(images[index].shape[:2], self.config.frame_px) for index in undecided]
-        small = [resize_alpha(coarse[index].float(), size) for index, size in zip(undecided, sizes, strict=True)]
+        outlines = [resize_alpha(coarse[index].float(), size) for index, size in zip(undecided, sizes, strict=True)]
+        weights = [self._weight_near_unknown(outline) for outline in outlines]
+        regions = [self._changed_region(weight) for weight in weights]
         pixels = [resize(images[index], size) for index, size in zip(undecided, sizes, strict=True)]
+        corrected = self._correct_alphas(
+            [rgb[region] for rgb, region in zip(pixels, regions, strict=True)],
+            [outline[region] for outline, region in zip(outlines, regions, strict=True)],
+            max_batch_size(self.output.weight.device),
+        )
         refined = {}
-        corrected = self._correct_alphas(pixels, small, max_batch_size(self.output.weight.device))
-        for index, before, after in zip(undecided, small, corrected, strict=True):
-            weight = self._weight_near_unknown(before)
-            outline = before + weight * (after - before)
+        for index, outline, weight, region, after in zip(undecided, outlines, weights, regions, corrected, strict=True):
+            outline[region] += weight[region] * (after - outline[region])
             size = images[index].shape[0], images[index].shape[1]
             if size != tuple(outline.shape):
                 outline = self._refine_tiles(images[index], resize_alpha(outline, size), resize_alpha(weight, size))
@@ -181,6 +190,18 @@ class Refine(Edges):
             refined[index] if index in refined else resize_alpha(alpha.float(), images[index].shape[:2])
             for index, alpha in enumerate(coarse)
         ]
+
+    def _changed_region(self, weight: Tensor) -> tuple[slice, slice]:
+        """Return the smallest region with all positive weights [h,w] and ``context_px`` around them. It begins and ends
+        at multiples of ``config.multiple``, or at the border of the image, so that few sizes of regions occur."""
+        rows, columns = (self._extend_range((weight > 0).any(dim=axis)) for axis in (1, 0))
+        return rows, columns
+
+    def _extend_range(self, is_changed: Tensor) -> slice:
+        """Return the range of the positions that change, bool [n], with their context."""
+        positions, multiple = is_changed.nonzero()[:, 0].tolist() or [0], self.config.multiple
+        start, end = positions[0] - self.config.context_px, positions[-1] + 1 + self.config.context_px
+        return slice(max(0, start // multiple * multiple), min(len(is_changed), -(-end // multiple) * multiple))
 
     def _refine_tiles(self, rgb: ImageU8, alpha: Tensor, weight: Tensor) -> Tensor:
         """Refine an alpha [H,W] in overlapping tiles, except tiles without unknown pixels, by at most ``weight``."""
