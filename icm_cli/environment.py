@@ -90,14 +90,18 @@ def format_gb(size: float) -> str:
 
 
 def free_memory() -> FreeMemory:
-    """Return the memory that is free on the machine, in every cgroup of this process and within its resource limits,
-    whichever is least. Memory that caches files counts as free."""
+    """Return the memory that this process can still allocate.
+
+    It is the least of what is free on the machine, in every cgroup of the process, and within its resource limits
+    (ulimit). Memory that caches files counts as free.
+    """
     found = [FreeMemory(math.inf, "")]
     available = _read_table(ROOT / "proc/meminfo").get("MemAvailable:")
     if available is not None:
         found.append(FreeMemory(available * 1024, "on this machine"))
     for folder in cgroup_folders("memory"):
-        caches = _read_table(folder / "memory.stat")  # in version 1, names with total_ include the cgroups below
+        # In version 1 of cgroups, values with the prefix total_ include the cgroups below.
+        caches = _read_table(folder / "memory.stat")
         cached = sum(caches.get(f"total_{name}", caches.get(name, 0)) for name in ("inactive_file", "active_file"))
         limits = [_read_number(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
         used = _read_number(folder / "memory.current") or _read_number(folder / "memory.usage_in_bytes") or 0

@@ -229,7 +229,7 @@ def _is_stale(path: Path) -> bool:
     """Return whether the process that wrote a temporary file has died.
 
     A process holds the lock of the file that it writes. Some network drives ignore locks, so the process must be dead
-    too. The id of a process in another container or machine says nothing; then the file must be old instead.
+    too. Whether a process of another container or machine is dead cannot be checked: its file must be old instead.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -303,7 +303,8 @@ def _sync(descriptor: int) -> None:
 def _rename(temporary: Path, path: Path, check: WriteCheck | None) -> None:
     """Rename a finished file; with a check, under a lock of the folder.
 
-    Where folders cannot be locked, a new file is published as a hard link, which never replaces another file.
+    If folders cannot be locked, a new file is created as a hard link, which cannot replace a file that another machine
+    has just written.
     """
     if check is None:
         retry_transient(lambda: temporary.replace(path))
@@ -391,8 +392,7 @@ def cached_file_digest(path: Path) -> str:
 
 @functools.cache
 def cache_folder() -> Path:
-    """Return the cache folder: $ICM_CACHE, else $XDG_CACHE_HOME/icm, else ~/.cache/icm, else a folder of this user in
-    the temporary directory."""
+    """Return the first of these that is writable: $ICM_CACHE, $XDG_CACHE_HOME/icm, ~/.cache/icm, a temporary folder."""
     for folder in _cache_candidates():
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ HALF_U8 = 127
 UNKNOWN = 128
 """Value of unknown pixels in a trimap."""
 ASPECT_TOLERANCE = 0.01
-"""Maximum relative difference between aspect ratios that count as equal."""
+"""Largest relative difference between aspect ratios that count as equal."""
 ALPHA_TOLERANCE = 0.05
 """A final alpha within this distance of 0 or 1 counts as background or foreground in its trimap."""
 COARSE_TOLERANCE = 0.1
@@ -36,7 +36,7 @@ class CanvasRule:
     """Canvas sizes of a backbone: the frame's long side is scaled to ``long_side_px``.
 
     A square canvas is ``long_side_px`` on both sides; otherwise each side is rounded up to ``multiple_px``. A frame is
-    enlarged at most ``max_enlargement`` times, but its canvas has at least half of ``long_side_px``.
+    enlarged at most ``max_enlargement`` times, unless the long side would be less than half of ``long_side_px``.
     """
 
     long_side_px: int
@@ -44,7 +44,7 @@ class CanvasRule:
     square: bool
     max_enlargement: float = math.inf
     min_side_px: int = 1
-    """Minimum length of both sides of the canvas, which the layers of a backbone may need."""
+    """Smallest side of the canvas, which the layers of a backbone may need."""
 
     def placement(self, height: int, width: int) -> Placement:
         """Return the placement of a frame of height x width pixels."""
@@ -66,7 +66,13 @@ class CanvasRule:
 
 @dataclass(frozen=True)
 class Placement:
-    """The position of a frame on a canvas. Sizes are (height, width) in pixels."""
+    """The position of a frame on a canvas, as sizes (height, width) in pixels.
+
+    Attributes:
+        source: Size of the frame.
+        content: Size of the resized frame, which is in the top left corner of the canvas.
+        canvas: Size of the canvas.
+    """
 
     source: tuple[int, int]
     content: tuple[int, int]
@@ -151,7 +157,7 @@ def trimap_from_coarse(coarse: Float, size: tuple[int, int], band_fraction: floa
     depth = _distance_inside(foreground)
     count, regions = cv2.connectedComponents(foreground.astype(np.uint8))
     region = regions.astype(np.intp)
-    max_depth = np.zeros(count, np.float32)  # of each region
+    max_depth = np.zeros(count, np.float32)  # largest depth in each region
     np.maximum.at(max_depth, region, depth)
     trimap[foreground & (depth > np.minimum(band, max_depth[region] / 2))] = 1.0
     return trimap

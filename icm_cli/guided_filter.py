@@ -61,7 +61,7 @@ def guided_upsample(alpha: Float, image: ImageU8, config: GuidedFilterConfig) ->
 
 
 def _fit_linear_model(guide: Float, alpha: Float, config: GuidedFilterConfig) -> Float:
-    """Coefficients [h,w,4] of alpha = a . rgb + b in each window, averaged over all windows that contain a pixel."""
+    """Return the coefficients [h,w,4] of alpha = a . rgb + b, averaged over all windows that contain a pixel."""
 
     def mean(values: Float) -> Float:
         side = 2 * config.radius_px + 1
@@ -97,7 +97,7 @@ _CHANNEL_PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 
 
 def _upsample_rows(coefficients: Float, top: int, bottom: int, height: int, width: int) -> Float:
-    """Rows top..bottom of the coefficients after bilinear enlargement to height x width (pixel centres aligned)."""
+    """Return rows top..bottom of the coefficients, enlarged bilinearly to height x width (pixel centres aligned)."""
     rows = coefficients.shape[0]
     y = np.clip((np.arange(top, bottom, dtype=np.float32) + 0.5) * (rows / height) - 0.5, 0, rows - 1)
     above = np.floor(y).astype(np.intp)
@@ -115,7 +115,7 @@ def align_to_edges(alpha: Tensor, image: Tensor, radius_fraction: float, epsilon
         image: float32 [B,3,H,W] in 0..1.
         radius_fraction: Radius of the window, as a fraction of the long side. It is wide, because edges are soft.
         epsilon: Variance of a colour channel above which a window counts as an edge.
-        stride: The coefficients are fitted at this fraction of the size: 4 for a quarter.
+        stride: The coefficients are fitted on an image that is this many times smaller.
 
     Returns:
         float32 [B,1,H,W] in 0..1, on the same device.

@@ -107,8 +107,7 @@ class Terminal(Listener):
 
 
 def print_plan(report: Report) -> None:
-    """Print "source -> output" for every image, with the reason if its alpha would be recomputed. Then print the images
-    that would fail."""
+    """Print "source -> output" for every image, with the reason for a recompute; then the images that would fail."""
     for result in report.results:
         if result.status != "failed":
             note = f" (recomputed: {result.reason})" if result.reason else " (kept)" if result.status == "kept" else ""
@@ -150,7 +149,7 @@ def _source_text(result: ImageResult) -> str:
 
 
 def _shown_source(result: ImageResult) -> str:
-    """Return the source; its start if it is a line of a list that cannot be a path."""
+    """Return the source, shortened if it is a line of a list that is too long for a path."""
     return shorten(result.source) if is_too_long(os.fsencode(result.source)) else result.source
 
 

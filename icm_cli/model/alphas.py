@@ -132,7 +132,7 @@ def blend_tiles(size: tuple[int, int], tiles: Sequence[Tile], alphas: Iterable[T
 
 
 def _split_side(length: int, tile: int, overlap: int) -> list[tuple[int, Tensor]]:
-    """Return start and weights of each tile along a side of ``length`` px. The last tile ends where the side ends.
+    """Return start and weights of each tile along a side of ``length`` px, which the tiles cover exactly.
 
     The weights rise over the overlap with the previous tile, are 1 in the middle, and fall over the overlap with the
     next tile.

@@ -48,12 +48,12 @@ def resize_bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def confidence_and_found(alpha: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the confidence of alphas [B,1,H,W], float32 [B] in 0..1, and whether they contain an object, bool [B].
+    """Return the confidence of alphas [B,1,H,W], float32 [B] in 0..1, and whether they contain an object, bool [B].
 
     The padding, where ``valid`` [B,H,W] is False, does not count.
 
     The confidence is the mean of |2a - 1| over the pixels that are not background, and 0 if there are none.
-    Inter-similarity sums to K whether the object is present or not, so only an empty alpha shows its absence.
+    Only an empty alpha shows that the object is absent: inter-similarity has the same sum if it is and if it is not.
     """
     alpha = alpha[:, 0]
     visible = (alpha > VISIBLE_ALPHA) & valid
