@@ -1,5 +1,4 @@
-"""Write files atomically, retry and describe system errors, compute digests, find the cache folder, and walk folders
-and globs."""
+"""Atomic writes, system errors, digests, the cache folder, and walking folders and globs."""
 
 from __future__ import annotations
 
@@ -26,8 +25,10 @@ from icm_cli.errors import FileWriteError, OutputError, UsageError
 TEMPORARY_PREFIX = ".icm-"
 TEMPORARY_SUFFIX = ".tmp"
 RECORD_FOLDER = ".icm"
-"""Folder below the alphas of a run with the options of the run and the state of its review. No search of files, of any
-command, descends into it."""
+"""Folder below the alphas of a run with the options of the run and the state of its review.
+
+No command searches it for files.
+"""
 STALE_AFTER_S = 3600.0
 """Seconds without a write after which a temporary file of another machine or container is stale."""
 LOCK_TIMEOUT_S = 10.0

@@ -83,7 +83,10 @@ class GroupMetadata:
         return cls(f"groups file {path}", entries)
 
     def assign_groups(self, samples: Iterable[Sample]) -> tuple[list[Sample], list[Problem]]:
-        """Return the samples with group and categories, and problems of samples and metadata without a counterpart."""
+        """Return the samples with their groups and categories, and the problems found.
+
+        A sample that the metadata do not list is a problem, and so is an entry without a sample.
+        """
         grouped, problems, used = [], [], set()
         for sample in samples:
             key = sample.name if sample.name in self.entries else Path(sample.name).name

@@ -28,8 +28,7 @@ class Layout:
     alphas: str
     trimaps: str | None = None
     key_pattern: str = "(?s).+"
-    """The key of an image, alpha or trimap is the part of its path, relative to its folder and without suffix, that
-    matches at the start."""
+    """Matches the key of an image, alpha or trimap: the start of its path in its folder, without suffix."""
     alpha_suffix: str = "$"
     """The key of an alpha without this pattern is the key of its image, for images with several alphas."""
     parent_folder: str = ""

@@ -30,8 +30,11 @@ IMAGE_SUFFIXES = frozenset(
     | {".jpe", ".jpeg", ".jpg", ".jpx", ".jxl", ".mpo", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".sgi"}
     | {".tga", ".tif", ".tiff", ".webp"}
 )
-"""File name suffixes of images. A file with one of these suffixes is always treated as an image, so that a damaged
-image is reported. Files with other suffixes are images only if their content is one."""
+"""File name suffixes of images.
+
+A file with one of them is always treated as an image, so that a damaged image is reported. Files with other suffixes
+are images only if their content is one.
+"""
 _SIGNATURES: dict[str, tuple[bytes, ...]] = {
     "jpeg": (b"\xff\xd8\xff",),
     "png": (b"\x89PNG\r\n\x1a\n",),

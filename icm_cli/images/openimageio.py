@@ -211,8 +211,10 @@ def _white_value(spec: Any, dtype: Any, white: float | None) -> float:
 
 
 def _file_white(spec: Any, file: ImageFile, dtype: Any) -> int | None:
-    """Return the value of white in the file, such as 4095 for 12 bits, if OpenImageIO has scaled it to the maximum of a
-    type; None otherwise."""
+    """Return the value of white in the file, such as 4095 for 12 bits, if OpenImageIO has scaled it; None otherwise.
+
+    OpenImageIO scales it to the maximum of the type, such as 65535.
+    """
     if file.type.name == "pnm":
         return containers.file_white(file)
     bits = _integer_attribute(spec, "oiio:BitsPerSample", 0)

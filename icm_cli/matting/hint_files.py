@@ -237,7 +237,9 @@ def check_image_hints(files: Mapping[Path, Sequence[Path]]) -> dict[Path, ImageH
 
 def _join_hints(first: Hints, second: Hints) -> Hints:
     def join(one: Area | None, other: Area | None) -> Area | None:
-        return one if other is None else other if one is None else one | other
+        if one is None or other is None:
+            return one if other is None else other
+        return one | other
 
     return Hints(
         size=first.size,

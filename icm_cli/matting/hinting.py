@@ -186,6 +186,7 @@ def _binding_areas(hints: Hints) -> tuple[Area, Area, Area, Area]:
     if hints.is_rough_mask:
         labelled_points = [(area_points(on), True), (area_points(off), False), *labelled_points]
         on = off = none
+    # Background counts over object, points over areas, and keep and drop over both.
     on, off = on & ~off, off.copy()
     for points, is_on in labelled_points:
         for x, y in points:

@@ -524,8 +524,9 @@ def _check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
 
 
 def _check_similar_names(writers: Mapping[Path, str], folder: Path) -> None:
-    """Raise UsageError if two output paths are one file on this drive, which may ignore case or accents' encoding.
+    """Raise UsageError if two output paths are the same file on this drive.
 
+    Some drives ignore case, or whether an accented letter is stored as one character or two.
     ``writers``: the source of each output.
     """
     groups: dict[str, list[Path]] = {}

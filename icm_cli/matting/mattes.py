@@ -177,10 +177,10 @@ def assign_mattes(
 
 
 def read_matte(path: Path, windows: ImageWindows | None) -> Float:
-    """Read a matte as float32 [H,W] in 0..1, of the data window of an image with these windows. Raises ImageError.
+    """Read the matte of an image as float32 [H,W] in 0..1. Raises ImageError.
 
-    It is the alpha channel of the file if that varies, else the maximum of the channels. A matte of another size with
-    the same aspect ratio is resized. ``windows``: None to return the matte as it is stored.
+    It is the alpha channel of the file if that varies, else the maximum of the channels. It is resized to the display
+    window of the image and cropped to its data window (``windows``; None: returned as it is stored).
     """
     stored = read_stored_pixels(path, windows)
     if any(NOT_FINITE in sentence for sentence in stored.notices):

@@ -56,8 +56,7 @@ class TrackingConfig:
 
     crop: CropSettings = field(default_factory=CropSettings)
     min_area_ratio: float = 0.5
-    """If a crop shows less than this fraction of the area that the object had in the frame before, the full frame is
-    matted."""
+    """The full frame is matted if a crop shows less of the object than this fraction of its last area."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +183,7 @@ class FlowField:
         windows = self.windows
         if windows is None or windows.is_full:
             return resize(values, size)
+        # Pixel centres of the result, in pixels of ``values``.
         rows, columns = (
             ((np.arange(size[n]) + 0.5) * windows.size[n] / size[n] + windows.at[n])
             * values.shape[n]

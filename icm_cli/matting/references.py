@@ -48,8 +48,10 @@ class Reference:
     windows: ImageWindows | None = None
     """Data and display window of the image; None if they are equal."""
     attended_points: Sequence[Point] = ()
-    """For ``--guidance paper``: points (x, y) on the object, from which the model extends ``guidance`` by its
-    self-attention (section 3.6 of the paper)."""
+    """For ``--guidance paper``: points (x, y) on the object.
+
+    The model extends ``guidance`` from them by its self-attention (section 3.6 of the paper).
+    """
 
     @classmethod
     def negative(cls, rgb: ImageU8, area: NDArray[np.bool_], windows: ImageWindows | None = None) -> Reference:

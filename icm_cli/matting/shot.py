@@ -103,7 +103,7 @@ class Shot:
 
     @functools.cached_property
     def _hints(self) -> dict[Path, ImageHints]:
-        """The hints that decide the alpha of each frame, by its output; see :meth:`find_hints`."""
+        """The hints of each frame, by its output: its own, or else those of the previous frame."""
         hints: dict[Path, ImageHints] = {}
         for job in self.order:
             previous = self.previous.get(job.output)

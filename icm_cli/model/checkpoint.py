@@ -1,5 +1,8 @@
-"""Read and write checkpoints: safetensors files of icm, which contain the configuration, and the published Lightning
-file. Pickled files are read only with ``weights_only``."""
+"""Read and write checkpoints.
+
+They are safetensors files of icm, which contain the configuration, or the published Lightning file. Pickled files are
+read only with ``weights_only``.
+"""
 
 from __future__ import annotations
 
@@ -215,9 +218,9 @@ def check_tensor_shapes(expected: Mapping[str, Tensor], found: Mapping[str, torc
 
 
 def check_tensor_values(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
-    """Check that tensors are of the same kind as those expected, and finite: 2 ms per million weights.
+    """Check that tensors are finite, and floating-point where those expected are. Raises ConfigError.
 
-    Raises ConfigError.
+    It takes 2 ms per million weights.
     """
     for key, tensor in found.items():
         is_float = tensor.is_floating_point()

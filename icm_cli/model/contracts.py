@@ -31,9 +31,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_ENLARGEMENT = 2.0
 """Largest factor by which backbones enlarge a small image to the canvas."""
 ReferenceImage: TypeAlias = tuple[Tensor, Tensor, Tensor]
-"""A reference on a canvas of its own: image [1,3,H,W], guidance [1,1,H,W], valid [1,H,W]. The guidance is 1 inside the
-object, 0 outside, and 0.5 where that is unknown. In a negative reference, it is 0 on what is not the object, and 0.5
-elsewhere."""
+"""A reference on a canvas of its own: image [1,3,H,W], guidance [1,1,H,W], valid [1,H,W].
+
+The guidance is 1 inside the object, 0 outside, and 0.5 where that is unknown. In a negative reference, it is 0 on what
+is not the object, and 0.5 elsewhere.
+"""
 
 
 @runtime_checkable
@@ -65,8 +67,7 @@ class Features:
     intra_similarity: Mapping[int, IntraSimilarity]
     """Stride -> similarity between the tokens of the grid of that stride. Empty for references."""
     grouping_features: Tensor | None = None
-    """Features that distinguish the tokens of one image, float32 [B,C,h,w]; None if the correspondence features serve
-    this purpose too."""
+    """Features that distinguish the tokens of one image, float32 [B,C,h,w]; None: the correspondence features."""
 
     def select_correspondence(self, index: int) -> Features:
         """Return the correspondence features of one image as a batch of one."""
@@ -99,8 +100,11 @@ class Matte:
     presence: Presence | None = None
     """Prediction whether the object is in the image; None if the head does not predict it."""
     similarity: Tensor | None = None
-    """Similarity of the object, assumed to be present, to the references: means over its tokens of the similarity to
-    the tokens inside and outside the guidance, float32 [B,2] in -1..1; None if the head does not compute it."""
+    """Similarity of the object to the references, float32 [B,2] in -1..1; None if the head does not compute it.
+
+    The values are the means, over the tokens of the object, of the similarity to the tokens inside and outside the
+    guidance. The object is assumed to be present.
+    """
 
 
 @dataclass(frozen=True)
@@ -292,18 +296,18 @@ class PointPrompts:
     """Points and boxes that say which object of an image is meant."""
 
     coordinates: Tensor
-    """x and y as fractions of the frame's width and height, float32 [N,2] in 0..1. The centre of the first pixel of a
-    row of ``w`` pixels is at 0.5 / w."""
+    """x and y as fractions of the frame's width and height, float32 [N,2] in 0..1.
+
+    The centre of the first pixel of a row of ``w`` pixels is at 0.5 / w.
+    """
     labels: Tensor
-    """int64 [N]: 0 for a point off the object, 1 for a point on it, 2 and 3 for the top left and the bottom right
-    corner of a box."""
+    """int64 [N]: 0: point off the object; 1: point on it; 2 and 3: top left and bottom right corner of a box."""
 
 
 class Objects(Component):
-    """The object model: completes the objects of coarse alphas before their edges are refined. It does not use the
-    references.
+    """The object model: completes the objects of coarse alphas before their edges are refined.
 
-    ``icm train`` trains it; a checkpoint contains all of its weights.
+    It does not use the references. ``icm train`` trains it; a checkpoint contains all of its weights.
     """
 
     @classmethod

@@ -29,8 +29,10 @@ from icm_cli.model.similarity import AttentionMatrix, attended_tokens
 ATTENDED_TOKENS = 32
 """Tokens by which the guidance is extended for each point (m in the paper, which does not state its value)."""
 TARGET_NOISE_KEY = "target"
-"""Noise key of all targets in inference. Equal keys give equal noise, so that an alpha does not depend on the other
-images of a run."""
+"""Noise key of all targets in inference.
+
+Equal keys give equal noise, so that an alpha does not depend on the other images of a run.
+"""
 
 
 def reference_noise_key(index: int) -> str:

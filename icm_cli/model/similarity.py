@@ -47,8 +47,9 @@ def valid_tokens(valid: Tensor, stride: int) -> Tensor:
 
 @without_autocast
 def inter_similarity(reference_tokens: Tensor, target_tokens: Tensor, target_valid: Tensor) -> Tensor:
-    """Return the inter-similarity S (paper, equation 3), float32 [B,N], of reference tokens [K,C] and target tokens
-    [B,N,C]. ``target_valid``, bool [B,N]: target tokens that are not padding.
+    """Return the inter-similarity S (paper, equation 3), float32 [B,N], of reference and target tokens.
+
+    ``reference_tokens``: [K,C]. ``target_tokens``: [B,N,C]. ``target_valid``: those that are not padding, bool [B,N].
 
     Each reference token distributes a softmax over the target tokens, so S sums to K. It says where the object is, but
     not whether it is present. The paper averages over the reference tokens; the published code and checkpoint use the

@@ -1,5 +1,7 @@
-"""Contact sheet of a run: the references with their masks, and one row per image with source, alpha, and the object on
-grey."""
+"""Contact sheet of a run.
+
+It shows the references with their masks, and one row per image with source, alpha, and the object on grey.
+"""
 
 from __future__ import annotations
 

@@ -28,8 +28,11 @@ REFERENCE_CAPTION, NEGATIVE_CAPTION = "reference with mask", "negative reference
 PREVIEW_PX = 420
 """Long side of the images on pages and contact sheets."""
 SCHEMA_VERSION = 3
-"""Version of the JSON report: raised when a value changes its name, type or meaning. Reports of icm 0.1.0, which do not
-state it, have version 1. Version 3 has ``quality``, ``reasons`` and ``signals`` in place of ``confidence``."""
+"""Version of the JSON report: raised when a value changes its name, type or meaning.
+
+Reports of icm 0.1.0, which do not state it, have version 1. Version 3 has ``quality``, ``reasons`` and ``signals`` in
+place of ``confidence``.
+"""
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,10 @@ OWN_COLUMNS, OWN_KEYS = frozenset({"source", "output", "status"}), frozenset({"s
 """Columns and keys by which the reports of icm are recognised."""
 OWN_TITLE_END = " – icm</title>".encode()
 FORMULA_START = re.compile(r"(?:^|(?<=;))(?=[\t\r\n]|[\s\x00-\x1f\u200b\ufeff]*[=+\-@＝＋－＠])")
-"""Start of text that a spreadsheet may run as a formula, also after invisible characters. Some spreadsheets separate
-columns by semicolons."""
+"""Start of text that a spreadsheet may run as a formula, also after invisible characters.
+
+Some spreadsheets separate columns by semicolons.
+"""
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,9 @@ class ReportFiles:
     def check_no_overwrite(
         self, other_files: Sequence[str | Path], remedy: str | None = "give another name, or remove the file"
     ) -> None:
-        """Raise UsageError if a path is a folder or the like, is one of ``other_files``, is given twice, or is a file
-        that icm did not write.
+        """Raise UsageError for a path that the report cannot be written to.
 
+        It may be a folder or the like, one of ``other_files``, given twice, or a file that icm did not write.
         ``remedy``: advice for a file that icm did not write; None: it may be replaced.
         """
         others = {os.path.realpath(path) for path in other_files} if self.paths else set()

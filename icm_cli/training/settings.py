@@ -123,8 +123,11 @@ class SourceConfig(FilesConfig):
     exclude: tuple[str, ...] = ()
     """Globs of image names that are excluded."""
     classes: str | None = None
-    """JSON file with the class, or a list of classes, of each folder of images. The last parts of the folder's path
-    suffice. An image is used as a negative only if none of its classes is a class of the reference."""
+    """JSON file with the class, or a list of classes, of each folder of images.
+
+    The last parts of the folder's path suffice. An image is used as a negative only if none of its classes is a class
+    of the reference.
+    """
     coarse: str | None = None
     """Folder of alphas of these images that another model computed (``icm eval --save-alphas``). The stage "refine"
     uses them as coarse alphas, in addition to degraded true alphas."""
@@ -174,8 +177,10 @@ class DataConfig:
     """Folders of images that foregrounds are composited onto."""
     validation: ValidationConfig | None = None
     copies_of: str | None = None
-    """JSON list of the SHA-256 digests of the original files, if the data are reduced copies. Checkpoints record the
-    originals as trained on, too."""
+    """JSON list of the SHA-256 digests of the original files, if the data are reduced copies.
+
+    Checkpoints record the originals as trained on, too.
+    """
 
 
 @dataclass(frozen=True)
@@ -187,8 +192,10 @@ class PairConfig(Section, title="train: pairs"):
     same_image_probability: float = limited(0.2, 0, 1)
     """Probability that the reference is another view of the target's own image, although its group has other images."""
     distractor_probability: float = limited(0.5, 0, 1)
-    """Probability that distractors (other objects) are pasted into the target. Then only the reference shows which
-    object is meant."""
+    """Probability that distractors (other objects) are pasted into the target.
+
+    Then only the reference shows which object is meant.
+    """
     max_distractors: int = limited(2)
     """Largest number of distractors."""
     reference_distractor_probability: float = limited(0.5, 0, 1)
@@ -287,8 +294,11 @@ class MatchStageConfig(Section, title="train: match"):
     views_per_group: int = limited(12, 1)
     """Number of views of each group whose tokens are stored. A view is a random crop of an image, of canvas size."""
     large_views_per_group: int = limited(0)
-    """Number of further views of twice that size. They are used for mosaics of one image and for half of the
-    references, so that all mosaics have about the same number of tokens. 0: none."""
+    """Number of further views of twice that size; 0: none.
+
+    They are used for mosaics of one image and for half of the references, so that all mosaics have about the same
+    number of tokens.
+    """
     max_views_per_image: int = limited(3, 1)
     """Largest number of views of one image, for groups with few images."""
     rotate_every: int = limited(0)
@@ -332,23 +342,20 @@ class ClickConfig(Section, title="train: clicks"):
     box_probability: float = limited(0.2, 0, 1)
     """Probability, in batches without a coarse alpha, that a box around the object precedes the clicks."""
     other_object_probability: float = limited(0.35, 0, 1)
-    """Probability, in mosaics of several tiles, that the clicks select an object in a tile that does not show the
-    reference's object."""
+    """Probability that the clicks select another object than the reference, in mosaics of several tiles."""
     corruption_probability: float = limited(0.5, 0, 1)
     """Probability that the alpha that the clicks correct is made worse: regions are added and removed."""
     corruption_logit: float = limited(5.0)
     """Strength of this corruption: the largest standard deviation of the noise that is added to the logit of an alpha.
     """
     centre_probability: float = limited(0.7, 0, 1)
-    """Probability that a click is at the centre of the largest error, as in benchmarks, instead of anywhere in an
-    error."""
+    """Probability that a click is at the centre of the largest error, as in benchmarks, not anywhere in an error."""
     redundant_probability: float = limited(0.1, 0, 1)
     """Probability that a click is where the alpha is right already."""
     jitter: float = limited(0.01)
     """Standard deviation of a click's displacement, as a fraction of the long side."""
     edge_probability: float = limited(0.2, 0, 1)
-    """Probability that a displaced click may leave the error that it corrects, so that it is on the wrong side of an
-    edge."""
+    """Probability that a displaced click may leave the error that it corrects, to the wrong side of an edge."""
     stroke_probability: float = limited(0.15, 0, 1)
     """Probability that there is a stroke in place of a click: several points in the errors of the same prediction."""
     iou_weight: float = limited(0.5)
@@ -369,8 +376,10 @@ class RefineStageConfig(Section, title="train: refine"):
     token_probability: float = limited(0.35, 0, 1)
     """Probability that the coarse alpha is degraded like the output of a head that works on a grid of tokens."""
     object_probability: float = limited(0.0, 0, 1)
-    """Probability that the coarse alpha is degraded like an object mask: a smooth outline without hair. All other
-    coarse alphas have an outline that is displaced or blurred."""
+    """Probability that the coarse alpha is degraded like an object mask: a smooth outline without hair.
+
+    All other coarse alphas have an outline that is displaced or blurred.
+    """
     uncertain_probability: float = limited(0.5, 0, 1)
     """Probability that, in addition, the coarse alpha is uncertain in some regions, inside and outside the object."""
     predicted_probability: float = limited(0.7, 0, 1)

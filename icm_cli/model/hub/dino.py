@@ -1,5 +1,7 @@
-"""The dino backbone: DINOv2 (Oquab et al., 2023), with registers (Darcet et al., ICLR 2024), or DINOv3 (Siméoni et al.,
-2025), of any size, from the Hugging Face hub. The transformer is that of ``transformers`` and is frozen.
+"""The dino backbone: DINOv2 or DINOv3 of any size, from the Hugging Face hub.
+
+DINOv2: Oquab et al., 2023; with registers: Darcet et al., ICLR 2024; DINOv3: Siméoni et al., 2025. The transformer is
+that of ``transformers`` and is frozen.
 
 The tokens of DINOv3 depend on their position, which misleads comparisons between images. As in INSID3 (Cuttano et al.,
 CVPR 2026, arXiv 2603.28480, section 3.2), this positional subspace is estimated from an empty image and removed for
@@ -50,8 +52,10 @@ class DinoConfig:
     layers: tuple[int, ...] = (24,)
     """Blocks, counted from 1, whose outputs are the correspondence features."""
     positional_rank: int = 0
-    """Dimensions of the positional subspace that is removed before images are compared; 0 removes nothing. The paper
-    uses 500 of the 1024 dimensions of DINOv3 ViT-L."""
+    """Dimensions of the positional subspace that is removed before images are compared; 0 removes nothing.
+
+    The paper uses 500 of the 1024 dimensions of DINOv3 ViT-L.
+    """
     temperature: float = 0.15
     """Temperature of the intra-similarity, in cosine units; more than 0."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"

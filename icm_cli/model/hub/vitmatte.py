@@ -1,8 +1,9 @@
-"""Edges by ViTMatte (Yao et al., Information Fusion 2024): computes the alpha from an image and a trimap, at the size
-of the source, with ``VitMatteForImageMatting`` of ``transformers``.
+"""Edges by ViTMatte (Yao et al., Information Fusion 2024).
 
-Preprocessing is that of the published processor: pixels in 0..1 are normalised by the statistics of the weights'
-folder. The trimap of 0, 0.5 and 1 is a fourth channel and is not normalised. All channels are padded with zeros.
+It computes the alpha from an image and a trimap, at the size of the source, with ``VitMatteForImageMatting`` of
+``transformers``. Preprocessing is that of the published processor: pixels in 0..1 are normalised by the statistics of
+the weights' folder. The trimap of 0, 0.5 and 1 is a fourth channel and is not normalised. All channels are padded with
+zeros.
 """
 
 from __future__ import annotations
@@ -44,13 +45,14 @@ class VitMatteEdgesConfig:
     weights: str = VITMATTE
     """Hub id, or local folder in the layout of Hugging Face. The option ``--edges-weights`` replaces it."""
     band: float = 0.015
-    """Width of the unknown region on either side of the coarse edge, as a fraction of the image's long side; between 0
-    and 0.5."""
+    """Width of the unknown region on either side of the coarse edge, as a fraction (0..0.5) of the long side."""
     tile_px: int = 1024
     """Side of the tiles of a larger source, a multiple of 32. The memory of attention grows with its fourth power."""
     overlap_px: int = 256
-    """Overlap of tiles, in px, over which they are blended; at most a third of a tile. With 256 px, neighbouring pixels
-    differ by less than 1/255 because of it."""
+    """Overlap of tiles, in px, over which they are blended; at most a third of a tile.
+
+    With 256 px, seams of the tiles are less than 1/255.
+    """
 
     def __post_init__(self) -> None:
         tile = self.tile_px

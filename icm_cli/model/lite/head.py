@@ -47,8 +47,10 @@ PRESENCE_WIDTH = 64
 MIN_TOKEN_WEIGHT = 1e-3
 """Smallest weight of a token in the mean of the object. If nothing is found, the mean is that of the whole image."""
 NEGATIVE_MARGIN = 0.1
-"""A token is excluded if its cosine to the nearest negative token exceeds its cosine to the nearest token of the object
-by more than this."""
+"""A token is excluded if it is more similar to negatives than to the object, by more than this.
+
+The similarity is the cosine to the nearest token.
+"""
 NO_TOKEN_LOGIT = -20.0
 """Presence logit of an image whose tokens are all excluded."""
 IMAGE_CHANNELS = 3
@@ -70,12 +72,17 @@ class TokenMatchConfig:
     fused_channels: int = 128
     """Channels of the fused tokens, from which the coarse alpha is computed and which enter the decoder."""
     skip_channels: tuple[int, ...] = (48, 24, 16)
-    """Channels of the backbone's features per scale, from coarse to fine. The first scale has twice the resolution of
-    the tokens, and each further scale twice that of the one before. They are inputs of the first decoder steps."""
+    """Channels of the backbone's features per scale, from coarse to fine.
+
+    The first scale has twice the resolution of the tokens, and each further scale twice that of the one before. They
+    are inputs of the first decoder steps.
+    """
     decoder_channels: tuple[int, ...] = (96, 64, 32, 24, 16)
-    """Channels after each decoder step; a step doubles the resolution. Steps without a feature scale read the image. If
-    the tuple is empty, the coarse alpha is the result. If the last step is smaller than the canvas, its alpha is
-    enlarged bilinearly."""
+    """Channels after each decoder step; a step doubles the resolution.
+
+    Steps without a feature scale read the image. If the tuple is empty, the coarse alpha is the result. If the last
+    step is smaller than the canvas, its alpha is enlarged bilinearly.
+    """
     temperature: float = 0.05
     """Initial temperature of the comparisons, in cosine units; it is learned."""
     presence_sharpness: float = 4.0
@@ -83,11 +90,15 @@ class TokenMatchConfig:
     presence_threshold: float = 0.0
     """Inference only: presence logit above which the object counts as present."""
     presence_margin: float = 0.0
-    """Inference only: a presence is uncertain if the absolute value of its logit is below this. Models with edges then
-    run a second pass on a crop. 0 disables it."""
+    """Inference only: a presence is uncertain if the absolute value of its logit is below this; 0 disables it.
+
+    If it is uncertain, models with edges run a second pass on a crop.
+    """
     edge_radius: float = 0.03
-    """Inference only: radius of the guided filter that aligns soft edges with the image, as a fraction of the long side
-    of the canvas; 0 disables it."""
+    """Inference only: radius of the guided filter that aligns soft edges with the image; 0 disables it.
+
+    It is a fraction of the long side of the canvas.
+    """
     edge_epsilon: float = 1e-4
     """Variance of a colour channel (0..1) above which the guided filter preserves an edge."""
     edge_stride: int = 4

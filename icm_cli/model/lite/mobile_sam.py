@@ -54,8 +54,11 @@ class MobileSamConfig:
     object_threshold: float = 0.1
     """A coarse alpha without a value above this is not changed: it shows no object to complete."""
     initial_weights: Literal["lite", "published"] = "lite"
-    """Initial weights if there is no checkpoint: those of ``lite`` in this package, with a fine-tuned decoder; or the
-    published ones of MobileSAM, from a package of their own."""
+    """Initial weights if there is no checkpoint.
+
+    ``lite``: those in this package, with a fine-tuned decoder; ``published``: those of MobileSAM, from their own
+    package.
+    """
 
     def __post_init__(self) -> None:
         is_multiple = CELL_PX <= self.long_side_px <= FULL_PX and not self.long_side_px % CELL_PX

@@ -52,11 +52,12 @@ class RefineConfig:
     unknown_margin: float = 0.05
     """A pixel is unknown if its coarse alpha is further than this from 0 and 1."""
     change_radius: float = 0.06
-    """Distance from unknown pixels beyond which the coarse alpha is not changed, as a fraction of the long side. Edges
-    of the image there belong to other objects."""
+    """The coarse alpha is not changed further from unknown pixels than this fraction of the long side.
+
+    Edges of the image there belong to other objects.
+    """
     core_distance: float = 0.015
-    """Distance from edges beyond which the inside of the object becomes opaque and the background transparent, as a
-    fraction of the long side; 0 disables it."""
+    """Further from edges than this fraction of the long side, alphas become 1 or 0; 0 disables it."""
     core_long_side_px: int = 640
     """Long side, in px, of the alpha in which these distances are measured."""
     core_opaque_from: float = 0.8
@@ -192,8 +193,11 @@ class Refine(Edges):
         ]
 
     def _changed_region(self, weight: Tensor) -> tuple[slice, slice]:
-        """Return the smallest region with all positive weights [h,w] and ``context_px`` around them. It begins and ends
-        at multiples of ``config.multiple``, or at the border of the image, so that few sizes of regions occur."""
+        """Return the smallest region with all positive weights [h,w] and ``context_px`` around them.
+
+        It begins and ends at multiples of ``config.multiple``, or at the border of the image, so that few sizes of
+        regions occur.
+        """
         rows, columns = (self._extend_range((weight > 0).any(dim=axis)) for axis in (1, 0))
         return rows, columns
 

@@ -22,8 +22,7 @@ CELL_PX = 16
 EMBED_DIM = 256
 """Channels of the embedding."""
 STAGES = ((64, 2, 0, 0), (128, 2, 4, 7), (160, 6, 5, 14), (320, 2, 10, 7))
-"""Of each stage: channels, blocks, attention heads, and side of the attention windows in cells. The first stage has no
-attention."""
+"""Per stage: channels, blocks, attention heads (0: none), and side of the attention windows in cells."""
 STAGE_STRIDES = (2, 2, 1)
 """Strides between the stages. A cell of the first stage is 4 px."""
 EXPANSION_RATIO = 4

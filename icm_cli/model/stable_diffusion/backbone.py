@@ -1,8 +1,8 @@
-"""The stable-diffusion backbone of the paper (section 3.2). It is frozen: noise is added to an image, and one pass of
-the U-Net computes its features and its self-attention.
+"""The stable-diffusion backbone of the paper (section 3.2), which is frozen.
 
-Only the weights that affect the features are loaded: the VAE encoder, and the U-Net up to its last attention map. The
-text encoder runs once, and its embedding of the empty prompt is cached.
+Noise is added to an image, and one pass of the U-Net computes its features and its self-attention. Only the weights
+that affect the features are loaded: the VAE encoder, and the U-Net up to its last attention map. The text encoder runs
+once, and its embedding of the empty prompt is cached.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def run_unet(
 
 
 def encode_image(encoder: Any, quant_conv: nn.Module, image: Tensor) -> Tensor:
-    """Return the moments of the VAE's posterior, float32 [B,8,H/8,W/8], for images [B,3,H,W] in -1..1."""
+    """Return mean and log-variance of the VAE's latents, float32 [B,8,H/8,W/8], for images [B,3,H,W] in -1..1."""
     x = encoder.conv_in(image)
     for block in encoder.down_blocks:
         for resnet in block.resnets:

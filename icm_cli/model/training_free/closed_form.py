@@ -30,8 +30,7 @@ class ClosedFormConfig:
     """Settings of the closed-form edges."""
 
     band: float = 0.015
-    """Width of the unknown region on either side of the coarse edge, as a fraction of the image's long side; between 0
-    and 0.5."""
+    """Width of the unknown region on either side of the coarse edge, as a fraction (0..0.5) of the long side."""
     solve_long_side_px: int = 1024
     """Largest long side at which the alpha is solved, in px. A guided filter enlarges it to the size of the source."""
     guided_filter: GuidedFilterConfig = field(default_factory=GuidedFilterConfig)

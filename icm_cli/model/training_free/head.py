@@ -49,11 +49,15 @@ class TrainingFreeConfig:
     threshold: float = 0.25
     """Evidence above which a pixel is foreground, as a fraction of the strongest evidence; between 0 and 1."""
     absent_below: float = 0.24
-    """The object is absent if its similarity to the reference is lower than this, as a fraction of the similarity of
-    the reference to itself; 0 (never absent) to 1."""
+    """The object is absent if its similarity to the reference is lower than this; 0 (never absent) to 1.
+
+    It is a fraction of the similarity of the reference to itself.
+    """
     instance_fraction: float = 0.8
-    """A connected region is foreground only if its strongest evidence is at least this fraction of the strongest
-    evidence in the target; 0 (all regions) to 1 (only one region)."""
+    """Evidence that a connected region needs to be foreground; 0 (all regions) to 1 (only one region).
+
+    It is a fraction of the strongest evidence in the target.
+    """
     unknown_fraction: float = 0.15
     """Fraction of the pixels that are unknown for closed-form matting; between 0 and 1. A larger fraction takes longer.
     """

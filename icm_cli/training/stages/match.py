@@ -89,7 +89,7 @@ class MatchStage(MosaicStage[MosaicBatch]):
         files = self._plan.files_of_set(self._plan.set_number(first_step))
         due = [*files, *self._plan.files_due(first_step)]
         self._views = self._encoder.load_views(due, learner.workers, is_start=True)
-        if not learner.is_from_checkpoint and not first_step:
+        if not learner.is_from_checkpoint and not first_step:  # a new head
             assert isinstance(learner.model.head, TokenMatchHead)
             views = [view for file in files for view in self._views[file] if view is not None]
             drawn = np.random.default_rng(self.settings.train.seed).permutation(len(views))[:PCA_VIEWS]

@@ -41,8 +41,10 @@ TOKEN_CELL_RANGE = (1 / 52, 1 / 14)
 OBJECT_CELL_RANGE = (1 / 256, 1 / 128)
 """Smallest and largest side of a pixel of an object mask, as a fraction of the image's long side."""
 OBJECT_BLUR = (0.4, 3.0)
-"""Smallest and largest standard deviation of the blur of an object mask, in pixels of the mask. A network that was
-trained with more blur changes masks that are correct."""
+"""Smallest and largest standard deviation of the blur of an object mask, in pixels of the mask.
+
+A network that was trained with more blur changes masks that are correct.
+"""
 CERTAIN_LOGIT = 4.0
 """Far from the object, the logit of an object mask is at most -CERTAIN_LOGIT."""
 MAX_REGION_FRACTION = 0.12
