@@ -11,6 +11,7 @@ from icm_cli.geometry import ImageU8, resize
 from icm_cli.guidance.hints import Hints
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.crops import CropBox, align_box, crop_box
+from icm_cli.matting.false_objects import find_false_objects
 from icm_cli.matting.hinting import clip_to_boxes, make_prompts, move_hints
 from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import EmbeddedImage, Objects, PointPrompts
@@ -63,11 +64,22 @@ def complete_by_prompts(
 ) -> Tensor:
     """Complete a coarse alpha, float32 [h,w] of any size, with the prompts of hints. Returns float32 [h',w'] in 0..1.
 
-    A small object is decoded again in a crop, where the first result is the mask prompt. ``prompts``: those that
-    :func:`make_prompts` makes from the hints. ``embeds_crops``: whether a new crop may be embedded. This takes more
-    time than all else; without it, only crops whose embeddings are kept are used.
+    First, the false objects at points off the object are removed from the mask prompt, see :func:`find_false_objects`.
+    Whole false regions are removed from the result too. A small object is decoded again in a crop, where the first
+    result is the mask prompt. ``prompts``: those that :func:`make_prompts` makes from the hints. ``embeds_crops``:
+    whether a new crop may be embedded. This takes more time than all else; without it, only crops whose embeddings are
+    kept are used.
     """
-    (alpha,) = objects.complete_embedded_alphas([embedder.image], [coarse], [prompts])
+    false_objects = None
+    if hints.not_points and objects.has_object(coarse):
+        (completed,) = objects.complete_embedded_alphas([embedder.image], [coarse])
+        false_objects = find_false_objects(objects, embedder.image, completed, hints)
+    if false_objects is None:
+        (alpha,) = objects.complete_embedded_alphas([embedder.image], [coarse], [prompts])
+    else:
+        mask = false_objects.remove_from(completed)
+        (alpha,) = objects.complete_embedded_alphas([embedder.image], [mask], [prompts], are_completed=True)
+        alpha = alpha * (1 - false_objects.regions)
     alpha = clip_to_boxes(alpha, hints)
     box = find_zoom_box(alpha, hints)
     if box is None or not (embeds_crops or embedder.has_crop(box)):
@@ -82,7 +94,7 @@ def complete_by_prompts(
         [embedder.crop(box)], [zoomed[box.slices]], [prompts_in_crop], are_completed=True
     )
     zoomed[box.slices] = clip_to_boxes(resize_alpha(in_crop, box.size), hints_in_crop)
-    return zoomed
+    return zoomed if false_objects is None else zoomed * (1 - resize_alpha(false_objects.regions, hints.size))
 
 
 def find_zoom_box(alpha: Tensor, hints: Hints) -> CropBox | None:

@@ -1,0 +1,118 @@
+"""False objects in an alpha: what a person marks by points off the object, as a whole and not only at these points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from icm_cli.geometry import Float
+from icm_cli.guidance.hints import Area, Hints, Point
+from icm_cli.matting.hinting import OFF_OBJECT, ON_OBJECT
+from icm_cli.model.contracts import EmbeddedImage, Objects, PointPrompts
+
+Cell: TypeAlias = tuple[int, int]
+"""Row and column of a pixel of an alpha."""
+REGION_THRESHOLD = 0.3
+"""Connected pixels above this alpha are one region."""
+MIN_DEPTH = 0.5
+"""A point marks a whole area if its distance to the border of the area is at least this fraction of the largest one. A
+point closer to the border corrects the border."""
+MIN_REMAINING = 0.3
+"""A region can be false as a whole if the rest of the foreground has at least this fraction of its area."""
+MIN_SELECTED = 0.5
+"""A region is false as a whole if the decoder selects at least this fraction of it."""
+MAX_PART = 0.6
+"""A selection of more than this fraction of the foreground is the object, and not a false part of it."""
+MARGIN_PX = 2
+"""Distance around a false region that is removed too, in pixels of the alpha."""
+
+
+@dataclass(frozen=True)
+class FalseObjects:
+    """What is false in an alpha [h,w].
+
+    Attributes:
+        regions: Connected regions of the alpha, float32 [h,w]: 1 in them, else 0.
+        parts: Selected parts of other regions, float32 [h,w] in 0..1.
+    """
+
+    regions: Tensor
+    parts: Tensor
+
+    def remove_from(self, alpha: Tensor) -> Tensor:
+        """Return an alpha [h,w] without the regions and the parts."""
+        return alpha * (1 - torch.maximum(self.regions, self.parts))
+
+
+def find_false_objects(objects: Objects, image: EmbeddedImage, alpha: Tensor, hints: Hints) -> FalseObjects | None:
+    """Return the false objects that points off the object mark in a completed alpha, float32 [h,w]; None if there are
+    none.
+
+    The decoder selects what is at each of these points. If this is most of a connected region, and other foreground
+    remains, the region is false. Otherwise the selection is, unless it is most of the foreground. Nothing that contains
+    a point on the object is false.
+    """
+    values: Float = alpha.numpy(force=True)
+    on_cells = [_find_cell(point, hints, values) for point in hints.points]
+    foreground = values > 0.5
+    regions, parts = np.zeros_like(values), np.zeros_like(values)
+    _, labels = cv2.connectedComponents((values > REGION_THRESHOLD).astype(np.uint8), connectivity=4)
+    for point in hints.not_points:
+        cell = _find_cell(point, hints, values)
+        if not labels[cell]:
+            continue
+        region: Area = labels == labels[cell]
+        selection = _select_object(objects, image, point, hints)
+        selected = region & (selection > 0.5)
+        remaining = (foreground & ~region).sum()
+        if (
+            remaining >= MIN_REMAINING * (foreground & region).sum()
+            and selected.sum() >= MIN_SELECTED * region.sum()
+            and _is_marked(region, cell, on_cells)
+        ):
+            regions[_grow(region)] = 1
+        elif (selected & foreground).sum() <= MAX_PART * foreground.sum() and _is_marked(selected, cell, on_cells):
+            parts = np.maximum(parts, selection)
+    if not (regions.any() or parts.any()):
+        return None
+    return FalseObjects(torch.from_numpy(regions).to(alpha), torch.from_numpy(parts).to(alpha))
+
+
+def _find_cell(point: Point, hints: Hints, alpha: Float) -> Cell:
+    """Return the pixel of an alpha [h,w] at a point of hints."""
+    row, column = (
+        min(count - 1, int(position / length * count))
+        for position, length, count in zip(point[::-1], hints.size, alpha.shape, strict=True)
+    )
+    return row, column
+
+
+def _select_object(objects: Objects, image: EmbeddedImage, point: Point, hints: Hints) -> Float:
+    """Return the alpha [h,w] of what is at a point, if it is selected instead of the object."""
+    coordinates = np.array([point, *hints.points]) / hints.size[::-1]
+    labels = torch.tensor([ON_OBJECT] + [OFF_OBJECT] * len(hints.points))
+    prompts = PointPrompts(torch.tensor(coordinates, dtype=torch.float32), labels)
+    (alpha,) = objects.complete_embedded_alphas([image], [None], [prompts])
+    selection: Float = alpha.numpy(force=True)
+    return selection
+
+
+def _is_marked(area: Area, cell: Cell, on_cells: list[Cell]) -> bool:
+    """Return whether a cell is in the middle of an area that has no point on the object."""
+    if not area[cell] or any(area[each] for each in on_cells):
+        return False
+    padded = np.pad(area.astype(np.uint8), 1)
+    distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    return bool(distance[cell] >= MIN_DEPTH * distance.max())
+
+
+def _grow(area: Area) -> NDArray[np.bool_]:
+    """Return an area with its margin."""
+    side = 2 * MARGIN_PX + 1
+    return np.asarray(cv2.dilate(area.astype(np.uint8), np.ones((side, side), np.uint8)) > 0)
