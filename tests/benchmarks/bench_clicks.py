@@ -70,6 +70,8 @@ class Trial:
     ious: Sequence[float]
     error: float
     """Mean squared error without clicks."""
+    labels: Sequence[int]
+    """Labels of the clicks."""
 
 
 def main() -> None:
@@ -238,19 +240,21 @@ def correct_case(objects: Objects, case: Case, count: int) -> Trial:
         (alpha,) = objects.complete_embedded_alphas([case.image], [alpha])
     found = enlarge_alpha(alpha, case.truth)
     error = float(((found - case.truth) ** 2).mean())
-    return Trial(case, click_through(objects, case, case.coarse_if_present, case.coarse, found, count), error)
+    ious, labels = click_through(objects, case, case.coarse_if_present, case.coarse, found, count)
+    return Trial(case, ious, error, labels)
 
 
 def select_case(objects: Objects, case: Case, count: int) -> Trial:
     """Select the object of a case by clicks, without a coarse alpha."""
     nothing = np.zeros(case.truth.shape, np.float32)
-    return Trial(case, click_through(objects, case, None, None, nothing, count), 0.0)
+    ious, labels = click_through(objects, case, None, None, nothing, count)
+    return Trial(case, ious, 0.0, labels)
 
 
 def click_through(
     objects: Objects, case: Case, if_present: Tensor | None, coarse: Tensor | None, found: np.ndarray, count: int
-) -> list[float]:
-    """Return the IoU before the first click and after each one."""
+) -> tuple[list[float], list[int]]:
+    """Return the IoU before the first click and after each one, and the labels of the clicks."""
     clicks: list[Click] = []
     ious = [overlap(found, case.truth)]
     for _ in range(count):
@@ -275,7 +279,7 @@ def click_through(
                 alpha = complete_by_prompts(objects, case.embedder, start, hints, prompts)
             found = enlarge_alpha(alpha, case.truth)
         ious.append(overlap(found, case.truth))
-    return ious
+    return ious, [click.label for click in clicks]
 
 
 def enlarge_alpha(alpha: Tensor, truth: np.ndarray) -> np.ndarray:
@@ -296,12 +300,14 @@ def print_corrections(trials: Sequence[Trial]) -> None:
             print(f"without clicks, {part}: n={len(of_part)} IoU {iou:.4f} MSE {error:.5f}")
     wrong = [trial for trial in trials if trial.ious[0] < 0.9]
     right = [trial for trial in trials if trial.ious[0] >= 0.9]
-    print_ious("below .90 without clicks", wrong)
-    print_ious("at .90 or more without clicks", right)
+    for title, each in (("below .90", wrong), ("at .90 or more", right)):
+        print_ious(f"{title} without clicks", each)
+        print_ious(f"{title}, first click off the object", [trial for trial in each if trial.labels[:1] == [0]])
     changes = np.array([trial.ious[1] - trial.ious[0] for trial in right])
     if len(changes):
         harmed = (changes < -0.02).mean()
-        print(f"  first click: mean change {changes.mean():+.4f}, worst {changes.min():+.3f}, {harmed:.0%} lose .02")
+        change = f"mean change {changes.mean():+.4f}, worst {changes.min():+.3f}, {harmed:.0%} lose .02"
+        print(f"at .90 or more, first click: {change}")
 
 
 def first_iou(trial: Trial) -> float:
