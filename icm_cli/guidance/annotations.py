@@ -324,6 +324,7 @@ def _decompress_counts(text: str, name: str) -> list[int]:
         shift += 5
         if not code & 32:  # the last character of a count
             value -= (1 << shift) if code & 16 else 0
+            # From the fourth count on, the difference to the count before the previous one is stored.
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value = shift = 0
     if shift:

@@ -241,7 +241,7 @@ def set_provenance_entry(path: Path, key: str, value: str | None, check: WriteCh
     """Set one entry of the provenance of a file of icm, or with None remove it, atomically.
 
     The pixels and everything else in the file stay as they are. ``value``: ASCII text. ``check``: see
-    :func:`~icm_cli.files.atomic_write`. Raises ImageError for another file, and OutputError.
+    :func:`~icm_cli.files.atomic_write`. Raises ImageError for a file that icm did not write, and OutputError.
     """
     with open_image(path) as file:
         if file.type.name == "png":

@@ -133,8 +133,7 @@ class Session:
     def __init__(self, predictor: Predictor, frame: Frame, decide_alpha: Callable[[Frame], CoarseAlpha]) -> None:
         """``decide_alpha`` returns the coarse alpha of a frame after its presence is decided.
 
-        Of the hints, its result may depend only on :attr:`Frame.shows_object`. It is called at most once for True and
-        once for False.
+        Its result may depend on the hints only by :attr:`Frame.shows_object`, so it is called at most twice.
         """
         self._predictor, self._decide_alpha = predictor, decide_alpha
         self._frame = replace(frame, embedder=ImageEmbedder(predictor.prompted_objects, frame.visible_rgb))

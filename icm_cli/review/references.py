@@ -81,7 +81,7 @@ def write_base_masks(record_folder: Path, references: Sequence[Reference]) -> No
 def write_taught_mask(path: Path, alpha: ImageU8, kind: Kind) -> None:
     """Write an alpha, uint8 [H,W], as a mask that is white where it is above one half.
 
-    Raises UsageError for an alpha that cannot be taught, and OutputError.
+    Raises UsageError for an empty alpha, or one that covers the whole image; and OutputError.
     """
     inside = alpha > 128  # the unknown pixels of a trimap are 128
     if not inside.any():

@@ -211,7 +211,7 @@ class ViewEncoder:
         )
         for numbers, scenes in zip(batches, loader, strict=True):
             for scene in scenes:
-                if isinstance(scene, str):
+                if isinstance(scene, str):  # why the image could not be read
                     self._listener.on_notice(f"skipped: {scene}")
             readable = [scene for scene in scenes if isinstance(scene, Scene)]
             views = _encode_scenes(self._learner, readable, self._objects) if readable else iter(())
