@@ -168,7 +168,7 @@ def atomic_write(path: Path, check: WriteCheck | None = None, *, is_synced: bool
 
 def temporary_name() -> str:
     """Return a name for a hidden file, which a later run removes if this process dies."""
-    return f"{TEMPORARY_PREFIX}{_process_space()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+    return f"{TEMPORARY_PREFIX}{process_space()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
 
 
 def error_for_failed_write(path: Path, error: OSError) -> OutputError:
@@ -238,7 +238,7 @@ def _is_stale(path: Path) -> bool:
     finally:
         os.close(descriptor)
     space, _, pid = path.name.removeprefix(TEMPORARY_PREFIX).rpartition("-")[0].rpartition("-")
-    is_local = space == _process_space() and pid.isdigit()
+    is_local = space == process_space() and pid.isdigit()
     if is_free is False:  # a process writes it
         return False
     if is_local and not _is_running(int(pid)):
@@ -259,7 +259,7 @@ def _age_on_drive_s(path: Path) -> float:
 
 
 @functools.cache
-def _process_space() -> str:
+def process_space() -> str:
     """Return a name of the space in which process ids are unique: machine, boot and container."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # other systems have no containers that share the host's name
@@ -333,22 +333,33 @@ def identify_file(path: Path) -> FileIdentity | None:
     return None
 
 
-@contextlib.contextmanager
-def locked_file(path: Path, timeout_s: float) -> Iterator[bool]:
-    """Lock a file, which is created, against other processes and threads of icm.
+def open_locked(path: Path, timeout_s: float) -> int | None:
+    """Open a file, which is created, and lock it against other processes and threads of icm.
 
-    Yields False if the lock was not free within ``timeout_s``. On a drive without locks, nothing is locked. Raises
-    OutputError if the file cannot be created.
+    Returns its descriptor, or None if the lock was not free within ``timeout_s``. The lock ends when the descriptor and
+    its copies in other processes are closed. On a drive without locks, nothing is locked. Raises OutputError if the
+    file cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise error_for_failed_write(path, error) from error
+    if _lock(descriptor, timeout_s=timeout_s) is not False:
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+@contextlib.contextmanager
+def locked_file(path: Path, timeout_s: float) -> Iterator[bool]:
+    """Context of :func:`open_locked`; yields whether the lock was free."""
+    descriptor = open_locked(path, timeout_s)
     try:
-        yield _lock(descriptor, timeout_s=timeout_s) is not False
+        yield descriptor is not None
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from browser import CHROMIUM, TIMEOUT_S, ReviewPage, ReviewServer, open_browser
+from browser import CHROMIUM, TIMEOUT_S, ReviewPage, ReviewServer, open_browser, wait_until
 from conftest import DEMO, SMALL_MODEL, alphas, arguments, read, shrink
 from playwright.sync_api import Browser, Page, expect
 
@@ -55,8 +56,8 @@ TARGETS_OUTSIDE = (
     "//etc/passwd",
     "/../../../../etc/passwd",
     "/api/images/../run",
-    "/api/images/%2e%2e%2f%2e%2e/thumbnail?view=alpha",
-    "/api/images/0/thumbnail?view=../../../etc/passwd",
+    "/api/images/%2e%2e%2f%2e%2e/alpha",
+    "/api/thumbnails?ids=0&view=../../../etc/passwd",
     "/api/images/-1",
     "/api/images/99999999999999999999",
     "/api/images/0x0/source",
@@ -321,7 +322,7 @@ class TestSecurity:
         assert server.get("/api/recompute")["state"] == "idle"
 
     def test_headers_and_refused_requests(self, server: ReviewServer) -> None:
-        for target in ("/", "/static/main.js", "/api/images", "/api/images/0/thumbnail?view=alpha", "/nothing"):
+        for target in ("/", "/static/main.js", "/api/images", "/api/thumbnails?ids=0&view=alpha", "/nothing"):
             _, headers, _ = server.request("GET", target)
             assert "default-src 'none'" in headers["content-security-policy"], target
             assert headers["x-content-type-options"] == "nosniff"
@@ -396,6 +397,28 @@ class TestFixes:
         assert (again == reviewed).all()
         assert (again == cv2.imdecode(np.frombuffer(answer, np.uint8), cv2.IMREAD_GRAYSCALE)).all()
         assert again[ON_OBJECT[::-1]] > 127 > again[OFF_OBJECT[::-1]]
+
+    def test_notices_do_not_cover_the_image(self, server: ReviewServer, open_page: Open) -> None:
+        """Also: the quality is marked as that of the alpha on disk, and the film strip shows folders."""
+        server.wait_until_ready()
+        page = open_page(server)
+        image = open_image(page, server, WRONG)
+        expect(page.locator('.frame[aria-current="true"] .frame-folder')).to_have_text("night")
+        page.mouse.click(*to_page(page, image, ON_OBJECT))
+        wait_for_answer(page)
+        expect(page.locator("#quality-value")).to_contain_text("of the alpha on disk")
+        page.keyboard.press("Shift+A")
+        expect(page.locator("#status")).to_contain_text("cat.jpg: accepted")
+        expect(page.locator("#quality-value")).not_to_contain_text("of the alpha on disk")
+        for width in (1280, 1920):
+            page.set_viewport_size({"width": width, "height": 800})
+            boxes = [page.locator(selector).bounding_box() for selector in ("#stage", "#strip-frames", "#status")]
+            (stage, frames, notice) = boxes
+            assert stage is not None
+            assert frames is not None
+            assert notice is not None
+            assert stage["y"] + stage["height"] <= notice["y"]
+            assert notice["y"] + notice["height"] <= frames["y"]
 
     def test_box_brush_and_undo(self, server: ReviewServer, open_page: Open, folder: Path) -> None:
         before = alphas(folder / "alphas")
@@ -572,6 +595,29 @@ class TestKills:
         undone = server.post(f"/api/images/{ids[WRONG]}/undo", {"revision": accepted["revision"]})
         assert (undone["status"], undone["has_hints"]) == ("open", False)
 
+    def test_a_recompute_continues_and_is_followed(self, start: Callable[..., ReviewServer], folder: Path) -> None:
+        """Kill the server during a recompute; the next server shows that recompute, and does not start another one."""
+        server = start()
+        lawn = server.images()[IMAGES[1]]["id"]
+        server.post("/api/references", {"id": lawn, "kind": "negative", "area": "image"})
+        assert server.post("/api/recompute", {})["state"] == "running"
+        lock = folder / "alphas" / ".icm" / "recompute.lock"
+        wait_until(lambda: " " in lock.read_text(), "the recompute does not start")
+        process_id = int(lock.read_text().split()[1])
+        os.kill(process_id, signal.SIGSTOP)
+        server.kill()
+        server = start()
+        for progress in (server.get("/api/recompute"), server.post("/api/recompute", {}), server.get("/api/recompute")):
+            assert (progress["state"], progress["message"]) == ("running", "started by another icm review")
+        assert int(lock.read_text().split()[1]) == process_id
+        os.kill(process_id, signal.SIGCONT)
+        wait_until(lambda: server.get("/api/recompute")["state"] != "running", "it does not end", 300)
+        ended = server.get("/api/recompute")
+        assert (ended["state"], ended["message"]) == ("done", "")
+        changes = {item["id"]: item["change"] for item in server.images().values() if item["change"]}
+        assert {each["id"]: each["difference"] for each in ended["changed"]} == changes != {}
+        assert not (folder / "alphas" / ".icm" / "before").exists()
+
     def test_the_page_reports_a_stopped_server(self, server: ReviewServer, open_page: Open) -> None:
         page = open_page(server)
         server.kill()
@@ -605,6 +651,7 @@ class TestTeaching:
         page.locator(f'#taught-list li[data-id="{other["id"]}"] [data-action="forget-row"]').click()
         expect(page.locator("#taught-list li")).to_have_count(1)
         page.locator('[data-action="recompute"]').click()
+        expect(page.locator("#open-teach")).to_have_text("Preparing references")
         expect(page.locator("#recompute-state")).to_contain_text("Done", timeout=90_000)
         expect(page.locator("#changed-list li").first).to_be_visible()
         assert (folder / "alphas" / "night" / "cat.png").read_bytes() == accepted

@@ -56,6 +56,7 @@ def open_review(scene: Path) -> Iterator[OpenReview]:
         state = ReviewState(run.record_folder)
         corrections = Corrections(run, state, None, lambda _: None)
         opened.append(corrections)
+        corrections.load_model()
         wait_for_model(corrections)
         return run, state, corrections
 
@@ -353,6 +354,42 @@ def test_a_disk_that_is_full_changes_nothing(
     assert after.keys() == before.keys()
     assert {name for name in before if before[name] != after[name]} == {".icm/review.json"}  # two newer revisions
     assert len(state.read(run.names[0]).undo) == 1
+
+
+def test_hints_that_are_accepted_while_the_model_loads_wait_for_it(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert icm().exit_code == 0
+    released, load = threading.Event(), Corrections._load
+    monkeypatch.setattr(Corrections, "_load", lambda corrections: released.wait(60) and load(corrections))
+    run = ReviewRun(scene / "out", None, lambda _: None)
+    state = ReviewState(run.record_folder)
+    corrections = Corrections(run, state, None, lambda _: None)
+    with ThreadPoolExecutor(1) as executor:
+        accepting = executor.submit(corrections.accept, 0, 0, [point("bg", 20, 20)])
+        while corrections._loading is None:
+            time.sleep(0.01)
+        assert corrections.model_state == "loading"
+        assert state.read(run.names[0]).status == "open"
+        released.set()
+        accepting.result()
+    assert state.read(run.names[0]).status == "accepted"
+    assert run.refresh(0).is_reviewed
+    corrections.close()
+
+
+def test_a_device_that_does_not_exist_is_reported_in_the_terminal(icm: Icm, scene: Path) -> None:
+    assert icm().exit_code == 0
+    run, notices = ReviewRun(scene / "out", None, lambda _: None), list[str]()
+    corrections = Corrections(run, ReviewState(run.record_folder), "cuda:99", notices.append)
+    corrections.load_model()
+    while corrections.model_state == "loading":
+        time.sleep(0.02)
+    corrections.close()
+    assert corrections.model_state == "failed"
+    (notice,) = notices
+    assert notice == f"the model cannot be loaded: {corrections.model_error}"
+    assert "cuda:99" in notice
 
 
 def test_newer_requests_of_a_tab_replace_those_that_wait(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import os
@@ -29,11 +30,12 @@ from icm_cli.errors import ImageError, UsageError
 from icm_cli.images.writing import read_provenance_header
 from icm_cli.matting.run_record import command_line, read_run_record
 from icm_cli.review.corrections import Corrections
+from icm_cli.review.images import VERSION_DIGITS
 from icm_cli.review.run import ReviewRun
 from icm_cli.review.security import HEADERS, RequestGuard, is_loopback
 from icm_cli.review.server import ReviewApp
 from icm_cli.review.state import ReviewState, StaleRevisionError, StateBusyError
-from icm_cli.review.thumbnails import DISCONNECT_POLL_S, MAX_WAITING, ThumbnailWorkers
+from icm_cli.review.thumbnails import ThumbnailWorkers
 
 PORT, TOKEN = 5000, "the-token"
 STATIC = Path(__file__).parents[1] / "icm_cli" / "review" / "static"
@@ -89,6 +91,12 @@ class Client:
     def items(self) -> dict[str, dict[str, Any]]:
         return {item["name"]: item for item in self.get("/api/images")["images"]}
 
+    def thumbnail(self, id: int, view: str = "cutout") -> bytes | str:
+        """Return the thumbnail of an image, or the reason why it has none."""
+        answer = self.get(f"/api/thumbnails?view={view}&ids={id}")
+        jpeg = answer["jpegs"].get(str(id))
+        return str(answer["errors"][str(id)]) if jpeg is None else base64.b64decode(jpeg)
+
     async def _send(self, scope: dict[str, Any], content: bytes) -> Response:
         messages: list[Any] = []
         bodies = iter([{"type": "http.request", "body": content, "more_body": False}])
@@ -137,7 +145,7 @@ def open_review(scene: Path) -> Iterator[OpenReview]:
     def open_again(folder: Path | None = None, host: str = "127.0.0.1", **options: Any) -> Client:
         run = ReviewRun(folder or scene / "out", options.get("hints"), options.get("notice", lambda _: None))
         app = ReviewApp(run, ReviewState(run.record_folder), None, lambda _: None)
-        app._corrections = NoModel(run, app.state, None, lambda _: None)
+        app.corrections = NoModel(run, app.state, None, lambda _: None)
         opened.append(app)
         return Client(app, host)
 
@@ -168,7 +176,7 @@ def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     assert CliRunner().invoke(app, line, catch_exceptions=False).exit_code == 0
     run = ReviewRun(folder / "out", None, lambda _: None)
     client = Client(ReviewApp(run, ReviewState(run.record_folder), None, lambda _: None))
-    client.app._corrections = NoModel(run, client.app.state, None, lambda _: None)
+    client.app.corrections = NoModel(run, client.app.state, None, lambda _: None)
     yield client
     client.app.close()
 
@@ -249,7 +257,7 @@ class TestSecurity:
 
     @pytest.mark.parametrize(
         "target",
-        ["/", "/api/images", "/api/images/99", "/nothing", "/static/style.css", f"{IMAGE}/thumbnail?view=alpha"],
+        ["/", "/api/images", "/api/images/99", "/nothing", "/static/style.css", "/api/thumbnails?view=alpha&ids=0"],
     )
     def test_every_response_has_the_headers(self, client: Client, target: str) -> None:
         for cookie in (f"icm-{PORT}={TOKEN}", ""):
@@ -277,7 +285,8 @@ class TestSecurity:
 
     @pytest.mark.parametrize("id", ["3", "-1", "1e0", "0x0", "9" * 20, "9" * 5000, "²", "%30", "wall.jpg", "NaN"])
     def test_images_are_numbers_of_the_run(self, client: Client, id: str) -> None:
-        for tail in ("", "/source", "/alpha", "/thumbnail?view=source"):
+        assert client.request("GET", f"/api/thumbnails?view=source&ids=0,{id.replace('%', '%25')}").status == 404
+        for tail in ("", "/source", "/alpha"):
             assert client.request("GET", f"/api/images/{id}{tail}").status == 404
         assert client.request("POST", f"/api/images/{id}/reject", {"revision": 0}).status == 404
         assert client.request("DELETE", f"/api/references/{id}").status == 404
@@ -351,6 +360,20 @@ def test_an_alpha_that_changes_gets_another_version(client: Client, scene: Path)
     assert not client.items()["wall.jpg"]["has_alpha"], "the stamp is that of another image"
 
 
+def test_alphas_that_other_processes_write_are_found(
+    client: Client, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icm_cli.review.server.SCAN_INTERVAL_S", 0)
+    monkeypatch.setattr("icm_cli.review.server.SCAN_PAUSE", 0)
+    first = client.get("/api/images")
+    known = f"since={first['revision']}&files={first['files']}"
+    assert client.get(f"/api/images?{known}")["images"] == []
+    (scene / "out" / "wall.png").unlink()
+    again = client.get(f"/api/images?{known}")
+    assert [(item["name"], item["has_alpha"]) for item in again["images"]] == [("wall.jpg", False)]
+    assert client.get(f"/api/images?since=0&files={again['files']}")["images"] == []
+
+
 def test_the_run_is_described(client: Client, scene: Path) -> None:
     run = client.get("/api/run")
     assert run["folder"] == str(scene / "out")
@@ -365,22 +388,24 @@ def test_the_run_is_described(client: Client, scene: Path) -> None:
 def test_thumbnails_are_kept_until_a_file_changes(
     client: Client, scene: Path, view: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = f"/api/images/{client.items()['wall.jpg']['id']}/thumbnail?view={view}"
-    first = client.request("GET", target)
-    assert first.headers["content-type"] == "image/jpeg"
-    image = np.asarray(Image.open(io.BytesIO(first.content)).convert("RGB"), int)
+    id = client.items()["wall.jpg"]["id"]
+    first = client.thumbnail(id, view)
+    assert isinstance(first, bytes)
+    image = np.asarray(Image.open(io.BytesIO(first)).convert("RGB"), int)
     height, width = read(scene / "imgs" / "wall.jpg").shape[:2]
     assert image.shape[:2] == (height, width), "a small image is not enlarged"
     if view == "alpha":
         assert np.abs(image[..., 0] - read(scene / "out" / "wall.png")).mean() < 3
     with monkeypatch.context() as patch:
-        patch.setattr(client.app.images, "_draw_thumbnail", lambda *_: pytest.fail("it is on the disk"))
-        assert client.request("GET", f"{target}&v=1").content == first.content
+        patch.setattr(client.app.images, "_draw_thumbnail", None)
+        assert client.thumbnail(id, view) == first, "it is on the disk"
     shutil.copy(scene / "imgs" / "sub" / "deep.png", scene / "imgs" / "wall.jpg")
     shutil.copy(scene / "out" / "sub" / "deep.png", scene / "out" / "wall.png")
-    assert client.request("GET", target).content != first.content
-    kept = list((scene / "out" / ".icm" / "thumbnails").rglob(f"*-{view}-*.jpg"))
-    assert len(kept) == 1
+    changed = client.thumbnail(id, view)
+    assert changed != first
+    kept = [path.read_bytes() for path in (scene / "out" / ".icm" / "thumbnails").rglob(f"*-{view}.jpg")]
+    assert changed in [content[:-VERSION_DIGITS] for content in kept]
+    assert first not in [content[:-VERSION_DIGITS] for content in kept]
 
 
 def test_large_photographs_have_upright_thumbnails_in_srgb(icm: Icm, scene: Path, open_review: OpenReview) -> None:
@@ -391,8 +416,9 @@ def test_large_photographs_have_upright_thumbnails_in_srgb(icm: Icm, scene: Path
     Image.fromarray(image).save(scene / "imgs" / "wall.jpg", exif=exif, quality=95)
     assert icm().exit_code == 0
     client = open_review()
-    response = client.request("GET", f"/api/images/{client.items()['wall.jpg']['id']}/thumbnail?view=source")
-    small = np.asarray(Image.open(io.BytesIO(response.content)), int)
+    content = client.thumbnail(client.items()["wall.jpg"]["id"], "source")
+    assert isinstance(content, bytes)
+    small = np.asarray(Image.open(io.BytesIO(content)), int)
     assert small.shape == (256, 192, 3)
     assert np.abs(small[10:118].mean(axis=(0, 1)) - 0).max() < 4
     assert np.abs(small[138:246].mean(axis=(0, 1)) - (200, 40, 30)).max() < 4
@@ -438,7 +464,7 @@ def test_alphas_of_every_output(
         content = client.request("GET", f"/api/images/{item['id']}/alpha").content
         plain = read(scene / "plain" / Path(name).with_suffix(".png"))
         assert np.abs(np.asarray(Image.open(io.BytesIO(content)), int) - plain).max() <= 1
-        assert client.request("GET", f"/api/images/{item['id']}/thumbnail?view=cutout").status == 200
+        assert isinstance(client.thumbnail(item["id"]), bytes)
 
 
 def test_trimaps_instead_of_alphas_are_shown(icm: Icm, scene: Path, open_review: OpenReview) -> None:
@@ -468,96 +494,67 @@ def test_damaged_files_have_an_error_and_harm_nothing_else(client: Client, scene
         path.write_bytes(content)
         if damage == "gone":
             path.unlink()
-    for target in ("source", "alpha", *(f"thumbnail?view={view}" for view in ("source", "alpha", "cutout", "overlay"))):
+    for view in ("source", "alpha", "cutout", "overlay"):
+        reason = client.thumbnail(id, view)
+        assert isinstance(reason, str)
+        assert "wall" in reason
+    for target in ("source", "alpha"):
         response = client.request("GET", f"/api/images/{id}/{target}")
         assert response.status == 404
         assert "wall" in response.json["error"]
     assert client.get(f"/api/images/{id}")["error"]
-    assert client.request("GET", f"{IMAGE}/thumbnail?view=cutout").status == 200
+    assert isinstance(client.thumbnail(0), bytes)
 
 
 class TestThumbnailWorkers:
-    @pytest.fixture
-    def release(self) -> threading.Event:
-        return threading.Event()
+    @staticmethod
+    def ask(workers: ThumbnailWorkers, *ids: int) -> dict[int, bytes | str]:
+        return asyncio.run(workers.make(ids, "alpha"))
 
-    @pytest.fixture
-    def made(self) -> list[int]:
-        return []
-
-    @pytest.fixture
-    def workers(self, release: threading.Event, made: list[int]) -> Iterator[ThumbnailWorkers]:
-        """Threads whose first thumbnails wait."""
-
-        def make(id: int, _: str) -> bytes:
-            assert release.wait(10)
-            made.append(id)
-            return b"%d" % id
-
-        workers = ThumbnailWorkers(make)
-        yield workers
-        release.set()
+    def test_a_request_is_answered_with_what_is_ready(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("icm_cli.review.thumbnails.MAX_AHEAD", 0)
+        workers = ThumbnailWorkers(lambda id, _: b"%d" % id, range(4))
+        assert self.ask(workers, 3, 1, 2) == {3: b"3", 1: b"1", 2: b"2"}
+        monkeypatch.setattr("icm_cli.review.thumbnails.BATCH_S", -1)
+        assert self.ask(workers, 2, 1, 3) == {2: b"2"}
         workers.close()
 
-    def test_requests_keep_their_order_and_old_ones_are_refused(
-        self, workers: ThumbnailWorkers, release: threading.Event, made: list[int]
-    ) -> None:
-        async def never() -> bool:
-            return False
-
-        async def ask() -> list[bytes | None]:
-            tasks = []
-            for id in range(MAX_WAITING + 20):
-                tasks.append(asyncio.create_task(workers.make(id, "alpha", never)))
-                await asyncio.sleep(0.01 if id < 4 else 0)
-            release.set()
-            return await asyncio.gather(*tasks)
-
-        answers = asyncio.run(ask())
-        refused = [id for id, answer in enumerate(answers) if answer is None]
-        busy = MAX_WAITING + 20 - len(made)
-        assert len(refused) == busy
-        assert max(refused) < 20 + 4, "the oldest waiting requests"
-        assert made.index(MAX_WAITING + 19) >= len(made) - 3, "last, or next to a request of another thread"
-        assert all(answer in (None, b"%d" % id) for id, answer in enumerate(answers))
-
-    def test_a_closed_connection_makes_no_thumbnail(
-        self, workers: ThumbnailWorkers, release: threading.Event, made: list[int]
-    ) -> None:
-        async def is_closed() -> bool:
-            return True
-
-        async def ask() -> list[bytes | None]:
-            tasks = [asyncio.create_task(workers.make(id, "alpha", is_closed)) for id in range(6)]
-            await asyncio.sleep(2 * DISCONNECT_POLL_S)
-            release.set()
-            return await asyncio.gather(*tasks)
-
-        assert asyncio.run(ask())[2:].count(None) >= 3
-        assert len(made) <= 3
-
-    def test_an_error_is_that_of_its_request_only(self) -> None:
+    def test_an_error_is_that_of_its_image_only(self) -> None:
         def make(id: int, _: str) -> bytes:
             if not id:
                 raise ImageError("damaged")
             return b"1"
 
-        async def never() -> bool:
-            return False
-
-        async def ask() -> list[Any]:
-            return await asyncio.gather(*(workers.make(id, "source", never) for id in range(2)), return_exceptions=True)
-
-        workers = ThumbnailWorkers(make)
-        error, content = asyncio.run(ask())
+        workers = ThumbnailWorkers(make, range(2))
+        assert self.ask(workers, 0, 1) == {0: "damaged", 1: b"1"}
         workers.close()
-        assert isinstance(error, ImageError)
-        assert content == b"1"
+
+    def test_the_next_thumbnails_of_the_list_are_made_ahead(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("icm_cli.review.thumbnails.MAX_AHEAD", 2)
+        made: list[tuple[int, str]] = []
+        changed = threading.Condition()
+
+        def make(id: int, view: str) -> bytes:
+            with changed:
+                made.append((id, view))
+                changed.notify()
+            return b"%d" % id
+
+        def wait_for(*expected: tuple[int, str]) -> None:
+            with changed:
+                assert changed.wait_for(lambda: made == list(expected), 10), made
+
+        workers = ThumbnailWorkers(make, [4, 2, 5, 1, 3, 0])
+        wait_for((4, "cutout"), (2, "cutout"))
+        assert self.ask(workers, 5) == {5: b"5"}
+        wait_for((4, "cutout"), (2, "cutout"), (5, "alpha"), (1, "alpha"), (3, "alpha"))
+        workers.close()
+        assert len(made) == 5
 
 
 def test_an_unknown_view_is_refused(client: Client) -> None:
     for view in ("", "view=", "view=hints", "view=../source"):
-        assert client.request("GET", f"{IMAGE}/thumbnail?{view}").status == 400
+        assert client.request("GET", f"/api/thumbnails?ids=0&{view}").status == 400
 
 
 HOSTILE = ["<img src=x onerror=alert(1)>.png", "a b'\"&;.png", "a..png", "%2e%2e%2f.png", "-rf.png", "\x1b[31mred.png"]
@@ -575,7 +572,7 @@ def test_hostile_names_are_data(icm: Icm, scene: Path, open_review: OpenReview) 
     assert set(items) == set(names)
     for item in items.values():
         assert item["has_alpha"]
-        assert client.request("GET", f"/api/images/{item['id']}/thumbnail?view=cutout").status == 200
+        assert isinstance(client.thumbnail(item["id"]), bytes)
         assert client.request("POST", f"/api/images/{item['id']}/reject", {"revision": 0}).status == 200
         assert client.get(f"/api/images/{item['id']}")["status"] == "rejected"
     assert all(item["status"] == "rejected" for item in open_review().items().values())
@@ -653,8 +650,14 @@ class TestRuns:
         assert list(items) == ["pad.0101.png", "sub/deep.png", "wall.jpg"]
         assert "does not exist" in items["wall.jpg"]["error"]
         assert items["wall.jpg"]["quality"] is not None
-        assert client.request("GET", "/api/images/2/thumbnail?view=alpha").status == 200
-        assert client.request("GET", "/api/images/2/thumbnail?view=source").status == 404
+        assert isinstance(client.thumbnail(2, "alpha"), bytes)
+        assert "does not exist" in str(client.thumbnail(2, "source"))
+        before = (scene / "out" / "wall.png").read_bytes()
+        refused = client.request("POST", "/api/images/2/accept", {"revision": 0, "hints": None})
+        assert refused.status == 400
+        assert f"its source {scene}/imgs/wall.jpg does not exist any more; restore the source" in refused.json["error"]
+        assert client.get("/api/images/2")["status"] == "open"
+        assert (scene / "out" / "wall.png").read_bytes() == before
         shutil.rmtree(scene / "imgs")
         notices: list[str] = []
         assert len(open_review(notice=notices.append).items()) == 3
@@ -723,7 +726,8 @@ class TestState:
         assert stale.status == 409
         assert stale.json["image"] == first
         assert client.get("/api/images?since=0")["images"] == [stale.json["image"]]
-        assert client.get(f"/api/images?since={revision}") == {"revision": revision, "images": []}
+        listed = client.get(f"/api/images?since={revision}")
+        assert (listed["revision"], listed["images"]) == (revision, [])
         assert client.request("GET", "/api/images?since=x").status == 404
 
     def test_two_servers_see_each_other(self, client: Client, open_review: OpenReview) -> None:
@@ -842,6 +846,16 @@ class TestCommand:
         (line,) = [line for line in ended.stderr.splitlines() if "cannot be served" in line]
         assert f"127.0.0.1:{port}" in line
         assert "give another --port" in line
+
+    def test_the_port_is_checked_before_the_run(self) -> None:
+        from icm_cli.cli import app
+
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            result = CliRunner().invoke(app, ["review", "nowhere", "--port", str(taken.getsockname()[1])])
+        assert result.exit_code == 3
+        assert "cannot be served" in result.stderr
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -44,7 +44,7 @@ class Corrections:
     """Answers to hints, and changes of single images. The model runs in its own thread. All methods are thread-safe."""
 
     def __init__(self, run: ReviewRun, state: ReviewState, device: str | None, notice: Callable[[str], None]) -> None:
-        """Start to load the model. ``device``: instead of that of the run."""
+        """``device``: instead of that of the run."""
         self._run, self._state, self._device, self._notice = run, state, device, notice
         self._copies = UndoCopies(run.record_folder)
         self._executor = ThreadPoolExecutor(1, "icm-model")
@@ -54,22 +54,25 @@ class Corrections:
         self._preparing: Future[None] | None = None
         self._model: RunModel | None = None
         self.model_name = run.model_name
-        self._loading = self._submit(self._load)
+        self._loading: Future[None] | None = None
 
     @property
     def model_state(self) -> ModelState:
         """Whether the model is loaded, so that hints can be answered."""
-        if not self._loading.done() or self._loading.cancelled():
+        if self._loading is None or not self._loading.done() or self._loading.cancelled():
             return "loading"
         return "failed" if self._loading.exception() else "ready"
 
     @property
     def model_error(self) -> str:
-        """Why the model could not be loaded; "" if it was or is still loading."""
-        if self.model_state != "failed":
-            return ""
-        error = self._loading.exception()
-        return str(error) if isinstance(error, IcmError) else f"{type(error).__name__}: {error}"
+        """Why the model could not be loaded; "" if it was, or is not loaded yet."""
+        return "" if self._loading is None or self.model_state != "failed" else _describe_failure(self._loading)
+
+    def load_model(self) -> None:
+        """Start to load the model and the references, unless that has begun. Returns at once."""
+        with self._lock:
+            if self._loading is None:
+                self._begin_loading()
 
     def options(self) -> MatteOptions:
         """Return the options of the run with the device, the hints and the taught references of the review."""
@@ -78,16 +81,18 @@ class Corrections:
 
     def base_references(self) -> Sequence[Reference]:
         """Return the references of the run without taught images. Raises ModelNotReadyError."""
-        self._check_ready()
+        self._check_loaded()
         return self._ready_model().references[: len(self._run.options.references.ref)]
 
     def reload(self) -> None:
         """Start to prepare the references again, after other images were taught. The network is not loaded again."""
         with self._lock:
-            self._loading = self._submit(self._load)
+            if self._loading is not None:
+                self._begin_loading()
 
     def prepare(self, id: int) -> None:
         """Start to read an image, so that its first answer is fast. Returns at once."""
+        self.load_model()
         with self._lock:
             if self._preparing is not None:
                 self._preparing.cancel()
@@ -101,7 +106,7 @@ class Corrections:
         newer request of the same browser ``tab`` cancels this one if it has not begun. Raises StaleAnswerError then,
         ModelNotReadyError, or IcmError for hints or images that cannot be used.
         """
-        self._check_ready()
+        self._check_loaded()
         key = tab or f"image {id}"
         with self._lock:
             if key in self._pending:
@@ -120,14 +125,19 @@ class Corrections:
     def accept(self, id: int, revision: int, shapes: Shapes | None) -> None:
         """Accept an alpha. ``shapes``: hints to save first, and from which the alpha is computed; None to keep it.
 
-        An empty list removes all hints. ``revision``: that of the image when the person decided. Raises
-        StaleRevisionError if it has changed since, ModelNotReadyError, or IcmError if the image cannot be changed.
+        An empty list removes all hints. While the model loads, ``shapes`` wait for it. ``revision``: that of the image
+        when the person decided. Raises StaleRevisionError if it has changed since, ModelNotReadyError if the model
+        cannot be loaded, or IcmError if the image cannot be changed.
         """
         job = self._run.jobs[id]
+        if reason := self._run.source_error(id):
+            raise UsageError(
+                f"{job.planned.name} cannot be accepted: {reason}; restore the source, or reject the alpha"
+            )
         with self._image_lock(id):
             self._check_revision(id, revision)
             if shapes is not None:
-                self._check_ready()
+                self.load_model()
                 self._submit(lambda: self._correct(id, revision, shapes)).result()
                 return
             with self._changing(id, revision, job.outputs, "accepted"):
@@ -180,6 +190,14 @@ class Corrections:
 
         return self._executor.submit(run)
 
+    def _begin_loading(self) -> None:
+        self._loading = self._submit(self._load)
+        self._loading.add_done_callback(self._report_failure)
+
+    def _report_failure(self, loading: Future[None]) -> None:
+        if not loading.cancelled() and loading.exception():
+            self._notice(f"the model cannot be loaded: {_describe_failure(loading)}")
+
     def _load(self) -> None:
         from icm_cli.review.model import RunModel
 
@@ -196,7 +214,9 @@ class Corrections:
             raise ModelNotReadyError(f"the model could not be loaded: {self.model_error}")
         return self._model
 
-    def _check_ready(self) -> None:
+    def _check_loaded(self) -> None:
+        """Raise ModelNotReadyError while the model loads, which begins now, and if that has failed."""
+        self.load_model()
         if self.model_state == "loading":
             raise ModelNotReadyError("the model is loading; try again in a moment")
         if self.model_state == "failed":
@@ -247,6 +267,12 @@ class Corrections:
             image.undo, forgotten = image.undo[-MAX_UNDO:], image.undo[:-MAX_UNDO]
         for each in forgotten:
             self._copies.discard(each)
+
+
+def _describe_failure(future: Future[None]) -> str:
+    """Return why a task has failed, as a sentence."""
+    error = future.exception()
+    return str(error) if isinstance(error, IcmError) else f"{type(error).__name__}: {error}"
 
 
 def _make_stamp(kind: str) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import threading
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import BinaryIO, Literal, get_args
 
 import cachetools
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 
 from icm_cli.errors import ImageError, OutputError
@@ -31,8 +31,8 @@ CHECKER_PX = 16
 CHECKER_GREYS = 96, 144
 OVERLAY_COLOUR = 255, 64, 64
 OVERLAY_OPACITY = 0.55
-JPEG_END = b"\xff\xd9"
-"""Last bytes of a complete JPEG."""
+VERSION_DIGITS = 16
+"""Size of the version at the end of a thumbnail on the disk, which says of which files it was made."""
 
 
 class DisplayImages:
@@ -45,7 +45,7 @@ class DisplayImages:
 
     def source_jpeg(self, id: int) -> bytes:
         """Return the source, upright and in sRGB, as a JPEG. Raises ImageError."""
-        return _encode_jpeg(self._read_source(id), 95)
+        return _encode_jpeg(Image.fromarray(self._read_source(id)), 95)
 
     def alpha_png(self, id: int) -> bytes:
         """Return the alpha as a PNG of 8 bits. Raises ImageError."""
@@ -79,52 +79,51 @@ class DisplayImages:
     def thumbnail(self, id: int, view: View) -> bytes:
         """Return a thumbnail of a view as a JPEG. It is cached on the disk. Raises ImageError."""
         job = self._run.jobs[id]
-        parts = {"source": _file_version(job)}
+        parts = [_file_version(job)]
         if view != "source":
-            parts["alpha"] = self._run.refresh(id).version
-        path = self._thumbnail_path(id, view, combined_digest(*parts.values())[:16])
+            parts.append(self._run.refresh_alpha(id).version)
+        version = combined_digest(*parts)[:VERSION_DIGITS].encode()
+        path = self._thumbnail_path(id, view)
         with contextlib.suppress(OSError):
             content = path.read_bytes()
-            if content.endswith(JPEG_END):
-                return content
+            if content.endswith(version):
+                return content[:-VERSION_DIGITS]
         content = _encode_jpeg(self._draw_thumbnail(id, view), 88)
         with contextlib.suppress(OutputError), atomic_write(path, is_synced=False) as file:
-            file.write(content)
-        # Remove the thumbnails of earlier versions of the image.
-        for other in path.parent.glob(f"{path.name.rpartition('-')[0]}-*.jpg"):
-            if other != path:
-                other.unlink(missing_ok=True)
+            file.write(content + version)
         return content
 
-    def _draw_thumbnail(self, id: int, view: View) -> ImageU8:
-        """Return a thumbnail of a view, uint8 [H,W,3] or [H,W]."""
-        if view == "alpha":
-            return shrink_image(self.read_alpha(id), THUMBNAIL_PX)
+    def _draw_thumbnail(self, id: int, view: View) -> Image.Image:
+        """Return the thumbnail of a view."""
         if view == "source":
-            return shrink_image(self._read_small_source(id), THUMBNAIL_PX)
-        with Image.open(io.BytesIO(self.thumbnail(id, "source"))) as image:
-            rgb = np.asarray(image.convert("RGB"), np.float32)
-        alpha = shrink_image(self.read_alpha(id), THUMBNAIL_PX)
-        if alpha.shape != rgb.shape[:2]:
+            return self._draw_source(id)
+        alpha = Image.fromarray(shrink_image(self.read_alpha(id), THUMBNAIL_PX))
+        if view == "alpha":
+            return alpha
+        rgb = self._draw_source(id, is_kept=True)
+        if alpha.size != rgb.size:
             raise ImageError(f"{self._run.jobs[id].output} has another size than its source; run icm matte again")
-        weight = alpha[..., None] / np.float32(255)
-        background = _checkerboard(alpha.shape[0], alpha.shape[1]) if view == "cutout" else rgb
-        colour = rgb if view == "cutout" else rgb + (np.array(OVERLAY_COLOUR, np.float32) - rgb) * OVERLAY_OPACITY
-        return np.asarray(colour * weight + background * (1 - weight) + 0.5, np.uint8)
+        if view == "cutout":
+            return Image.composite(rgb, _checkerboard(rgb.size), alpha)
+        tinted = Image.blend(rgb, Image.new("RGB", rgb.size, OVERLAY_COLOUR), OVERLAY_OPACITY)
+        return Image.composite(tinted, rgb, alpha)
+
+    def _draw_source(self, id: int, *, is_kept: bool = False) -> Image.Image:
+        """Return a small source. ``is_kept``: through its thumbnail, unless it is decoded as fast as that."""
+        job = self._run.jobs[id]
+        if id not in self._run.errors and isinstance(job.source, Path) and job.colour.space == "auto":
+            with open_image(job.source) as file:
+                if file.type.name == "jpeg":
+                    return Image.fromarray(shrink_image(_decode_small_jpeg(file.stream), THUMBNAIL_PX))
+        if is_kept:
+            with Image.open(io.BytesIO(self.thumbnail(id, "source"))) as image:
+                return image.convert("RGB")
+        return Image.fromarray(shrink_image(self._read_source(id), THUMBNAIL_PX))
 
     def _read_source(self, id: int) -> ImageU8:
         if reason := self._run.errors.get(id):
             raise ImageError(reason)
         return self._run.jobs[id].read_image().to_display_window().rgb
-
-    def _read_small_source(self, id: int) -> ImageU8:
-        """Return a source, sRGB uint8 [H,W,3]. A JPEG is decoded at a reduced size, which is ten times as fast."""
-        job = self._run.jobs[id]
-        if id not in self._run.errors and isinstance(job.source, Path) and job.colour.space == "auto":
-            with open_image(job.source) as file:
-                if file.type.name == "jpeg":
-                    return _decode_small_jpeg(file.stream)
-        return self._read_source(id)
 
     def _read_size(self, id: int) -> tuple[int, int]:
         with contextlib.suppress(ImageError):
@@ -133,25 +132,25 @@ class DisplayImages:
         height, width = self._read_source(id).shape[:2]
         return height, width
 
-    def _thumbnail_path(self, id: int, view: View, version: str) -> Path:
+    def _thumbnail_path(self, id: int, view: View) -> Path:
         key = combined_digest(self._run.names[id])[:32]
-        return self._run.record_folder / THUMBNAILS_NAME / key[:2] / f"{key}-{view}-{version}.jpg"
+        return self._run.record_folder / THUMBNAILS_NAME / key[:2] / f"{key}-{view}.jpg"
 
 
 def encode_alpha(alpha: ImageU8) -> bytes:
     """Return an alpha, uint8 [H,W], as a PNG."""
-    return _encode(alpha, "PNG", compress_level=PNG_COMPRESSION)
+    return _encode(Image.fromarray(alpha), "PNG", compress_level=PNG_COMPRESSION)
 
 
 def _decode_small_jpeg(stream: BinaryIO) -> ImageU8:
     """Decode a JPEG at a reduced size, upright and in sRGB, uint8 [H,W,3]. Raises OSError for a damaged file.
 
-    The result has at least twice the size of a thumbnail, unless the JPEG itself is smaller.
+    The result has at least the size of a thumbnail, unless the JPEG itself is smaller.
     """
     with Image.open(stream, formats=["JPEG"]) as image:
-        image.draft("RGB", (2 * THUMBNAIL_PX, 2 * THUMBNAIL_PX))
-        upright = ImageOps.exif_transpose(image)
+        image.draft("RGB", (THUMBNAIL_PX, THUMBNAIL_PX))
         profile = image.info.get("icc_profile")
+        upright = ImageOps.exif_transpose(image) if image.info.get("exif") else image
         if profile and upright.mode == "RGB":
             with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a damaged profile is ignored
                 converted = ImageCms.profileToProfile(
@@ -161,20 +160,22 @@ def _decode_small_jpeg(stream: BinaryIO) -> ImageU8:
         return np.asarray(upright.convert("RGB"))
 
 
-def _encode_jpeg(image: ImageU8, quality: int) -> bytes:
+def _encode_jpeg(image: Image.Image, quality: int) -> bytes:
     return _encode(image, "JPEG", quality=quality, subsampling=0)
 
 
-def _encode(image: ImageU8, format_: str, **options: int) -> bytes:
+def _encode(image: Image.Image, format_: str, **options: int) -> bytes:
     encoded = io.BytesIO()
-    Image.fromarray(image).save(encoded, format=format_, **options)
+    image.save(encoded, format=format_, **options)
     return encoded.getvalue()
 
 
-def _checkerboard(height: int, width: int) -> NDArray[Any]:
-    rows, columns = np.ogrid[:height, :width]
+@functools.lru_cache(64)
+def _checkerboard(size: tuple[int, int]) -> Image.Image:
+    """Return grey squares, as an image of this (width, height)."""
+    rows, columns = np.ogrid[: size[1], : size[0]]
     is_light = (rows // CHECKER_PX + columns // CHECKER_PX) % 2
-    return np.where(is_light, *reversed(CHECKER_GREYS))[..., None]
+    return Image.fromarray(np.where(is_light, *reversed(CHECKER_GREYS)).astype(np.uint8)).convert("RGB")
 
 
 def _file_version(job: Job) -> str:

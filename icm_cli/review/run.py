@@ -75,6 +75,9 @@ class AlphaFile:
         return "" if self.identity is None else f"{self.identity[1]:x}-{self.identity[0]:x}"
 
 
+NO_ALPHA = AlphaFile()
+
+
 class ReviewRun:
     """The images of a run. The id of an image, in Python and in the browser, is its index in ``jobs``."""
 
@@ -99,11 +102,14 @@ class ReviewRun:
         self._has_hints = [job.hints is not None for job in self.jobs]
         self._lock = threading.Lock()
         self._index = self.record_folder / INDEX_NAME
-        self._alphas = [AlphaFile()] * len(self.jobs)
+        self._alphas = [NO_ALPHA] * len(self.jobs)
         known = _read_index(self._index)
         for id, name in enumerate(self.names):
-            self._alphas[id] = known.get(name, AlphaFile())
+            self._alphas[id] = known.get(name, NO_ALPHA)
         self._reasons: list[tuple[str, ...]] = [()] * len(self.jobs)
+        self._scanning, self._is_scanned = threading.Lock(), False
+        self._revision, self._revisions = 0, [0] * len(self.jobs)
+        """Number of changes of alphas that were found, and the last one of each image."""
         self._shots: dict[int, list[int]] | None = None
 
     @property
@@ -122,28 +128,52 @@ class ReviewRun:
 
     def scan_alphas(self) -> None:
         """Read the provenance of all alphas, and compare the alphas with each other. Only changed files are opened."""
-        before = list(self._alphas)
-        with library_settings():  # entered once instead of for each file
-            found = [self._read_alpha_file(id) for id in range(len(self.jobs))]
-        results = [
-            replace(job.planned, status="kept" if alpha.is_own else "planned", matting=alpha.details)
-            for job, alpha in zip(self.jobs, found, strict=True)
-        ]
-        rated = add_batch_reasons(results, is_shot=self.is_shot)
+        with self._scanning:
+            before = list(self._alphas)
+            with library_settings():  # entered once instead of for each file
+                found = [self._read_alpha_file(id) for id in range(len(self.jobs))]
+            if self._is_scanned and found == before:
+                return
+            results = [
+                replace(job.planned, status="kept" if alpha.is_own else "planned", matting=alpha.details)
+                for job, alpha in zip(self.jobs, found, strict=True)
+            ]
+            rated = add_batch_reasons(results, is_shot=self.is_shot)
+            with self._lock:
+                for id, (alpha, result) in enumerate(zip(found, rated, strict=True)):
+                    if self._alphas[id] is before[id]:  # another thread may have read it meanwhile
+                        self._note(id, alpha, result.matting.reasons)
+            self._is_scanned = True
+            if found != before:
+                _write_index(self._index, dict(zip(self.names, found, strict=True)))
+
+    def changes_since(self, revision: int | None) -> tuple[int, list[int]]:
+        """Return the revision of the alphas, and the ids of those that have changed after an earlier revision."""
         with self._lock:
-            self._alphas = found
-            self._reasons = [result.matting.reasons for result in rated]
-        if found != before:
-            _write_index(self._index, dict(zip(self.names, found, strict=True)))
+            if revision is None or revision == self._revision:
+                return self._revision, []
+            return self._revision, [id for id, changed in enumerate(self._revisions) if changed > revision]
 
     def refresh(self, id: int) -> AlphaFile:
         """Read the provenance of an alpha again if its file has changed, and return it. Also check for hint files."""
-        alpha, has_hints = self._read_alpha_file(id), bool(self.hint_paths(id))
+        has_hints = bool(self.hint_paths(id))
+        with self._lock:
+            self._has_hints[id] = has_hints
+        return self.refresh_alpha(id)
+
+    def refresh_alpha(self, id: int) -> AlphaFile:
+        """Read the provenance of an alpha again if its file has changed, and return it."""
+        alpha = self._read_alpha_file(id)
         with self._lock:
             if alpha != self._alphas[id]:
-                self._alphas[id], self._reasons[id] = alpha, alpha.details.reasons
-            self._has_hints[id] = has_hints
+                self._note(id, alpha, alpha.details.reasons)
         return alpha
+
+    def _note(self, id: int, alpha: AlphaFile, reasons: tuple[str, ...]) -> None:
+        """Store what was found about an image. The lock is held."""
+        if (alpha, reasons) != (self._alphas[id], self._reasons[id]):
+            self._revision += 1
+            self._alphas[id], self._reasons[id], self._revisions[id] = alpha, reasons, self._revision
 
     def item(self, id: int, state: ImageState) -> dict[str, Any]:
         """Return what the overview shows of an image, as JSON. ``state``: what the review has stored about it."""
@@ -167,10 +197,21 @@ class ReviewRun:
             "error": self.errors.get(id),
         }
 
+    def ids_by_quality(self) -> list[int]:
+        """Return the ids of all images in the order of the page at its start: the lowest quality first."""
+        with self._lock:
+            qualities = [alpha.details.quality for alpha in self._alphas]
+        return sorted(range(len(qualities)), key=lambda id: (-1 if qualities[id] is None else qualities[id], id))
+
     def alpha_file(self, id: int) -> AlphaFile:
         """Return what was last read about the alpha of an image. Does not touch the file."""
         with self._lock:
             return self._alphas[id]
+
+    def source_error(self, id: int) -> str:
+        """Return why the source of an image cannot be read; "" if its files exist."""
+        gone = [path for path in self.jobs[id].files if not path.is_file()]
+        return f"its source {gone[0]} does not exist any more" if gone else self.errors.get(id, "")
 
     def shot_of(self, id: int) -> list[int] | None:
         """Return the ids of all frames of the shot that contains an image, in order; None if the run has no shots."""
@@ -271,7 +312,7 @@ class ReviewRun:
         path, known = self.jobs[id].output, self._alphas[id]
         identity = identify_file(path)
         if identity is None:
-            return AlphaFile()
+            return NO_ALPHA
         if identity == known.identity:
             return known
         with contextlib.suppress(ImageError):

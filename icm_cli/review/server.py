@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.resources
 import json
 import os
@@ -10,6 +11,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,10 +54,18 @@ except ImportError as error:
 REVIEW_BELOW = 0.8
 """Quality below which the page lists an alpha under "Needs review": the default of ``icm matte --review-below``."""
 MAX_BODY_BYTES = 1 << 26
+MAX_THUMBNAILS = 64
+"""Largest number of thumbnails of a request."""
 STOP_TIMEOUT_S = 2
 """Seconds that open requests have to finish when the server stops."""
 MODEL_DELAY_S = 2
 """Seconds between the first list of images and the loading of the model, which would delay the first thumbnails."""
+IDLE_DELAY_S = 5
+"""Seconds between the start and the loading of the model if nobody opens the page."""
+SCAN_INTERVAL_S = 10
+"""Seconds between two scans of all alphas while a page is open."""
+SCAN_PAUSE = 20
+"""Least pause between two scans, in durations of a scan, on slow drives."""
 STATIC_TYPES = {
     ".html": "text/html",
     ".css": "text/css",
@@ -112,10 +122,10 @@ Handler: TypeAlias = Callable[[ApiRequest], Any]
 def review(options: ReviewOptions, listener: ReviewListener) -> None:
     """Serve the page of a review until Ctrl-C or SIGTERM. Raises UsageError or OutputError if it cannot start."""
     page = options.page
-    run = ReviewRun(page.alphas, page.hints, listener.on_notice)
-    state = ReviewState(run.record_folder)
-    run.scan_alphas()  # takes seconds for thousands of new alphas; the page should not wait for it
-    with _bind(page.host, page.port) as listening:
+    with _bind(page.host, page.port) as listening:  # first, so that a port in use is reported at once
+        run = ReviewRun(page.alphas, page.hints, listener.on_notice)
+        state = ReviewState(run.record_folder)
+        run.scan_alphas()  # takes seconds for thousands of new alphas; the page should not wait for it
         port = listening.getsockname()[1]
         token = secrets.token_urlsafe(24)
         app = ReviewApp(run, state, page.device, listener.on_notice)
@@ -150,35 +160,27 @@ class ReviewApp:
 
     def __init__(self, run: ReviewRun, state: ReviewState, device: str | None, notice: Callable[[str], None]) -> None:
         self.run, self.state, self.images = run, state, DisplayImages(run)
-        self._thumbnails = ThumbnailWorkers(self.images.thumbnail)
-        self._device, self._notice = device, notice
-        self._lock = threading.RLock()
-        self._corrections: Corrections | None = None
-        self._teaching: Teaching | None = None
+        self._thumbnails = ThumbnailWorkers(self.images.thumbnail, run.ids_by_quality())
+        self.corrections = Corrections(run, state, device, notice)
+        self.teaching = Teaching(run, state, self.corrections, notice)
+        self._lock = threading.Lock()
+        self._next_scan = 0.0
+        """Time from which the alphas are looked at again, because other processes may have changed them."""
+        self._loading = self._load_later(IDLE_DELAY_S)
 
-    @property
-    def corrections(self) -> Corrections:
-        """Changes of single images. The first use starts a thread that loads the model."""
-        with self._lock:
-            if self._corrections is None:
-                self._corrections = Corrections(self.run, self.state, self._device, self._notice)
-            return self._corrections
-
-    @property
-    def teaching(self) -> Teaching:
-        """References and negatives made from reviewed images, and the recompute."""
-        with self._lock:
-            if self._teaching is None:
-                self._teaching = Teaching(self.run, self.state, self.corrections, self._notice)
-            return self._teaching
+    def _load_later(self, delay_s: float) -> threading.Timer:
+        """Start a timer that starts to load the model."""
+        timer = threading.Timer(delay_s, lambda: self.corrections.load_model())
+        timer.daemon = True
+        timer.start()
+        return timer
 
     def close(self) -> None:
         """Stop all threads and processes."""
+        self._loading.cancel()
         self._thumbnails.close()
-        if self._teaching is not None:
-            self._teaching.close()
-        if self._corrections is not None:
-            self._corrections.close()
+        self.teaching.close()
+        self.corrections.close()
 
     def create_app(self) -> Starlette:
         """Return the ASGI application. It does not check who sends a request: wrap it in RequestGuard."""
@@ -196,9 +198,9 @@ class ReviewApp:
                 get("/", lambda _: read_static("index.html")),
                 get("/static/{name}", lambda request: read_static(request.name)),
                 get("/api/run", lambda _: self.describe_run()),
-                get("/api/images", lambda request: self.list_images(request.query.get("since"))),
+                get("/api/images", lambda request: self.list_images(request.query)),
                 get(image, lambda request: self.describe_image(request.id)),
-                Route(f"{image}/thumbnail", self._get_thumbnail),
+                Route("/api/thumbnails", self._get_thumbnails),
                 get(f"{image}/source", self.get_source),
                 get(f"{image}/alpha", self.get_alpha),
                 post(f"{image}/answer", {"hints": HINTS_SCHEMA, "refined": bool, "tab?": str}, self.answer),
@@ -215,41 +217,61 @@ class ReviewApp:
 
     def describe_run(self) -> dict[str, Any]:
         """Return what the page shows about the run."""
-        corrections, options = self._corrections, self.run.options
         return {
             "folder": str(self.run.folder),
             "version": __version__,
-            "model": (corrections or self.run).model_name,
-            "command": command_line(options if corrections is None else self.teaching.options()),
+            "model": self.corrections.model_name,
+            "command": command_line(self.teaching.options()),
             "hints_folder": str(self.run.hints_folder),
             "is_shot": self.run.is_shot,
             "count": len(self.run.jobs),
-            "model_state": corrections.model_state if corrections else "loading",
-            "model_error": corrections.model_error if corrections else "",
+            "model_state": self.corrections.model_state,
+            "model_error": self.corrections.model_error,
             "review_below": REVIEW_BELOW,
         }
 
-    def list_images(self, since: str | None) -> dict[str, Any]:
-        """Return all images, or only those changed after revision ``since``. A list of all starts to load the model."""
-        if since is not None:
-            return self._list_changes(_parse_number(since, "since", 15))
+    def list_images(self, query: dict[str, str]) -> dict[str, Any]:
+        """Return all images, or only those changed after the revisions ``since`` (decisions) and ``files`` (alphas).
+
+        A list of all images starts to load the model.
+        """
+        if "since" in query:
+            return self._list_changes(
+                _parse_number(query["since"], "since", 15),
+                _parse_number(query["files"], "files", 15) if "files" in query else None,
+            )
         self.run.scan_alphas()
+        files, _ = self.run.changes_since(None)
         revision, states = self.state.read_all()
         images = [self.run.item(id, states.get(name, ImageState())) for id, name in enumerate(self.run.names)]
-        loading = threading.Timer(MODEL_DELAY_S, lambda: self.corrections)
-        loading.daemon = True
-        loading.start()
-        return {"revision": revision, "images": images}
+        with self._lock:
+            if self._loading.interval != MODEL_DELAY_S:
+                self._loading.cancel()
+                self._loading = self._load_later(MODEL_DELAY_S)
+        return {"revision": revision, "files": files, "images": images}
 
-    def _list_changes(self, since: int) -> dict[str, Any]:
+    def _list_changes(self, since: int, since_files: int | None) -> dict[str, Any]:
+        self._scan_again()
         revision, states = self.state.read_all()
-        found = {self.run.find_id(name): state for name, state in states.items() if state.revision > since}
-        images = []
-        for id, state in found.items():
+        decided = {self.run.find_id(name) for name, state in states.items() if state.revision > since}
+        for id in decided:
             if id is not None:
                 self.run.refresh(id)
-                images.append(self.run.item(id, state))
-        return {"revision": revision, "images": images}
+        files, changed = self.run.changes_since(since_files)
+        ids = sorted({*changed, *(id for id in decided if id is not None)})
+        images = [self.run.item(id, states.get(self.run.names[id], ImageState())) for id in ids]
+        return {"revision": revision, "files": files, "images": images}
+
+    def _scan_again(self) -> None:
+        """Look at all alphas, unless that was done a moment ago or takes long."""
+        with self._lock:
+            start = time.monotonic()
+            if start < self._next_scan:
+                return
+            self._next_scan = start + SCAN_INTERVAL_S
+        self.run.scan_alphas()
+        with self._lock:
+            self._next_scan = time.monotonic() + max(SCAN_INTERVAL_S, SCAN_PAUSE * (time.monotonic() - start))
 
     def item(self, id: int) -> dict[str, Any]:
         """Return what the overview shows of an image, from the current state of its files."""
@@ -357,18 +379,23 @@ class ReviewApp:
             return json_response(content, status)
         return result if isinstance(result, Response) else json_response(result)
 
-    async def _get_thumbnail(self, request: Request) -> Response:
+    async def _get_thumbnails(self, request: Request) -> Response:
+        """Return small images, in base64, of the first images that the page asks for."""
         try:
-            id = self._check_id(_parse_number(request.path_params["id"], "the image", 9))
+            words = request.query_params.get("ids", "").split(",")[:MAX_THUMBNAILS]
+            ids = [self._check_id(_parse_number(word, "the image", 9)) for word in words]
             view = next((each for each in VIEWS if each == request.query_params.get("view")), None)
             if view is None:
                 raise UsageError(f"view is {request.query_params.get('view')!r}; expected one of {', '.join(VIEWS)}")
-            content = await self._thumbnails.make(id, view, request.is_disconnected)
         except IcmError as error:
             return json_response({"error": str(error)}, 400 if isinstance(error, UsageError) else 404)
-        if content is None:
-            return json_response({"error": "newer requests replace this one; try again"}, 503)
-        return image_response(ApiRequest(id, "", dict(request.query_params), {}), content, "jpeg")
+        made = await self._thumbnails.make(ids, view)
+        return json_response(
+            {
+                "jpegs": {id: base64.b64encode(jpeg).decode() for id, jpeg in made.items() if isinstance(jpeg, bytes)},
+                "errors": {id: reason for id, reason in made.items() if isinstance(reason, str)},
+            }
+        )
 
     def _check_id(self, id: int) -> int:
         if not 0 <= id < len(self.run.jobs):

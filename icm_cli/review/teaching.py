@@ -3,7 +3,8 @@
 The recompute runs the ``icm matte`` command that the page shows, in its own process:
 
 - The command that users can repeat is exactly the one that made the alphas.
-- It can be stopped like every run, and finishes the files that it is writing even if the server is killed.
+- It can be stopped like every run, and continues if the server is killed. It holds a lock and writes its events to a
+  file, so that the next server follows it instead of starting a second one.
 - Its memory, or a crash, does not affect the server.
 """
 
@@ -14,10 +15,11 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +28,7 @@ import numpy as np
 
 from icm_cli.environment import start_module
 from icm_cli.errors import IcmError, ImageError, UsageError, format_count
-from icm_cli.files import combined_digest, error_for_failed_write
+from icm_cli.files import combined_digest, describe_os_error, error_for_failed_write, open_locked, process_space
 from icm_cli.matting.run_record import command_line
 from icm_cli.options import MatteOptions
 from icm_cli.review.corrections import Corrections
@@ -44,6 +46,12 @@ from icm_cli.review.run import ReviewRun
 from icm_cli.review.state import ImageState, ReviewState
 
 BEFORE_NAME, LOG_NAME = "before", "recompute.log"
+EVENTS_NAME, LOCK_NAME = "recompute.jsonl", "recompute.lock"
+"""Files below ``.icm`` of a recompute: its events, and its lock with the id of its process."""
+LOCK_TIMEOUT_S = 0.5
+FOLLOW_INTERVAL_S = 0.2
+"""Interval in which the file with the events is read."""
+INTERRUPTED_CODES = (130, 143, -15)
 SAVE_INTERVAL_S = 3.0
 """Interval at which the differences of recomputed alphas are saved, and then shown by the page."""
 DIFFERENCE_DIGITS = 3
@@ -76,10 +84,9 @@ class Teaching:
         self._run, self._state, self._corrections, self._notice = run, state, corrections, notice
         self._images = DisplayImages(run)
         self._lock = threading.Lock()
-        self._progress = _Progress()
-        for name, image in state.read_all()[1].items():
-            if image.change and (id := run.find_id(name)) is not None:
-                self._progress.changed[id] = image.change
+        self._progress = _Progress(changed=self._read_changes())
+        self._events, self._lock_path = run.record_folder / EVENTS_NAME, run.record_folder / LOCK_NAME
+        self._is_closed, self._is_followed = threading.Event(), False
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
 
@@ -111,6 +118,7 @@ class Teaching:
 
     def progress(self) -> dict[str, Any]:
         """Return the progress of the recompute as JSON, with the changed images, largest difference first."""
+        self._follow_other()
         with self._lock:
             progress = self._progress
             changed = sorted(progress.changed.items(), key=lambda item: -item[1])
@@ -127,25 +135,113 @@ class Teaching:
         with self._lock:
             if self._progress.state == "running":
                 return
+            lock = open_locked(self._lock_path, LOCK_TIMEOUT_S)
+            if lock is None:
+                return  # by another server: progress() follows it
+            os.truncate(lock, 0)
+            self._events.write_bytes(b"")
             self._progress = _Progress("running", total=len(self._run.jobs))
-            self._thread = threading.Thread(target=self._recompute, name="icm-recompute")
+            self._thread = threading.Thread(target=self._recompute, args=(lock,), name="icm-recompute")
             self._thread.start()
 
     def stop(self) -> None:
-        """Stop the recompute after the images that are being written."""
+        """Stop the recompute after the images that are being written. Raises UsageError if that is impossible."""
         with self._lock:
-            if self._progress.state == "running":
-                self._progress.message = "stopping"
-                if self._process is not None:
-                    self._process.terminate()
+            if self._progress.state != "running":
+                return
+            if self._is_followed:
+                self._stop_other()
+            elif self._process is not None:
+                self._process.terminate()
+            self._progress.message = "stopping"
 
     def close(self) -> None:
-        """Stop the recompute, and wait for its end."""
-        self.stop()
+        """Stop the recompute of this server, and wait for its end."""
+        self._is_closed.set()
+        if not self._is_followed:
+            self.stop()
         if self._thread is not None:
             self._thread.join(STOP_TIMEOUT_S)
         if self._process is not None:
             self._process.kill()
+
+    def _follow_other(self) -> None:
+        """Begin to follow the recompute of another server, which may have been killed, if there is one."""
+        with self._lock:
+            if self._progress.state == "running" or not self._is_locked():
+                return
+            self._progress = _Progress("running", total=len(self._run.jobs), message="started by another icm review")
+            self._is_followed = True
+            self._thread = threading.Thread(target=self._follow, name="icm-recompute")
+            self._thread.start()
+
+    def _is_locked(self) -> bool:
+        """Return whether a process holds the lock of the recompute."""
+        if not self._lock_path.exists():
+            return False
+        lock = open_locked(self._lock_path, 0)
+        if lock is not None:
+            os.close(lock)
+        return lock is None
+
+    def _stop_other(self) -> None:
+        space, _, id = self._lock_path.read_text().partition(" ")
+        if space != process_space() or not id.isdigit():
+            raise UsageError("the recompute runs on another machine, or is just starting; stop it where it was started")
+        try:
+            os.kill(int(id), signal.SIGTERM)
+        except OSError as error:
+            raise UsageError(f"the recompute cannot be stopped: {describe_os_error(error)}") from error
+
+    def _follow(self) -> None:
+        """Follow the recompute of another server. If that was killed, compare the alphas in its place."""
+        before = self._run.record_folder / BEFORE_NAME
+        state: RecomputeState = "stopped"
+        message = "it ended before all images were recomputed; start it again to continue"
+        done: list[dict[str, Any]] = []
+        try:
+            for event in self._follow_events(self._is_locked):
+                if event["event"] == "image":
+                    done.append(event)
+                    with self._lock:
+                        self._progress.done, self._progress.total = event["ended"], event["total"]
+                elif event["event"] == "error" and event["exit_code"] not in INTERRUPTED_CODES:
+                    state, message = "failed", event["message"]
+                elif event["event"] == "finished" and event["exit_code"] is not None:
+                    state, message = "done", ""
+            if before.exists() and not self._is_closed.is_set():
+                changes: dict[int, float] = {}
+                for event in done:
+                    changes |= self._compare(event, before)
+                self._save_changes(changes)
+                if state == "done":
+                    shutil.rmtree(before, ignore_errors=True)
+        except (IcmError, OSError) as error:
+            state, message = "failed", str(error)
+        finally:
+            changed = self._read_changes()
+            with self._lock:
+                self._progress.changed = changed
+                self._progress.state, self._progress.message, self._is_followed = state, message, False
+
+    def _read_changes(self) -> dict[int, float]:
+        """Return the saved differences by the id of the image."""
+        ids = {self._run.find_id(name): image.change for name, image in self._state.read_all()[1].items()}
+        return {id: change for id, change in ids.items() if id is not None and change}
+
+    def _follow_events(self, is_running: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+        """Yield the events of a recompute from their file until it ends, or this server."""
+        with self._events.open("rb") as file:
+            rest = b""
+            while not self._is_closed.is_set() or not self._is_followed:
+                is_last = not is_running()
+                *lines, rest = (rest + file.read()).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"{"):  # libraries may print anything
+                        yield json.loads(line)
+                if is_last:
+                    return
+                time.sleep(FOLLOW_INTERVAL_S)
 
     def _replace_taught(self, name: str, taught: dict[str, Any] | None) -> None:
         with self._state.edit(name) as image:
@@ -155,8 +251,8 @@ class Teaching:
         if before != taught:
             self._corrections.reload()
 
-    def _recompute(self) -> None:
-        """Run the whole recompute, in its own thread."""
+    def _recompute(self, lock: int) -> None:
+        """Run the whole recompute, in its own thread. ``lock``: descriptor of the locked file."""
         before = self._run.record_folder / BEFORE_NAME
         state: RecomputeState = "failed"
         message = "the recompute ended unexpectedly; the log of the server says more"
@@ -165,7 +261,7 @@ class Teaching:
             with self._state.edit_all() as images:
                 for image in images.values():
                     image.change = None
-            state, message = self._run_command(before)
+            state, message = self._run_command(before, lock)
         except (IcmError, OSError) as error:
             message = str(error)
         finally:
@@ -174,6 +270,7 @@ class Teaching:
             with self._lock:
                 self._progress.state, self._progress.message = state, message
                 self._process = None
+                os.close(lock)
 
     def _save_alphas(self, folder: Path) -> None:
         """Save all alphas in a folder for comparison, as hard links. Those of an interrupted recompute stay there."""
@@ -194,21 +291,24 @@ class Teaching:
         output = self._run.jobs[id].output
         return folder / f"{combined_digest(self._run.names[id])[:32]}{output.suffix}"
 
-    def _run_command(self, before: Path) -> tuple[RecomputeState, str]:
-        """Run ``icm matte``. Return how it ended, and a message for the page."""
+    def _run_command(self, before: Path, lock: int) -> tuple[RecomputeState, str]:
+        """Run ``icm matte``, which keeps the lock too. Return how it ended, and a message for the page."""
         words = [*shlex.split(command_line(self.options()))[1:], "--progress", "json"]
-        with (self._run.record_folder / LOG_NAME).open("wb") as log:
-            process = start_module("icm_cli", *words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
-            with self._lock:
-                self._process = process
-                if self._progress.message:  # stop was called meanwhile
-                    process.terminate()
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, process.pid, LOW_PRIORITY)  # so that answers stay fast
-            with process:
-                failures, error = self._read_events(process, before)
-            code = process.returncode
-        if code in (130, 143, -15) and self._progress.message:
+        with (self._run.record_folder / LOG_NAME).open("wb") as log, self._events.open("wb") as events:
+            process = start_module(
+                "icm_cli", *words, stdin=subprocess.DEVNULL, stdout=events, stderr=log, pass_fds=[lock]
+            )
+        os.pwrite(lock, f"{process_space()} {process.pid}".encode(), 0)
+        with self._lock:
+            self._process = process
+            if self._progress.message:  # stop was called meanwhile
+                process.terminate()
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, process.pid, LOW_PRIORITY)  # so that answers stay fast
+        with process:
+            failures, error = self._read_events(process, before)
+        code = process.returncode
+        if code in INTERRUPTED_CODES:
             return "stopped", "stopped; the alphas that are not recomputed yet are unchanged"
         if error or code not in (0, 1):
             return "failed", error or f"icm matte ended with exit code {code}; see {log.name}"
@@ -219,12 +319,8 @@ class Teaching:
 
         Returns the number of images that failed, and the error that ended the run or "".
         """
-        assert process.stdout is not None
         failures, error, unsaved, saved_at = 0, "", dict[int, float](), time.monotonic()
-        for line in process.stdout:
-            if not line.startswith(b"{"):
-                continue  # libraries may print anything
-            event: dict[str, Any] = json.loads(line)
+        for event in self._follow_events(lambda: process.poll() is None):
             if event["event"] == "error":
                 error = event["message"]
             elif event["event"] == "image":

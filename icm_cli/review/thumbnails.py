@@ -1,80 +1,103 @@
-"""Threads that make thumbnails in the order of the requests.
-
-The page requests only a few thumbnails at a time, those in view first, so no other order is needed.
-"""
+"""Threads that make thumbnails: those that the page asks for, and ahead of it those that come next in its list."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import threading
-from collections import deque
-from collections.abc import Awaitable, Callable
-from concurrent.futures import CancelledError, Future
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeAlias
 
-from icm_cli.environment import DEFAULT_WORKERS
+from icm_cli.environment import DEFAULT_WORKERS, free_memory
+from icm_cli.errors import ImageMemoryError
 from icm_cli.images.decoding import library_settings
+from icm_cli.images.pixels import reserve_memory, too_large_message
 from icm_cli.review.images import View
 
-MAX_WAITING = 128
-"""Largest number of waiting requests. A further one cancels the oldest."""
-DISCONNECT_POLL_S = 0.5
-"""Interval in which the connection of a waiting request is checked. If it is closed, the request is cancelled."""
-WaitingRequest: TypeAlias = tuple["Future[bytes]", int, View]
-"""The future thumbnail, the id of the image and the view."""
+BATCH_S = 0.1
+"""Seconds after which a request is answered with the thumbnails that are ready: the page may want others by then."""
+MAX_AHEAD = 150
+"""Number of images after the last ones that the page has asked for whose thumbnails are made ahead."""
+SMALL_IMAGE_BYTES = 1 << 26
+"""Images that need less memory are decoded without a look at the free memory, which takes as long as decoding."""
+Batch: TypeAlias = dict[int, bytes | str]
+"""Thumbnails by the id of the image; for an image without one, the reason."""
 
 
 class ThumbnailWorkers:
-    """One or two threads that make the requested thumbnails."""
+    """Two threads that answer requests, and one that works ahead while there are none."""
 
-    def __init__(self, make: Callable[[int, View], bytes]) -> None:
-        """``make`` returns the thumbnail of an image in a view."""
-        self._make = make
-        self._waiting: deque[WaitingRequest] = deque()
+    def __init__(self, make: Callable[[int, View], bytes], order: Sequence[int]) -> None:
+        """``make`` returns the thumbnail of an image in a view. ``order``: the ids as the page lists them at first."""
+        self._make, self._order = make, order
+        self._ranks = {id: rank for rank, id in enumerate(order)}
+        self._settings = contextlib.ExitStack()
+        self._settings.enter_context(library_settings())  # changed once, and not for each file
+        self._executor = ThreadPoolExecutor(min(2, DEFAULT_WORKERS), "icm-thumbnail", _skip_memory_checks)
         self._condition = threading.Condition()
+        self._requests = 0
+        """Number of requests that are being answered or wait."""
+        self._next = range(min(MAX_AHEAD, len(order)))
+        """Ranks of the images whose thumbnails are made ahead."""
+        self._view: View = "cutout"
         self._is_closed = False
-        for _ in range(min(2, DEFAULT_WORKERS)):
-            threading.Thread(target=self._work, name="icm-thumbnail", daemon=True).start()
+        self._thread = threading.Thread(target=self._work_ahead, name="icm-thumbnail-ahead", daemon=True)
+        self._thread.start()
 
-    async def make(self, id: int, view: View, is_disconnected: Callable[[], Awaitable[bool]]) -> bytes | None:
-        """Wait for a thumbnail and return it; None if the request was cancelled. Raises ImageError."""
-        future: Future[bytes] = Future()
+    async def make(self, ids: Sequence[int], view: View) -> Batch:
+        """Return the thumbnails of the first images of ``ids``: at least one, and as many as are ready in a moment."""
         with self._condition:
-            self._waiting.append((future, id, view))
-            if len(self._waiting) > MAX_WAITING:
-                self._waiting.popleft()[0].cancel()
-            self._condition.notify()
-        made = asyncio.wrap_future(future)
-        while not (await asyncio.wait({made}, timeout=DISCONNECT_POLL_S))[0]:
-            if await is_disconnected():
-                future.cancel()
-        with contextlib.suppress(CancelledError, asyncio.CancelledError):
-            return made.result()
-        return None
+            self._requests += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, self._make_batch, ids, view)
+        finally:
+            with self._condition:
+                self._requests -= 1
+                start = 1 + max(self._ranks[id] for id in ids)
+                self._next, self._view = range(start, min(start + MAX_AHEAD, len(self._order))), view
+                self._condition.notify()
 
     def close(self) -> None:
         """End the threads after their current thumbnail."""
         with self._condition:
             self._is_closed = True
-            for future, _, _ in self._waiting:
-                future.cancel()
-            self._waiting.clear()
-            self._condition.notify_all()
+            self._condition.notify()
+        self._executor.shutdown(cancel_futures=True)
+        self._thread.join()
+        self._settings.close()
 
-    def _work(self) -> None:
-        with library_settings():  # entered once instead of for each file
-            self._take_requests()
+    def _make_batch(self, ids: Sequence[int], view: View) -> Batch:
+        end = time.monotonic() + BATCH_S
+        made: Batch = {}
+        for id in ids:
+            try:
+                made[id] = self._make(id, view)
+            except Exception as error:  # noqa: BLE001  handed to the page
+                made[id] = str(error)
+            if time.monotonic() > end or self._is_closed:
+                break
+        return made
 
-    def _take_requests(self) -> None:
+    def _work_ahead(self) -> None:
+        _skip_memory_checks()
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._waiting or self._is_closed)
+                self._condition.wait_for(lambda: self._is_closed or (self._next and not self._requests))
                 if self._is_closed:
                     return
-                future, id, view = self._waiting.popleft()
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(self._make(id, view))
-                except BaseException as error:  # noqa: BLE001  handed to the waiting request
-                    future.set_exception(error)
+                id, self._next = self._order[self._next[0]], self._next[1:]
+            self._make_batch([id], self._view)
+
+
+def _skip_memory_checks() -> None:
+    """Let this thread decode small images without a look at the free memory."""
+    reserve_memory.set(_check_large_image)
+
+
+def _check_large_image(path: Path, size: str, needed: int) -> None:
+    """Raise ImageMemoryError for a large image that does not fit into the free memory."""
+    if needed > SMALL_IMAGE_BYTES and needed > (free := free_memory()).size:
+        raise ImageMemoryError(too_large_message(path, size, needed, free))

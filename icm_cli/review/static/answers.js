@@ -1,4 +1,4 @@
-// Alphas for hints that are being drawn: a coarse one at once, a refined one after a pause. Only the newest counts.
+// Alphas of hints that are being drawn: a coarse one at once, and a refined one after a pause.
 import { api, isAborted } from "./api.js";
 import { clearError, reportError } from "./messages.js";
 import { store } from "./store.js";
@@ -8,18 +8,15 @@ const PAUSE_MS = 200;
 export class Answers {
   controller = new AbortController();
   timer = 0;
-  /** Whether a coarse answer is being computed. */
-  isBusy = false;
-  /** The draft that waits for the model. */
-  waiting = null;
-  /** `show(draft, shapes, blob, isRefined, signal)` gets the answers, `describe(text)` what is being computed. */
+  isBusy = false; // whether a coarse answer is being computed
+  waiting = null; // the draft that waits for the model
+  /** `show(draft, shapes, blob, isRefined, signal)` gets answers, `describe(text)` what is computed. */
   constructor(show, describe) {
     Object.assign(this, { show, describe });
     store.on("run", () => {
       if (this.waiting !== null && store.run.model_state !== "loading") this.ask(this.waiting);
     });
   }
-  /** Drop all requests. */
   cancel() {
     this.controller.abort();
     this.controller = new AbortController();
@@ -28,14 +25,14 @@ export class Answers {
     this.waiting = null;
     this.describe("");
   }
-  /** Ask for the coarse answer at once, and then for the refined one if the hints stay the same for a moment. */
+  /** Ask for the coarse answer, and for the refined one if the hints stay the same for a moment. */
   async ask(draft) {
     this.cancel();
     const { signal } = this.controller;
     await this.request(draft, false);
     if (!signal.aborted) this.timer = setTimeout(() => this.request(draft, true), PAUSE_MS);
   }
-  /** Ask for a coarse answer unless one is being computed: the next movement, or the end of the drag, asks again. */
+  /** Ask for a coarse answer, unless one is being computed: the next movement asks again. */
   askWhileDragging(draft) {
     if (this.isBusy) return;
     this.cancel();

@@ -1,10 +1,9 @@
 // Requests to the server. Every failure becomes an ApiError with a sentence for the user.
 
-/** A request that failed: its message is a sentence; `image` is the newest state of the image after a conflict (409). */
+/** A failed request. Its message is a sentence; `image` is the newest state after a conflict (409). */
 export class ApiError extends Error {
   constructor(message, status, image = null) { super(message); Object.assign(this, { status, image }); }
 }
-/** Return whether an error only says that a request was aborted. */
 export const isAborted = (error) => error.name === "AbortError";
 
 /** Any text that differs between browser tabs: the server drops superseded answers of the same tab. */
@@ -26,19 +25,21 @@ async function call(method, path, { body = {}, signal } = {}) {
 
 const json = async (...request) => (await call(...request)).json();
 const blob = async (...request) => (await call(...request)).blob();
+const change = (id, action, body) => json("POST", part(id, action), { body });
 const part = (id, name, query = {}) => `/api/images/${id}/${name}?${new URLSearchParams(query)}`;
 
 export const api = {
   run: () => json("GET", "/api/run"),
-  images: (since) => json("GET", since === null ? "/api/images" : `/api/images?since=${since}`),
+  images: (since) => json("GET", `/api/images?${new URLSearchParams(since)}`),
   details: (id) => json("GET", `/api/images/${id}`),
-  thumbnail: (id, view, v, signal) => blob("GET", part(id, "thumbnail", { view, v }), { signal }),
+  thumbnails: (ids, view) => json("GET", `/api/thumbnails?${new URLSearchParams({ view, ids })}`),
   source: (id) => blob("GET", part(id, "source")),
   alpha: (id, v) => blob("GET", part(id, "alpha", { v })),
-  answer: (id, hints, refined, signal) => blob("POST", part(id, "answer"), { body: { hints, refined, tab }, signal }),
-  accept: (id, revision, hints) => json("POST", part(id, "accept"), { body: { revision, hints } }),
-  reject: (id, revision) => json("POST", part(id, "reject"), { body: { revision } }),
-  undo: (id, revision) => json("POST", part(id, "undo"), { body: { revision } }),
+  answer: (id, hints, refined, signal) =>
+    blob("POST", part(id, "answer"), { body: { hints, refined, tab }, signal }),
+  accept: (id, revision, hints) => change(id, "accept", { revision, hints }),
+  reject: (id, revision) => change(id, "reject", { revision }),
+  undo: (id, revision) => change(id, "undo", { revision }),
   teach: (id, kind, area) => json("POST", "/api/references", { body: { id, kind, area } }),
   forget: (id) => json("DELETE", `/api/references/${id}`),
   recomputeState: () => json("GET", "/api/recompute"),

@@ -1,20 +1,17 @@
-// Accept, reject, undo, teach. The page does not wait for them: the next image opens while the last one is saved.
+// Accept, reject, undo, teach. The page does not wait: the next image opens while the last one is saved.
 import { api } from "./api.js";
 import { baseName } from "./dom.js";
 import { findDraft } from "./drafts.js";
 import { notify, reportError } from "./messages.js";
 import { store } from "./store.js";
 
-/** Ids of the images that were decided on in this page, the newest last. */
-const decided = [];
-/** Promises of the changes that are being saved, by id. */
-const running = new Map();
+const decided = new Set(); // ids of the images that were decided on in this page, the newest last
+const running = new Map(); // promises of the changes that are being saved, by id
 let openImage = () => {};
 
-/** Set how messages open an image. */
 export const setOpener = (open) => (openImage = open);
 /** Return the id of the last image that was decided on in this page and not taken back, or undefined. */
-export const lastDecided = () => decided.at(-1);
+export const lastDecided = () => [...decided].at(-1);
 const nameOf = (id) => baseName(store.items.get(id).name);
 
 /** Accept an image with its unsaved hints. Returns whether the server has saved it. */
@@ -34,31 +31,29 @@ export const reject = (id) => decide(id, "reject", ({ revision }) => api.reject(
 export async function undo(id) {
   await running.get(id);
   if (!(await send(id, "undo", ({ revision }) => api.undo(id, revision)))) return;
-  removeDecided(id);
+  decided.delete(id);
   findDraft(id)?.markSaved(null);
   notify(`${nameOf(id)}: decision taken back`);
   openImage(id);
 }
 /** Use an image as "reference" or "negative". `area`: "alpha" or "image". A reference is accepted first. */
 export async function teach(id, kind, area) {
-  const needsAccept = kind === "reference" && (store.items.get(id).status !== "accepted" || store.isDraft(id));
-  if (needsAccept && !(await accept(id))) return;
+  const isAccepted = store.items.get(id).status === "accepted" && !store.isDraft(id);
+  if (kind === "reference" && !isAccepted && !(await accept(id))) return;
   const isDone = await send(id, "teach", () => api.teach(id, kind, area));
   if (isDone) notify(`${nameOf(id)} is used as a ${kind} when the rest is recomputed.`);
 }
-/** Stop using an image as a reference or a negative. */
 export const forget = (id) => send(id, "forget", () => api.forget(id));
 
 async function decide(id, action, request) {
   if (store.pending.has(id)) return false;
-  decided.push(id); // at once, so that undo means this decision
+  decided.delete(id);
+  decided.add(id); // as the newest, and at once, so that undo means this decision
   const isSaved = await send(id, action, request);
-  if (isSaved) notify(`${nameOf(id)}: ${store.items.get(id).status}`, { label: "Undo (U)", run: () => undo(id) });
-  else removeDecided(id);
+  if (!isSaved) decided.delete(id);
+  else notify(`${nameOf(id)}: ${store.items.get(id).status}`, { label: "Undo (U)", run: () => undo(id) });
   return isSaved;
 }
-
-function removeDecided(id) { const at = decided.lastIndexOf(id); if (at >= 0) decided.splice(at, 1); }
 
 /** Send a change of an image. Returns whether the server has made it. */
 async function send(id, action, request) {
@@ -75,9 +70,10 @@ function reportFailure(id, action, error) {
   const isConflict = error.status === 409 && Boolean(error.image);
   if (isConflict) store.update([error.image]);
   const text = isConflict
-    ? `${nameOf(id)} was changed in another window, so your decision was not saved. The page shows its newest state.`
+    ? `${nameOf(id)} was changed in another window, so your decision was not saved. You see its newest state.`
     : `${nameOf(id)} (${action}): ${error.message}`;
   const kept = store.isDraft(id) ? " Your hints are kept." : "";
-  reportError(text + kept, { topic: `decision ${id}`, action: { label: "Open image", run: () => openImage(id) } });
+  const button = { label: "Open image", run: () => openImage(id) };
+  reportError(text + kept, { topic: `decision ${id}`, action: button });
   return false;
 }

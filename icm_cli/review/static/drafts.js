@@ -9,8 +9,7 @@ const isEqual = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 class Draft {
   past = [];
   future = [];
-  /** The last refined answer: {shapes, blob}. */
-  answer = null;
+  answer = null; // the last refined answer: {shapes, blob}
   constructor({ id, width, height }, shapes) {
     Object.assign(this, { id, width, height, shapes, saved: shapes });
   }
@@ -48,8 +47,8 @@ class Draft {
   /** Return the promise of the hints as the server takes them. */
   encode() {
     const { shapes, width, height } = this;
-    if (this.encoded?.shapes !== shapes) this.encoded = { shapes, hints: encodeShapes(shapes, width, height) };
-    return this.encoded.hints;
+    if (this.cache?.shapes !== shapes) this.cache = { shapes, hints: encodeShapes(shapes, width, height) };
+    return this.cache.hints;
   }
 }
 /** Return the draft of an image whose details the server sent. */

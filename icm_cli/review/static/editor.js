@@ -1,5 +1,5 @@
 // Tools on the image: points, box, brushes, moving and zooming, and a pointer that the keyboard moves.
-import { byId, setText } from "./dom.js";
+import { byId, listen, pressButton, setText } from "./dom.js";
 import { COLOURS, Marks } from "./marks.js";
 import { notify } from "./messages.js";
 import { boxCorners, isBox, isPoint, isPositive } from "./shapes.js";
@@ -7,13 +7,11 @@ import { store } from "./store.js";
 
 const HIT_PX = 9;
 const DIVIDER_PX = 8;
-/** A point moves only if it is dragged further than this. */
-const MOVE_PX = 4;
+const MOVE_PX = 4; // a point moves only if it is dragged further than this
 const ZOOM_STEP = 1.2;
 const KEY_STEP_PX = 10;
 const BRUSHES = { keep: COLOURS.positive, drop: COLOURS.negative, erase: COLOURS.erase };
-/** Label of paint -> label of the points that it replaces. */
-const OPPOSITES = { keep: "bg", drop: "fg" };
+const OPPOSITES = { keep: "bg", drop: "fg" }; // label of paint -> label of the points that it replaces
 
 export class Editor {
   tool = "point";
@@ -23,18 +21,18 @@ export class Editor {
   /** Where the mouse is, and where the pointer of the keyboard is, in pixels of the image; null: nowhere. */
   cursor = null;
   crosshair = null;
-  /** The drag in progress: {move(point, event), end()}. */
-  drag = null;
+  drag = null; // the drag in progress: {move(point, event), end()}
   /** `changed(isDragging)` is called when the hints of the draft have changed. */
   constructor(viewer, changed) {
     Object.assign(this, { viewer, changed, canvas: byId("marks") });
     this.marks = new Marks(this.canvas, viewer);
     const handlers = {
       pointerdown: (event) => this.handleDown(event), pointermove: (event) => this.handleMove(event),
-      pointerup: () => this.endDrag(), pointercancel: () => this.endDrag(), pointerleave: () => this.setCursor(null),
-      contextmenu: (event) => event.preventDefault(), wheel: (event) => this.handleWheel(event),
+      pointerup: () => this.endDrag(), pointercancel: () => this.endDrag(),
+      pointerleave: () => this.setCursor(null), wheel: (event) => this.handleWheel(event),
+      contextmenu: (event) => event.preventDefault(),
     };
-    for (const [name, handle] of Object.entries(handlers)) this.canvas.addEventListener(name, handle, { passive: false });
+    listen(this.canvas, handlers, { passive: false });
     byId("brush-size").addEventListener("input", (event) => this.setBrush(Number(event.target.value)));
     this.setTool(this.tool);
     this.setBrush(store.settings.brush);
@@ -45,10 +43,8 @@ export class Editor {
   }
   setTool(tool) {
     this.tool = tool;
-    for (const button of byId("tools").children) {
-      button.setAttribute("aria-pressed", button.dataset.tool === tool);
-      if (button.dataset.tool === tool) setText(byId("tool-hint"), button.title);
-    }
+    pressButton("tools", "tool", tool);
+    setText(byId("tool-hint"), byId("tools").querySelector(`[data-tool="${tool}"]`).title);
     byId("brush-field").hidden = !(tool in BRUSHES);
     this.canvas.dataset.tool = tool;
     this.draw();
@@ -75,9 +71,12 @@ export class Editor {
     this.showPixel(this.crosshair ?? this.cursor);
   }
   showPixel(point) {
-    const [red, green, blue, alpha] = (point && this.viewer.readPixel(...point)) ?? [];
-    const colour = `RGB ${red} ${green} ${blue}   A ${alpha} (${(alpha / 255).toFixed(2)})`;
-    setText(byId("readout"), alpha === undefined ? "" : `x, y ${point.map(Math.floor).join(", ")}   ${colour}`);
+    const pixel = point && this.viewer.readPixel(...point);
+    if (!pixel) return setText(byId("readout"), "");
+    const [red, green, blue, alpha] = pixel;
+    const position = point.map(Math.floor).join(", ");
+    const value = `${alpha} (${(alpha / 255).toFixed(2)})`;
+    setText(byId("readout"), `x, y ${position}   RGB ${red} ${green} ${blue}   A ${value}`);
   }
   handleDown(event) {
     if (this.draft === null || this.drag !== null) return;
@@ -112,10 +111,11 @@ export class Editor {
   }
   /** Move the pointer of the keyboard by steps of the screen. */
   moveCrosshair(x, y, stepPx = KEY_STEP_PX) {
-    if (this.draft === null) return;
+    const { crosshair, draft } = this;
+    if (draft === null) return;
     const step = (stepPx * this.viewer.ratio) / this.viewer.zoom;
     const centre = this.viewer.toImage(this.canvas.clientWidth / 2, this.canvas.clientHeight / 2);
-    const target = this.crosshair === null ? centre : [this.crosshair[0] + x * step, this.crosshair[1] + y * step];
+    const target = crosshair === null ? centre : [crosshair[0] + x * step, crosshair[1] + y * step];
     this.crosshair = this.clip(target);
     this.drag?.move(this.crosshair);
     this.draw();
@@ -178,8 +178,9 @@ export class Editor {
       const end = this.clip(point).map(Math.round);
       if (start[0] === end[0] || start[1] === end[1]) return;
       const box = { label: "fg", shape_type: "rectangle", points: [start, end] };
-      const isOutside = (each) => isPoint(each) && isPositive(each) && !each.points.every((at) => contains(box, at));
-      const others = before.filter((each) => !isBox(each) && !isOutside(each));
+      const isOutside = ({ points }) => !points.every((at) => contains(box, at));
+      const isReplaced = (each) => isBox(each) || (isPoint(each) && isPositive(each) && isOutside(each));
+      const others = before.filter((each) => !isReplaced(each));
       this.change([box, ...others], this.draft.shapes === before);
     };
     this.drag = { move, end: () => this.draft.shapes !== before && this.changed(false) };
@@ -189,10 +190,11 @@ export class Editor {
     const [label, radius] = [this.tool, store.settings.brush];
     let stroke = null;
     const paint = (target) => {
-      const isReplaced = (each) => each === stroke || (each.label === OPPOSITES[label] && isNear(each, target, radius + 1));
-      const kept = this.draft.shapes.filter((each) => !isReplaced(each));
+      const isOpposite = (each) => each.label === OPPOSITES[label] && isNear(each, target, radius + 1);
+      const kept = this.draft.shapes.filter((each) => each !== stroke && !isOpposite(each));
       const isFirst = stroke === null;
-      stroke = { label, shape_type: "brush", radius, points: [...(stroke?.points ?? []), target.map(roundTenth)] };
+      const points = [...(stroke?.points ?? []), target.map(roundTenth)];
+      stroke = { label, shape_type: "brush", radius, points };
       this.draft.change([...kept, stroke], isFirst);
       this.draw();
     };
@@ -200,7 +202,11 @@ export class Editor {
     this.drag = { move: paint, end: () => this.changed(false) };
   }
   isInside([x, y]) { return x >= 0 && y >= 0 && x < this.draft.width && y < this.draft.height; }
-  clip([x, y]) { return [Math.min(this.draft.width, Math.max(0, x)), Math.min(this.draft.height, Math.max(0, y))]; }
+  /** Return the point of the image that is nearest to a point. */
+  clip([x, y]) {
+    const { width, height } = this.draft;
+    return [Math.min(width, Math.max(0, x)), Math.min(height, Math.max(0, y))];
+  }
 }
 /** Return the centre of the pixel that contains a point; for a point on the last edge, of the last pixel. */
 const toPixelCentre = (point) => point.map((value) => Math.max(0, Math.ceil(value) - 1) + 0.5);

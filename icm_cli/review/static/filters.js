@@ -6,10 +6,10 @@ import { store } from "./store.js";
 const RARE = ["changed", "taught", "unsaved"];
 
 export class Filters {
-  /** Rows of the reasons: {root, input, count} by reason. */
-  reasonRows = new Map();
+  reasonRows = new Map(); // rows of the reasons: {root, input, count} by reason
   constructor() {
-    const connect = (id, event, handle) => byId(id).addEventListener(event, ({ target }) => handle(target.value, target));
+    const connect = (id, event, handle) =>
+      byId(id).addEventListener(event, ({ target }) => handle(target.value, target));
     connect("filter-text", "input", (text) => store.setFilter({ text: text.trim() }));
     connect("sort", "change", (sort) => store.setFilter({ sort }));
     connect("filter-folder", "change", (folder) => store.setFilter({ folder }));

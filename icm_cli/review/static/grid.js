@@ -5,16 +5,14 @@ import { releaseThumbnail, showThumbnail } from "./thumbnails.js";
 
 const GAP_PX = 10;
 const CAPTION_PX = 62;
-/** Rows beyond the visible ones whose cells exist. */
-const EXTRA_ROWS = 2;
+const EXTRA_ROWS = 2; // rows beyond the visible ones whose cells exist
 const MAX_REASONS = 2;
 
 export class Grid {
   ids = [];
   active = null;
-  /** Cells in use by id, and those that wait to be used again. */
-  cells = new Map();
-  spare = [];
+  cells = new Map(); // cells in use by id
+  spare = []; // cells that wait to be used again
   columns = 1;
   constructor(open) {
     this.open = open;
@@ -46,8 +44,7 @@ export class Grid {
     this.active = id;
     const top = Math.floor(index / this.columns) * this.rowPx;
     const { scrollTop, clientHeight } = this.box;
-    if (top < scrollTop) this.box.scrollTop = top;
-    else if (top + this.rowPx > scrollTop + clientHeight) this.box.scrollTop = top + this.rowPx - clientHeight;
+    this.box.scrollTop = Math.min(top, Math.max(scrollTop, top + this.rowPx - clientHeight));
     this.draw();
   }
   /** Free all cells, and abort their requests: the overview is hidden. */
@@ -99,7 +96,8 @@ export class Grid {
     const top = GAP_PX + Math.floor(index / this.columns) * this.rowPx;
     const size = { width: `${this.cellPx}px`, height: `${this.rowPx - GAP_PX}px` };
     Object.assign(root.style, { transform: `translate(${left}px, ${top}px)`, ...size });
-    Object.assign(root, { ariaPosInSet: index + 1, ariaSetSize: this.ids.length, ariaSelected: id === this.active });
+    const place = { ariaPosInSet: index + 1, ariaSetSize: this.ids.length };
+    Object.assign(root, { ...place, ariaSelected: id === this.active });
     showThumbnail(image, store.items.get(id), store.settings.thumbnailView);
   }
   fill({ root, image, name, folder, quality, reasons, badge }, id) {
@@ -135,8 +133,9 @@ const range = (start, end) => Array.from({ length: end - start }, (_, at) => sta
 
 /** Return what the badge of an image says: its status, and what else is special. */
 function describeMarks(item) {
-  const isSaving = store.pending.has(item.id);
   const status = item.status !== "open" && STATUS_LABELS[item.status];
-  const marks = [isSaving ? "saving" : status, !item.has_alpha && "no alpha", store.isDraft(item.id) && "hints not saved"];
-  return [...marks, item.taught, item.change > 0 && `changed ${formatPercent(item.change)}`].filter(Boolean);
+  const saving = store.pending.has(item.id) ? "saving" : status;
+  const draft = store.isDraft(item.id) && "hints not saved";
+  const change = item.change > 0 && `changed ${formatPercent(item.change)}`;
+  return [saving, !item.has_alpha && "no alpha", draft, item.taught, change].filter(Boolean);
 }

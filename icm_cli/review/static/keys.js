@@ -1,7 +1,7 @@
 // Keys. The help in index.html says which key runs which action on which page.
 import { byId } from "./dom.js";
 
-/** Handle the keys of the help. `actions`: functions by name; `page()`: the page that is shown, overview or single. */
+/** Handle the keys of the help. `actions`: functions by name; `page()`: "overview" or "single". */
 export function connectKeys(actions, page) {
   const names = new Map();
   for (const { dataset } of byId("help").querySelectorAll("[data-keys]")) {
@@ -16,7 +16,7 @@ export function connectKeys(actions, page) {
     action();
   });
 }
-/** Return the name of a key with its modifiers, such as "Ctrl+Shift+z". Shift is not named for characters like "?". */
+/** Return the name of a key, such as "Ctrl+Shift+z". Shift is not named for characters like "?". */
 function keyName(event) {
   const isLetter = /^[a-z]$/i.test(event.key);
   const key = event.key === " " ? "Space" : isLetter ? event.key.toLowerCase() : event.key;

@@ -50,13 +50,12 @@ function showOverview() {
   if (last !== null) grid.activate(last);
   byId("grid").focus({ preventScroll: true });
 }
-/** Show the images that match the filters. */
 function refreshList() {
   if (byId("overview").hidden) return;
   grid.setIds(store.select());
   setText(byId("list-title"), `${grid.ids.length} of ${store.items.size} images`);
 }
-/** Decide on the image that is open, or the active one of the overview; go to the next one without waiting. */
+/** Decide on the image that is open, or the active one of the overview; go on without waiting. */
 function decide(decision, isNext) {
   const id = single.id ?? grid.active;
   if (id === null || (single.id !== null && findButton(decision.name).disabled)) return;
@@ -81,27 +80,31 @@ function undoDecision() {
 const ACTIONS = {
   "open-help": () => byId("help").showModal(), "close-help": () => byId("help").close(),
   "open-teach": () => teachDialog.show(), "close-teach": () => byId("teach").close(),
-  recompute: () => teachDialog.send(api.recompute), "stop-recompute": () => teachDialog.send(api.stopRecompute),
+  recompute: () => teachDialog.send(api.recompute),
+  "stop-recompute": () => teachDialog.send(api.stopRecompute),
   "copy-command": () => teachDialog.copyCommand(),
   search: () => byId("filter-text").focus(), "reset-filters": () => filters.reset(),
   overview: () => (location.hash = ""), previous: () => single.step(-1), next: () => single.step(1),
   "previous-frame": () => single.stepInShot(-1), "next-frame": () => single.stepInShot(1),
   compare: () => single.toggleCompare(), marks: () => single.toggleMarks(),
-  "zoom-in": () => viewer.zoomTo(viewer.zoom * ZOOM_STEP), "zoom-out": () => viewer.zoomTo(viewer.zoom / ZOOM_STEP),
+  "zoom-in": () => viewer.zoomTo(viewer.zoom * ZOOM_STEP),
+  "zoom-out": () => viewer.zoomTo(viewer.zoom / ZOOM_STEP),
   "zoom-100": () => viewer.zoomTo(1), fit: () => viewer.fit(), hold: () => (editor.isSpaceDown = true),
   press: () => editor.pressCrosshair(false), "press-negative": () => editor.pressCrosshair(true),
   "brush-smaller": () => editor.setBrush(store.settings.brush / BRUSH_STEP),
   "brush-larger": () => editor.setBrush(store.settings.brush * BRUSH_STEP + 1),
   "undo-hint": () => single.undoHint(), "redo-hint": () => single.redoHint(),
-  "clear-hints": () => single.replaceHints([]), "discard-hints": () => single.replaceHints(single.draft.saved ?? []),
+  "clear-hints": () => single.replaceHints([]),
+  "discard-hints": () => single.replaceHints(single.draft.saved ?? []),
   accept: () => decide(decisions.accept, true), "accept-stay": () => decide(decisions.accept, false),
   reject: () => decide(decisions.reject, true), undo: undoDecision,
   reference: () => single.details && decisions.teach(single.id, "reference", "alpha"),
   negative: () => single.details && decisions.teach(single.id, "negative", byId("negative-area").value),
   forget: () => decisions.forget(single.id),
 };
-for (const { dataset } of byId("views").children) ACTIONS[`view-${dataset.view}`] = () => single.setView(dataset.view);
-for (const { dataset } of byId("tools").children) ACTIONS[`tool-${dataset.tool}`] = () => editor.setTool(dataset.tool);
+const datasets = (id) => [...byId(id).children].map(({ dataset }) => dataset);
+for (const { view } of datasets("views")) ACTIONS[`view-${view}`] = () => single.setView(view);
+for (const { tool } of datasets("tools")) ACTIONS[`tool-${tool}`] = () => editor.setTool(tool);
 for (const [name, x, y] of [["Left", -1, 0], ["Right", 1, 0], ["Up", 0, -1], ["Down", 0, 1]]) {
   ACTIONS[`move-${name}`] = () => editor.moveCrosshair(x, y);
   ACTIONS[`move-one-${name}`] = () => editor.moveCrosshair(x, y, 1);

@@ -12,7 +12,7 @@ export class Marks {
     Object.assign(this, { canvas, viewer, context: canvas.getContext("2d") });
     this.layer = document.createElement("canvas").getContext("2d");
   }
-  /** Draw shapes and pointers. `cursor`, `crosshair`: points of the image or null; `brush`: {radius, colour} or null. */
+  /** Draw all. `cursor`, `crosshair`: points of the image or null; `brush`: {radius, colour} or null. */
   draw({ shapes, isVisible, cursor, crosshair, brush }) {
     const { canvas, context, viewer } = this;
     const { width, height } = viewer.canvas;

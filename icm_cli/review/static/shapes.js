@@ -1,15 +1,16 @@
 // Hints of an image: shapes as in hint files, and brush strokes, which become masks when they are sent.
 //
-// A stroke is {shape_type: "brush", label: "keep" | "drop" | "erase", radius, points}. The order of shapes counts: paint
-// replaces the paint below it, so that areas to keep and to drop never overlap.
+// A stroke is {shape_type: "brush", label: "keep" | "drop" | "erase", radius, points}. The order of shapes
+// counts: paint replaces the paint below it, so that areas to keep and to drop never overlap.
+import { decodeImage } from "./bitmaps.js";
 import { createCanvas } from "./viewer.js";
 
 const LABELS = { bg: "bg", background: "bg", keep: "keep", drop: "drop" };
-/** Least value of a pixel of paint, 0..255, that belongs to the mask. Above one half, two masks cannot share a pixel. */
+const PAINT_LABELS = ["keep", "drop"];
+/** Least value of a pixel of a mask, 0..255. Above one half, two masks cannot share a pixel. */
 const MIN_PAINT = 128;
 const LINE_PX = 3;
-/** Canvases of masks by their shape. */
-const masks = new WeakMap();
+const masks = new WeakMap(); // canvases of masks by their shape
 
 export const isPoint = ({ shape_type: type }) => type === "point" || type === "points";
 export const isBox = ({ shape_type: type, label }) => type === "rectangle" && label === "fg";
@@ -17,7 +18,7 @@ export const isBox = ({ shape_type: type, label }) => type === "rectangle" && la
 export const isPositive = ({ label }) => label === "fg" || label === "keep";
 const isBrush = ({ shape_type: type }) => type === "brush";
 /** Return whether a shape is an area whose final alpha is 1 or 0, or erases such areas. */
-export const isPaint = (shape) => isBrush(shape) || (["keep", "drop"].includes(shape.label) && !isPoint(shape));
+export const isPaint = (shape) => isBrush(shape) || (PAINT_LABELS.includes(shape.label) && !isPoint(shape));
 
 /** Return left, top, right and bottom of points. */
 export function boxCorners(points) {
@@ -37,8 +38,8 @@ export async function readShapes(hints) {
 export async function encodeShapes(shapes, width, height) {
   if (!shapes.some(isBrush)) return { shapes };
   const paint = shapes.filter(isPaint);
-  const encoded = [encodePaint(paint, "keep", width, height), encodePaint(paint, "drop", width, height)];
-  return { shapes: [...shapes.filter((shape) => !isPaint(shape)), ...(await Promise.all(encoded)).filter(Boolean)] };
+  const areas = await Promise.all(PAINT_LABELS.map((label) => encodePaint(paint, label, width, height)));
+  return { shapes: [...shapes.filter((shape) => !isPaint(shape)), ...areas.filter(Boolean)] };
 }
 /** Draw what remains of the paint of a label, opaque, into an empty canvas in coordinates of the image. */
 export function drawPaint(context, shapes, label) {
@@ -51,15 +52,15 @@ export function drawPaint(context, shapes, label) {
 /** Draw a line or fill an area with the current style. */
 export function drawArea(context, shape) {
   const { shape_type: type, points, radius = LINE_PX / 2 } = shape;
-  const [[x, y], ...others] = points;
+  const [[x, y], edge] = points;
   const [left, top, right, bottom] = boxCorners(points);
   context.beginPath();
   if (type === "mask") context.drawImage(masks.get(shape), Math.floor(left), Math.floor(top));
-  else if (type === "circle") context.arc(x, y, Math.hypot(others[0][0] - x, others[0][1] - y), 0, 2 * Math.PI);
+  else if (type === "circle") context.arc(x, y, Math.hypot(edge[0] - x, edge[1] - y), 0, 2 * Math.PI);
   else if (type === "rectangle") context.rect(left, top, right - left, bottom - top);
   else {
     context.moveTo(x, y);
-    for (const point of others.length > 0 ? others : points) context.lineTo(...point);
+    for (const point of points) context.lineTo(...point);
   }
   if (isBrush(shape) || type === "line" || type === "linestrip") {
     context.lineWidth = 2 * radius;
@@ -91,13 +92,13 @@ function outerCorners({ shape_type: type, points, radius = LINE_PX }) {
 /** Return a canvas that is opaque where the mask of a hint file is above 0, and transparent elsewhere. */
 async function decodeMask(base64) {
   const png = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-  const bitmap = await createImageBitmap(new Blob([png], { type: "image/png" }), { colorSpaceConversion: "none" });
+  const bitmap = await decodeImage(new Blob([png], { type: "image/png" }));
   const context = createCanvas(bitmap.width, bitmap.height, { willReadFrequently: true });
   context.drawImage(bitmap, 0, 0);
   setOpaque(context, (data, at) => data[at] > 0);
   return context.canvas;
 }
-/** Make the pixels opaque for which `isInside(data, at)` holds, and the others transparent. Returns whether any is. */
+/** Make the pixels opaque where `isInside(data, at)`, and others transparent. Returns whether any is. */
 function setOpaque(context, isInside) {
   const pixels = context.getImageData(0, 0, context.canvas.width, context.canvas.height);
   let isAny = false;

@@ -3,7 +3,9 @@ import { api } from "./api.js";
 import { Answers } from "./answers.js";
 import { decodeImage, loadAlpha, loadSource } from "./bitmaps.js";
 import { lastDecided } from "./decisions.js";
-import { STATUS_LABELS, baseName, byId, create, formatPercent, formatQuality, setText } from "./dom.js";
+import {
+  STATUS_LABELS, baseName, byId, create, formatPercent, formatQuality, listen, pressButton, setText,
+} from "./dom.js";
 import { openDraft } from "./drafts.js";
 import { Editor } from "./editor.js";
 import { clearError, notify, reportError } from "./messages.js";
@@ -11,19 +13,14 @@ import { store } from "./store.js";
 import { Strip } from "./strip.js";
 import { Viewer } from "./viewer.js";
 
-/** Settings of the colours of views. */
-const COLOUR_SETTINGS = { overlay: "tint", colour: "background" };
+const COLOUR_SETTINGS = { overlay: "tint", colour: "background" }; // settings of the colours of views
 
 export class Single {
   id = null;
-  /** The list that previous and next follow, as it was when the overview was left. */
-  ids = [];
-  /** The ids of the shot of the image, also while the next frame is loaded; null: it is in none. */
-  shot = null;
+  ids = []; // the list that previous and next follow, as it was when the overview was left
+  shot = null; // the ids of the shot of the image, also while the next frame is loaded; null: it is in none
   details = null;
   draft = null;
-  /** The revision that is shown. */
-  revision = null;
   constructor(open) {
     this.open = open;
     this.viewer = new Viewer(() => {
@@ -34,8 +31,8 @@ export class Single {
     this.strip = new Strip(open);
     const describe = (text) => setText(byId("answer-state"), text);
     this.answers = new Answers((...answer) => this.showAnswer(...answer), describe);
-    byId("colour").addEventListener("input", ({ target }) => this.setColour(target.value));
-    byId("compare-position").addEventListener("input", ({ target }) => this.editor.setDivision(target.value / 100));
+    listen(byId("colour"), { input: ({ target }) => this.setColour(target.value) });
+    listen(byId("compare-position"), { input: ({ target }) => this.editor.setDivision(target.value / 100) });
     store.on("items", (changed) => this.handleItems(changed));
     this.setView(store.settings.view);
   }
@@ -52,16 +49,16 @@ export class Single {
     this.setBusy(false);
     const next = store.items.get(this.ids[this.ids.indexOf(id) + 1]);
     if (next === undefined) return;
-    for (const promise of [loadSource(next), loadAlpha(next)]) promise.catch(() => {}); // reported when it is opened
+    for (const load of [loadSource, loadAlpha]) load(next).catch(() => {}); // reported when it is opened
   }
-  /** Load what the server has; hints that are not saved stay. `isNew`: whether another image was shown before. */
+  /** Load what the server has. Hints that are not saved stay. `isNew`: another image was shown before. */
   async refresh(isNew) {
     const { id } = this;
     try {
       const details = await api.details(id);
       const draft = await openDraft(details);
       if (this.id !== id) return;
-      Object.assign(this, { details, draft, shot: details.shot, revision: details.revision });
+      Object.assign(this, { details, draft, shot: details.shot });
       this.showItem(); // decisions are possible even if the source cannot be read
       if (details.error) reportError(`${details.name}: ${details.error}`, { topic: "image" });
       const [source, before] = await Promise.all([loadSource(details), loadAlpha(details)]);
@@ -70,8 +67,9 @@ export class Single {
       else this.viewer.setAlpha("before", before);
       this.editor.setDraft(draft);
       this.showItem();
+      const { answer, shapes } = draft;
       if (!draft.isDirty) this.viewer.setAlpha("after", null);
-      else if (draft.answer?.shapes === draft.shapes) this.viewer.setAlpha("after", await decodeImage(draft.answer.blob));
+      else if (answer?.shapes === shapes) this.viewer.setAlpha("after", await decodeImage(answer.blob));
       else this.answers.ask(draft);
     } catch (error) {
       if (this.id !== id) return;
@@ -79,7 +77,6 @@ export class Single {
       reportError(`${store.items.get(id).name}: ${error.message}`, { topic: "image" });
     }
   }
-  /** Return to the overview. */
   close() {
     this.leave();
     this.viewer.set({ image: null });
@@ -93,8 +90,9 @@ export class Single {
   handleItems(changed) {
     if (!changed.has(this.id)) return;
     this.showItem();
-    const isNewer = store.items.get(this.id).revision > this.revision;
-    if (this.details !== null && isNewer && !store.pending.has(this.id)) this.refresh(false);
+    if (this.details === null || store.pending.has(this.id)) return;
+    const { revision, version } = store.items.get(this.id);
+    if (revision > this.details.revision || version !== this.details.version) this.refresh(false);
   }
   setBusy(isBusy) {
     byId("loading").hidden = !isBusy;
@@ -136,7 +134,7 @@ export class Single {
   replaceHints(shapes) { this.draft.change(shapes); this.answer(); }
   setView(view) {
     if (view !== store.settings.view) store.setSetting("view", view);
-    for (const button of byId("views").children) button.setAttribute("aria-pressed", button.dataset.view === view);
+    pressButton("views", "view", view);
     const setting = COLOUR_SETTINGS[view];
     byId("colour").hidden = setting === undefined;
     if (setting !== undefined) byId("colour").value = store.settings[setting];
@@ -166,11 +164,15 @@ export class Single {
     document.title = `${baseName(item.name)} – icm review`;
     setText(byId("image-name"), baseName(item.name));
     byId("image-name").title = item.name;
-    const status = isSaving ? "saving …" : STATUS_LABELS[item.status];
+    const isWaiting = isSaving && store.run.model_state === "loading" && draft?.isDirty;
+    const saving = isWaiting ? "saving when the model is loaded …" : "saving …";
+    const status = isSaving ? saving : STATUS_LABELS[item.status];
     byId("image-status").dataset.status = item.status;
     setText(byId("image-status"), status + change + (item.has_alpha ? "" : ", no alpha"));
     byId("quality").value = item.quality ?? 0;
-    setText(byId("quality-value"), `quality ${formatQuality(item.quality)}`);
+    const whose = draft?.isDirty ? " of the alpha on disk" : "";
+    setText(byId("quality-value"), `quality ${formatQuality(item.quality)}${whose}`);
+    byId("image-reasons").classList.toggle("outdated", whose !== "");
     byId("image-reasons").replaceChildren(...item.reasons.map((reason) => create("li", {}, reason)));
     setText(byId("hints-state"), draft === null ? "" : describeHints(draft));
     setText(byId("taught-state"), item.taught === null ? "" : `Used as a ${item.taught}.`);
@@ -178,15 +180,17 @@ export class Single {
     this.showStrip();
     if (details === null) return;
     const size = `${details.width} × ${details.height}`;
-    const rows = { Size: size, Folder: item.folder || "(top folder)", Source: details.source, Alpha: details.output };
-    const cells = Object.entries(rows).flatMap(([name, value]) => [create("dt", {}, name), create("dd", {}, value)]);
-    byId("image-details").replaceChildren(...cells);
+    const folder = item.folder || "(top folder)";
+    const rows = { Size: size, Folder: folder, Source: details.source, Alpha: details.output };
+    const createRow = ([name, value]) => [create("dt", {}, name), create("dd", {}, value)];
+    byId("image-details").replaceChildren(...Object.entries(rows).flatMap(createRow));
   }
   showStrip() {
-    const { shot } = this;
-    setText(byId("position"), `${this.ids.indexOf(this.id) + 1} of ${this.ids.length}`);
-    if (shot) this.strip.show(shot, this.id, `Frames of the shot: ${shot.indexOf(this.id) + 1} of ${shot.length} · list:`);
-    else this.strip.show(this.ids, this.id, "Images of the list:");
+    const { ids, shot } = this;
+    const describePosition = (list) => `${list.indexOf(this.id) + 1} of ${list.length}`;
+    setText(byId("position"), describePosition(ids));
+    const title = shot ? `Frames of the shot: ${describePosition(shot)} · list:` : "Images of the list:";
+    this.strip.show(shot ?? ids, this.id, title);
   }
   enableButtons(item, isReady) {
     const { details, draft, editor: { draft: edited } } = this;

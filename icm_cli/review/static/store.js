@@ -1,11 +1,12 @@
-// State of the page: the run, its images as the server knows them, the filters, and settings kept in the browser.
+// State of the page: the run, its images as the server knows them, filters, and settings of the browser.
 import { api } from "./api.js";
 import { clearError, reportError } from "./messages.js";
 
 const POLL_MS = 2000;
 const SETTINGS_KEY = "icm-review";
 const DEFAULTS = {
-  view: "overlay", thumbnailView: "cutout", thumbnailSize: 176, background: "#808080", tint: "#ff3030", brush: 24,
+  view: "overlay", background: "#808080", tint: "#ff3030", brush: 24,
+  thumbnailView: "cutout", thumbnailSize: 176,
 };
 const collator = new Intl.Collator("en", { numeric: true });
 const ORDERS = {
@@ -16,14 +17,13 @@ const ORDERS = {
 
 class Store extends EventTarget {
   run = null;
-  /** Images by id, as the server sent them. */
-  items = new Map();
-  revision = null;
+  items = new Map(); // images by id, as the server sent them
+  /** Revisions of the decisions and of the files that are known: {since, files}; {} before the first list. */
+  known = {};
   recompute = { state: "idle", done: 0, total: 0, message: "", changed: [] };
   filter = { text: "", status: "all", folder: "", reasons: new Set(), sort: "quality" };
   settings = { ...DEFAULTS, ...JSON.parse(localStorage.getItem(SETTINGS_KEY) ?? "{}") };
-  /** Ids whose decision is being saved. */
-  pending = new Set();
+  pending = new Set(); // ids whose decision is being saved
   /** Returns whether an image has hints that are not saved; set by drafts.js. */
   isDraft = () => false;
   /** Dispatch an event: "run", "items" (detail: Set of changed ids), "filter", "settings" or "recompute". */
@@ -37,14 +37,13 @@ class Store extends EventTarget {
   /** Ask the server for changes of the run, the images and the recomputation. */
   async poll() {
     try {
-      const run = await api.run();
+      const requests = [api.run(), api.images(this.known), api.recomputeState()];
+      const [run, { revision, files, images }, recompute] = await Promise.all(requests);
       const isNew = JSON.stringify(run) !== JSON.stringify(this.run);
-      this.run = run;
+      Object.assign(this, { run, known: { since: revision, files } });
       if (isNew) this.emit("run");
-      const { revision, images } = await api.images(this.revision);
-      this.revision = revision;
       this.update(images);
-      this.setRecompute(await api.recomputeState());
+      this.setRecompute(recompute);
       clearError("connection");
     } catch (error) { reportError(error.message, { topic: "connection" }); }
   }
@@ -73,14 +72,15 @@ class Store extends EventTarget {
   /** Return whether an image matches the filters, except the one that is called `without`. */
   matches(item, without = null) {
     const { text, status, folder, reasons } = this.filter;
-    if (!item.name.toLowerCase().includes(text.toLowerCase()) || (folder && item.folder !== folder)) return false;
+    if (!item.name.toLowerCase().includes(text.toLowerCase())) return false;
+    if (folder && item.folder !== folder) return false;
     if (without !== "status" && !this.hasStatus(item, status)) return false;
     return without === "reasons" || reasons.size === 0 || item.reasons.some((reason) => reasons.has(reason));
   }
   /** Return whether an image belongs to an entry of the status filter. */
   hasStatus(item, status) {
     if (status === "all") return true;
-    if (status === "below") return item.status === "open" && (item.quality ?? 0) < (this.run?.review_below ?? 0);
+    if (status === "below") return item.status === "open" && (item.quality ?? 0) < this.run.review_below;
     if (status === "changed") return item.change > 0;
     if (status === "unsaved") return this.isDraft(item.id);
     if (status === "taught") return item.taught !== null;

@@ -25,31 +25,25 @@ export class Strip {
     setText(byId("strip-title"), title);
     this.draw();
   }
-  clear() { for (const id of this.frames.keys()) this.remove(id); }
+  clear() { this.show([], null, ""); }
   draw() {
     const count = Math.max(1, Math.floor(this.box.clientWidth / FRAME_PX));
     const centred = this.ids.indexOf(this.current) - Math.floor(count / 2);
     const first = Math.max(0, Math.min(this.ids.length - count, centred));
     const shown = this.ids.slice(first, first + count);
-    for (const id of this.frames.keys()) if (!shown.includes(id)) this.remove(id);
-    for (const id of shown) {
-      if (!this.frames.has(id)) this.frames.set(id, clone("frame-template"));
-      this.fill(id, this.frames.get(id));
-      this.box.append(this.frames.get(id).root);
-    }
+    const before = this.frames;
+    this.frames = new Map(shown.map((id) => [id, before.get(id) ?? clone("frame-template")]));
+    for (const [id, { image }] of before) if (!this.frames.has(id)) releaseThumbnail(image);
+    for (const [id, frame] of this.frames) this.fill(id, frame);
+    this.box.replaceChildren(...[...this.frames.values()].map(({ root }) => root));
   }
-  remove(id) {
-    const { root, image } = this.frames.get(id);
-    releaseThumbnail(image);
-    root.remove();
-    this.frames.delete(id);
-  }
-  fill(id, { root, image, caption }) {
+  fill(id, { root, image, caption, folder }) {
     const item = store.items.get(id);
     Object.assign(root.dataset, { id, status: item.status });
     const label = `${item.name}, quality ${formatQuality(item.quality)}, ${STATUS_LABELS[item.status]}`;
     Object.assign(root, { title: item.name, ariaLabel: label, ariaCurrent: id === this.current });
     setText(caption, baseName(item.name));
+    setText(folder, item.folder);
     showThumbnail(image, item, store.settings.thumbnailView);
   }
 }

@@ -1,4 +1,4 @@
-// Dialog of teaching: the taught images, the recomputation with its progress, and the command that reproduces the run.
+// Dialog of teaching: the taught images, the recompute with its progress, and the command of the run.
 import { api } from "./api.js";
 import { forget } from "./decisions.js";
 import { byId, clone, formatPercent, setText } from "./dom.js";
@@ -7,7 +7,7 @@ import { store } from "./store.js";
 import { showThumbnail } from "./thumbnails.js";
 
 const MAX_LISTED = 200;
-const STATES = { idle: "", running: "Running", done: "Done", stopped: "Stopped", failed: "Failed" };
+const STATES = { idle: "", done: "Done", failed: "Failed" };
 
 export class TeachDialog {
   constructor(open) {
@@ -46,8 +46,7 @@ export class TeachDialog {
     this.drawHeader();
     if (!this.dialog.open) return;
     const { state, done, total, message, changed } = store.recompute;
-    const progress = ["running", "stopped"].includes(state) ? `: ${done} of ${total} images` : "";
-    setText(byId("recompute-state"), [STATES[state] + progress, message].filter(Boolean).join(". "));
+    setText(byId("recompute-state"), [describeProgress(), message].filter(Boolean).join(". "));
     Object.assign(byId("recompute-bar"), { max: total || 1, value: state === "done" ? total || 1 : done });
     this.dialog.querySelector('[data-action="recompute"]').disabled = state === "running";
     this.dialog.querySelector('[data-action="stop-recompute"]').disabled = state !== "running";
@@ -55,18 +54,26 @@ export class TeachDialog {
     drawRows("taught-list", taught.map((item) => [item, item.taught]), true);
     byId("taught-empty").hidden = taught.length > 0;
     const rows = changed.slice(0, MAX_LISTED).filter(({ id }) => store.items.has(id));
-    drawRows("changed-list", rows.map(({ id, difference }) => [store.items.get(id), formatPercent(difference)]), false);
+    const changes = rows.map(({ id, difference }) => [store.items.get(id), formatPercent(difference)]);
+    drawRows("changed-list", changes, false);
     byId("changed").hidden = rows.length === 0;
     setText(byId("command"), store.run?.command ?? "");
   }
   drawHeader() {
-    const { state, done, total } = store.recompute;
-    setText(byId("open-teach"), state === "running" ? `Recomputing ${done} of ${total}` : "Teach and recompute");
+    const isRunning = store.recompute.state === "running";
+    setText(byId("open-teach"), isRunning ? describeProgress() : "Teach and recompute");
     if (store.run === null) return;
     setText(byId("model-state"), `model: ${store.run.model_state}`);
     byId("model-state").dataset.state = store.run.model_state;
     byId("model-state").title = store.run.model_error || store.run.model;
   }
+}
+/** Return what the recompute does. */
+function describeProgress() {
+  const { state, done, total } = store.recompute;
+  const count = `${done} of ${total} images`;
+  if (state === "running") return done > 0 ? `Recomputing: ${count}` : "Preparing references";
+  return state === "stopped" ? `Stopped: ${count}` : STATES[state];
 }
 /** Draw rows [item, text] into a list, if they have changed. */
 function drawRows(id, rows, canForget) {

@@ -1,15 +1,13 @@
-// The image: zoom, pan, views and the comparison. The alpha is blended here, so that views and colours change at once.
+// The image: zoom, pan, views and the comparison. Alphas are blended here, so that views change at once.
 //
-// A blend is top * alpha + bottom * (1 - alpha), made of canvas operations on the visible part only, since reading the
-// pixels of large images back would be slow. Zoomed out, a smaller copy of the image is drawn.
+// A blend is top * alpha + bottom * (1 - alpha), made of canvas operations on the visible part only, since
+// reading the pixels of large images back would be slow. Zoomed out, a smaller copy of the image is drawn.
 import { byId, setText } from "./dom.js";
 
 const MAX_ZOOM = 40;
 const MAX_FIT_ZOOM = 4;
-/** From this zoom on, pixels are drawn as squares. */
-const PIXEL_ZOOM = 2;
-/** Part of the image that stays visible when it is moved. */
-const MARGIN_PX = 40;
+const PIXEL_ZOOM = 2; // from this zoom on, pixels are drawn as squares
+const MARGIN_PX = 40; // part of the image that stays visible when it is moved
 const CHECKER_PX = 12;
 const CHECKER_GREYS = ["#5a5a5a", "#8c8c8c"];
 const STAGE_GREY = "#262626";
@@ -34,10 +32,8 @@ export class Viewer {
   background = "#808080";
   tint = "#ff3030";
   isComparing = false;
-  /** Where the comparison is divided, as a fraction of the width of the stage. */
-  division = 0.5;
-  /** {width, height, source, before, after}: alphas of the file, and of hints that are not saved. */
-  image = null;
+  division = 0.5; // where the comparison is divided, as a fraction of the width of the stage
+  image = null; // {width, height, source, before, after}: alphas of the file, and of hints that are not saved
   zoom = 1;
   left = 0;
   top = 0;
@@ -83,8 +79,9 @@ export class Viewer {
     if (this.image === null) return;
     const least = Math.min(1, 64 / Math.max(this.image.width, this.image.height));
     const target = Math.min(MAX_ZOOM, Math.max(least, zoom));
-    const move = (offset, centre) => centre * this.ratio - ((centre * this.ratio - offset) * target) / this.zoom;
-    this.set({ left: move(this.left, x), top: move(this.top, y), zoom: target, isFitted: false });
+    const scale = (offset, fixed) => fixed - ((fixed - offset) * target) / this.zoom;
+    const [left, top] = [scale(this.left, x * this.ratio), scale(this.top, y * this.ratio)];
+    this.set({ left, top, zoom: target, isFitted: false });
   }
   /** Move the image by CSS pixels; a part of it always stays visible. */
   panBy(x, y) {
@@ -97,7 +94,8 @@ export class Viewer {
   }
   /** Return the point of the image at a point of the stage (CSS pixels). */
   toImage(x, y) {
-    return [(x * this.ratio - Math.round(this.left)) / this.zoom, (y * this.ratio - Math.round(this.top)) / this.zoom];
+    const scale = (value, offset) => (value * this.ratio - Math.round(offset)) / this.zoom;
+    return [scale(x, this.left), scale(y, this.top)];
   }
   /** Return the point of the canvas, in its pixels, at a point of the image. */
   toCanvas([x, y]) { return [Math.round(this.left) + x * this.zoom, Math.round(this.top) + y * this.zoom]; }
@@ -140,7 +138,7 @@ export class Viewer {
       context.drawImage(pyramid.findLevel(right - left), left, top, right - left, bottom - top);
     };
     const drawSource = (context) => drawPyramid(context, this.image.source);
-    const drawAlpha = (context) => (alpha === null ? fill(context, "#000", box) : drawPyramid(context, alpha));
+    const drawAlpha = (context) => (alpha ? drawPyramid(context, alpha) : fill(context, "#000", box));
     const drawColour = (colour) => (context) => fill(context, colour, box);
     for (const context of [this.context, this.layer]) {
       context.save();
@@ -151,10 +149,11 @@ export class Viewer {
     if (view === "source") drawSource(this.context);
     else if (view === "alpha") drawAlpha(this.context);
     else if (view === "overlay") this.blend(box, drawColour(this.tint), drawAlpha, drawSource, TINT_OPACITY);
-    else this.blend(box, drawSource, drawAlpha, drawColour(view === "colour" ? this.background : this.checker));
+    else if (view === "colour") this.blend(box, drawSource, drawAlpha, drawColour(this.background));
+    else this.blend(box, drawSource, drawAlpha, drawColour(this.checker));
     for (const context of [this.context, this.layer]) context.restore();
   }
-  /** Draw top * m + bottom * (1 - m), m = alpha * opacity. The arguments draw into the context that they are given. */
+  /** Draw top * m + bottom * (1 - m), m = alpha * opacity. The arguments draw into a context. */
   blend(box, drawTop, drawAlpha, drawBottom, opacity = 1) {
     const { context, layer } = this;
     const combine = (target, operation, draw) => {
