@@ -113,19 +113,13 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
     read_type = _read_type(spec, wanted)
     for height, width in {windows.size, windows.display}:
         check_memory(path, width, height, 4 if read_type == "float" else np.dtype(read_type).itemsize)
-    first, end = layer.channels
-    values = reader.read_image(layer.part, 0, first, end, read_type)
-    if values is None or reader.has_error:
-        raise ValueError(reader.geterror() or "no pixels")
-    alpha = None if layer.alpha is None else values[..., layer.alpha - first]
-    red, blue = layer.colours[0] - first, layer.colours[-1] - first
-    is_adjacent = layer.colours == tuple(range(layer.colours[0], layer.colours[-1] + 1))  # can be read without a copy
-    pixels = values[..., red : blue + 1] if is_adjacent else values[..., [channel - first for channel in layer.colours]]
-    scale = _white_value(spec, values.dtype, wanted.white)
+    pixels, alpha = _read_channels(reader, layer, read_type)
+    dtype = pixels.dtype
+    scale = _white_value(spec, dtype, wanted.white)
     if _integer_attribute(spec, "tiff:PhotometricInterpretation", -1) == MIN_IS_WHITE:
-        pixels = np.asarray(np.maximum(scale - pixels, 0), values.dtype)
+        pixels = np.asarray(np.maximum(scale - pixels, 0), dtype)
     channels = [pixels] if alpha is None else [pixels, alpha]
-    if values.dtype == np.float32 and not all(np.isfinite(plane).all() for plane in channels):
+    if dtype == np.float32 and not all(np.isfinite(plane).all() for plane in channels):
         notices.append(f"{path} has {NOT_FINITE}; they are set to 0")
         pixels, *alphas = (np.nan_to_num(plane, nan=0.0, posinf=0.0, neginf=0.0) for plane in channels)
         alpha = alphas[0] if alphas else None
@@ -142,20 +136,33 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
         else:
             alpha = None if alpha is None else _to_8_bits(alpha, scale)
             pixels, space, scale = converted, colour.SRGB, 255.0
-    channel_formats = spec.channelformats or [spec.format] * end
+    channel_formats = spec.channelformats or [spec.format] * spec.nchannels
     decoded = DecodedImage(
         pixels,
         alpha,
         scale,
         space,
         tuple(notices),
-        bits=8 * values.dtype.itemsize,
-        file_white=_file_white(spec, file, values.dtype),
+        bits=8 * dtype.itemsize,
+        file_white=_file_white(spec, file, dtype),
         header=spec,
         is_half=all(str(channel_formats[channel]) == "half" for channel in layer.colours),
         own_windows=windows,
     )
     return decoded.reorient(orientation)
+
+
+def _read_channels(reader: Any, layer: ImageLayer, read_type: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Return the colours [H,W,3] or the grey [H,W,1] of a layer, and its alpha [H,W]; None without one."""
+    first, end = layer.channels
+    values = reader.read_image(layer.part, 0, first, end, read_type)
+    if values is None or reader.has_error:
+        raise ValueError(reader.geterror() or "no pixels")
+    alpha = None if layer.alpha is None else values[..., layer.alpha - first]
+    red, blue = layer.colours[0] - first, layer.colours[-1] - first
+    is_adjacent = layer.colours == tuple(range(layer.colours[0], layer.colours[-1] + 1))  # can be read without a copy
+    pixels = values[..., red : blue + 1] if is_adjacent else values[..., [channel - first for channel in layer.colours]]
+    return pixels, alpha
 
 
 def _convert_by_profile(pixels: NDArray[Any], scale: float, profile: bytes) -> ImageU8 | None:

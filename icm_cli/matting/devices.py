@@ -98,9 +98,8 @@ class WorkerPool:
         try:
             for number, setup in enumerate(self._setups, 1):
                 self._workers.append(_WorkerProcess(number, setup.choice.device.torch_device, self._receive))
-            for worker, setup in zip(
-                self._workers, self._setups, strict=True
-            ):  # only after all have started, because it may block
+            # Only after all have started, because it may block.
+            for worker, setup in zip(self._workers, self._setups, strict=True):
                 worker.send(setup)
             while self._is_busy and not self._error:
                 self._handle_next_message()

@@ -204,6 +204,7 @@ class HintFiles:
             for key in self._keys(image):
                 owners[key].append(image)
         files = sources.files if self.files else ()
+        # Keys of all sources. Some are not matted, and their hints are not reported.
         known = {key for path in files for key in self._keys(name_below(path, sources.root))}
         found, without_image = defaultdict[Path, list[Path]](list), list[Path]()
         for key, given in self.files.items():

@@ -100,7 +100,7 @@ class ExistingAlpha:
         return self.is_of_same_state or self.provenance.get(CONTENT_KEY) == job.content_digest()
 
     def outdated_reason(self, job: Job, digest: str, hints_digest: str) -> str:
-        """Return why an alpha that is not kept is recomputed. Arguments are those of :func:`make_provenance`."""
+        """Return why the alpha is recomputed. Arguments are those of :func:`make_provenance`."""
         recorded = self.provenance.get(HINTS_KEY, "")
         if not self.is_of_this_icm:
             return "another version of icm made its alpha"

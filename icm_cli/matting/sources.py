@@ -309,7 +309,10 @@ def _read_list(data: bytes, where: str, skipped_files: SkippedFiles) -> Sources:
 
 
 def _find_list_root(lines: Sequence[str], where: str) -> Path:
-    """Return the root in the lines of a list, else the working directory. Raises UsageError for different roots."""
+    """Return the part of the lines of a list before ``/./``, else the working directory.
+
+    Raises UsageError for different roots.
+    """
     given = [line.rpartition(ROOT_MARK)[0] for line in lines if ROOT_MARK in line]
     roots = sorted({os.path.abspath(root or "/") for root in given})  # noqa: PTH100
     if len(roots) > 1:

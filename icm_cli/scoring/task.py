@@ -121,11 +121,16 @@ class ScoreTask:
         if not has_same_aspect(alpha.shape, truth.alpha.shape):
             problems.append(self._size_mismatch("alpha", self.alpha_path, alpha.shape, truth.alpha.shape))
             return ScoreResult(problems=tuple(problems), image_sha256=digest)
+        evaluation, trimap_problems = self._score(alpha, truth.alpha)
+        mean_alpha = round(float(alpha.mean()) / 255.0, 6)
+        return ScoreResult(evaluation, (*problems, *trimap_problems), digest, mean_alpha)
+
+    def _score(self, alpha: ImageU8, truth: ImageU8) -> tuple[ImageEvaluation, list[Problem]]:
+        """Return the scores of an alpha at the scored size, and the problems of the trimap."""
+        trimap, problems = self._load_trimap(truth)
         resized_truth, resized_alpha = (
-            resize_for_scoring(as_unit_range(image), truth.alpha.shape, self.rule.scored_size)
-            for image in (truth.alpha, alpha)
+            resize_for_scoring(as_unit_range(image), truth.shape, self.rule.scored_size) for image in (truth, alpha)
         )
-        trimap, trimap_problems = self._load_trimap(truth.alpha)
         scores = compute_scores(resized_alpha, resized_truth, self.rule.metric_variant, trimap)
         if trimap is not None and "unknown" not in scores:
             reason = (
@@ -133,15 +138,14 @@ class ScoreTask:
                 if self.trimap_path
                 else f"ground truth {self.truth_path} has only the values 0 and 255, so no pixel is unknown"
             )
-            trimap_problems.append(Problem("no-unknown", self.name, reason))
+            problems.append(Problem("no-unknown", self.name, reason))
         evaluation = ImageEvaluation(
             {region: scores[region] for region in self.rule.regions if region in scores},
             jaccard=compute_jaccard(resized_alpha, resized_truth) if self.rule.has_shots else None,
             boundary_f=compute_boundary_f(resized_alpha, resized_truth) if self.rule.has_shots else None,
-            was_resized=alpha.shape != truth.alpha.shape,
+            was_resized=alpha.shape != truth.shape,
         )
-        mean_alpha = round(float(alpha.mean()) / 255.0, 6)
-        return ScoreResult(evaluation, (*problems, *trimap_problems), digest, mean_alpha)
+        return evaluation, problems
 
     def _check_truth(self, truth: GroundTruthAlpha) -> list[Problem]:
         """Return the problems of the ground truth. All of them except 16-bit values prevent scoring."""

@@ -170,6 +170,7 @@ class Refine(Edges):
     @torch.inference_mode()
     def refine_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
         undecided = [index for index, alpha in enumerate(coarse) if self._is_undecided(alpha)]
+        # First step: all images at a reduced size, only near unknown pixels.
         sizes = [downscaled_size(images[index].shape[:2], self.config.frame_px) for index in undecided]
         outlines = [resize_alpha(coarse[index].float(), size) for index, size in zip(undecided, sizes, strict=True)]
         weights = [self._weight_near_unknown(outline) for outline in outlines]
@@ -180,6 +181,7 @@ class Refine(Edges):
             [outline[region] for outline, region in zip(outlines, regions, strict=True)],
             max_batch_size(self.output.weight.device),
         )
+        # Second step: each larger image in tiles, at its own size.
         refined = {}
         for index, outline, weight, region, after in zip(undecided, outlines, weights, regions, corrected, strict=True):
             outline[region] += weight[region] * (after - outline[region])
