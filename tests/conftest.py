@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import typer.testing
 from click.testing import Result
+from hypothesis import settings
 from typer.testing import CliRunner
 
 from icm_cli.files import RECORD_FOLDER
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from icm_cli.model.contracts import Edges
 
 os.environ["OMP_NUM_THREADS"] = "1"  # waiting OpenMP threads use CPU time
+settings.register_profile("icm", settings.default, deadline=None)  # tests do not check durations
+settings.load_profile("icm")
 if forking.IS_POSSIBLE:
     subprocess.Popen = forking.Popen  # type: ignore[misc]
 

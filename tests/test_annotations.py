@@ -168,7 +168,7 @@ def compress(counts: list[int]) -> str:
 
 
 @given(runs=st.lists(st.integers(0, 900), min_size=1, max_size=12), is_compressed=st.booleans())
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_run_lengths_of_coco_are_columns(tmp_path: Path, runs: list[int], is_compressed: bool) -> None:
     pixels = SIZE[0] * SIZE[1]
     runs = [min(count, pixels - sum(runs[:at])) if sum(runs[:at]) < pixels else 0 for at, count in enumerate(runs)]
@@ -311,7 +311,7 @@ def replace_value(content: Any, data: st.DataObject) -> Any:
 
 
 @given(data=st.data())
-@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_changed_annotation_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     content = replace_value(data.draw(st.sampled_from(VALID)), data)
     try:
@@ -324,14 +324,14 @@ def test_any_changed_annotation_is_read_or_refused(tmp_path: Path, data: st.Data
 
 @given(content=st.binary(max_size=200) | JSON_VALUES.map(lambda value: json.dumps(value).encode()))
 @example(b'{"shapes": ' + b"[" * 5000)
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_are_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UsageError, match=r"note\.json"):
         read(tmp_path, content)
 
 
 @given(points=st.lists(st.tuples(st.integers(-8, 48), st.integers(-8, 48)), min_size=3, max_size=9))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_polygon_contains_the_pixel_centres_by_the_even_odd_rule(points: list[tuple[int, int]]) -> None:
     """Pixels whose centre is on an edge, up to rounding, may be on either side."""
     corners = [(x / 2 + 0.25, y / 2 + 0.125) for x, y in points]
@@ -355,7 +355,7 @@ def test_adjacent_polygons_share_no_pixel() -> None:
 
 
 @given(seed=st.integers(0, 10**6), size=st.sampled_from([(40, 50), (700, 30), (30, 1500), (1, 1)]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_points_of_an_area_are_inside_it(seed: int, size: tuple[int, int]) -> None:
     rng = np.random.default_rng(seed)
     area = np.zeros(size, np.uint8)

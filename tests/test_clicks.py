@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -44,7 +44,6 @@ class TestLargestError:
         }
         assert find_largest_error(truth, truth) is None
 
-    @settings(deadline=None)
     @given(sizes, seeds)
     def test_click_is_in_an_error(self, size: tuple[int, int], seed: int) -> None:
         found, truth, _ = random_masks(size, seed)
@@ -56,7 +55,6 @@ class TestLargestError:
 
 
 class TestDrawnClicks:
-    @settings(deadline=None)
     @given(sizes, seeds)
     def test_click_without_displacement_corrects_an_error(self, size: tuple[int, int], seed: int) -> None:
         found, truth, rng = random_masks(size, seed)
@@ -64,7 +62,6 @@ class TestDrawnClicks:
         assert truth[click.row, click.column] == bool(click.label)
         assert found[click.row, click.column] != truth[click.row, click.column] or np.array_equal(found, truth)
 
-    @settings(deadline=None)
     @given(sizes, seeds)
     def test_displaced_click_stays_in_the_image(self, size: tuple[int, int], seed: int) -> None:
         found, truth, rng = random_masks(size, seed)
@@ -74,7 +71,6 @@ class TestDrawnClicks:
         if not np.array_equal(found, truth):  # the label is that of the error, wherever the click is
             assert (found != truth)[truth == bool(click.label)].any()
 
-    @settings(deadline=None)
     @given(sizes, seeds)
     def test_displaced_click_does_not_cross_an_edge_unless_it_may(self, size: tuple[int, int], seed: int) -> None:
         found, truth, rng = random_masks(size, seed)
@@ -90,14 +86,12 @@ class TestDrawnClicks:
         assert {click.label for click in clicks} == {1}
         assert 0.1 < np.mean([not truth[click.row, click.column] for click in clicks]) < 0.5
 
-    @settings(deadline=None)
     @given(sizes, seeds)
     def test_redundant_click_confirms_what_is_right(self, size: tuple[int, int], seed: int) -> None:
         found, truth, rng = random_masks(size, seed)
         click = draw_click(found, truth, replace(EXACT, redundant_probability=1), rng)
         assert truth[click.row, click.column] == bool(click.label)
 
-    @settings(deadline=None)
     @given(sizes, seeds)
     def test_box_is_in_the_image_and_near_the_object(self, size: tuple[int, int], seed: int) -> None:
         _, truth, rng = random_masks(size, seed)

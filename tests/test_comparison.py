@@ -231,7 +231,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damaged(make_report()))
 def test_damaged_report_is_compared_or_refused_with_one_message(good: Path, tmp_path: Path, data: bytes) -> None:
     (tmp_path / "bad.json").write_bytes(data)
@@ -245,7 +245,7 @@ def test_damaged_report_is_compared_or_refused_with_one_message(good: Path, tmp_
 SAMPLES = [Sample(name, Path(f"{name}.jpg"), Path(f"{name}.png"), group="g") for name in ("a", "b", "c")]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damaged({"references": [{"g": ["a"]}, {"g": ["b", "c"]}]}), damaged({"a": {"class": "x", "sub_class": None}}))
 def test_damaged_references_and_groups_are_read_or_refused(tmp_path: Path, references: bytes, groups: bytes) -> None:
     path = tmp_path / "file.json"

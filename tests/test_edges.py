@@ -64,7 +64,7 @@ class TestTrimap:
         assert (trimap_from_coarse(np.full((9, 7), level, np.float32), (90, 70), 0.02) == level).all()
 
     @given(seed=st.integers(0, 2**31), height=st.integers(1, 60), width=st.integers(1, 60))
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_known_region_agrees_with_the_coarse_alpha(self, seed: int, height: int, width: int) -> None:
         coarse = np.random.default_rng(seed).choice(np.float32([0.0, 0.05, 0.5, 0.95, 1.0]), size=(7, 9))
         trimap = trimap_from_coarse(coarse, (height, width), 0.01)
@@ -81,7 +81,7 @@ class TestTiles:
         width=st.integers(1, 900),
         tile=st.sampled_from([96, 128, 320]),
     )
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     def test_tiles_that_disagree_completely_leave_no_seam(self, seed: int, height: int, width: int, tile: int) -> None:
         overlap = tile // 3
         rng = np.random.default_rng(seed)

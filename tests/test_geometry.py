@@ -37,7 +37,7 @@ def test_frame_fits_on_the_canvas_with_its_aspect_ratio(rule: CanvasRule, height
     assert abs(placement.content[1] - width * scale) <= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 300), st.integers(1, 300), st.booleans())
 def test_alpha_has_the_size_of_the_source(height: int, width: int, square: bool) -> None:
     placement = CanvasRule(96, 32, square=square).placement(height, width)

@@ -20,7 +20,7 @@ def align(alpha: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
 
 
 @given(level=st.floats(0, 1), height=st.sampled_from([32, 64, 96]), width=st.sampled_from([32, 128]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_constant_alpha_stays_constant(level: float, height: int, width: int) -> None:
     image = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(height))
     alpha = torch.full((2, 1, height, width), level)

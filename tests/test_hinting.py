@@ -82,7 +82,7 @@ def pixels_that_hold(hints: Hints) -> tuple[Area, Area]:
 
 
 @given(hints_and_alphas())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_points_and_areas_hold_in_the_bound_alpha(case: tuple[Hints, Float]) -> None:
     hints, alpha = case
     before = alpha.copy()
@@ -207,7 +207,7 @@ def test_points_hold_in_the_trimap() -> None:
 
 
 @given(hints_and_alphas(), st.floats(0.0, 0.3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_crop_contains_what_is_on_the_object(case: tuple[Hints, Float], threshold: float) -> None:
     """So its hints can be moved into it. Hints of 16 times the size have crops that are smaller than the image."""
     small, alpha = case

@@ -80,7 +80,7 @@ def test_unusual_exif_only_affects_the_orientation(tmp_path: Path, entry: tuple[
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow warns about invalid EXIF
 @given(block=st.binary(max_size=200))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 def test_invalid_exif_does_not_fail_an_image(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, block: bytes
@@ -141,7 +141,7 @@ def test_masks_of_all_formats_are_equal(tmp_path: Path) -> None:
         assert (read_alpha(path) == mask).all(), path.name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(["JPEG", "PNG", "TIFF", "WEBP"]), st.floats(0, 0.98))
 def test_truncated_file_is_reported(tmp_path_factory: pytest.TempPathFactory, kind: str, kept: float) -> None:
     path = tmp_path_factory.mktemp("torn") / "a.img"
@@ -315,7 +315,7 @@ def test_alpha_has_one_channel_and_its_provenance(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_damaged_alpha_has_no_provenance(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """An alpha that is truncated or has a flipped bit is never accepted as complete."""

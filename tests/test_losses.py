@@ -94,7 +94,7 @@ ALL = LossConfig(cross_entropy=0.7, dice=0.5, l1=0.3)
 
 
 @given(seed=st.integers(0, 10_000), rule=st.sampled_from(["binary", "constant"]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_loss_of_a_sample_does_not_depend_on_its_batch(seed: int, rule: str) -> None:
     config = replace(ALL, binary_rule=rule)  # type: ignore[arg-type]
     together = compute_losses(*batch(seed), config)
@@ -104,7 +104,7 @@ def test_loss_of_a_sample_does_not_depend_on_its_batch(seed: int, rule: str) -> 
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_losses_of_the_truth_are_zero_except_for_smoothness(seed: int) -> None:
     _, truth, trimap = batch(seed)
     terms = compute_losses(truth, truth, trimap, ALL)

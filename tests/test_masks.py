@@ -172,7 +172,7 @@ def test_unknown_pixels_of_a_trimap_are_excluded(tmp_path: Path) -> None:
 
 
 @given(sigma=st.floats(0.3, 6.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_soft_masks_are_thresholded_at_one_half(tmp_path_factory: pytest.TempPathFactory, sigma: float) -> None:
     """Antialiased and blurred edges of any width are not labels."""
     soft = cv2.GaussianBlur(layers(target=255).astype(np.float32), (0, 0), sigma)

@@ -65,7 +65,7 @@ def test_aim_scores_over_the_unknown_region(i: int) -> None:
     np.testing.assert_allclose(four_scores(compute_scores(pred, truth, "aim", trimap)["unknown"]), expected, rtol=EXACT)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pairs(), st.sampled_from(METRIC_VARIANTS))
 def test_equal_to_the_reference_implementation(two: tuple[np.ndarray, np.ndarray], variant: MetricVariant) -> None:
     pred, truth = two
@@ -75,7 +75,7 @@ def test_equal_to_the_reference_implementation(two: tuple[np.ndarray, np.ndarray
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pairs(), st.sampled_from(METRIC_VARIANTS))
 def test_floating_point_alphas_have_the_scores_of_8_bit_alphas(
     two: tuple[np.ndarray, np.ndarray], variant: MetricVariant
@@ -86,20 +86,17 @@ def test_floating_point_alphas_have_the_scores_of_8_bit_alphas(
     assert compute_boundary_f(*floats) == compute_boundary_f(*two)
 
 
-@settings(deadline=None)
 @given(alpha, st.sampled_from(METRIC_VARIANTS))
 def test_scores_of_the_ground_truth_are_zero(truth: np.ndarray, variant: MetricVariant) -> None:
     assert dataclasses.astuple(compute_scores(truth, truth, variant)["whole"]) == (0, 0, 0, 0, 0)
 
 
-@settings(deadline=None)
 @given(pairs(), st.sampled_from(METRIC_VARIANTS))
 def test_symmetric_in_alpha_and_truth(two: tuple[np.ndarray, np.ndarray], variant: MetricVariant) -> None:
     a, b = two
     assert compute_scores(a, b, variant) == compute_scores(b, a, variant)
 
 
-@settings(deadline=None)
 @given(pairs(), st.sampled_from(METRIC_VARIANTS))
 def test_scores_are_not_negative_and_means_at_most_one(
     two: tuple[np.ndarray, np.ndarray], variant: MetricVariant
@@ -110,7 +107,6 @@ def test_scores_are_not_negative_and_means_at_most_one(
     assert scores.sad * 1000 == pytest.approx(scores.mad * two[0].size)
 
 
-@settings(deadline=None)
 @given(pairs(), st.integers(2, 4))
 def test_scores_of_enlarged_images(two: tuple[np.ndarray, np.ndarray], factor: int) -> None:
     """If pixels become blocks, MSE and MAD stay equal, and SAD and CONN grow with the area."""
@@ -122,7 +118,6 @@ def test_scores_of_enlarged_images(two: tuple[np.ndarray, np.ndarray], factor: i
     assert large.conn == pytest.approx(factor**2 * small.conn)
 
 
-@settings(deadline=None)
 @given(pairs())
 def test_mirrored_alphas_have_the_same_differences(two: tuple[np.ndarray, np.ndarray]) -> None:
     """CONN is excluded, because it depends on the order of equal components."""

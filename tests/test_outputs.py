@@ -122,7 +122,7 @@ def test_png_that_another_program_saved_unchanged_is_decoded(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["png", "tiff", "exr"])
 @given(cut=st.integers(1, 400))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_truncated_file_has_no_provenance(tmp_path_factory: pytest.TempPathFactory, name: str, cut: int) -> None:
     output = OutputFormat(format=name)  # type: ignore[arg-type]
     path = tmp_path_factory.mktemp("torn") / f"a{output.suffix}"
@@ -350,7 +350,7 @@ def test_wide_band_makes_everything_unknown() -> None:
 
 
 @given(band=st.integers(1, 12), side=st.integers(10, 60))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_trimap_is_unknown_around_the_edge(band: int, side: int) -> None:
     alpha = np.zeros((64, 64), np.float32)
     alpha[:, :side] = 1.0

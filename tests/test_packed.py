@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors import safe_open
@@ -143,7 +143,6 @@ def test_incompatible_checkpoints_are_reported(files: tuple[Path, Path], tmp_pat
 @given(
     arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 6)), elements=st.floats(-1e3, 1e3, width=32)),
 )
-@settings(deadline=None)
 def test_matrices_of_the_backbone_have_8_bits(tmp_path_factory: pytest.TempPathFactory, matrix: np.ndarray) -> None:
     """The error is at most half a quantisation step of the row, which is its largest value divided
     by 127."""

@@ -21,7 +21,7 @@ def make_style(kind: str, seed: int) -> ObjectStyle:
 
 
 @given(kind=st.sampled_from(sorted(DRAW_FUNCTIONS)), seed=st.integers(0, 10_000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_colours_are_premultiplied_and_depend_on_the_seed_only(kind: str, seed: int) -> None:
     style = make_style(kind, seed)
     view, again = (draw_view(style, 64, np.random.default_rng(seed)) for _ in range(2))

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import Icm
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import icm_cli
@@ -119,14 +119,12 @@ class TestEstimate:
             reasons = estimate_quality({**good_signals(), threshold["signal"]: at + sign * offset}).reasons
             assert (reason in reasons) is expected
 
-    @settings(deadline=None)
     @given(st.dictionaries(st.sampled_from(sorted(good_signals())), st.floats(-1e6, 1e6)))
     def test_any_signals_have_a_quality(self, signals: dict[str, float]) -> None:
         estimate = estimate_quality(signals)
         assert 0 <= estimate.quality <= 1
         assert estimate == estimate_quality(json.loads(json.dumps(signals)))
 
-    @settings(deadline=None)
     @given(st.sampled_from(sorted(WEIGHTS["shown"]["signals"])), st.lists(st.floats(-2, 2), min_size=2, max_size=5))
     def test_quality_is_monotonic_in_each_signal(self, name: str, values: list[float]) -> None:
         sign = 1 if WEIGHTS["shown"]["signals"][name]["weight"] > 0 else -1

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import Icm, alphas, copy_many, read
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_eval_reports import Page
 
@@ -133,7 +133,6 @@ def test_pages_of_a_file_are_listed_once(tmp_path: Path) -> None:
 NAMES = st.text("a #./é\r\u3000", min_size=1, max_size=6).filter(lambda name: name.strip("/") not in ("", ".", ".."))
 
 
-@settings(deadline=None)
 @given(st.lists(NAMES, min_size=1), st.sampled_from(["/", "/no folder", "/no/./folder"]))
 def test_src_reads_what_a_review_list_contains(names: list[str], root: str) -> None:
     files = [Path(os.path.normpath(f"{root}/x{name}")) for name in names]

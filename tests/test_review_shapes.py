@@ -27,7 +27,7 @@ def said_by(hints: Hints | None, size: tuple[int, int]) -> dict[str, object]:
 
 
 @given(hints_and_alphas())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_hints_become_shapes_that_say_the_same(case: tuple[Hints, Float]) -> None:
     hints, _ = case
     shapes = list(shapes_of_hints(hints))

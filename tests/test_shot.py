@@ -87,7 +87,7 @@ def number_of(each: Job | Keyframe | None) -> int | None:
     keys=st.sets(st.integers(0, 14), max_size=3),
     hinted=st.sets(st.integers(0, 11), max_size=3),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_every_frame_is_propagated_from_the_nearest_start(count: int, keys: set[int], hinted: set[int]) -> None:
     """A start is a keyframe or a frame with hints. It may be the earlier one of two at the same distance."""
     hints = ImageHints(Path("f.png"), (), "digest")
@@ -109,7 +109,7 @@ def test_every_frame_is_propagated_from_the_nearest_start(count: int, keys: set[
 
 
 @given(count=st.integers(0, 12), key=st.integers(-1, 14))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_frames_after_a_keyframe_come_before_those_that_precede_it(count: int, key: int) -> None:
     jobs = [job(f"f.{2 * number}.png") for number in range(count)]
     shot = Shot.from_examples([(jobs, [Keyframe(Path(f"f.{2 * key + 1}.png"), reference)] if key >= 0 else [])])
@@ -119,7 +119,7 @@ def test_frames_after_a_keyframe_come_before_those_that_precede_it(count: int, k
 
 
 @given(count=st.integers(1, 12), shards=st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_shards_are_consecutive_and_independent(count: int, shards: int) -> None:
     shot = Shot.from_examples(
         [([job(f"f.{number}.png") for number in range(count)], [Keyframe(Path("f.3a.png"), reference)])]
@@ -135,7 +135,7 @@ def test_shards_are_consecutive_and_independent(count: int, shards: int) -> None
 
 
 @given(count=st.integers(2, 12), shards=st.integers(1, 4), keys=st.lists(st.integers(0, 11), min_size=4, max_size=4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_shards_with_different_keyframes_cover_every_frame(count: int, shards: int, keys: list[int]) -> None:
     """Every frame is made by one shard, but for the reference that this very shard was given."""
     names = [f"f.{number:02}.png" for number in range(count)]
@@ -174,7 +174,7 @@ def test_each_folder_and_each_numbered_name_is_a_shot() -> None:
     width=st.integers(1, 70),
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_propagated_alpha_is_valid(seed: int, height: int, width: int, size: tuple[int, int]) -> None:
     rng = np.random.default_rng(seed)
     rgb = rng.integers(0, 256, (2, height, width, 3), np.uint8)

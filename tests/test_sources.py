@@ -143,7 +143,7 @@ def test_frames_are_selected_and_gaps_are_reported(tmp_path: Path) -> None:
 _PARTS = st.tuples(st.integers(0, 60), st.integers(0, 60), st.sampled_from(["", "x", "y", ":"]), st.integers(1, 9))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(_PARTS, min_size=1, max_size=4), st.sets(st.integers(0, 60)))
 def test_frame_ranges_equal_the_sets_of_fileseq(parts: list[tuple[int, int, str, int]], present: set[int]) -> None:
     text = ",".join(f"{first}-{last}" + (f"{mode}{step}" if mode else "") for first, last, mode, step in parts)
@@ -173,7 +173,7 @@ def test_output_names_follow_the_template(tmp_path: Path) -> None:
             plan(src, out, template=template)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 7), st.sets(st.integers(0, 99), min_size=1, max_size=30))
 def test_shards_are_a_stable_partition(tmp_path_factory: pytest.TempPathFactory, count: int, numbers: set[int]) -> None:
     """Every image is in one shard, which does not depend on other images."""
@@ -287,7 +287,7 @@ def test_empty_and_binary_lists_are_refused(tmp_path: Path) -> None:
 NAMES = st.lists(st.text("ab/.", min_size=1, max_size=6), min_size=1, max_size=8)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(NAMES)
 def test_images_never_share_an_output(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
     """For any tree, either every image has its own output in --out, or nothing is planned."""

@@ -30,7 +30,7 @@ sides = st.integers(8, 300)
 
 
 @given(height=sides, width=sides, data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_box_contains_the_object_and_its_margin(height: int, width: int, data: st.DataObject) -> None:
     top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     bottom, right = data.draw(st.integers(top + 1, height)), data.draw(st.integers(left + 1, width))
@@ -80,7 +80,7 @@ def test_a_pasted_crop_fades_inside_the_frame_only(top: int, left: int, down: in
 
 
 @given(st.tuples(sides, sides), st.tuples(sides, sides), st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_alphas_are_resized_alike_on_every_device(before: tuple[int, int], after: tuple[int, int], seed: int) -> None:
     """By OpenCV on the CPU, by torch elsewhere. Their rules differ if one side grows and the other shrinks."""
     alpha = torch.rand(before, generator=torch.Generator().manual_seed(seed))
@@ -222,7 +222,7 @@ def test_the_border_of_the_frame_cuts_no_object() -> None:
 
 
 @given(sides, sides, st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_an_enlarged_box_contains_the_box_and_is_inside_the_frame(height: int, width: int, data: st.DataObject) -> None:
     top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     box = CropBox(

@@ -108,7 +108,7 @@ def equal(one: SimpleNamespace, other: SimpleNamespace) -> bool:
 
 
 @given(seed=st.integers(0, 99), counter=st.integers(0, 10_000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_sample_depends_on_seed_and_counter_only(discs: Path, seed: int, counter: int) -> None:
     busy = PairConfig(scribble_probability=0.3, point_probability=0.2, negative_probability=0.2)
     first, second = (maker(discs, busy, AugmentConfig(), seed=seed) for _ in range(2))
@@ -188,7 +188,7 @@ def test_single_image_is_paired_with_another_view_of_itself(discs: Path) -> None
 
 
 @given(counter=st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_composites_have_no_halo(discs: Path, counter: int) -> None:
     """The old background (grey, 60 to 140) is not visible at soft edges on the new one (blue)."""
     sample = make_sample(maker(discs, replace(ALONE, composite_probability=1.0)), counter)

@@ -395,7 +395,7 @@ class TestRefine:
 
 
 @given(seed=st.integers(0, 2**31), height=st.integers(24, 90), width=st.integers(24, 90))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_degraded_alphas_are_valid(seed: int, height: int, width: int) -> None:
     truth = np.zeros((height, width), np.float32)
     truth[height // 4 : height // 2, width // 4 : width // 2] = 1.0
@@ -464,7 +464,7 @@ class TestRefineNetwork:
         np.testing.assert_allclose(shrunk, coarse[:40, :60], atol=1e-5)
 
     @given(height=st.integers(1, 300), width=st.integers(1, 300))
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     def test_output_has_the_size_of_the_input(self, height: int, width: int) -> None:
         edges = Refine(Refine.Config(widths=(4, 6), frame_px=64, tile_px=64, overlap_px=8, core_distance=0)).eval()
         level = np.full((7, 5), 0.25, np.float32)

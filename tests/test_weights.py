@@ -313,7 +313,7 @@ def test_damaged_list_of_training_images(tiny: Path, tmp_path: Path, text: str) 
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_mutated_checkpoint_loads_or_gives_a_message(
     tiny: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
