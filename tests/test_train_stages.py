@@ -500,6 +500,16 @@ class TestRefineNetwork:
         for rgb, alpha, found in zip(images, coarse, together, strict=True):
             np.testing.assert_array_equal(found.numpy(), refine_alpha(edges, rgb, alpha))
 
+    def test_coarse_alpha_is_not_changed(self) -> None:
+        edges = Refine(Refine.Config(widths=(4, 6), frame_px=64, tile_px=64, overlap_px=8)).eval()
+        assert edges.output.bias is not None
+        torch.nn.init.constant_(edges.output.bias, 2.0)
+        coarse = torch.linspace(0, 1, 50 * 60).reshape(50, 60)
+        before = coarse.clone()
+        (refined,) = edges.refine_alphas([np.zeros((50, 60, 3), np.uint8)], [coarse])
+        assert torch.equal(coarse, before)
+        assert float((refined - coarse).abs().max()) > 0.1
+
     def test_network_does_not_run_without_unknown_pixels(self) -> None:
         """A thing that is absent stays so, whatever the photograph shows."""
         edges = Refine(Refine.Config(widths=(4, 6), frame_px=64, tile_px=64, overlap_px=8, core_distance=0)).eval()

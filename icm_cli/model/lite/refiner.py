@@ -184,6 +184,7 @@ class Refine(Edges):
         # Second step: each larger image in tiles, at its own size.
         refined = {}
         for index, outline, weight, region, after in zip(undecided, outlines, weights, regions, corrected, strict=True):
+            outline = outline.clone()  # it may be the coarse alpha itself
             outline[region] += weight[region] * (after - outline[region])
             size = images[index].shape[0], images[index].shape[1]
             if size != tuple(outline.shape):
