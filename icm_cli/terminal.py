@@ -228,11 +228,12 @@ def _scores_table(report: Report) -> Table:
     """Return a table of the means by region, followed by published scores for the same dataset."""
     metrics = report.measured_metrics
     columns = [*(METRIC_TITLES[metric] for metric in metrics), "MSE x1e3", "images"]
+    # "" is the heading of the first column.
     table = _make_table("", columns, _protocol_line(report.protocol, report.settings.get("note")))
     incomplete_note = "" if report.is_complete else f" (incomplete, {len(report.results)} images so far)"
     for suffix, by_region in (("", report.means), (", not trained on", report.means_unseen or {})):
         for region, means in by_region.items():
-            cells = [format_mean(means.metrics.get(name), name) for name in metrics]
+            cells = [format_mean(means.metrics.get(metric), metric) for metric in metrics]
             mse_in_thousandths = f"{1e3 * means.metrics['mse'].mean:.2f}"
             name = f"{report.method_name}, {region}{suffix}{incomplete_note}"
             table.add_row(name, *cells, mse_in_thousandths, f"{means.images}")

@@ -191,7 +191,7 @@ class ReferenceStore:
     _errors: dict[str, str] = field(default_factory=dict)
 
     def select_references(self, rounds: int, refs_per_group: int) -> tuple[ReferenceRounds, list[Problem]]:
-        """Return the references of every round, from a file or chosen by name, and those that cannot be used."""
+        """Return the references of every round, from the references file or chosen automatically, and the problems."""
         path, groups = self.evaluation.options.protocol.references, self.evaluation.groups
         if path:
             listed, problems = read_references_file(path, groups)
@@ -212,6 +212,7 @@ class ReferenceStore:
                 is_usable=self._is_usable,
                 in_order=self.evaluation.rule.has_shots,
             )
+        # _is_usable records an error for each image that it refuses.
         problems += [Problem("bad-reference", name, error) for name, error in self._errors.items()]
         return references, problems
 

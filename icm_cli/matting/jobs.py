@@ -370,10 +370,10 @@ def _plan_missing_frames(
     skipped_files: SkippedFiles,
     protected: set[Path],
 ) -> list[Path]:
-    """Return the paths of missing frames for which jobs are planned, which will fail: with ``--missing report``.
+    """With ``--missing report``, return the paths of the missing frames; their planned jobs will fail.
 
     With ``--missing skip``, a notice names the missing frames. With ``--missing error``, they raise UsageError.
-    ``found``: files that are not excluded. ``protected``: references; one that is a frame of the sequence is present.
+    ``found``: files that are not excluded. ``protected``: references and masks; those in the sequence count as present.
     """
     if not sources.is_sequence and source_filter.frames is None:
         return []

@@ -447,12 +447,14 @@ class Predictor:
         """Matte a crop around the foreground of ``alpha`` [h,w], under the assumption that the object is present.
 
         Returns the completed alpha, float32 [H,W], which is 0 outside the crop, and the presence logit of the crop.
-        Returns None if there is no foreground, or if the crop would be nearly as large as the frame.
+        Returns None if there is no foreground, if the crop would be nearly as large as the frame, or if the completed
+        alpha of a crop is not finite. Then only the first pass counts.
         """
         config = self.model.second_pass
         box = crop_box((alpha > 0.5).numpy(force=True), frame.size, config.crop)
 
         def matte_crop(box: CropBox) -> tuple[CoarseAlpha, Tensor] | None:
+            """Return the coarse and the completed alpha of a crop; None if it is too large, or its alpha not finite."""
             if box.area > config.max_area * frame.size[0] * frame.size[1]:
                 return None
             crop = self.prepare_crop(frame, box)

@@ -362,11 +362,12 @@ class TrackingReferences:
         box = crop_box(position, frame.size, config.crop, frame.windows)
         tracked = box and self._matte_crop_of(predictor, frame, box, config)
         display = frame.size if frame.windows is None else frame.windows.display
-        # The area in the frame before is a fraction of the display window, and that of the crop one of the data window.
+        # ``position.mean()`` is a fraction of the display window, ``tracked.area`` one of the data window.
         scale = display[0] * display[1] / (frame.size[0] * frame.size[1])
         if tracked and tracked.found and tracked.area >= config.min_area_ratio * float(position.mean()) * scale:
             return tracked
         (full,) = predictor.coarse_alphas([frame], self.full)
+        # ``full.alpha`` shows the data window, so the box is computed without the windows.
         box = crop_box((full.alpha > 0.5).numpy(force=True), frame.size, config.crop) if full.found else None
         found_again = box and self._matte_crop_of(predictor, frame, box, config)
         candidates = [coarse for coarse in (tracked, found_again) if coarse and coarse.found]

@@ -366,14 +366,14 @@ class Objects(Component):
 
     @torch.inference_mode()
     def complete_alphas(self, images: Sequence[ImageU8 | EmbeddedImage], coarse: Sequence[Tensor]) -> list[Tensor]:
-        """Complete coarse alphas as :meth:`complete_embedded_alphas` does, except those without an object.
+        """Complete coarse alphas as :meth:`complete_embedded_alphas` does; those without an object stay as they are.
 
         An image may be embedded already. Otherwise it is sRGB uint8 [H,W,3] and is embedded first.
         """
         indices = [index for index, alpha in enumerate(coarse) if self.has_object(alpha)]
-        pixels = [image for index in indices if not isinstance(image := images[index], EmbeddedImage)]
-        new = iter(self.embed_images(pixels))
-        embedded = [image if isinstance(image := images[index], EmbeddedImage) else next(new) for index in indices]
+        selected = [images[index] for index in indices]
+        new = iter(self.embed_images([image for image in selected if not isinstance(image, EmbeddedImage)]))
+        embedded = [image if isinstance(image, EmbeddedImage) else next(new) for image in selected]
         alphas = self.complete_embedded_alphas(embedded, [coarse[index] for index in indices])
         completed = dict(zip(indices, alphas, strict=True))
         return [completed.get(index, alpha) for index, alpha in enumerate(coarse)]

@@ -38,7 +38,7 @@ class ScoringRule:
     has_detail_maps: bool = False
     """The published trimaps are detail maps: every pixel above 0 is unknown."""
     has_shots: bool = False
-    """Score J and F, accept empty frames, and treat all palette indices above 0 as the object."""
+    """Score J and F, accept empty frames, and read palette files as label maps: indices above 0 are the object."""
 
     def as_protocol(self) -> dict[str, Any]:
         """Return the settings that reports compare."""
@@ -212,6 +212,7 @@ class FlickerTask:
 
     def run(self) -> float | None:
         """Return dtSSD, or None if a file cannot be read."""
+        # The palette files of datasets with shots are label maps.
         read = partial(read_alpha, is_label_map=self.rule.has_shots)
         try:
             alpha, truth, alpha_before, truth_before = map(read, (*self.frame, *self.previous_frame))

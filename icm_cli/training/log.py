@@ -36,14 +36,14 @@ class RunLog:
         self,
         folder: Path,
         loss_names: Sequence[str],
-        first_step: int,
+        last_step: int,
         notice: Callable[[str], None],
         *,
         is_main: bool,
     ) -> None:
         """Open the logs in ``folder``. Only the main process (``is_main``) writes.
 
-        Rows and scalars after ``first_step`` are removed: an interrupted run may have logged steps after its last saved
+        Rows and scalars after ``last_step`` are removed: an interrupted run may have logged steps after its last saved
         state.
         """
         self._path = folder / LOG_NAME
@@ -54,7 +54,7 @@ class RunLog:
         self._writer: Any = None
         self.has_image = False
         """Whether an image was logged since the log was opened."""
-        self._try_writing(lambda: self._open_files(folder, first_step))
+        self._try_writing(lambda: self._open_files(folder, last_step))
 
     def __enter__(self) -> Self:
         return self
@@ -72,14 +72,14 @@ class RunLog:
         self.has_image = True
         self._try_writing(lambda: self._writer.add_image("samples", image, step, dataformats="HWC"))
 
-    def _open_files(self, folder: Path, first_step: int) -> None:
-        """Remove later rows from the CSV file, and open TensorBoard's log."""
+    def _open_files(self, folder: Path, last_step: int) -> None:
+        """Remove the rows after ``last_step`` from the CSV file, and open TensorBoard's log."""
         from torch.utils.tensorboard import SummaryWriter
 
-        rows = [row for row in _read_rows(self._path) if int(row["step"]) <= first_step]
+        rows = [row for row in _read_rows(self._path) if int(row["step"]) <= last_step]
         with atomic_write(self._path) as file:
             file.write(self._format_csv(rows, header=True).encode())
-        self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step + 1)
+        self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=last_step + 1)
 
     def _append_row(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a row to the CSV file, and its values to TensorBoard's log."""

@@ -258,15 +258,15 @@ class RunFolder:
 
     def _check_same_run(self, path: Path, before: dict[str, Any], now: Mapping[str, Any]) -> None:
         """Raise UsageError that lists every difference of the settings that may not differ."""
-        if "data_digest" not in before:  # saved by an earlier version, which did not record the data
+        if "data_digest" not in before:  # an earlier version: no record of the data, ``started_from`` inside ``found``
             before |= {"data_digest": now["data_digest"], "started_from": before.pop("found")["started_from"]}
         train = self._settings.train
         changeable = CHANGEABLE_SETTINGS - ({"train.steps"} if train.schedule != "constant" else set())
-        other_stages = tuple(section for section, stages in STAGE_SETTINGS.items() if train.stage not in stages)
+        unused_sections = tuple(section for section, stages in STAGE_SETTINGS.items() if train.stage not in stages)
         changed = [
             line
             for line in list_differences(before, now)
-            if not line.startswith(other_stages) and line.partition(":")[0] not in changeable
+            if not line.startswith(unused_sections) and line.partition(":")[0] not in changeable
         ]
         if changed:
             raise UsageError(

@@ -276,7 +276,8 @@ class TokenMatchHead(FinetunableHead):
     def compute_evidence(self, projected: Tensor, valid: Tensor, references: Sequence[ReferenceTokens]) -> Tensor:
         """Compare the result of :meth:`project_tokens` with the references of each target.
 
-        Returns float32 [B,8*comparisons,h,w], with these values for each token and comparison:
+        There is one comparison per layer of features, and one of their mean similarity. Returns float32
+        [B,8*comparisons,h,w], with these values for each token and comparison:
 
         - 0, 1: soft and hard maximum of the similarity to the foreground tokens;
         - 2, 3: the same for the background tokens;
@@ -287,7 +288,7 @@ class TokenMatchHead(FinetunableHead):
         height, width = valid.shape[1:]
         compared = torch.stack(
             [self._compare_tokens(one, reference) for one, reference in zip(projected, references, strict=True)]
-        )
+        )  # [B,comparisons,N,7]
         grid = projected.transpose(1, 2).reshape(len(projected), -1, height, width)
         intra_similarity = SelfSimilarity(grid, valid, self.config.temperature)
         propagated = intra_similarity.propagate(compared[..., FIRST_TRANSFERRED].transpose(1, 2))

@@ -300,6 +300,7 @@ def _load_empty_prompt_embedding(folder: Path) -> Tensor:
     with contextlib.suppress(OSError, KeyError, safetensors.SafetensorError):
         return load_file(cached)["prompt"]
     embedding = _encode_empty_prompt(folder)
+    # Checks only that the values are finite: the tensor is compared with itself.
     check_tensor_values({"prompt": embedding}, {"prompt": embedding}, f"the text encoder in {folder}")
     with atomic_write(cached) as file:
         file.write(save({"prompt": embedding}))

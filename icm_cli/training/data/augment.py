@@ -29,10 +29,9 @@ def draw_photograph_transform(size: tuple[int, int], canvas_px: int, config: Aug
     """
     zoom = config.zoom ** rng.random()
     scale = canvas_px / max(size) * zoom
-    content = np.array([size[1], size[0]]) * scale
-    spare = content - canvas_px
-    corner = -spare * rng.random(2)
-    return _draw_affine(np.array([size[1], size[0]]) / 2, corner + content / 2, scale, config, rng)
+    scaled = np.array([size[1], size[0]]) * scale
+    corner = (canvas_px - scaled) * rng.random(2)  # negative: cropped; positive: placed inside the canvas
+    return _draw_affine(np.array([size[1], size[0]]) / 2, corner + scaled / 2, scale, config, rng)
 
 
 def draw_cutout_transform(
@@ -45,8 +44,8 @@ def draw_cutout_transform(
     """
     long_side = canvas_px * rng.uniform(0.25, largest)
     scale = long_side / max(size)
-    content = np.array([size[1], size[0]]) * scale
-    lowest, highest = 0.4 * content, canvas_px - 0.4 * content
+    scaled = np.array([size[1], size[0]]) * scale
+    lowest, highest = 0.4 * scaled, canvas_px - 0.4 * scaled
     centre = rng.uniform(np.minimum(lowest, highest), np.maximum(lowest, highest))
     return _draw_affine(np.array([size[1], size[0]]) / 2, centre, scale, config, rng)
 

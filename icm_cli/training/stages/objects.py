@@ -84,12 +84,15 @@ class _Rounds:
         self._embedding = batch.embedding.float()
         self._truth = batch.alpha
         self._has_other_object = [False] * len(batch.alpha)
+        """For each sample: whether the clicks select another object than the reference's."""
         self._alpha: Tensor | None = None
         """The completed alpha, which the clicks correct, [B,1,mH,mW]."""
         self._coordinates: list[Tensor] = []
+        """Clicks and box corners so far, as in :meth:`Objects.decode_prompts`: [B,n,2] for each round with prompts."""
         self._labels: list[Tensor] = []
+        """Labels of ``_coordinates``: [B,n] for each of these rounds."""
         self._rounds: list[tuple[Tensor, Tensor, Tensor]] = []
-        """Logits [B,1,mH,mW], predicted IoU [B] and weights [B]."""
+        """Of each round: logits [B,1,mH,mW], predicted IoU [B], and weights of the samples in the loss [B]."""
 
     def select_objects(self) -> None:
         """Draw the objects that the clicks select."""

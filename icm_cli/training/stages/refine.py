@@ -206,7 +206,7 @@ def _gradient_error(error: Tensor, weight: Tensor, axis: int) -> Tensor:
 
 
 def degrade_to_tokens(alpha: Float, rng: Rng) -> Float:
-    """Return an alpha, [H,W] 0..1, with the errors of a head: large cells, smooth errors, holes and blobs."""
+    """Return an alpha, [H,W] 0..1, as coarse and wrong as one predicted per token: shifted, with holes and blobs."""
     height, width = alpha.shape
     cell = max(height, width) * np.exp(rng.uniform(*np.log(TOKEN_CELL_RANGE)))
     rows, columns = max(2, round(height / cell)), max(2, round(width / cell))
