@@ -341,7 +341,7 @@ def load(
     seed: int = 0,
     offline: bool = False,
 ) -> Predictor:
-    """Load a model that mattes arrays; the arguments are options of ``icm matte``.
+    """Load a model that mattes arrays; keywords are options of ``icm matte``.
 
     Args:
         model: Model: a name that icm matte --list-models prints, such as lite, or a .yaml file.

@@ -201,7 +201,7 @@ def _plan_results(
     paths = list_images(folder) if folder.is_dir() else []
     alphas = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
     alpha_by_stem = _unique_stems({path: path.stem for path in alphas.values()})
-    name_by_stem = _unique_stems({sample.name: Path(sample.name).name for sample in samples})
+    unique_names = _unique_stems({sample.name: Path(sample.name).name for sample in samples})
     targets = {
         sample.name
         for group, members in evaluation.groups.items()
@@ -212,7 +212,7 @@ def _plan_results(
         if sample.name in alphas:
             return alphas[sample.name]
         name = Path(sample.name).name
-        if name_by_stem.get(name) != sample.name:
+        if unique_names.get(name) != sample.name:
             return ""
         stems = [name] if isinstance(sample.image, CompositeSource) else [name, sample.file.stem]
         return next((alpha_by_stem[stem] for stem in stems if stem in alpha_by_stem), "")

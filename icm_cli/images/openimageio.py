@@ -56,13 +56,13 @@ BEAUTY_NAMES = frozenset({"beauty", "combined", "rgb", "rgba"})
 def open_reader(file: ImageFile, *, must_open: bool = True) -> Iterator[Any]:
     """Open a file so that its colours are read as they are stored, not multiplied by its alpha.
 
-    If the file cannot be opened: raise UnidentifiedImageError, or yield None.
+    If that fails: raise UnidentifiedImageError, or yield None if not ``must_open``.
     """
-    settings = oiio.ImageSpec()  # used only if the file may need it, because OpenImageIO then opens the file twice
+    settings = oiio.ImageSpec()  # only where needed: with settings, OpenImageIO opens a file twice
     settings.attribute("oiio:UnassociatedAlpha", 1)
     reader = oiio.ImageInput.open(str(file.path), *([settings] if _may_have_straight_alpha(file) else []))
     if reader is None:
-        reason = oiio.geterror()
+        reason = oiio.geterror()  # also clears the error
         if must_open:
             raise UnidentifiedImageError(reason)
         yield None

@@ -205,18 +205,19 @@ class _MattingRun:
     def preview(self) -> Report:
         """Return what the run would do (``--dry-run``), and give a notice with the counts. Raises UsageError."""
         plan = self._plan
-        kept: dict[Path, ImageResult] = {}
+        current: list[ImageResult] = []
         reasons: dict[Path, str] = {}
-        engine = self._setups[0].options
+        options = self._setups[0].options  # setups differ only in their device
 
         def add_reason(job: Job, existing: ExistingAlpha) -> None:
-            reasons[job.output] = existing.outdated_reason(job, engine.job_digest(job), engine.hints_digest(job))
+            reasons[job.output] = existing.outdated_reason(job, options.job_digest(job), options.hints_digest(job))
 
-        remaining = self._select_remaining(lambda result: kept.update({Path(result.output): result}), add_reason)
-        default = "--overwrite" if engine.overwrite else "its alpha is damaged or incomplete"
-        reasons |= {
-            job.output: default for job in remaining if job.output not in reasons and os.path.lexists(job.output)
-        }
+        remaining = self._select_remaining(current.append, add_reason)
+        kept = {Path(result.output): result for result in current}
+        default = "--overwrite" if options.overwrite else "its alpha is damaged or incomplete"
+        for job in remaining:
+            if os.path.lexists(job.output):
+                reasons.setdefault(job.output, default)
         results = [kept.get(job.output) or _planned_result(job, reasons.get(job.output, "")) for job in plan.jobs]
         failing = {result.output for result in results if result.status == "failed"}
         planned = [job for job in remaining if str(job.output) not in failing]

@@ -171,7 +171,7 @@ def _resolve_learn_steps(requested: int | None, head: type[Head], *, is_shot: bo
 
 @keyword_arguments(LoadOptions)
 def load(options: LoadOptions) -> Predictor:
-    """Load a model that mattes arrays; the arguments are options of ``icm matte``.
+    """Load a model that mattes arrays; keywords are options of ``icm matte``.
 
     >>> predictor = icm_cli.load()
     >>> reference = predictor.reference([(reference_rgb, mask)])
@@ -180,7 +180,7 @@ def load(options: LoadOptions) -> Predictor:
     Raises ConfigError if the model, its weights or the device cannot be used, UsageError for an invalid argument.
     """
     check_not_forked()
-    return ModelChoice.from_options(options.model, "auto").load_predictor()
+    return ModelChoice.from_options(options.model, batch_size="auto").load_predictor()
 
 
 AnyModelChoice = ModelChoice | LoadedModel

@@ -598,15 +598,16 @@ def _as_reference(image: Any, mask: Any, of_which: str, make_mask: MakeMask) -> 
 
     Raises UsageError.
     """
-    rgb, name = _as_rgb(image, f"the image {of_which}"), f"the mask {of_which}"
-    notice = functools.partial(warnings.warn, stacklevel=5)
+    rgb = _as_rgb(image, f"the image {of_which}")
+    mask_name = f"the mask {of_which}"
+    notice = functools.partial(warnings.warn, stacklevel=5)  # the user's line
     if isinstance(mask, Hints):
         hints = _check_hints(mask, rgb, f" {of_which}")
         mask = mask_from_hints(hints, rgb, f"the mask from the hints {of_which}", notice, make_mask)
-    mask = _check_alpha(mask, rgb, name)
+    mask = _check_alpha(mask, rgb, mask_name)
     u8 = mask if mask.dtype == np.uint8 else alpha_to_u8(mask.astype(np.float32))
     windows = ImageWindows.full((rgb.shape[0], rgb.shape[1]))
-    return Reference(rgb, make_guidance(u8, windows, name, notice))
+    return Reference(rgb, make_guidance(u8, windows, mask_name, notice))
 
 
 def _as_matte(matte: Any, rgb: ImageU8, name: str) -> Float:

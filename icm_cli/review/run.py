@@ -218,7 +218,7 @@ class ReviewRun:
         if not self.is_shot:
             return None
         if self._shots is None:
-            shots = [[self._ids[job.planned.name] for job in jobs] for jobs, _ in split_shots(self.jobs, [])]
+            shots = [[self._ids[job.planned.name] for job in jobs] for jobs, _ in split_shots(self.jobs, keys=[])]
             self._shots = {frame: shot for shot in shots for frame in shot}
         return self._shots[id]
 
@@ -264,7 +264,7 @@ class ReviewRun:
     ) -> tuple[MatteOptions, Path, FramePattern | None]:
         """Choose where the hints are: ``hints``, else ``--hints`` of the run, else ``.icm/hints``.
 
-        Returns the options with this choice, its folder, and the frame pattern if it is one.
+        Returns the options with this choice, its folder, and its frame pattern or None.
         """
         recorded = options.hints.hints
         if hints is None and recorded is not None and not Path(recorded).is_dir():

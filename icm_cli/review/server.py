@@ -237,8 +237,8 @@ class ReviewApp:
         """
         if "since" in query:
             return self._list_changes(
-                _parse_number(query["since"], "since", 15),
-                _parse_number(query["files"], "files", 15) if "files" in query else None,
+                _parse_number(query["since"], "since", digits=15),
+                _parse_number(query["files"], "files", digits=15) if "files" in query else None,
             )
         self.run.scan_alphas()
         files, _ = self.run.changes_since(None)
@@ -365,7 +365,7 @@ class ReviewApp:
         try:
             id = request.path_params.get("id")
             parsed = ApiRequest(
-                -1 if id is None else self._check_id(_parse_number(id, "the image", 9)),
+                -1 if id is None else self._check_id(_parse_number(id, "the image", digits=9)),
                 request.path_params.get("name", ""),
                 dict(request.query_params),
                 {} if schema is None else await _read_body(request, schema),
@@ -380,10 +380,10 @@ class ReviewApp:
         return result if isinstance(result, Response) else json_response(result)
 
     async def _get_thumbnails(self, request: Request) -> Response:
-        """Return small images, in base64, of the first images that the page asks for."""
+        """Return thumbnails, in base64, for the first MAX_THUMBNAILS ids."""
         try:
             words = request.query_params.get("ids", "").split(",")[:MAX_THUMBNAILS]
-            ids = [self._check_id(_parse_number(word, "the image", 9)) for word in words]
+            ids = [self._check_id(_parse_number(word, "the image", digits=9)) for word in words]
             view = next((each for each in VIEWS if each == request.query_params.get("view")), None)
             if view is None:
                 raise UsageError(f"view is {request.query_params.get('view')!r}; expected one of {', '.join(VIEWS)}")

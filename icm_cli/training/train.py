@@ -139,8 +139,8 @@ class _TrainingLoop:
         start = self._progress = run.resume_run(learner) if resume else RunProgress()
         if resume and not start.step:
             listener.on_notice(f"no step is saved in {run.folder} yet; training starts at step 1")
-        is_last = learner.is_true_anywhere(self._is_finished)
-        if is_last:
+        is_done = learner.is_true_anywhere(self._is_finished)
+        if is_done:
             listener.on_notice(f"all {start.step} steps of the run in {run.folder} are done; nothing is left to train")
         else:
             self._stage.prepare(learner, run.folder, start.step, listener)
@@ -151,25 +151,25 @@ class _TrainingLoop:
             run.folder, self._stage.loss_names, start.step, listener.on_notice, is_main=learner.is_main
         )
         with StopSignals() as stop, log, learner.explain_errors(), listener.training_steps():
-            while not is_last:
+            while not is_done:
                 learning_rate = learner.set_learning_rates(self._progress.step, self._elapsed_fraction)
                 skipped, batch = self._take_step(batches)
                 step = self._progress.step + 1
                 self._progress = RunProgress(step, skipped, start.seconds + stats.seconds)
                 is_stopped = learner.is_true_anywhere(stop.received is not None)
-                is_last = is_stopped or learner.is_true_anywhere(self._is_finished)
+                is_done = is_stopped or learner.is_true_anywhere(self._is_finished)
                 listener.on_step_end(step)
-                if step % recipe.log_every == 0 or is_last:
+                if step % recipe.log_every == 0 or is_done:
                     metrics = learner.average_over_processes(stats.take_metrics(learning_rate))
                     self._loss = metrics["loss"]
                     log.write_metrics(step, metrics)
                     listener.on_log(step, metrics)
                 with stats.pause():
-                    must_validate = step % recipe.validate_every == 0 or (is_last and not is_stopped)
+                    must_validate = step % recipe.validate_every == 0 or (is_done and not is_stopped)
                     if learner.is_main and (step % recipe.image_every == 0 or (must_validate and not log.has_image)):
                         with learner.inference_mode():
                             log.write_image(step, self._stage.render_panel(learner, batch))
-                    if learner.is_main and (step % recipe.save_every == 0 or must_validate or is_last):
+                    if learner.is_main and (step % recipe.save_every == 0 or must_validate or is_done):
                         run.save_progress(learner, self._progress)
                     if learner.is_main and must_validate and stop.received is None:
                         self._validate(stop)

@@ -101,13 +101,10 @@ class EdgeMaker(SampleMaker[EdgeBatch]):
         """Make a scene of an item; return it and whether its alpha is exact."""
         wants_photograph = rng.random() < self.config.photograph_probability
         backgrounds = self.pool.backgrounds
-        if item.is_binary or (wants_photograph and not item.is_foreground) or not (backgrounds or item.is_foreground):
+        if item.is_binary or (not item.is_foreground and (wants_photograph or not backgrounds)):
             return self._scenes.make_photograph(item, rng), False
-        background_items = [
-            background_item
-            for background_item in (self.pool.draw_item(rng) for _ in range(8))
-            if not background_item.is_foreground
-        ]
+        candidates = [self.pool.draw_item(rng) for _ in range(8)]
+        background_items = [candidate for candidate in candidates if not candidate.is_foreground]
         if background_items and (rng.random() < PHOTOGRAPH_BACKGROUND_PROBABILITY or not backgrounds):
             behind = self._scenes.make_photograph(background_items[0], rng)
         else:
@@ -250,7 +247,7 @@ def degrade_outline(alpha: Float, rng: Rng) -> Float:
 def degrade_to_object_mask(alpha: Float, rng: Rng) -> Float:
     """Return an alpha, [H,W] 0..1, with the errors of an object segmentation model.
 
-    The outline is smooth and confident on both sides. Hair extends beyond it, or the gaps between strands are closed.
+    The outline is smooth and confident. It cuts off hair or closes the gaps between strands.
     """
     height, width = alpha.shape
     longest = max(height, width)
@@ -260,7 +257,7 @@ def degrade_to_object_mask(alpha: Float, rng: Rng) -> Float:
     grid = cv2.resize(smooth, (columns, rows), interpolation=cv2.INTER_AREA)
     steepness = np.exp(rng.uniform(np.log(8.0), np.log(40.0)))
     noise = draw_smooth_noise((rows, columns), rng.uniform(4.0, 24.0), rng) * rng.uniform(0.0, 0.12)
-    threshold = np.maximum(rng.uniform(0.25, 0.65) + noise, CERTAIN_LOGIT / steepness)
+    threshold = np.maximum(rng.uniform(0.25, 0.65) + noise, CERTAIN_LOGIT / steepness)  # the background is certain
     mask = 1.0 / (1.0 + np.exp(-steepness * (grid - threshold)))
     return np.asarray(cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR))
 
