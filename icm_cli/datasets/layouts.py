@@ -230,7 +230,7 @@ def _find_matching(text: str, option: str, problems: list[Problem]) -> Files:
     fixed, wildcards = split_glob(text)
     if wildcards:
         root = Path(fixed)
-        paths = [path for path in sorted(expand_glob(text, {})) if _is_image_file(path)]
+        paths = [path for path in sorted(expand_glob(text, skipped={})) if _is_image_file(path)]
     else:
         root = Path(text)
         if not root.is_dir():

@@ -178,10 +178,9 @@ class ImageFile:
         return os.fstat(self._stream.fileno()).st_size
 
     def read_state(self) -> str:
-        """Return size, modification time in nanoseconds, and a digest of the file's first bytes.
+        """Return file size, modification time in nanoseconds, and a digest of the first bytes (TIFF: also the last).
 
-        The first bytes usually contain the size and the orientation of the image. In a TIFF, they may be in the last
-        bytes, so these are included.
+        These usually contain the image's dimensions and orientation, which a TIFF may store at its end.
         """
         status = os.fstat(self._stream.fileno())
         hasher = hashlib.sha256(self.head)

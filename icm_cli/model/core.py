@@ -99,8 +99,8 @@ class InContextMatting(nn.Module):
     def to_device(self, device: torch.device, dtype: torch.dtype, transformer_dtype: torch.dtype | None = None) -> Self:
         """Move the model to a device for inference.
 
-        Convolutions and BatchNorms of the head get ``dtype``; its other layers and all similarities stay in float32. The
-        other components get ``dtype`` and ``transformer_dtype``, by default ``dtype``; see ``Component.set_dtype``.
+        Convolutions and BatchNorms of the head get ``dtype``; its other layers and all similarities stay in float32.
+        The other components get ``dtype`` and ``transformer_dtype``, by default ``dtype``; see ``Component.set_dtype``.
         """
         self.eval()
         self.backbone.optimise_for_inference()

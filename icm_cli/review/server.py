@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import importlib.resources
 import json
 import os
@@ -253,14 +254,14 @@ class ReviewApp:
     def _list_changes(self, since: int, since_files: int | None) -> dict[str, Any]:
         self._scan_again()
         revision, states = self.state.read_all()
-        decided = {self.run.find_id(name) for name, state in states.items() if state.revision > since}
+        found = (self.run.find_id(name) for name, state in states.items() if state.revision > since)
+        decided = {id for id in found if id is not None}
         for id in decided:
-            if id is not None:
-                self.run.refresh(id)
-        files, changed = self.run.changes_since(since_files)
-        ids = sorted({*changed, *(id for id in decided if id is not None)})
+            self.run.refresh(id)
+        files_revision, changed = self.run.changes_since(since_files)
+        ids = sorted({*changed, *decided})
         images = [self.run.item(id, states.get(self.run.names[id], ImageState())) for id in ids]
-        return {"revision": revision, "files": files, "images": images}
+        return {"revision": revision, "files": files_revision, "images": images}
 
     def _scan_again(self) -> None:
         """Look at all alphas, unless that was done a moment ago or takes long."""
@@ -456,12 +457,13 @@ def _parse_number(text: str, name: str, digits: int) -> int:
 def _bind(host: str, port: int) -> socket.socket:
     """Return a socket that listens at an address. ``port``: 0 for any free one.
 
-    Raises UsageError for a host that is not of this machine, and OutputError if the port is in use.
+    Raises UsageError for an unknown host, and OutputError if the server cannot listen there.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:
-        raise UsageError(f"--host {host} is not an address of this machine: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise UsageError(f"--host {host} is unknown: {reason}; give an address of this machine") from error
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -470,7 +472,8 @@ def _bind(host: str, port: int) -> socket.socket:
         listening.listen()
     except OSError as error:
         listening.close()
-        remedy = f"give another --port than {port}, or omit --port" if port else "give another --host"
+        is_in_use = error.errno == errno.EADDRINUSE
+        remedy = f"give another --port than {port}, or omit --port" if is_in_use else "give another --host or --port"
         where = f"{host}:{port}" if port else host
         raise OutputError(f"the page cannot be served at {where}: {describe_os_error(error, remedy)}") from error
     return listening

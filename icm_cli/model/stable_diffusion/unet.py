@@ -64,15 +64,15 @@ class MeanAttention:
         self._layers = 0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Compute the attention of one layer, and add its map to the mean.
+        """Return the output of one attention layer, and add its map to the mean.
 
-        All tensors are [E,H,N,d]. As in the published code, the output attends to every token; only the map excludes
-        the padding.
+        All tensors are [E,H,N,d]. As in the published code, the output uses every token; only the map excludes the
+        padding.
         """
         values = value.flatten(0, 1)
         output = torch.empty_like(values)
-        for maps, rows, probabilities in self._accumulate_maps(query, key):
-            output[maps, rows] = probabilities.to(values.dtype) @ values[maps]
+        for heads, rows, probabilities in self._accumulate_maps(query, key):
+            output[heads, rows] = probabilities.to(values.dtype) @ values[heads]
         return output.view_as(value)
 
     def add_map(self, query: Tensor, key: Tensor) -> None:

@@ -75,8 +75,8 @@ def _make_files(config: DataConfig, pool: TrainingPool, long_side_px: int) -> It
         _describe_source(number, source, items)
         for number, (source, items) in enumerate(zip(config.sources, pool.sources, strict=True))
     ]
-    copied = {"sources": sources, "backgrounds": ["backgrounds"] if pool.backgrounds else []}
-    yield "data.yaml", yaml.safe_dump({**copied, "copies_of": "copies_of.json"}, sort_keys=False).encode()
+    data = {"sources": sources, "backgrounds": ["backgrounds"] if pool.backgrounds else []}
+    yield "data.yaml", yaml.safe_dump({**data, "copies_of": "copies_of.json"}, sort_keys=False).encode()
     yield "classes.json", json.dumps(classes).encode()
     yield "copies_of.json", json.dumps(sorted({cached_file_digest(path) for path in pool.image_paths})).encode()
     with ThreadPoolExecutor(os.cpu_count()) as threads:
