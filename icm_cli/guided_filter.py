@@ -124,7 +124,8 @@ def align_to_edges(alpha: Tensor, image: Tensor, radius_fraction: float, epsilon
     radius = max(1, round(radius_fraction * max(guide.shape[-2:])))
 
     def mean(values: Tensor) -> Tensor:
-        return _window_mean(_window_mean(values, radius, dim=-1), radius, dim=-2)
+        rows = F.avg_pool2d(values, (1, 2 * radius + 1), 1, (0, radius), count_include_pad=False)
+        return F.avg_pool2d(rows, (2 * radius + 1, 1), 1, (radius, 0), count_include_pad=False)
 
     mean_guide, mean_soft = mean(guide), mean(soft)
     covariance = mean(guide * soft) - mean_guide * mean_soft
@@ -138,18 +139,6 @@ def align_to_edges(alpha: Tensor, image: Tensor, radius_fraction: float, epsilon
     b = mean_soft - (a * mean_guide).sum(dim=1, keepdim=True)
     fit = F.interpolate(mean(torch.cat([a, b], dim=1)), size=image.shape[-2:], mode="bilinear", align_corners=False)
     return ((fit[:, :3] * image).sum(dim=1, keepdim=True) + fit[:, 3:]).clamp(0.0, 1.0)
-
-
-def _window_mean(values: Tensor, radius: int, dim: int) -> Tensor:
-    """Return the mean over the positions up to ``radius`` before and after each position along ``dim``, [B,C,H,W]."""
-    length = values.shape[dim]
-    is_row = dim == -1
-    sums = F.pad(values.cumsum(dim), (1, 0) if is_row else (0, 0, 1, 0))
-    sums = F.pad(sums, (radius, radius, 0, 0) if is_row else (0, 0, radius, radius), mode="replicate")
-    totals = sums.narrow(dim, 2 * radius + 1, length) - sums.narrow(dim, 0, length)
-    position = torch.arange(length, device=values.device)
-    counts = (position + radius + 1).clamp(max=length) - (position - radius).clamp(min=0)
-    return totals / (counts if is_row else counts[:, None])
 
 
 def _cross_product(first: Tensor, second: Tensor) -> Tensor:
