@@ -345,9 +345,9 @@ class TestPredictor:
     def test_a_frame_without_hints_has_the_same_bytes_in_a_batch_with_hints(self) -> None:
         plain: Frame = predictor().prepare_frame(image())
         hinted = replace(plain, hints=Hints(size=SIZE, not_points=[DISC]))
-        without = predictor().matte_frames([plain, plain], prepared())[1]  # type: ignore[arg-type]
+        alone = predictor().matte_frames([plain], prepared())[0]  # type: ignore[arg-type]
         first, second = predictor().matte_frames([hinted, plain], prepared())  # type: ignore[arg-type]
-        assert second.alpha.tobytes() == without.alpha.tobytes()
+        assert second.alpha.tobytes() == alone.alpha.tobytes()
         assert first.alpha[DISC[1], DISC[0]] < 0.5
 
     def test_hints_must_be_of_this_image(self) -> None:

@@ -28,7 +28,7 @@ from icm_cli.matting.mattes import Mattes
 from icm_cli.matting.prompting import ImageEmbedder, complete_by_prompts
 from icm_cli.matting.quality_signals import measure_signals
 from icm_cli.matting.references import MakeMask, Reference, check_negatives, make_guidance, mask_from_hints
-from icm_cli.model.alphas import resize_alpha
+from icm_cli.model.alphas import apply_in_batches, max_batch_size, resize_alpha
 from icm_cli.model.contracts import Head, Matte, Objects, PreparedReferences, ignore_progress
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import FOUND_FRACTION, confidence_and_found
@@ -296,19 +296,24 @@ class Predictor:
         return self.prepare_frame(box.crop(frame.rgb), mattes=frame.mattes and frame.mattes.crop(box))
 
     def matte_frames(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[FrameAlpha]:
-        """Matte a batch of frames independently of each other. Their canvases must have the same size."""
+        """Matte a batch of frames independently of each other."""
         coarse = self.coarse_alphas(frames, reference)
         decided = [self.decide_presence(frame, each, reference) for frame, each in zip(frames, coarse, strict=True)]
         return self.refine_alphas(frames, decided)
 
     @torch.inference_mode()
     def coarse_alphas(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[CoarseAlpha]:
-        """Run backbone and head on a batch of frames, whose canvases must have the same size.
+        """Run backbone and head on frames, in the batches of :func:`~icm_cli.model.alphas.max_batch_size`.
 
         If a hint marks the object, it is present, whatever the head predicts.
         """
-        matte = self.infer(frames, reference)
-        return [_coarse_alpha_of(matte, index, frame) for index, frame in enumerate(frames)]
+
+        def infer(batch: Sequence[Frame]) -> list[CoarseAlpha]:
+            matte = self.infer(batch, reference)
+            return [_coarse_alpha_of(matte, index, frame) for index, frame in enumerate(batch)]
+
+        largest = max_batch_size(self.device.torch_device)
+        return apply_in_batches(infer, frames, lambda frame: frame.canvas.shape, largest)
 
     def infer(self, frames: Sequence[Frame], reference: PreparedReferences) -> Matte:
         """Run backbone and head on a batch of frames, without their hints. Their canvases must have the same size."""

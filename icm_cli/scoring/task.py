@@ -65,7 +65,8 @@ def resize_for_scoring(
     if image.shape == (height, width):
         return image
     resized = cv2.resize(image, (width, height), interpolation=interpolation)
-    return cast(ImageT, resized.round(DECIMALS))  # so that constant regions keep their value
+    # OpenCV rounds to float32. Clipping keeps the value of constant images, and rounding that of constant regions.
+    return cast(ImageT, resized.clip(image.min(), image.max()).round(DECIMALS))
 
 
 def make_trimap(truth: ImageU8, kernel_px: int) -> ImageU8:
