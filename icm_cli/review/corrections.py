@@ -28,7 +28,7 @@ from icm_cli.review.references import add_taught
 from icm_cli.review.run import ReviewRun, with_values
 from icm_cli.review.shapes import Annotation, Shapes
 from icm_cli.review.state import ModelNotReadyError, ReviewState, ReviewStatus, StaleAnswerError
-from icm_cli.review.undo import UndoCopies
+from icm_cli.review.undo import Entry, UndoCopies
 
 if TYPE_CHECKING:
     from icm_cli.matting.references import Reference
@@ -44,21 +44,23 @@ class Corrections:
     """Answers to hints, and changes of single images. The model runs in its own thread. All methods are thread-safe."""
 
     def __init__(self, run: ReviewRun, state: ReviewState, device: str | None, notice: Callable[[str], None]) -> None:
-        """``device``: instead of that of the run."""
+        """``device``: replaces the device of the run; None to use that of the run."""
         self._run, self._state, self._device, self._notice = run, state, device, notice
         self._copies = UndoCopies(run.record_folder)
         self._executor = ThreadPoolExecutor(1, "icm-model")
         self._lock = threading.Lock()
         self._image_locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         self._pending: dict[str, Future[ImageU8]] = {}
+        """The last answer that each browser tab asked for, until it is computed."""
         self._preparing: Future[None] | None = None
+        """The last image that :meth:`prepare` was asked to read."""
         self._model: RunModel | None = None
         self.model_name = run.model_name
         self._loading: Future[None] | None = None
 
     @property
     def model_state(self) -> ModelState:
-        """Whether the model is loaded, so that hints can be answered."""
+        """State of the model. Before it begins to load, it counts as "loading" too."""
         if self._loading is None or not self._loading.done() or self._loading.cancelled():
             return "loading"
         return "failed" if self._loading.exception() else "ready"
@@ -66,7 +68,9 @@ class Corrections:
     @property
     def model_error(self) -> str:
         """Why the model could not be loaded; "" if it was, or is not loaded yet."""
-        return "" if self._loading is None or self.model_state != "failed" else _describe_failure(self._loading)
+        if self._loading is None or self.model_state != "failed":
+            return ""
+        return _describe_failure(self._loading)
 
     def load_model(self) -> None:
         """Start to load the model and the references, unless that has begun. Returns at once."""
@@ -76,7 +80,8 @@ class Corrections:
 
     def options(self) -> MatteOptions:
         """Return the options of the run with the device, the hints and the taught references of the review."""
-        options = add_taught(self._run, self._state.read_all()[1])
+        _, states = self._state.read_all()
+        options = add_taught(self._run, states)
         return options if self._device is None else with_values(options, device=self._device)
 
     def base_references(self) -> Sequence[Reference]:
@@ -107,27 +112,28 @@ class Corrections:
         ModelNotReadyError, or IcmError for hints or images that cannot be used.
         """
         self._check_loaded()
-        key = tab or f"image {id}"
+        client = tab or f"image {id}"
         with self._lock:
-            if key in self._pending:
-                self._pending[key].cancel()
+            if client in self._pending:
+                self._pending[client].cancel()
             future = self._submit(lambda: self._ready_model().answer(id, shapes, refined=refined))
-            self._pending[key] = future
+            self._pending[client] = future
         try:
             return future.result()
         except CancelledError as error:
             raise StaleAnswerError("newer hints replace these") from error
         finally:
             with self._lock:
-                if self._pending.get(key) is future:
-                    del self._pending[key]
+                if self._pending.get(client) is future:  # not if a newer request has replaced it
+                    del self._pending[client]
 
     def accept(self, id: int, revision: int, shapes: Shapes | None) -> None:
-        """Accept an alpha. ``shapes``: hints to save first, and from which the alpha is computed; None to keep it.
+        """Accept an alpha as it is, or save hints and accept the alpha that is computed from them.
 
-        An empty list removes all hints. While the model loads, ``shapes`` wait for it. ``revision``: that of the image
-        when the person decided. Raises StaleRevisionError if it has changed since, ModelNotReadyError if the model
-        cannot be loaded, or IcmError if the image cannot be changed.
+        ``shapes``: the hints to save; an empty list removes all hints, and None keeps alpha and hints as they are. If
+        the model is still loading, the call waits for it. ``revision``: revision of the image that the person saw.
+        Raises StaleRevisionError if it has changed since, ModelNotReadyError if the model cannot be loaded, or IcmError
+        if the image cannot be changed.
         """
         job = self._run.jobs[id]
         if reason := self._run.source_error(id):
@@ -140,16 +146,16 @@ class Corrections:
                 self.load_model()
                 self._submit(lambda: self._correct(id, revision, shapes)).result()
                 return
-            with self._changing(id, revision, job.outputs, "accepted"):
+            with self._recorded_change(id, revision, job.outputs, "accepted"):
                 mark_reviewed(job, _make_stamp("accepted"))
 
     def reject(self, id: int, revision: int) -> None:
-        """Reject an alpha. Its file stays, and loses the stamp of an earlier acceptance."""
+        """Reject an alpha. Its file stays, but the stamp of an earlier acceptance is removed from it."""
         job = self._run.jobs[id]
         with self._image_lock(id):
-            is_reviewed = self._run.refresh(id).is_reviewed
-            with self._changing(id, revision, job.outputs if is_reviewed else [], "rejected"):
-                if is_reviewed:
+            has_stamp = self._run.refresh(id).is_reviewed
+            with self._recorded_change(id, revision, job.outputs if has_stamp else [], "rejected"):
+                if has_stamp:
                     mark_reviewed(job, None)
 
     def undo(self, id: int, revision: int) -> None:
@@ -160,11 +166,12 @@ class Corrections:
             entries = self._state.read(name).undo
             if not entries:
                 raise UsageError(f"{name} has no change that can be undone")
-            self._copies.restore(entries[-1], alpha)
+            last = entries[-1]
+            self._copies.restore(last, alpha)
             with self._state.edit(name) as image:
-                image.undo = [entry for entry in image.undo if entry["folder"] != entries[-1]["folder"]]
-                image.status = entries[-1]["status"]
-            self._copies.discard(entries[-1])
+                image.undo = _without_entry(image.undo, last)
+                image.status = last["status"]
+            self._copies.discard(last)
 
     def can_undo(self, id: int) -> bool:
         """Return whether an image has a change that can be undone."""
@@ -180,7 +187,7 @@ class Corrections:
             return self._image_locks[id]
 
     def _submit(self, task: Callable[[], Result]) -> Future[Result]:
-        """Queue a task for the thread of the model."""
+        """Queue a task for the thread of the model, and return its future."""
 
         def run() -> Result:
             from icm_cli.environment import limited_threads  # imports torch
@@ -191,31 +198,36 @@ class Corrections:
         return self._executor.submit(run)
 
     def _begin_loading(self) -> None:
+        """Queue the loading of the model. The lock is held."""
         self._loading = self._submit(self._load)
         self._loading.add_done_callback(self._report_failure)
 
     def _report_failure(self, loading: Future[None]) -> None:
+        """Print a notice if the loading has failed. Called when it has ended."""
         if not loading.cancelled() and loading.exception():
             self._notice(f"the model cannot be loaded: {_describe_failure(loading)}")
 
     def _load(self) -> None:
+        """Load the model, or only its references if it is loaded already. Runs in the thread of the model."""
         from icm_cli.review.model import RunModel
 
         self._model = RunModel(self._run, self.options(), self._notice, earlier=self._model)
         self.model_name = self._model.name
 
     def _prepare(self, id: int) -> None:
+        """Read an image, unless the model could not be loaded. Runs in the thread of the model."""
         if self._model is not None:
             with contextlib.suppress(IcmError, OSError):  # the next answer for this image reports it
                 self._model.open_image(id)
 
     def _ready_model(self) -> RunModel:
+        """Return the loaded model. Raises ModelNotReadyError if it could not be loaded."""
         if self._model is None:
             raise ModelNotReadyError(f"the model could not be loaded: {self.model_error}")
         return self._model
 
     def _check_loaded(self) -> None:
-        """Raise ModelNotReadyError while the model loads, which begins now, and if that has failed."""
+        """Raise ModelNotReadyError unless the model is loaded. Starts to load it if nobody has."""
         self.load_model()
         if self.model_state == "loading":
             raise ModelNotReadyError("the model is loading; try again in a moment")
@@ -223,29 +235,38 @@ class Corrections:
             raise ModelNotReadyError(f"the model could not be loaded: {self.model_error}")
 
     def _check_revision(self, id: int, revision: int) -> None:
+        """Raise StaleRevisionError if an image has another revision."""
         with self._state.edit(self._run.names[id], revision):
-            pass
+            pass  # nothing is edited, so nothing is saved
 
     def _correct(self, id: int, revision: int, shapes: Shapes) -> None:
-        """Save hints, and compute and save their alpha. Runs in the thread of the model."""
-        job, paths = self._run.jobs[id], self._run.hint_paths(id)
-        target = self._run.hint_target(id) if shapes else None
-        replaced = [*job.outputs, *paths, *([target] if target and target not in paths else [])]
-        with contextlib.ExitStack() as stack:
+        """Save hints, and compute and save their alpha. Runs in the thread of the model.
+
+        The change of the image begins when the alpha is computed, in ``begin_writing``, and ends when it is written.
+        """
+        old_paths = self._run.hint_paths(id)
+        new_path = self._run.hint_target(id) if shapes else None
+        replaced = [*self._run.jobs[id].outputs, *old_paths]
+        if new_path is not None and new_path not in old_paths:
+            replaced.append(new_path)
+        with contextlib.ExitStack() as change:
 
             def begin_writing(annotation: Annotation | None) -> None:
-                stack.enter_context(self._changing(id, revision, replaced, "accepted"))
-                if target is not None and annotation is not None:
-                    write_json(target, annotation)
-                _remove([path for path in paths if path != target or annotation is None])
+                change.enter_context(self._recorded_change(id, revision, replaced, "accepted"))
+                unused_paths = old_paths
+                if new_path is not None and annotation is not None:
+                    write_json(new_path, annotation)
+                    unused_paths = [path for path in old_paths if path != new_path]
+                _remove_files(unused_paths)
 
             self._ready_model().correct(id, shapes, _make_stamp("corrected"), begin_writing)
 
     @contextlib.contextmanager
-    def _changing(self, id: int, revision: int, paths: Sequence[Path], status: ReviewStatus) -> Iterator[None]:
-        """Context for a change of an image that replaces the files ``paths``. At its end, the image gets the status.
+    def _recorded_change(self, id: int, revision: int, paths: Sequence[Path], status: ReviewStatus) -> Iterator[None]:
+        """Context in which the files ``paths`` of an image are replaced, so that this can be undone.
 
-        After an exception, the files and the state are restored. Raises StaleRevisionError.
+        At its end, the image gets the status. After an exception, the files and the state are restored. Raises
+        StaleRevisionError if the image has another revision.
         """
         name, alpha = self._run.names[id], self._run.jobs[id].output
         with self._state.edit(name, revision) as image:
@@ -256,17 +277,22 @@ class Corrections:
                 yield
         except BaseException:
             with self._state.edit(name) as image:
-                image.undo = [each for each in image.undo if each["folder"] != entry["folder"]]
+                image.undo = _without_entry(image.undo, entry)
             self._copies.discard(entry)
             raise
         with self._state.edit(name) as image:
             image.status = status
-            for each in image.undo:
-                if each["folder"] == entry["folder"]:
-                    each["alpha"] = identify_file(alpha)
+            for recorded in image.undo:
+                if recorded["folder"] == entry["folder"]:
+                    recorded["alpha"] = identify_file(alpha)
             image.undo, forgotten = image.undo[-MAX_UNDO:], image.undo[:-MAX_UNDO]
-        for each in forgotten:
-            self._copies.discard(each)
+        for old_entry in forgotten:
+            self._copies.discard(old_entry)
+
+
+def _without_entry(entries: Sequence[Entry], removed: Entry) -> list[Entry]:
+    """Return the entries of the undo list except one. An entry is identified by its folder."""
+    return [entry for entry in entries if entry["folder"] != removed["folder"]]
 
 
 def _describe_failure(future: Future[None]) -> str:
@@ -280,8 +306,8 @@ def _make_stamp(kind: str) -> str:
     return f"{kind} {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
-def _remove(paths: Sequence[Path]) -> None:
-    """Remove files. Raises OutputError."""
+def _remove_files(paths: Sequence[Path]) -> None:
+    """Remove files, unless they do not exist. Raises OutputError."""
     for path in paths:
         try:
             path.unlink(missing_ok=True)

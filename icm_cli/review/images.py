@@ -32,7 +32,7 @@ CHECKER_GREYS = 96, 144
 OVERLAY_COLOUR = 255, 64, 64
 OVERLAY_OPACITY = 0.55
 VERSION_DIGITS = 16
-"""Size of the version at the end of a thumbnail on the disk, which says of which files it was made."""
+"""Number of bytes at the end of a thumbnail on the disk: a digest of the files that it was made from."""
 
 
 class DisplayImages:
@@ -56,14 +56,15 @@ class DisplayImages:
 
         ``path``: file of the alpha, such as a copy of an earlier one; the output of the run by default.
         """
-        path, output = path or self._run.jobs[id].output, self._run.output
-        if output.foreground != "none":
+        path = path or self._run.jobs[id].output
+        settings = self._run.output
+        if settings.foreground != "none":  # the file is a cutout, whose alpha channel is the alpha
             image = read_image(path, RAW_VALUES).to_display_window()
             if image.alpha is None:
                 raise ImageError(f"{path} has no alpha channel; run icm matte again")
             return image.alpha
         values = read_alpha(path)
-        return np.asarray(255 - values, np.uint8) if output.invert else values
+        return np.asarray(255 - values, np.uint8) if settings.invert else values
 
     def display_size(self, id: int) -> tuple[int, int]:
         """Return height and width of an image as it is displayed. Raises ImageError."""
@@ -77,12 +78,14 @@ class DisplayImages:
         return size
 
     def thumbnail(self, id: int, view: View) -> bytes:
-        """Return a thumbnail of a view as a JPEG. It is cached on the disk. Raises ImageError."""
-        job = self._run.jobs[id]
-        parts = [_file_version(job)]
+        """Return a thumbnail of a view as a JPEG. Raises ImageError.
+
+        It is cached on the disk, until the source or the alpha changes.
+        """
+        versions = [_source_version(self._run.jobs[id])]
         if view != "source":
-            parts.append(self._run.refresh_alpha(id).version)
-        version = combined_digest(*parts)[:VERSION_DIGITS].encode()
+            versions.append(self._run.refresh_alpha(id).version)
+        version = combined_digest(*versions)[:VERSION_DIGITS].encode()
         path = self._thumbnail_path(id, view)
         with contextlib.suppress(OSError):
             content = path.read_bytes()
@@ -100,7 +103,7 @@ class DisplayImages:
         alpha = Image.fromarray(shrink_image(self.read_alpha(id), THUMBNAIL_PX))
         if view == "alpha":
             return alpha
-        rgb = self._draw_source(id, is_kept=True)
+        rgb = self._draw_source(id, is_cached=True)
         if alpha.size != rgb.size:
             raise ImageError(f"{self._run.jobs[id].output} has another size than its source; run icm matte again")
         if view == "cutout":
@@ -108,24 +111,30 @@ class DisplayImages:
         tinted = Image.blend(rgb, Image.new("RGB", rgb.size, OVERLAY_COLOUR), OVERLAY_OPACITY)
         return Image.composite(tinted, rgb, alpha)
 
-    def _draw_source(self, id: int, *, is_kept: bool = False) -> Image.Image:
-        """Return a small source. ``is_kept``: through its thumbnail, unless it is decoded as fast as that."""
+    def _draw_source(self, id: int, *, is_cached: bool = False) -> Image.Image:
+        """Return the source at the size of a thumbnail.
+
+        ``is_cached``: take it from its cached thumbnail, which is made if it is missing. A JPEG is always decoded,
+        because decoding at a reduced size is as fast.
+        """
         job = self._run.jobs[id]
         if id not in self._run.errors and isinstance(job.source, Path) and job.colour.space == "auto":
             with open_image(job.source) as file:
                 if file.type.name == "jpeg":
                     return Image.fromarray(shrink_image(_decode_small_jpeg(file.stream), THUMBNAIL_PX))
-        if is_kept:
+        if is_cached:
             with Image.open(io.BytesIO(self.thumbnail(id, "source"))) as image:
                 return image.convert("RGB")
         return Image.fromarray(shrink_image(self._read_source(id), THUMBNAIL_PX))
 
     def _read_source(self, id: int) -> ImageU8:
+        """Return the source, upright and in sRGB, uint8 [H,W,3]. Raises ImageError."""
         if reason := self._run.errors.get(id):
             raise ImageError(reason)
         return self._run.jobs[id].read_image().to_display_window().rgb
 
     def _read_size(self, id: int) -> tuple[int, int]:
+        """Return height and width of an image, from its alpha or else from its source. Raises ImageError."""
         with contextlib.suppress(ImageError):
             height, width = self.read_alpha(id).shape
             return height, width
@@ -165,6 +174,7 @@ def _encode_jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def _encode(image: Image.Image, format_: str, **options: int) -> bytes:
+    """Encode an image with options of Pillow's writer."""
     encoded = io.BytesIO()
     image.save(encoded, format=format_, **options)
     return encoded.getvalue()
@@ -172,15 +182,17 @@ def _encode(image: Image.Image, format_: str, **options: int) -> bytes:
 
 @functools.lru_cache(64)
 def _checkerboard(size: tuple[int, int]) -> Image.Image:
-    """Return grey squares, as an image of this (width, height)."""
-    rows, columns = np.ogrid[: size[1], : size[0]]
+    """Return a checkerboard of dark and light grey squares. ``size``: (width, height)."""
+    width, height = size
+    dark, light = CHECKER_GREYS
+    rows, columns = np.ogrid[:height, :width]
     is_light = (rows // CHECKER_PX + columns // CHECKER_PX) % 2
-    return Image.fromarray(np.where(is_light, *reversed(CHECKER_GREYS)).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(np.where(is_light, light, dark).astype(np.uint8)).convert("RGB")
 
 
-def _file_version(job: Job) -> str:
-    """Return a text that changes whenever a file of a source changes; "" if one does not exist."""
+def _source_version(job: Job) -> str:
+    """Return a text that changes whenever a file of the source changes; "" if one does not exist."""
     with contextlib.suppress(OSError):
-        states = [path.stat() for path in job.files]
-        return " ".join(f"{state.st_size} {state.st_mtime_ns}" for state in states)
+        statuses = [path.stat() for path in job.files]
+        return " ".join(f"{status.st_size} {status.st_mtime_ns}" for status in statuses)
     return ""

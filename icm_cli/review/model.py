@@ -17,14 +17,14 @@ from icm_cli.files import FileIdentity, identify_file, write_json
 from icm_cli.geometry import ImageU8, alpha_to_u8
 from icm_cli.guidance.hints import Hints
 from icm_cli.images.pixels import ImageWindows
-from icm_cli.matting.engine import Engine, EngineOptions, FrameMatting
+from icm_cli.matting.engine import Engine, EngineOptions, FrameMatting, IndependentMatting
 from icm_cli.matting.hint_files import ImageHints
 from icm_cli.matting.hinting import move_hints
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.matte import order_as_shot, read_all_references, run_digest
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor, Session
-from icm_cli.matting.propagation import create_matting, prepare_references
+from icm_cli.matting.propagation import FlowPropagator, create_matting, prepare_references
 from icm_cli.matting.resume import REVIEWED_KEY, file_identities
 from icm_cli.matting.shot import Shot
 from icm_cli.matting.sources import real_path
@@ -42,7 +42,7 @@ MAX_SESSION_BYTES = 1 << 29
 class OpenImage:
     """An image that is ready for answers: it is decoded, and what does not depend on hints is computed."""
 
-    source_state: tuple[FileIdentity | None, ...]
+    source_identities: tuple[FileIdentity | None, ...]
     """Identities of its files when it was read. If they differ now, it is read again."""
     frame: Frame
     windows: ImageWindows
@@ -75,6 +75,7 @@ class RunModel:
         for sentence in self._prepared.notices:
             notice(sentence)
         self._images: OrderedDict[int, OpenImage] = OrderedDict()
+        """Images that are ready for answers, by id; the one that was used last is at the end."""
 
     @property
     def name(self) -> str:
@@ -84,21 +85,24 @@ class RunModel:
     def open_image(self, id: int) -> OpenImage:
         """Make an image ready for answers, unless it is, and return it. Raises ImageError."""
         job = self._run.jobs[id]
-        state = tuple(map(identify_file, job.files))
+        identities = tuple(identify_file(path) for path in job.files)
         image = self._images.pop(id, None)
-        if image is None or image.source_state != state:
+        if image is None or image.source_identities != identities:
             source = job.read_image()
             mattes = None if job.mattes is None else job.mattes.read(source.windows)
             frame = self._predictor.prepare_frame(source.rgb, source.windows, mattes=mattes)
-            matting = create_matting(self._predictor, lambda _: self._prepared, self._find_shot(id, job), self._notice)
-            image = OpenImage(state, frame, source.windows, matting.open_session(job, frame))
+            session = self._create_matting(self._find_shot(id, job)).open_session(job, frame)
+            image = OpenImage(identities, frame, source.windows, session)
         self._images[id] = image
-        while len(self._images) > 1 and (
-            len(self._images) > MAX_SESSIONS
-            or sum(each.frame.rgb.nbytes for each in self._images.values()) > MAX_SESSION_BYTES
-        ):
-            self._images.popitem(last=False)
+        self._close_images()
         return image
+
+    def _close_images(self) -> None:
+        """Close the images that were not used for longest, until the others keep to the limits."""
+        sizes = [image.frame.rgb.nbytes for image in self._images.values()]
+        while len(sizes) > MAX_SESSIONS or (len(sizes) > 1 and sum(sizes) > MAX_SESSION_BYTES):
+            self._images.popitem(last=False)
+            del sizes[0]
 
     def answer(self, id: int, shapes: Shapes, *, refined: bool) -> ImageU8:
         """Return the alpha of an image for hints, uint8 [H,W] of the display window; coarse unless ``refined``.
@@ -120,35 +124,44 @@ class RunModel:
         if there are no hints. Raises IcmError if the image fails.
         """
         image = self.open_image(id)
-        windows = image.windows
-        shapes = clean_shapes(shapes, windows.display)
-        self._parse_hints(shapes, windows)  # raises errors before anything is changed
-        source, annotation = self._run.jobs[id].files[0], None
+        display = image.windows.display
+        shapes = clean_shapes(shapes, display)
+        self._parse_hints(shapes, image.windows)  # raises errors before anything is changed
+        annotation: Annotation | None = None
         if shapes:
-            annotation = make_annotation(shapes, self._run.hint_target(id), source, windows.display)
-        results: list[ImageResult] = []
+            source = self._run.jobs[id].files[0]
+            annotation = make_annotation(shapes, self._run.hint_target(id), source, display)
         with self._unsaved_hints(id, annotation) as hints:
             job = replace(self._run.jobs[id], hints=hints)
-            job = replace(
-                job, planned=replace(job.planned, has_hints=hints is not None), replaceable=file_identities(job)
-            )
             shot = self._find_shot(id, job)
-            options = EngineOptions(
-                [self._digest],
-                batch_size=1,
-                workers=1,
-                overwrite=True,
-                output=self._run.output,
-                shot=shot,
-                decoder_digest=self._choice.decoder_digest(),
-            )
-            inner: FrameMatting = _SessionMatting(image)
-            if shot is not None:  # the alphas of a shot record which frames they were propagated from
-                inner = create_matting(self._predictor, lambda _: self._prepared, shot, self._notice)
-            matting = _StampedMatting(inner, stamp, lambda: begin_writing(annotation))
-            Engine(self._predictor, matting, options, on_result=results.append, notice=self._notice).run([job])
-        if results[-1].status != "done":
-            raise IcmError(results[-1].reason)
+            if shot is None:
+                matting: FrameMatting = _SessionMatting(image)
+            else:  # the alphas of a shot record which frames they were propagated from
+                matting = self._create_matting(shot)
+            result = self._run_engine(job, shot, _StampedMatting(matting, stamp, lambda: begin_writing(annotation)))
+        if result.status != "done":
+            raise IcmError(result.reason)
+
+    def _run_engine(self, job: Job, shot: Shot | None, matting: FrameMatting) -> ImageResult:
+        """Matte one image as a run does, and replace its outputs."""
+        planned = replace(job.planned, has_hints=job.hints is not None)
+        job = replace(job, planned=planned, replaceable=file_identities(job))
+        options = EngineOptions(
+            [self._digest],
+            batch_size=1,
+            workers=1,
+            overwrite=True,
+            output=self._run.output,
+            shot=shot,
+            decoder_digest=self._choice.decoder_digest(),
+        )
+        results: list[ImageResult] = []
+        Engine(self._predictor, matting, options, on_result=results.append, notice=self._notice).run([job])
+        return results[-1]
+
+    def _create_matting(self, shot: Shot | None) -> IndependentMatting | FlowPropagator:
+        """Return the matting of a run with the prepared references. ``shot``: with propagation between its frames."""
+        return create_matting(self._predictor, lambda _: self._prepared, shot, self._notice)
 
     def _parse_hints(self, shapes: Shapes, windows: ImageWindows) -> Hints | None:
         """Return hints in pixels of the data window of an image; None without shapes. Raises UsageError."""
@@ -157,9 +170,9 @@ class RunModel:
 
     @contextlib.contextmanager
     def _unsaved_hints(self, id: int, annotation: Annotation | None) -> Iterator[ImageHints | None]:
-        """Context that yields hints as if read from their hint file, which is not written yet.
+        """Context that yields hints whose hint file is not written yet; None without hints.
 
-        The engine reads hints only from files, so they are in a temporary one.
+        The engine reads hints only from files, so a temporary file contains them.
         """
         if annotation is None:
             yield None
@@ -170,35 +183,42 @@ class RunModel:
             yield ImageHints.check(self._run.jobs[id].name, [path])
 
     def _find_shot(self, id: int, job: Job) -> Shot | None:
-        """Return the shot that contains an image; None if the run has no shots.
+        """Return the shot that contains an image, with the current hints of its frames; None in a run without shots.
 
-        The image itself has the hints of ``job``, other frames have those of their current hint files. Raises
-        UsageError for a hint file that cannot be used.
+        ``job``: the job of this image. Its hints may differ from those in its hint files. Raises UsageError for a hint
+        file that cannot be used.
         """
-        ids = self._run.shot_of(id)
-        if ids is None:
+        frame_ids = self._run.shot_of(id)
+        if frame_ids is None:
             return None
-        references = {real_path(path) for path in self._options.references.ref}
+        references = self._options.references.ref
+        reference_paths = {real_path(path) for path in references}
         jobs = []
-        for each in ids:
-            frame, paths = self._run.jobs[each], self._run.hint_paths(each)
-            if each == id:
+        for frame_id in frame_ids:
+            frame_files = self._run.jobs[frame_id].files
+            if frame_id == id:
                 jobs.append(job)
-            elif not any(real_path(path) in references for path in frame.files):
-                jobs.append(replace(frame, hints=ImageHints.check(frame.name, paths) if paths else None))
-        return order_as_shot(jobs, self._options.references.ref, self.references, None)[1]
+            elif not any(real_path(path) in reference_paths for path in frame_files):  # a reference is a keyframe
+                jobs.append(self._with_saved_hints(frame_id))
+        _, shot = order_as_shot(jobs, references, self.references, shard=None)
+        return shot
+
+    def _with_saved_hints(self, id: int) -> Job:
+        """Return the job of an image with the hints of its current hint files. Raises UsageError."""
+        job, paths = self._run.jobs[id], self._run.hint_paths(id)
+        return replace(job, hints=ImageHints.check(job.name, paths) if paths else None)
 
     def _matte_in_shot(self, id: int, image: OpenImage) -> ImageU8:
         """Return the alpha of a frame without hints, uint8 [H,W]. Hints of other frames are propagated to it."""
         job = replace(self._run.jobs[id], hints=None)
-        matting = create_matting(self._predictor, lambda _: self._prepared, self._find_shot(id, job), self._notice)
+        matting = self._create_matting(self._find_shot(id, job))
         matting.begin_run([job])
         (result,) = matting.matte([job], [image.frame])
         return alpha_to_u8(self._predictor.alpha_at_source(image.frame, result))
 
 
 class _SessionMatting:
-    """Mattes an open image by its session, which need not repeat what does not depend on hints."""
+    """Mattes an open image with its session, which has already computed what does not depend on hints."""
 
     keeps_order = False
 
@@ -216,7 +236,7 @@ class _SessionMatting:
 
 
 class _StampedMatting:
-    """Adds the stamp of a review to the alphas of ``inner``, and calls ``begin_writing`` before they are written."""
+    """Mattes with ``inner``, stamps the alphas as reviewed, and calls ``begin_writing`` before they are written."""
 
     def __init__(self, inner: FrameMatting, stamp: str, begin_writing: Callable[[], None]) -> None:
         self._inner, self._stamp, self._begin_writing = inner, stamp, begin_writing
@@ -231,4 +251,4 @@ class _StampedMatting:
     def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
         alphas = self._inner.matte(jobs, frames)
         self._begin_writing()
-        return [replace(each, provenance={**each.provenance, REVIEWED_KEY: self._stamp}) for each in alphas]
+        return [replace(alpha, provenance={**alpha.provenance, REVIEWED_KEY: self._stamp}) for alpha in alphas]

@@ -56,12 +56,11 @@ def check_teachable(options: MatteOptions, job: Job, kind: Kind, area: Area) -> 
 
 
 def needs_base_masks(options: MatteOptions) -> bool:
-    """Return whether the masks of a run's own references must be saved as files before images are taught.
+    """Return whether the masks of a run's own references must be saved as files before a reference is taught.
 
     That is so if they were made from prompts, or read with options that must not apply to taught masks.
     """
-    given = options.references
-    return not given.mask or any(name in options.given for name in MASK_OPTIONS)
+    return not options.references.mask or any(name in options.given for name in MASK_OPTIONS)
 
 
 def write_base_masks(record_folder: Path, references: Sequence[Reference]) -> None:
@@ -79,7 +78,7 @@ def write_base_masks(record_folder: Path, references: Sequence[Reference]) -> No
 
 
 def write_taught_mask(path: Path, alpha: ImageU8, kind: Kind) -> None:
-    """Write an alpha, uint8 [H,W], as a mask that is white where it is above one half.
+    """Write an alpha, uint8 [H,W], as a mask that is white where the alpha is above one half.
 
     Raises UsageError for an empty alpha, or one that covers the whole image; and OutputError.
     """
@@ -92,23 +91,32 @@ def write_taught_mask(path: Path, alpha: ImageU8, kind: Kind) -> None:
 
 
 def add_taught(run: ReviewRun, states: Mapping[str, ImageState]) -> MatteOptions:
-    """Return the options of a run with the taught images, in the order of the run's images, after its references."""
-    pairs: dict[Kind, list[tuple[Path, Path]]] = {kind: [] for kind in KINDS}
+    """Return the options of a run with the taught images as further references and negatives.
+
+    They are in the order of the run's images, and follow the references of the run.
+    """
+    sources: dict[Kind, list[Path]] = {kind: [] for kind in KINDS}
+    masks: dict[Kind, list[Path]] = {kind: [] for kind in KINDS}
     for name, job in zip(run.names, run.jobs, strict=True):
-        if name in states and (taught := states[name].taught) is not None:
-            pairs[taught["kind"]].append((job.files[0], mask_path(run.record_folder, taught["kind"], taught["mask"])))
-    given, values = run.options.references, dict[str, Any]()
-    if pairs["reference"]:
-        masks: Sequence[Path] = given.mask
+        taught = states[name].taught if name in states else None
+        if taught is not None:
+            sources[taught["kind"]].append(job.files[0])
+            masks[taught["kind"]].append(mask_path(run.record_folder, taught["kind"], taught["mask"]))
+    own = run.options.references
+    values: dict[str, Any] = {}
+    dropped: Sequence[str] = ()
+    if sources["reference"]:
+        dropped = MASK_OPTIONS
+        own_masks: Sequence[Path] = own.mask
         if needs_base_masks(run.options):
-            masks = _base_masks(run.record_folder, len(given.ref))
-        values["ref"] = [*given.ref, *(source for source, _ in pairs["reference"])]
-        values["mask"] = [*masks, *(mask for _, mask in pairs["reference"])]
-    if pairs["negative"]:  # --not-mask belongs to --not-ref in order, so negatives without a mask must be the last
-        count = len(given.not_mask)
-        values["not_ref"] = [*given.not_ref[:count], *(each for each, _ in pairs["negative"]), *given.not_ref[count:]]
-        values["not_mask"] = [*given.not_mask, *(mask for _, mask in pairs["negative"])]
-    return with_values(run.options, dropped=MASK_OPTIONS if pairs["reference"] else (), **values)
+            own_masks = _base_masks(run.record_folder, len(own.ref))
+        values["ref"] = [*own.ref, *sources["reference"]]
+        values["mask"] = [*own_masks, *masks["reference"]]
+    if sources["negative"]:  # the first --not-mask belongs to the first --not-ref, so those without a mask must be last
+        count = len(own.not_mask)
+        values["not_ref"] = [*own.not_ref[:count], *sources["negative"], *own.not_ref[count:]]
+        values["not_mask"] = [*own.not_mask, *masks["negative"]]
+    return with_values(run.options, dropped=dropped, **values)
 
 
 def _base_masks(record_folder: Path, count: int) -> list[Path]:

@@ -89,8 +89,8 @@ class ReviewRun:
         """
         self.folder = Path(os.path.abspath(folder))  # noqa: PTH100  resolve() follows links
         self.record_folder = self.folder / RECORD_FOLDER
-        recorded = _without_taught(_with_output_folder(read_run_record(self.folder), self.folder))
-        self.options, self.hints_folder, self._pattern = self._choose_hints(recorded, hints)
+        recorded = _with_output_folder(read_run_record(self.folder), self.folder)
+        self.options, self.hints_folder, self._pattern = self._choose_hints(_without_taught(recorded), hints)
         self.output, self.layout = choose_output(self.options.output)
         self.colour: ColourSettings = choose_colour_settings(self.options.colour)[0]
         self.errors: dict[int, str] = {}
@@ -98,19 +98,20 @@ class ReviewRun:
         self.jobs: Sequence[Job] = self._plan(notice)
         self.names = [job.planned.name for job in self.jobs]
         self._ids = {name: number for number, name in enumerate(self.names)}
-        self._stems = Counter(job.name.with_suffix("").as_posix() for job in self.jobs)
+        self._stem_counts = Counter(job.name.with_suffix("").as_posix() for job in self.jobs)
+        """Number of images by their name without the extension."""
         self._has_hints = [job.hints is not None for job in self.jobs]
         self._lock = threading.Lock()
         self._index = self.record_folder / INDEX_NAME
-        self._alphas = [NO_ALPHA] * len(self.jobs)
         known = _read_index(self._index)
-        for id, name in enumerate(self.names):
-            self._alphas[id] = known.get(name, NO_ALPHA)
+        self._alphas = [known.get(name, NO_ALPHA) for name in self.names]
         self._reasons: list[tuple[str, ...]] = [()] * len(self.jobs)
-        self._scanning, self._is_scanned = threading.Lock(), False
+        """Why each alpha has a low quality, including reasons from the comparison with other alphas."""
+        self._scan_lock, self._is_scanned = threading.Lock(), False
         self._revision, self._revisions = 0, [0] * len(self.jobs)
-        """Number of changes of alphas that were found, and the last one of each image."""
+        """Number of changes of alphas that were found, and this number at the last change of each image."""
         self._shots: dict[int, list[int]] | None = None
+        """The frames of the shot of each image, by id; None until they are needed."""
 
     @property
     def is_shot(self) -> bool:
@@ -128,27 +129,30 @@ class ReviewRun:
 
     def scan_alphas(self) -> None:
         """Read the provenance of all alphas, and compare the alphas with each other. Only changed files are opened."""
-        with self._scanning:
+        with self._scan_lock:
             before = list(self._alphas)
             with library_settings():  # entered once instead of for each file
-                found = [self._read_alpha_file(id) for id in range(len(self.jobs))]
-            if self._is_scanned and found == before:
+                alphas = [self._read_alpha_file(id) for id in range(len(self.jobs))]
+            if self._is_scanned and alphas == before:
                 return
             results = [
                 replace(job.planned, status="kept" if alpha.is_own else "planned", matting=alpha.details)
-                for job, alpha in zip(self.jobs, found, strict=True)
+                for job, alpha in zip(self.jobs, alphas, strict=True)
             ]
-            rated = add_batch_reasons(results, is_shot=self.is_shot)
+            compared = add_batch_reasons(results, is_shot=self.is_shot)
             with self._lock:
-                for id, (alpha, result) in enumerate(zip(found, rated, strict=True)):
+                for id, (alpha, result) in enumerate(zip(alphas, compared, strict=True)):
                     if self._alphas[id] is before[id]:  # another thread may have read it meanwhile
-                        self._note(id, alpha, result.matting.reasons)
+                        self._store_alpha(id, alpha, result.matting.reasons)
             self._is_scanned = True
-            if found != before:
-                _write_index(self._index, dict(zip(self.names, found, strict=True)))
+            if alphas != before:
+                _write_index(self._index, dict(zip(self.names, alphas, strict=True)))
 
     def changes_since(self, revision: int | None) -> tuple[int, list[int]]:
-        """Return the revision of the alphas, and the ids of those that have changed after an earlier revision."""
+        """Return the revision of the alphas, and the ids of those that have changed after an earlier revision.
+
+        Without an earlier revision, no ids are returned.
+        """
         with self._lock:
             if revision is None or revision == self._revision:
                 return self._revision, []
@@ -166,11 +170,11 @@ class ReviewRun:
         alpha = self._read_alpha_file(id)
         with self._lock:
             if alpha != self._alphas[id]:
-                self._note(id, alpha, alpha.details.reasons)
+                self._store_alpha(id, alpha, alpha.details.reasons)
         return alpha
 
-    def _note(self, id: int, alpha: AlphaFile, reasons: tuple[str, ...]) -> None:
-        """Store what was found about an image. The lock is held."""
+    def _store_alpha(self, id: int, alpha: AlphaFile, reasons: tuple[str, ...]) -> None:
+        """Store what is known about the alpha of an image. A change gets a new revision. The lock is held."""
         if (alpha, reasons) != (self._alphas[id], self._reasons[id]):
             self._revision += 1
             self._alphas[id], self._reasons[id], self._revisions[id] = alpha, reasons, self._revision
@@ -179,7 +183,9 @@ class ReviewRun:
         """Return what the overview shows of an image, as JSON. ``state``: what the review has stored about it."""
         with self._lock:
             alpha, reasons, has_hints = self._alphas[id], self._reasons[id], self._has_hints[id]
-        status = "rejected" if state.status == "rejected" else "accepted" if alpha.is_reviewed else "open"
+        status = "accepted" if alpha.is_reviewed else "open"
+        if state.status == "rejected":
+            status = "rejected"
         parent = Path(self.names[id]).parent.as_posix()
         return {
             "id": id,
@@ -198,10 +204,14 @@ class ReviewRun:
         }
 
     def ids_by_quality(self) -> list[int]:
-        """Return the ids of all images in the order of the page at its start: the lowest quality first."""
+        """Return the ids of all images in the order of the page at its start: the lowest quality first.
+
+        Images without a quality come before all others.
+        """
         with self._lock:
             qualities = [alpha.details.quality for alpha in self._alphas]
-        return sorted(range(len(qualities)), key=lambda id: (-1 if qualities[id] is None else qualities[id], id))
+        ranks = [-1.0 if quality is None else quality for quality in qualities]
+        return sorted(range(len(ranks)), key=lambda id: (ranks[id], id))
 
     def alpha_file(self, id: int) -> AlphaFile:
         """Return what was last read about the alpha of an image. Does not touch the file."""
@@ -210,16 +220,21 @@ class ReviewRun:
 
     def source_error(self, id: int) -> str:
         """Return why the source of an image cannot be read; "" if its files exist."""
-        gone = [path for path in self.jobs[id].files if not path.is_file()]
-        return f"its source {gone[0]} does not exist any more" if gone else self.errors.get(id, "")
+        for path in self.jobs[id].files:
+            if not path.is_file():
+                return f"its source {path} does not exist any more"
+        return self.errors.get(id, "")
 
     def shot_of(self, id: int) -> list[int] | None:
         """Return the ids of all frames of the shot that contains an image, in order; None if the run has no shots."""
         if not self.is_shot:
             return None
         if self._shots is None:
-            shots = [[self._ids[job.planned.name] for job in jobs] for jobs, _ in split_shots(self.jobs, keys=[])]
-            self._shots = {frame: shot for shot in shots for frame in shot}
+            shots: dict[int, list[int]] = {}
+            for frames, _ in split_shots(self.jobs, keys=[]):
+                ids = [self._ids[frame.planned.name] for frame in frames]
+                shots |= dict.fromkeys(ids, ids)
+            self._shots = shots
         return self._shots[id]
 
     def hint_paths(self, id: int) -> list[Path]:
@@ -228,14 +243,14 @@ class ReviewRun:
 
     def hint_target(self, id: int) -> Path:
         """Return the JSON file to which hints of an image are saved. Raises UsageError if ``--hints`` allows none."""
-        existing = [path for path in self.hint_paths(id) if path.suffix.lower() == ".json"]
-        candidates = existing or [path for path in self._hint_candidates(id) if path.suffix.lower() == ".json"]
-        if not candidates:
-            raise UsageError(
-                f"hints of {self.names[id]} cannot be saved: --hints {self.options.hints.hints} names no JSON file for "
-                "it; start icm review with --hints and a folder"
-            )
-        return candidates[0]
+        for paths in (self.hint_paths(id), self._hint_candidates(id)):  # existing files first
+            for path in paths:
+                if path.suffix.lower() == ".json":
+                    return path
+        raise UsageError(
+            f"hints of {self.names[id]} cannot be saved: --hints {self.options.hints.hints} names no JSON file for "
+            "it; start icm review with --hints and a folder"
+        )
 
     def read_shapes(self, id: int, size: tuple[int, int]) -> Shapes | None:
         """Return the saved hints of an image as shapes of labelme; None without hint files.
@@ -246,25 +261,29 @@ class ReviewRun:
         return read_shapes(paths, self.jobs[id].name, size) if paths else None
 
     def _hint_candidates(self, id: int) -> Iterator[Path]:
-        """Yield the paths at which hint files of an image may be. The first is where new hints are saved."""
+        """Yield the paths at which hint files of an image may be. New hints are saved to the first one that is JSON.
+
+        The hints of a.png are in a.json or a.png.json; only in the latter if there is another image such as a.jpg.
+        """
         job = self.jobs[id]
         if self._pattern is not None:
             number = FrameName.from_path(job.name).number
             if number is not None:
                 yield Path(self._pattern.folder, self._pattern.frame_name(number))
             return
-        stem = job.name.with_suffix("").as_posix()
-        keys = [job.name.as_posix()] if self._stems[stem] > 1 else [stem, job.name.as_posix()]
-        for key in keys:
+        full_name, stem = job.name.as_posix(), job.name.with_suffix("").as_posix()
+        names = [full_name] if self._stem_counts[stem] > 1 else [stem, full_name]
+        for name in names:
             for suffix in HINT_SUFFIXES:
-                yield self.hints_folder / f"{key}{suffix}"
+                yield self.hints_folder / f"{name}{suffix}"
 
     def _choose_hints(
         self, options: MatteOptions, hints: Path | None
     ) -> tuple[MatteOptions, Path, FramePattern | None]:
         """Choose where the hints are: ``hints``, else ``--hints`` of the run, else ``.icm/hints``.
 
-        Returns the options with this choice, its folder, and its frame pattern or None.
+        Returns the options with this choice, the folder of the hints, and the pattern of their files if ``--hints`` is
+        one, such as hints/####.json. Raises OutputError if the folder cannot be created.
         """
         recorded = options.hints.hints
         if hints is None and recorded is not None and not Path(recorded).is_dir():
@@ -279,19 +298,25 @@ class ReviewRun:
         return with_values(options, hints=str(folder)), folder, None
 
     def _plan(self, notice: Callable[[str], None]) -> list[Job]:
-        skipped = SkippedFiles(lambda _: None)
+        """Return the jobs of all images, and set ``errors``. Those without a source are last. Raises UsageError."""
+
+        def ignore_notice(_: str) -> None:
+            """Ignore a notice, because the run has printed it already."""
+
         try:
             with library_settings():  # entered once instead of for each file
-                jobs = list(plan_images(self.options, self.layout, self.colour, skipped, lambda _: None).jobs)
+                skipped = SkippedFiles(ignore_notice)
+                jobs = list(plan_images(self.options, self.layout, self.colour, skipped, ignore_notice).jobs)
         except UsageError as error:
             notice(f"the sources of the run cannot be found, so only the alphas are shown: {error}")
             jobs = []
         planned = {output for job in jobs for output in job.outputs}
-        gone = list(self._jobs_without_source(planned))
-        self.errors = {len(jobs) + number: f"{job.source} does not exist any more" for number, job in enumerate(gone)}
-        if not jobs and not gone:
+        sourceless = list(self._jobs_without_source(planned))
+        if not jobs and not sourceless:
             raise UsageError(f"{self.folder} has no alphas, and its sources cannot be found; check the folder")
-        return jobs + gone
+        for id, job in enumerate(sourceless, start=len(jobs)):
+            self.errors[id] = f"{job.source} does not exist any more"
+        return jobs + sourceless
 
     def _jobs_without_source(self, planned: set[Path]) -> Iterator[Job]:
         """Yield jobs for alphas whose sources do not exist any more. ``planned``: outputs of all other images."""
@@ -301,14 +326,15 @@ class ReviewRun:
                 continue
             with contextlib.suppress(ImageError):
                 provenance = read_provenance_header(path)
-                name, root = Path(provenance.get(NAME_KEY, "")), provenance.get(ROOT_KEY, "")
+                name = Path(provenance.get(NAME_KEY, ""))
+                root = provenance.get(ROOT_KEY, "")
                 source = Path(root, name)
                 if DIGEST_KEY in provenance and name.name and not source.exists():
                     result = ImageResult(str(source), str(path), "planned", name=name.as_posix())
                     yield Job(source, name, path, result, colour=self.colour, root=root)
 
     def _read_alpha_file(self, id: int) -> AlphaFile:
-        """Return what the file of an alpha says. It is opened only if its size or time differs from the known one."""
+        """Return what the file of an alpha says. It is opened only if its size or time has changed since last time."""
         path, known = self.jobs[id].output, self._alphas[id]
         identity = identify_file(path)
         if identity is None:
@@ -323,7 +349,7 @@ class ReviewRun:
 
 
 def with_values(options: MatteOptions, *, dropped: Collection[str] = (), **values: Any) -> MatteOptions:
-    """Return options with other ``values``, which count as given. Options in ``dropped`` get their defaults."""
+    """Return options with other ``values``, as if the user had given them. Those in ``dropped`` get their defaults."""
     kept = {name: options.get_value(name) for name in options.given if name not in dropped}
     return MatteOptions.from_values({**kept, **values}, kept.keys() | values.keys())
 
@@ -338,18 +364,14 @@ def _with_output_folder(options: MatteOptions, folder: Path) -> MatteOptions:
 
 
 def _without_taught(options: MatteOptions) -> MatteOptions:
-    """Return the options of a run without references and negatives taught in a review. ReviewState lists those."""
+    """Return the options of a run without references and negatives taught in a review. ReviewState lists those.
 
-    def is_taught(mask: Path) -> bool:
-        is_review_file = (
-            mask.parent.name in (REFERENCES_NAME, NEGATIVES_NAME) and mask.parent.parent.name == RECORD_FOLDER
-        )
-        return is_review_file and not mask.name.startswith(BASE_PREFIX)
-
-    given = options.references
-    positives = [pair for pair in zip_longest(given.ref, given.mask) if not (pair[1] and is_taught(pair[1]))]
-    negatives = [pair for pair in zip_longest(given.not_ref, given.not_mask) if not (pair[1] and is_taught(pair[1]))]
-    if len(positives) == len(given.ref) and len(negatives) == len(given.not_ref):
+    The options of a recompute, which the review starts, contain them.
+    """
+    references = options.references
+    positives = _untaught_pairs(references.ref, references.mask)
+    negatives = _untaught_pairs(references.not_ref, references.not_mask)
+    if len(positives) == len(references.ref) and len(negatives) == len(references.not_ref):
         return options
     return with_values(
         options,
@@ -360,23 +382,39 @@ def _without_taught(options: MatteOptions) -> MatteOptions:
     )
 
 
+def _untaught_pairs(refs: Sequence[Path], masks: Sequence[Path]) -> list[tuple[Path, Path | None]]:
+    """Return the references that no review has taught, each with its mask; None for those beyond the last mask."""
+    return [(ref, mask) for ref, mask in zip_longest(refs, masks) if mask is None or not _is_taught(mask)]
+
+
+def _is_taught(mask: Path) -> bool:
+    """Return whether a mask is one that a review has written for a taught image."""
+    folder = mask.parent
+    is_of_review = folder.name in (REFERENCES_NAME, NEGATIVES_NAME) and folder.parent.name == RECORD_FOLDER
+    return is_of_review and not mask.name.startswith(BASE_PREFIX)
+
+
 def _read_index(path: Path) -> dict[str, AlphaFile]:
     """Return what an earlier process stored about the alphas, by the names of the images; {} if it is unusable."""
     try:
         content = json.loads(path.read_bytes())
         if content["version"] != [INDEX_VERSION, __version__]:
             return {}
-        return {
-            name: AlphaFile((size, time), True, MattingDetails(**{**details, "reasons": tuple(details["reasons"])}))
-            for name, (size, time, details) in content["alphas"].items()
-        }
+        alphas = {}
+        for name, (size, time, values) in content["alphas"].items():
+            details = MattingDetails(**{**values, "reasons": tuple(values["reasons"])})
+            alphas[name] = AlphaFile((size, time), True, details)
+        return alphas
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}  # then all files are opened
 
 
 def _write_index(path: Path, alphas: Mapping[str, AlphaFile]) -> None:
     """Store what is known about the alphas for the next process. Nothing is stored in a read-only folder."""
-    own = {name: alpha for name, alpha in alphas.items() if alpha.identity and alpha.is_own}
-    stored = {name: (*alpha.identity, vars(alpha.details)) for name, alpha in own.items() if alpha.identity}
+    stored = {
+        name: (*alpha.identity, vars(alpha.details))
+        for name, alpha in alphas.items()
+        if alpha.is_own and alpha.identity is not None
+    }
     with contextlib.suppress(OutputError), atomic_write(path) as file:
         file.write(json.dumps({"version": [INDEX_VERSION, __version__], "alphas": stored}).encode())

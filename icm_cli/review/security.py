@@ -28,6 +28,7 @@ LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 """HTTP methods that change nothing."""
 OPEN_THE_LINK = "this page needs the link that icm review printed; open that link"
+WRONG_TOKEN = f"the token is wrong; {OPEN_THE_LINK}"
 
 
 class RequestGuard:
@@ -59,8 +60,8 @@ class RequestGuard:
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
-        response = self._check(scope)
-        await (response or self._app)(scope, receive, send_with_headers)
+        responder = self._check(scope) or self._app
+        await responder(scope, receive, send_with_headers)
 
     def _check(self, scope: Scope) -> Response | None:
         """Return the response to a request that is not passed on: a refusal, or the cookie. None to pass it on."""
@@ -68,13 +69,14 @@ class RequestGuard:
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._is_own_host(hosts[0]):
             return refuse(403, f"the request is for the host {', '.join(hosts)!r}, which is not that of icm review")
-        if scope["method"] in SAFE_METHODS and scope["path"] == "/" and (given := _token_in_query(scope)):
-            is_right = self._is_token(given)
-            return self._redirect_with_cookie() if is_right else refuse(403, f"the token is wrong; {OPEN_THE_LINK}")
-
-        if not self._is_token(cookie_parser(headers.get("cookie", "")).get(self._cookie, "")):
+        is_safe = scope["method"] in SAFE_METHODS
+        token = _token_in_query(scope)
+        if is_safe and scope["path"] == "/" and token:
+            return self._redirect_with_cookie() if self._is_token(token) else refuse(403, WRONG_TOKEN)
+        cookies = cookie_parser(headers.get("cookie", ""))
+        if not self._is_token(cookies.get(self._cookie, "")):
             return refuse(403, OPEN_THE_LINK)
-        if scope["method"] in SAFE_METHODS:
+        if is_safe:
             return None
         origins = {f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")}
         if headers.get("origin", "").lower() not in origins:
@@ -84,7 +86,10 @@ class RequestGuard:
         return None
 
     def _is_own_host(self, host: str) -> bool:
-        """Return whether a ``Host`` header names this server. Its port may be any, because SSH may forward another."""
+        """Return whether a ``Host`` header names this server. Its port may be any, because SSH may forward another.
+
+        A server that is bound to all addresses accepts every IP address, which cannot be another website's domain.
+        """
         try:
             name = urlsplit(f"//{host}").hostname or ""
             if name in self._hosts:
@@ -92,9 +97,10 @@ class RequestGuard:
             ipaddress.ip_address(name)
         except ValueError:
             return False
-        return self._has_all_addresses  # an address cannot be the domain of another website
+        return self._has_all_addresses
 
     def _is_token(self, text: str) -> bool:
+        """Return whether a text is the token. The comparison takes equally long for all wrong tokens."""
         return secrets.compare_digest(text.encode(errors="replace"), self._token.encode())
 
     def _redirect_with_cookie(self) -> Response:
@@ -125,5 +131,6 @@ def is_loopback(host: str) -> bool:
 
 
 def _token_in_query(scope: Scope) -> str:
+    """Return the token in the URL of a request; "" without one."""
     query = parse_qs(scope["query_string"].decode("latin-1"))
     return query.get("token", [""])[0]

@@ -27,7 +27,7 @@ from icm_cli.files import check_schema, describe_os_error
 from icm_cli.matting.run_record import command_line
 from icm_cli.options import ReviewOptions
 from icm_cli.review.corrections import Corrections
-from icm_cli.review.images import VIEWS, DisplayImages, encode_alpha
+from icm_cli.review.images import VIEWS, DisplayImages, View, encode_alpha
 from icm_cli.review.run import ReviewRun
 from icm_cli.review.state import (
     ImageState,
@@ -81,20 +81,21 @@ HINTS_SCHEMA = {
 }
 REVISION_SCHEMA = {"revision": int}
 NO_BODY: dict[str, Any] = {}
-STATUS_CODES: dict[type[IcmError], int] = {
-    ImageError: 404,
-    StaleRevisionError: 409,
-    StaleAnswerError: 409,
-    ModelNotReadyError: 503,
-    StateBusyError: 503,
-}
 
 
 class NotFoundError(IcmError):
     """The request names an image or a file that does not exist."""
 
 
-STATUS_CODES[NotFoundError] = 404
+STATUS_CODES: dict[type[IcmError], int] = {
+    NotFoundError: 404,
+    ImageError: 404,
+    StaleRevisionError: 409,
+    StaleAnswerError: 409,
+    ModelNotReadyError: 503,
+    StateBusyError: 503,
+}
+"""HTTP status of a response after an error of a type. After other errors it is 400."""
 
 
 @dataclass(frozen=True)
@@ -166,11 +167,11 @@ class ReviewApp:
         self.teaching = Teaching(run, state, self.corrections, notice)
         self._lock = threading.Lock()
         self._next_scan = 0.0
-        """Time from which the alphas are looked at again, because other processes may have changed them."""
-        self._loading = self._load_later(IDLE_DELAY_S)
+        """Earliest time, by the monotonic clock, of the next scan of the alphas for changes by other processes."""
+        self._load_timer = self._start_load_timer(IDLE_DELAY_S)
 
-    def _load_later(self, delay_s: float) -> threading.Timer:
-        """Start a timer that starts to load the model."""
+    def _start_load_timer(self, delay_s: float) -> threading.Timer:
+        """Return a running timer. When it ends, the model begins to load."""
         timer = threading.Timer(delay_s, lambda: self.corrections.load_model())
         timer.daemon = True
         timer.start()
@@ -178,7 +179,7 @@ class ReviewApp:
 
     def close(self) -> None:
         """Stop all threads and processes."""
-        self._loading.cancel()
+        self._load_timer.cancel()
         self._thumbnails.close()
         self.teaching.close()
         self.corrections.close()
@@ -246,25 +247,28 @@ class ReviewApp:
         revision, states = self.state.read_all()
         images = [self.run.item(id, states.get(name, ImageState())) for id, name in enumerate(self.run.names)]
         with self._lock:
-            if self._loading.interval != MODEL_DELAY_S:
-                self._loading.cancel()
-                self._loading = self._load_later(MODEL_DELAY_S)
+            if self._load_timer.interval != MODEL_DELAY_S:  # this is the first list
+                self._load_timer.cancel()
+                self._load_timer = self._start_load_timer(MODEL_DELAY_S)
         return {"revision": revision, "files": files, "images": images}
 
     def _list_changes(self, since: int, since_files: int | None) -> dict[str, Any]:
-        self._scan_again()
+        """Return the images changed after the revisions ``since`` (decisions) and ``since_files`` (alphas)."""
+        self._scan_if_due()
         revision, states = self.state.read_all()
-        found = (self.run.find_id(name) for name, state in states.items() if state.revision > since)
-        decided = {id for id in found if id is not None}
-        for id in decided:
-            self.run.refresh(id)
+        decided = set()
+        for name, state in states.items():
+            id = self.run.find_id(name)
+            if id is not None and state.revision > since:
+                self.run.refresh(id)
+                decided.add(id)
         files_revision, changed = self.run.changes_since(since_files)
         ids = sorted({*changed, *decided})
         images = [self.run.item(id, states.get(self.run.names[id], ImageState())) for id in ids]
         return {"revision": revision, "files": files_revision, "images": images}
 
-    def _scan_again(self) -> None:
-        """Look at all alphas, unless that was done a moment ago or takes long."""
+    def _scan_if_due(self) -> None:
+        """Scan all alphas for changes, unless they were scanned a moment ago. Slow scans are made less often."""
         with self._lock:
             start = time.monotonic()
             if start < self._next_scan:
@@ -282,8 +286,8 @@ class ReviewApp:
     def describe_image(self, id: int) -> dict[str, Any]:
         """Return what the page shows of a single image, and prepare the image for answers."""
         self.corrections.prepare(id)
-        job, item, shapes = self.run.jobs[id], self.item(id), None
-        height = width = 0
+        job, item = self.run.jobs[id], self.item(id)
+        height, width, shapes = 0, 0, None  # unless they can be read
         try:
             height, width = self.images.display_size(id)
             shapes = self.run.read_shapes(id, (height, width))
@@ -319,7 +323,7 @@ class ReviewApp:
         """Accept an alpha as it is, or save new hints and accept the alpha that they give."""
         if request.body["hints"] is not None:
             _check_body(request.body["hints"], HINTS_SCHEMA)
-            # An error for a damaged hint file, which must not be replaced.
+            # A damaged hint file must not be replaced: reading it raises an error.
             self.run.read_shapes(request.id, self.images.display_size(request.id))
         self.corrections.accept(request.id, request.body["revision"], request.shapes)
         return self.item(request.id)
@@ -373,32 +377,30 @@ class ReviewApp:
             )
             result = await run_in_threadpool(handler, parsed)
         except IcmError as error:
-            status = next((code for kind, code in STATUS_CODES.items() if isinstance(error, kind)), 400)
             content: dict[str, Any] = {"error": str(error)}
             if isinstance(error, StaleRevisionError) and parsed is not None:
                 content["image"] = await run_in_threadpool(self.item, parsed.id)
-            return json_response(content, status)
+            return json_response(content, _status_code(error))
         return result if isinstance(result, Response) else json_response(result)
 
     async def _get_thumbnails(self, request: Request) -> Response:
-        """Return thumbnails, in base64, for the first MAX_THUMBNAILS ids."""
+        """Return thumbnails, in base64, of the first MAX_THUMBNAILS ids, as far as they are ready in a moment."""
         try:
             words = request.query_params.get("ids", "").split(",")[:MAX_THUMBNAILS]
             ids = [self._check_id(_parse_number(word, "the image", digits=9)) for word in words]
-            view = next((each for each in VIEWS if each == request.query_params.get("view")), None)
-            if view is None:
-                raise UsageError(f"view is {request.query_params.get('view')!r}; expected one of {', '.join(VIEWS)}")
+            view = _parse_view(request.query_params.get("view"))
         except IcmError as error:
-            return json_response({"error": str(error)}, 400 if isinstance(error, UsageError) else 404)
-        made = await self._thumbnails.make(ids, view)
-        return json_response(
-            {
-                "jpegs": {id: base64.b64encode(jpeg).decode() for id, jpeg in made.items() if isinstance(jpeg, bytes)},
-                "errors": {id: reason for id, reason in made.items() if isinstance(reason, str)},
-            }
-        )
+            return json_response({"error": str(error)}, _status_code(error))
+        jpegs, errors = {}, {}
+        for id, jpeg_or_reason in (await self._thumbnails.make(ids, view)).items():
+            if isinstance(jpeg_or_reason, bytes):
+                jpegs[id] = base64.b64encode(jpeg_or_reason).decode()
+            else:
+                errors[id] = jpeg_or_reason
+        return json_response({"jpegs": jpegs, "errors": errors})
 
     def _check_id(self, id: int) -> int:
+        """Return the id of an image. Raises NotFoundError if there is no such image."""
         if not 0 <= id < len(self.run.jobs):
             raise NotFoundError(f"the run has no image {id}; reload the page")
         return id
@@ -417,11 +419,27 @@ def image_response(request: ApiRequest, content: bytes, kind: str) -> Response:
 def read_static(name: str) -> Response:
     """Return a response with a file of ``static/``. No path is built from ``name``, so no other file can be read."""
     folder = importlib.resources.files("icm_cli.review").joinpath("static")
-    found = next((file for file in folder.iterdir() if file.name == name and file.is_file()), None)
     kind = STATIC_TYPES.get(PurePath(name).suffix)
-    if found is None or kind is None:
-        raise NotFoundError("the page has no such file")
-    return Response(found.read_bytes(), media_type=kind)
+    for file in folder.iterdir():
+        if file.name == name and kind is not None and file.is_file():
+            return Response(file.read_bytes(), media_type=kind)
+    raise NotFoundError("the page has no such file")
+
+
+def _status_code(error: IcmError) -> int:
+    """Return the HTTP status of the response after an error."""
+    for kind, code in STATUS_CODES.items():
+        if isinstance(error, kind):
+            return code
+    return 400
+
+
+def _parse_view(name: str | None) -> View:
+    """Return the view with a name. Raises UsageError."""
+    for view in VIEWS:
+        if view == name:
+            return view
+    raise UsageError(f"view is {name!r}; expected one of {', '.join(VIEWS)}")
 
 
 async def _read_body(request: Request, schema: dict[str, Any]) -> dict[str, Any]:
@@ -439,6 +457,7 @@ async def _read_body(request: Request, schema: dict[str, Any]) -> dict[str, Any]
 
 
 def _check_body(body: Any, schema: dict[str, Any]) -> dict[str, Any]:
+    """Return JSON that matches a schema. Raises UsageError if it does not."""
     try:
         check_schema(body, schema, "")
     except ValueError as error:
@@ -448,7 +467,7 @@ def _check_body(body: Any, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse_number(text: str, name: str, digits: int) -> int:
-    """Return a whole number from a URL. Raises NotFoundError if it has other characters or more ``digits``."""
+    """Return a whole number from a URL. Raises NotFoundError if it is anything else or has more than ``digits``."""
     if not re.fullmatch(f"[0-9]{{1,{digits}}}", text, re.ASCII):
         raise NotFoundError(f"{name} is {text[:20]!r}; expected a whole number")
     return int(text)

@@ -53,12 +53,12 @@ def read_shapes(paths: Sequence[Path], image: Path, size: tuple[int, int]) -> Sh
     shapes: Shapes = []
     for path in paths:
         content = read_json(path, "annotation", {}, "expected an annotation") if is_annotation(path) else {}
-        hints = read_hints(path, size, image=image)
-        if "shapes" not in content:
+        hints = read_hints(path, size, image=image)  # also of labelme, to check the file
+        if "shapes" in content:
+            for shape in clean_shapes(content["shapes"], size):
+                shapes.append({**shape, "label": LABELS.get(shape["label"].strip().lower(), "fg")})
+        else:
             shapes += shapes_of_hints(hints)
-            continue
-        for shape in clean_shapes(content["shapes"], size):
-            shapes.append({**shape, "label": LABELS.get(shape["label"].strip().lower(), "fg")})
     return shapes
 
 
@@ -76,7 +76,7 @@ def make_annotation(shapes: Shapes, path: Path, source: Path, size: tuple[int, i
 
 
 def _as_shape(label: str, points: list[list[float]], shape_type: str | None, mask: str | None = None, **_: Any) -> Any:
-    """Return a shape with all keys of labelme. Other keys are ignored."""
+    """Return a shape with exactly the keys of labelme. Further arguments, other keys of a shape, are ignored."""
     others: dict[str, Any] = {"group_id": None, "description": "", "flags": {}, "mask": mask}
     return {"label": label, "points": points, "shape_type": shape_type or "polygon", **others}
 
@@ -86,21 +86,21 @@ def _clean_mask(shape: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] 
     corners = shape["points"]
     if len(corners) != 2 or any(len(corner) != 2 for corner in corners):
         raise ValueError(f"a mask has the points {corners}; expected two corners")
-    left, top = (int(min(values)) for values in zip(*corners, strict=True))
+    left, top = int(min(x for x, _ in corners)), int(min(y for _, y in corners))
     try:
         data = base64.b64decode(shape.get("mask") or "", validate=True)
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             if image.height > size[0] or image.width > size[1]:
                 raise ValueError(f"it is {image.width}x{image.height}")
-            has_alpha = "A" in image.getbands()
-            inside = np.asarray(image.getchannel("A") if has_alpha else image.convert("L")) > 0
+            grey = image.getchannel("A") if "A" in image.getbands() else image.convert("L")
+            inside = np.asarray(grey) > 0
     except Exception as error:  # decoders raise anything
         raise ValueError(f"a mask is no PNG in base64 within the image ({error}); paint it again") from error
     return {**shape, **_mask_at(inside, left, top)} if inside.any() else None
 
 
 def _mask_at(inside: Area, left: int, top: int) -> dict[str, Any]:
-    """Return the keys of a mask, bool [H,W], whose top left pixel is at ``left``, ``top`` of the image."""
+    """Return a mask, bool [H,W], as keys of a shape. Its top left pixel is at ``left``, ``top`` of the image."""
     encoded = io.BytesIO()
     Image.fromarray(inside.astype(np.uint8) * 255).save(encoded, format="PNG")
     height, width = inside.shape
@@ -110,15 +110,16 @@ def _mask_at(inside: Area, left: int, top: int) -> dict[str, Any]:
 
 def shapes_of_hints(hints: Hints) -> Iterator[dict[str, Any]]:
     """Yield hints as shapes: points, rectangles and masks."""
-    sides: list[tuple[str, Sequence[Point]]] = [("fg", hints.points), ("bg", hints.not_points)]
-    for label, points in sides:
-        yield from (_as_shape(label, [list(point)], "point") for point in points)
+    points_by_label: dict[str, Sequence[Point]] = {"fg": hints.points, "bg": hints.not_points}
+    for label, points in points_by_label.items():
+        for point in points:
+            yield _as_shape(label, [list(point)], "point")
     for x0, y0, x1, y1 in hints.boxes:
         yield _as_shape("fg", [[x0, y0], [x1, y1]], "rectangle")
     areas = {"fg": hints.object_area, "bg": hints.background_area, "keep": hints.keep, "drop": hints.drop}
     for label, area in areas.items():
         if area is not None and area.any():
-            rows, columns = (np.flatnonzero(area.any(axis=axis)) for axis in (1, 0))
+            rows, columns = np.flatnonzero(area.any(axis=1)), np.flatnonzero(area.any(axis=0))
             top, left = int(rows[0]), int(columns[0])
-            inside = area[top : rows[-1] + 1, left : columns[-1] + 1]
-            yield _as_shape(label=label, **_mask_at(inside, left, top))
+            cropped = area[top : rows[-1] + 1, left : columns[-1] + 1]
+            yield _as_shape(label=label, **_mask_at(cropped, left, top))

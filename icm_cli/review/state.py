@@ -75,6 +75,7 @@ class ReviewState:
         self._lock_path = record_folder / LOCK_NAME
         self._lock = threading.RLock()
         self._identity: tuple[int, int, int] | None = None
+        """Identity of the file when it was read or written last; see :meth:`_read_identity`."""
         self._revision = 0
         self._images: dict[str, ImageState] = {}
         self._refresh()
@@ -116,7 +117,7 @@ class ReviewState:
     def edit_all(self) -> Iterator[dict[str, ImageState]]:
         """Context that yields all stored states for editing. Those that differ at the end get a new revision."""
         with self._saving() as images:
-            images |= copy.deepcopy(images)  # _save compares them with the states before
+            images |= copy.deepcopy(images)  # the old states must stay as they are, for the comparison when saving
             yield images
 
     @contextlib.contextmanager
@@ -134,6 +135,7 @@ class ReviewState:
             self._save(images)
 
     def _save(self, images: dict[str, ImageState]) -> None:
+        """Write the states to the file. Those that differ from the old ones get a new revision."""
         changed = [name for name, image in images.items() if image != self._images.get(name, ImageState())]
         if not changed:
             return
@@ -164,13 +166,14 @@ class ReviewState:
         for name, image in content["images"].items():
             if image["status"] not in get_args(ReviewStatus):
                 raise UsageError(f"review {self._path}: {name} has the status {image['status']!r}; {EXPECTED}")
-        known = [each.name for each in dataclasses.fields(ImageState)]
+        keys = [field.name for field in dataclasses.fields(ImageState)]
         self._images = {
-            name: ImageState(**{key: image[key] for key in known}) for name, image in content["images"].items()
+            name: ImageState(**{key: image[key] for key in keys}) for name, image in content["images"].items()
         }
         self._revision, self._identity = max(content["revision"], self._revision), identity
 
     def _read_identity(self) -> tuple[int, int, int] | None:
+        """Return values that change whenever the file changes; None if it does not exist."""
         try:
             status = self._path.stat()
         except FileNotFoundError:

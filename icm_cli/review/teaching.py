@@ -52,6 +52,7 @@ LOCK_TIMEOUT_S = 0.5
 FOLLOW_INTERVAL_S = 0.2
 """Interval in which the file with the events is read."""
 INTERRUPTED_CODES = (130, 143, -15)
+"""Exit codes of a recompute that was stopped by SIGINT or SIGTERM."""
 SAVE_INTERVAL_S = 3.0
 """Interval at which the differences of recomputed alphas are saved, and then shown by the page."""
 DIFFERENCE_DIGITS = 3
@@ -86,7 +87,9 @@ class Teaching:
         self._lock = threading.Lock()
         self._progress = _Progress(changed=self._read_changes())
         self._events, self._lock_path = run.record_folder / EVENTS_NAME, run.record_folder / LOCK_NAME
-        self._is_closed, self._is_followed = threading.Event(), False
+        self._is_closed = threading.Event()
+        self._is_followed = False
+        """Whether the running recompute was started by another server."""
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
 
@@ -137,7 +140,7 @@ class Teaching:
                 return
             lock = open_locked(self._lock_path, LOCK_TIMEOUT_S)
             if lock is None:
-                return  # by another server: progress() follows it
+                return  # another server runs one, which progress() will follow
             os.truncate(lock, 0)
             self._events.write_bytes(b"")
             self._progress = _Progress("running", total=len(self._run.jobs))
@@ -166,7 +169,7 @@ class Teaching:
             self._process.kill()
 
     def _follow_other(self) -> None:
-        """Begin to follow the recompute of another server, which may have been killed, if there is one."""
+        """Begin to follow the recompute of another server, if there is one. That server may have been killed."""
         with self._lock:
             if self._progress.state == "running" or not self._is_locked():
                 return
@@ -185,24 +188,28 @@ class Teaching:
         return lock is None
 
     def _stop_other(self) -> None:
-        space, _, id = self._lock_path.read_text().partition(" ")
-        if space != process_space() or not id.isdigit():
+        """Stop the recompute of another server on this machine. Raises UsageError."""
+        space, _, pid = self._lock_path.read_text().partition(" ")
+        if space != process_space() or not pid.isdigit():
             raise UsageError("the recompute runs on another machine, or is just starting; stop it where it was started")
         try:
-            os.kill(int(id), signal.SIGTERM)
+            os.kill(int(pid), signal.SIGTERM)
         except OSError as error:
             raise UsageError(f"the recompute cannot be stopped: {describe_os_error(error)}") from error
 
     def _follow(self) -> None:
-        """Follow the recompute of another server. If that was killed, compare the alphas in its place."""
+        """Follow the recompute of another server, in its own thread.
+
+        If that server was killed, this one compares the alphas at the end.
+        """
         before = self._run.record_folder / BEFORE_NAME
         state: RecomputeState = "stopped"
         message = "it ended before all images were recomputed; start it again to continue"
-        done: list[dict[str, Any]] = []
+        image_events: list[dict[str, Any]] = []
         try:
             for event in self._follow_events(self._is_locked):
                 if event["event"] == "image":
-                    done.append(event)
+                    image_events.append(event)
                     with self._lock:
                         self._progress.done, self._progress.total = event["ended"], event["total"]
                 elif event["event"] == "error" and event["exit_code"] not in INTERRUPTED_CODES:
@@ -211,7 +218,7 @@ class Teaching:
                     state, message = "done", ""
             if before.exists() and not self._is_closed.is_set():
                 changes: dict[int, float] = {}
-                for event in done:
+                for event in image_events:
                     changes |= self._compare(event, before)
                 self._save_changes(changes)
                 if state == "done":
@@ -222,28 +229,34 @@ class Teaching:
             changed = self._read_changes()
             with self._lock:
                 self._progress.changed = changed
-                self._progress.state, self._progress.message, self._is_followed = state, message, False
+                self._progress.state, self._progress.message = state, message
+                self._is_followed = False
 
     def _read_changes(self) -> dict[int, float]:
-        """Return the saved differences by the id of the image."""
-        ids = {self._run.find_id(name): image.change for name, image in self._state.read_all()[1].items()}
-        return {id: change for id, change in ids.items() if id is not None and change}
+        """Return the saved differences that are not 0, by the id of the image."""
+        _, states = self._state.read_all()
+        changes = {self._run.find_id(name): image.change for name, image in states.items()}
+        return {id: change for id, change in changes.items() if id is not None and change}
 
     def _follow_events(self, is_running: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-        """Yield the events of a recompute from their file until it ends, or this server."""
+        """Yield the events of a recompute from their file until it ends.
+
+        When this server stops, a recompute of its own is followed to its end, but not that of another server.
+        """
         with self._events.open("rb") as file:
-            rest = b""
-            while not self._is_closed.is_set() or not self._is_followed:
-                is_last = not is_running()
-                *lines, rest = (rest + file.read()).split(b"\n")
+            incomplete_line = b""
+            while not (self._is_followed and self._is_closed.is_set()):
+                has_ended = not is_running()  # before the file is read, so that no event is missed
+                *lines, incomplete_line = (incomplete_line + file.read()).split(b"\n")
                 for line in lines:
                     if line.startswith(b"{"):  # libraries may print anything
                         yield json.loads(line)
-                if is_last:
+                if has_ended:
                     return
                 time.sleep(FOLLOW_INTERVAL_S)
 
     def _replace_taught(self, name: str, taught: dict[str, Any] | None) -> None:
+        """Store how an image is taught, remove its old mask, and prepare the references again."""
         with self._state.edit(name) as image:
             before, image.taught = image.taught, taught
         if before is not None and before != taught:
@@ -252,7 +265,7 @@ class Teaching:
             self._corrections.reload()
 
     def _recompute(self, lock: int) -> None:
-        """Run the whole recompute, in its own thread. ``lock``: descriptor of the locked file."""
+        """Run the whole recompute, in its own thread. ``lock``: descriptor of the locked file, which is closed."""
         before = self._run.record_folder / BEFORE_NAME
         state: RecomputeState = "failed"
         message = "the recompute ended unexpectedly; the log of the server says more"
@@ -310,7 +323,7 @@ class Teaching:
         code = process.returncode
         if code in INTERRUPTED_CODES:
             return "stopped", "stopped; the alphas that are not recomputed yet are unchanged"
-        if error or code not in (0, 1):
+        if error or code not in (0, 1):  # 1: some images failed
             return "failed", error or f"icm matte ended with exit code {code}; see {log.name}"
         return "done", f"{format_count(failures, 'image')} failed; see {log.name}" if failures else ""
 
@@ -319,7 +332,9 @@ class Teaching:
 
         Returns the number of images that failed, and the error that ended the run or "".
         """
-        failures, error, unsaved, saved_at = 0, "", dict[int, float](), time.monotonic()
+        failures, error = 0, ""
+        unsaved: dict[int, float] = {}
+        saved_at = time.monotonic()
         for event in self._follow_events(lambda: process.poll() is None):
             if event["event"] == "error":
                 error = event["message"]
@@ -337,13 +352,15 @@ class Teaching:
 
     def _has_failed(self, event: Mapping[str, Any]) -> bool:
         """Return whether an image has failed. One that a person accepted during the recompute has not."""
+        if event["status"] != "failed":
+            return False
         id = self._run.find_id(event["name"])
-        return event["status"] == "failed" and not (id is not None and self._run.refresh(id).is_reviewed)
+        return id is None or not self._run.refresh(id).is_reviewed
 
     def _compare(self, event: Mapping[str, Any], before: Path) -> dict[int, float]:
-        """Return the difference of a recomputed alpha to the one before, by id: {id: 0..1}, or {} if none was written.
+        """Return the difference of a recomputed alpha to the one before, as {id: 0..1}; {} if none was written.
 
-        An alpha that had another size, or cannot be read, has the difference 1.
+        ``event``: the event of the image. An alpha that had another size, or cannot be read, has the difference 1.
         """
         id = self._run.find_id(event["name"])
         if id is None or event["status"] != "done":
@@ -352,7 +369,8 @@ class Teaching:
             after, saved = self._images.read_alpha(id), self._saved_alpha(before, id)
             earlier = self._images.read_alpha(id, saved) if saved.exists() else np.zeros_like(after)
             if earlier.shape == after.shape:
-                return {id: round(float(np.abs(after.astype(np.float32) - earlier).mean()) / 255, DIFFERENCE_DIGITS)}
+                difference = float(np.abs(after.astype(np.float32) - earlier).mean()) / 255
+                return {id: round(difference, DIFFERENCE_DIGITS)}
         return {id: 1.0}
 
     def _save_changes(self, changes: Mapping[int, float]) -> None:
@@ -363,4 +381,5 @@ class Teaching:
             for id, difference in changes.items():
                 image = images.setdefault(self._run.names[id], ImageState())
                 image.change = difference
-                image.status = "open" if image.status == "rejected" and difference else image.status
+                if image.status == "rejected" and difference:
+                    image.status = "open"

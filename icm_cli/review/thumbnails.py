@@ -22,7 +22,7 @@ BATCH_S = 0.1
 MAX_AHEAD = 150
 """Number of images after the last ones that the page has asked for whose thumbnails are made ahead."""
 SMALL_IMAGE_BYTES = 1 << 26
-"""Images that need less memory are decoded without a look at the free memory, which takes as long as decoding."""
+"""Images that need less memory are decoded without checking the free memory, which takes as long as decoding them."""
 Batch: TypeAlias = dict[int, bytes | str]
 """Thumbnails by the id of the image; for an image without one, the reason."""
 
@@ -31,7 +31,7 @@ class ThumbnailWorkers:
     """Two threads that answer requests, and one that works ahead while there are none."""
 
     def __init__(self, make: Callable[[int, View], bytes], order: Sequence[int]) -> None:
-        """``make`` returns the thumbnail of an image in a view. ``order``: the ids as the page lists them at first."""
+        """``make`` returns the thumbnail of an image in a view as a JPEG. ``order``: the ids as the page lists them."""
         self._make, self._order = make, order
         self._ranks = {id: rank for rank, id in enumerate(order)}
         self._settings = contextlib.ExitStack()
@@ -57,7 +57,8 @@ class ThumbnailWorkers:
             with self._condition:
                 self._requests -= 1
                 start = 1 + max(self._ranks[id] for id in ids)
-                self._next, self._view = range(start, min(start + MAX_AHEAD, len(self._order))), view
+                self._next = range(start, min(start + MAX_AHEAD, len(self._order)))
+                self._view = view
                 self._condition.notify()
 
     def close(self) -> None:
@@ -70,34 +71,39 @@ class ThumbnailWorkers:
         self._settings.close()
 
     def _make_batch(self, ids: Sequence[int], view: View) -> Batch:
+        """Return the thumbnails of the first images of ``ids``: at least one, and then until BATCH_S are over."""
         end = time.monotonic() + BATCH_S
-        made: Batch = {}
+        batch: Batch = {}
         for id in ids:
             try:
-                made[id] = self._make(id, view)
+                batch[id] = self._make(id, view)
             except Exception as error:  # noqa: BLE001  handed to the page
-                made[id] = str(error)
+                batch[id] = str(error)
             if time.monotonic() > end or self._is_closed:
                 break
-        return made
+        return batch
 
     def _work_ahead(self) -> None:
+        """Make the next thumbnails while there are no requests, so that they are cached. Runs in its own thread."""
         _skip_memory_checks()
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._is_closed or (self._next and not self._requests))
                 if self._is_closed:
                     return
-                id, self._next = self._order[self._next[0]], self._next[1:]
-            self._make_batch([id], self._view)
+                rank, self._next = self._next[0], self._next[1:]
+            self._make_batch([self._order[rank]], self._view)
 
 
 def _skip_memory_checks() -> None:
-    """Let this thread decode small images without a look at the free memory."""
+    """Let this thread decode small images without checking the free memory."""
     reserve_memory.set(_check_large_image)
 
 
 def _check_large_image(path: Path, size: str, needed: int) -> None:
     """Raise ImageMemoryError for a large image that does not fit into the free memory."""
-    if needed > SMALL_IMAGE_BYTES and needed > (free := free_memory()).size:
+    if needed <= SMALL_IMAGE_BYTES:
+        return
+    free = free_memory()
+    if needed > free.size:
         raise ImageMemoryError(too_large_message(path, size, needed, free))

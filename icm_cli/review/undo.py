@@ -21,7 +21,7 @@ UNDO_NAME = "undo"
 Entry: TypeAlias = dict[str, Any]
 """A change of an image, as JSON:
 
-- ``folder``: name of the folder with the copies;
+- ``folder``: random name of the folder with the copies, which identifies the entry;
 - ``status``: status of the image before the change;
 - ``files``: the replaced files. Each has its ``path`` and the name of its ``copy``, None if there was no file;
 - ``alpha``: identity of the alpha that the change wrote; None until then.
@@ -32,40 +32,41 @@ class UndoCopies:
     """Copies of replaced files, below ``.icm/undo``."""
 
     def __init__(self, record_folder: Path) -> None:
+        """``record_folder``: the folder ``.icm`` of the run."""
         self._root, self._folder = record_folder.parent, record_folder / UNDO_NAME
 
     def save(self, paths: Sequence[Path], status: str) -> Entry:
         """Copy those of ``paths`` that exist, and return the entry. Raises OutputError."""
-        name = secrets.token_hex(8)
-        folder, files = self._folder / name, []
+        folder_name = secrets.token_hex(8)
+        folder, files = self._folder / folder_name, []
         try:
             for number, path in enumerate(paths):
-                copy = f"{number}{path.suffix}" if path.is_file() else None
-                below = path.relative_to(self._root) if path.is_relative_to(self._root) else path
-                files.append({"path": str(below), "copy": copy})
-                if copy is not None:
+                copy_name = f"{number}{path.suffix}" if path.is_file() else None
+                stored_path = path.relative_to(self._root) if path.is_relative_to(self._root) else path
+                files.append({"path": str(stored_path), "copy": copy_name})
+                if copy_name is not None:
                     folder.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(path, folder / copy)
+                    shutil.copy2(path, folder / copy_name)
         except OSError as error:
             raise error_for_failed_write(folder, error) from error
-        return {"folder": name, "status": status, "files": files, "alpha": None}
+        return {"folder": folder_name, "status": status, "files": files, "alpha": None}
 
     def restore(self, entry: Entry, alpha: Path) -> None:
         """Restore the files of an entry, in the reverse order of ``save``. ``alpha``: path of the alpha.
 
         Raises IcmError if a later run has replaced the alpha, or if a file cannot be written.
         """
-        copies = {self._root / file["path"]: file["copy"] for file in entry["files"]}
-        if not self._may_replace(alpha, entry, copies.get(alpha)):
+        copy_names = {self._root / file["path"]: file["copy"] for file in entry["files"]}
+        if not self._may_replace(alpha, entry, copy_names.get(alpha)):
             raise IcmError(
                 f"{alpha} was written again since this change, and is not replaced; correct the new alpha instead"
             )
-        for path, name in reversed(copies.items()):
+        for path, copy_name in reversed(copy_names.items()):
             try:
-                if name is None:
+                if copy_name is None:
                     path.unlink(missing_ok=True)
                     continue
-                saved = self._folder / entry["folder"] / name
+                saved = self._folder / entry["folder"] / copy_name
                 with saved.open("rb") as copy, atomic_write(path) as out:
                     shutil.copyfileobj(copy, out)
                     out.flush()
@@ -75,11 +76,14 @@ class UndoCopies:
                 reason = describe_os_error(error, f"its copy is in {self._folder}")
                 raise IcmError(f"{path} cannot be restored: {reason}") from error
 
-    def _may_replace(self, alpha: Path, entry: Entry, copy: str | None) -> bool:
-        """Return whether undo may replace an alpha: it must be the one that the change wrote, or the one before it."""
+    def _may_replace(self, alpha: Path, entry: Entry, copy_name: str | None) -> bool:
+        """Return whether undo may replace an alpha: it must be the one that the change wrote, or the one before it.
+
+        ``copy_name``: name of the copy of the alpha before it; None if there was none.
+        """
         if not entry["files"] or entry["alpha"] is None:  # nothing was replaced, or the change was interrupted
             return True
-        before = None if copy is None else identify_file(self._folder / entry["folder"] / copy)
+        before = None if copy_name is None else identify_file(self._folder / entry["folder"] / copy_name)
         return identify_file(alpha) in (tuple(entry["alpha"]), before)
 
     def discard(self, entry: Entry) -> None:
@@ -89,7 +93,7 @@ class UndoCopies:
 
     @contextlib.contextmanager
     def restored_on_error(self, entry: Entry, alpha: Path) -> Iterator[None]:
-        """Context of a change. If it fails, the files are restored."""
+        """Context of a change. If it fails, the files are restored, as far as that is possible."""
         try:
             yield
         except Exception:
