@@ -26,9 +26,9 @@ def apply_in_batches(
     size_of: Callable[[ItemT], Hashable],
     max_batch: int | None = None,
 ) -> list[ResultT]:
-    """Apply a function of a batch to items of any sizes, and return the results in the order of the items.
+    """Apply a function of a batch to items of different sizes, and return the results in the order of the items.
 
-    Items of equal size are in one batch, which has at most ``max_batch`` items.
+    ``function`` gets items for which ``size_of`` is equal, at most ``max_batch``, and returns a result for each.
     """
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for index, item in enumerate(items):
@@ -77,9 +77,9 @@ def _average_rows(alpha: Tensor, count: int) -> Tensor:
     if count >= rows:
         return F.interpolate(alpha[None, None], size=(count, columns), mode="bilinear", align_corners=False)[0, 0]
     edges = torch.arange(count + 1, dtype=torch.float64) * (rows / count)
-    starts, ends = edges[:-1], edges[1:]
+    starts, ends = edges[:-1], edges[1:]  # of the range of rows that each new row covers
     averaged = torch.zeros((count, columns), device=alpha.device)
-    for step in range(math.ceil(rows / count) + 1):
+    for step in range(math.ceil(rows / count) + 1):  # add the row number ``step`` of every range
         row = starts.floor() + step
         overlap = (torch.minimum(ends, row + 1) - torch.maximum(starts, row)).clamp(min=0.0) / (ends - starts)
         index = row.clamp(max=rows - 1).long().to(alpha.device)
@@ -114,38 +114,40 @@ def split_into_tiles(size: tuple[int, int], tile_px: int, overlap_px: int) -> li
     the overlap is at most a third of a tile, the blended alpha changes by at most 1 / ``overlap_px`` from one pixel to
     the next, even if one tile is 0 and the other 1. With 256 px, that is less than 1/255.
     """
-    sides = (_split_side(length, tile_px, overlap_px) for length in size)
+    row_ranges, column_ranges = (_split_side(length, tile_px, overlap_px) for length in size)
     return [
-        Tile(slice(top, top + len(down)), slice(left, left + len(across)), down, across)
-        for (top, down), (left, across) in itertools.product(*sides)
+        Tile(rows, columns, row_weights, column_weights)
+        for (rows, row_weights), (columns, column_weights) in itertools.product(row_ranges, column_ranges)
     ]
 
 
 def blend_tiles(size: tuple[int, int], tiles: Sequence[Tile], alphas: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Blend the alphas [h,w] of an image's tiles into one alpha, float32 [H,W] of ``size``."""
-    total, weights = (torch.zeros(size, dtype=torch.float32, device=device) for _ in range(2))
+    """Blend the alphas [h,w] of an image's tiles into one alpha, float32 [H,W] of ``size``: their weighted mean."""
+    weighted_sum, weights = (torch.zeros(size, dtype=torch.float32, device=device) for _ in range(2))
     for tile, alpha in zip(tiles, alphas, strict=True):
         weight = tile.weight.to(device)
-        total[tile.slices] += alpha * weight
+        weighted_sum[tile.slices] += alpha * weight
         weights[tile.slices] += weight
-    return total.div_(weights)
+    return weighted_sum.div_(weights)
 
 
-def _split_side(length: int, tile: int, overlap: int) -> list[tuple[int, Tensor]]:
-    """Return start and weights of each tile along a side of ``length`` px, which the tiles cover exactly.
+def _split_side(length: int, tile: int, overlap: int) -> list[tuple[slice, Tensor]]:
+    """Return the range and the weights of each tile along a side of ``length`` px, which the tiles cover exactly.
 
     The weights rise over the overlap with the previous tile, are 1 in the middle, and fall over the overlap with the
     next tile.
     """
     if length <= tile:
-        return [(0, torch.ones(length))]
+        return [(slice(0, length), torch.ones(length))]
     count = math.ceil((length - overlap) / (tile - overlap))
-    ramp = torch.clamp(torch.arange(1, tile + 1, dtype=torch.float32) / max(1, overlap), max=1.0)
-    constant = torch.ones(tile)
-    return [
-        (
-            round(number * (length - tile) / (count - 1)),
-            torch.minimum(ramp if number else constant, ramp.flip(0) if number < count - 1 else constant),
-        )
-        for number in range(count)
-    ]
+    rising = torch.clamp(torch.arange(1, tile + 1, dtype=torch.float32) / max(1, overlap), max=1.0)
+    tiles = []
+    for number in range(count):
+        start = round(number * (length - tile) / (count - 1))
+        weights = torch.ones(tile)
+        if number > 0:
+            weights = torch.minimum(weights, rising)
+        if number < count - 1:
+            weights = torch.minimum(weights, rising.flip(0))
+        tiles.append((slice(start, start + tile), weights))
+    return tiles

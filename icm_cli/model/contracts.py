@@ -40,9 +40,9 @@ is not the object, and 0.5 elsewhere.
 
 @runtime_checkable
 class IntraSimilarity(Protocol):
-    """Similarity between the tokens of one target, as an operator A (paper, section 3.3).
+    """Similarity between the tokens of each target, as a matrix A [B,N,N] (paper, section 3.3).
 
-    Each row is a softmax over the valid tokens: it sums to 1, and is 0 in the padding.
+    Each row is a softmax over the valid tokens: it sums to 1, and is 0 in the padding. A need not exist in memory.
     """
 
     grid: tuple[int, int]
@@ -134,7 +134,7 @@ def ignore_progress(fraction: float) -> None:
 
 @dataclass(frozen=True)
 class LearnedReferences:
-    """A copy of the head that was fine-tuned on the references."""
+    """A copy of the head that was fine-tuned on the references, and the references for this copy."""
 
     head: Head
     prepared: Any
@@ -156,9 +156,9 @@ class Component(nn.Module, ABC):
     def weight_files(cls, config: Any, weights: str | None = None, *, offline: bool) -> list[Path]:  # noqa: ARG003
         """Return the files of the pretrained weights that ``load`` reads; an empty list if there are none.
 
-        ``weights`` is a local folder or hub id that replaces the one of the settings ``config``. With ``offline``, the
-        network is not accessed. Raises ConfigError, which says what to fetch and where to put it, if weights are not
-        available.
+        ``config``: the settings. ``weights``: local folder or hub id, instead of that in the settings. With
+        ``offline``, the network is not accessed. Raises ConfigError if weights are not available; its message says what
+        to fetch and where to put it.
         """
         if weights is not None:
             raise ConfigError(f"--weights {weights!r} has no effect: {cls.__name__} has no pretrained weights; omit it")
@@ -265,9 +265,10 @@ class Head(Component):
 
     @abstractmethod
     def forward(self, target: Features, references: Sequence[Any], image: Tensor, valid: Tensor) -> Matte:
-        """Matte a batch of targets, float32 [B,3,H,W], by their features.
+        """Matte a batch of targets.
 
-        ``references`` has for each target the result of :meth:`prepare_references`; valid is bool [B,H,W].
+        ``target``: their features. ``references``: the result of :meth:`prepare_references` for each of them.
+        ``image``: float32 [B,3,H,W]. ``valid``: bool [B,H,W].
         """
 
 
@@ -359,9 +360,9 @@ class Objects(Component):
         ``coarse`` has one alpha for each image: float32 [h,w] in 0..1 of any size, whose borders are those of the
         image. Each result is float32 in 0..1 with the ``mask_size`` of its image.
 
-        ``prompts`` are the points and boxes of each image, all of which count, in any order. If an image has prompts,
-        its coarse alpha may be None or empty; then only the prompts select the object. ``are_completed``: the coarse
-        alphas are already results of this method; they are only corrected by the prompts.
+        ``prompts`` are the points and boxes of each image; their order does not matter. If an image has prompts, its
+        coarse alpha may be None or empty; then only the prompts select the object. ``are_completed``: whether the
+        coarse alphas are already results of this method, so that only the prompts are applied.
         """
 
     @torch.inference_mode()
@@ -372,8 +373,8 @@ class Objects(Component):
         """
         indices = [index for index, alpha in enumerate(coarse) if self.has_object(alpha)]
         selected = [images[index] for index in indices]
-        new = iter(self.embed_images([image for image in selected if not isinstance(image, EmbeddedImage)]))
-        embedded = [image if isinstance(image, EmbeddedImage) else next(new) for image in selected]
+        new_embeddings = iter(self.embed_images([image for image in selected if not isinstance(image, EmbeddedImage)]))
+        embedded = [image if isinstance(image, EmbeddedImage) else next(new_embeddings) for image in selected]
         alphas = self.complete_embedded_alphas(embedded, [coarse[index] for index in indices])
         completed = dict(zip(indices, alphas, strict=True))
         return [completed.get(index, alpha) for index, alpha in enumerate(coarse)]

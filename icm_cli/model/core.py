@@ -139,45 +139,43 @@ class InContextMatting(nn.Module):
         head must have ``can_learn_references``; ``on_progress`` is called with the finished fraction. Raises
         ConfigError if the features of a reference are not finite.
         """
-        features = [
-            ReferenceFeatures(
-                self.backbone.reference_features(image, valid, [reference_noise_key(index)]), guidance, valid
-            )
-            for index, (image, guidance, valid) in enumerate(references)
-        ]
-        if not all(bool(reference.features.correspondence_features.isfinite().all()) for reference in features):
-            raise ConfigError(
-                "the backbone computed features of a reference that are not finite: its weights are damaged, or the "
-                "range of the dtype is too small; use --dtype float32, or get the weights again"
-            )
+        extracted = []
+        for index, (image, guidance, valid) in enumerate(references):
+            features = self.backbone.reference_features(image, valid, [reference_noise_key(index)])
+            if not bool(features.correspondence_features.isfinite().all()):
+                raise ConfigError(
+                    "the backbone computed features of a reference that are not finite: its weights are damaged, or "
+                    "the range of the dtype is too small; use --dtype float32, or get the weights again"
+                )
+            extracted.append(ReferenceFeatures(features, guidance, valid))
         if learn_steps:
             return self.head.learn_references(self.backbone, references, learn_steps, on_progress)
-        return self.head.prepare_references(features)
+        return self.head.prepare_references(extracted)
 
     def extend_guidance(
         self, reference: ReferenceImage, points: Sequence[tuple[float, float]], index: int
     ) -> ReferenceImage:
         """Extend the guidance of points and strokes by the self-attention of the reference (paper, section 3.6).
 
-        ``points``: x and y on the canvas, in px. ``index``: that of the reference. The backbone must have an attention
-        matrix.
+        ``points``: x and y on the canvas, in px. ``index``: position of the reference in the run. The backbone must
+        have an attention matrix.
         """
         image, guidance, valid = reference
-        attention = self.backbone.target_features(image, valid, [reference_noise_key(index)]).intra_similarity
-        stride = min(attention)
-        matrix = attention[stride]
-        assert isinstance(matrix, AttentionMatrix)
-        queries = [int(y // stride) * matrix.grid[1] + int(x // stride) for x, y in points]
-        tokens = attended_tokens(matrix.matrix[0], queries, ATTENDED_TOKENS).view(1, 1, *matrix.grid)
-        area = tokens.repeat_interleave(stride, 2).repeat_interleave(stride, 3) & valid[:, None]
+        features = self.backbone.target_features(image, valid, [reference_noise_key(index)])
+        stride = min(features.intra_similarity)  # the finest grid
+        attention = features.intra_similarity[stride]
+        assert isinstance(attention, AttentionMatrix)
+        columns = attention.grid[1]
+        tokens_of_points = [int(y // stride) * columns + int(x // stride) for x, y in points]
+        selected = attended_tokens(attention.matrix[0], tokens_of_points, ATTENDED_TOKENS).view(1, 1, *attention.grid)
+        area = selected.repeat_interleave(stride, 2).repeat_interleave(stride, 3) & valid[:, None]
         return image, guidance.masked_fill(area, 1.0), valid
 
     def forward(self, pairs: Pairs, features: PairFeatures | None = None) -> Matte:
         """Matte each target with its reference; gradients are kept. Without ``features``, they are extracted."""
         features = features or self.extract_features(pairs)
-        matte: Matte = self.head(
-            features.target, self.prepare_pair_references(pairs, features), pairs.image, pairs.valid
-        )
+        references = self.prepare_pair_references(pairs, features)
+        matte: Matte = self.head(features.target, references, pairs.image, pairs.valid)
         return matte
 
     def extract_features(self, pairs: Pairs) -> PairFeatures:
@@ -189,18 +187,11 @@ class InContextMatting(nn.Module):
 
     def prepare_pair_references(self, pairs: Pairs, features: PairFeatures) -> list[PreparedReferences]:
         """Prepare the reference of each pair for the head."""
-        return [
-            self.head.prepare_references(
-                [
-                    ReferenceFeatures(
-                        features.reference.select_correspondence(i),
-                        pairs.guidance[i : i + 1],
-                        pairs.reference_valid[i : i + 1],
-                    )
-                ]
-            )
-            for i in range(len(pairs.image))
-        ]
+        prepared = []
+        for index, (guidance, valid) in enumerate(zip(pairs.guidance, pairs.reference_valid, strict=True)):
+            reference = features.reference.select_correspondence(index)
+            prepared.append(self.head.prepare_references([ReferenceFeatures(reference, guidance[None], valid[None])]))
+        return prepared
 
     @torch.inference_mode()
     def infer(self, image: Tensor, valid: Tensor, reference: PreparedReferences | LearnedReferences) -> Matte:
@@ -211,10 +202,10 @@ class InContextMatting(nn.Module):
         """
         count = len(image)
         features = self.backbone.target_features(image, valid, [TARGET_NOISE_KEY] * count)
-        head = self.head
+        head, prepared = self.head, reference
         if isinstance(reference, LearnedReferences):
-            head, reference = reference.head, reference.prepared
-        matte: Matte = head(features, [reference] * count, image, valid)
+            head, prepared = reference.head, reference.prepared
+        matte: Matte = head(features, [prepared] * count, image, valid)
         is_finite = features.correspondence_features.isfinite().flatten(1).all(dim=1)
         if bool(is_finite.all()):
             return matte

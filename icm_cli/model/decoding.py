@@ -50,13 +50,12 @@ def resize_bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
 def confidence_and_found(alpha: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Return the confidence of alphas [B,1,H,W], float32 [B] in 0..1, and whether they contain an object, bool [B].
 
-    The padding, where ``valid`` [B,H,W] is False, does not count.
-
-    The confidence is the mean of |2a - 1| over the pixels that are not background, and 0 if there are none.
-    Only an empty alpha shows that the object is absent: inter-similarity has the same sum if it is and if it is not.
+    The confidence is the mean of |2a - 1| over the pixels that are not background, and 0 if there are none. The
+    padding, where ``valid`` [B,H,W] is False, does not count. Only an empty alpha shows that the object is absent,
+    because the sum of the inter-similarity does not depend on its presence.
     """
     alpha = alpha[:, 0]
     visible = (alpha > VISIBLE_ALPHA) & valid
-    decided = ((2.0 * alpha - 1.0).abs() * visible).sum((1, 2)) / visible.sum((1, 2)).clamp(min=1)
-    foreground = ((alpha > 0.5) & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
-    return decided, foreground >= FOUND_FRACTION
+    confidence = ((2.0 * alpha - 1.0).abs() * visible).sum((1, 2)) / visible.sum((1, 2)).clamp(min=1)
+    foreground_fraction = ((alpha > 0.5) & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+    return confidence, foreground_fraction >= FOUND_FRACTION

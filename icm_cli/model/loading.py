@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from icm_cli.config import (
@@ -44,13 +45,12 @@ UNTRAINED_MODELS = "lite-training-free or sd21-training-free"
 def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConfig, Path | None]:
     """Return the configuration and the checkpoint that ``--model`` and ``--checkpoint`` select.
 
-    The weights are not read.
+    ``model``: name of a preset or path of a YAML file. None selects the configuration in the checkpoint, the preset of
+    the published checkpoint, or :data:`DEFAULT_MODEL` if there is no checkpoint. ``checkpoint``: None selects the file
+    that the package contains for the preset, if there is one.
 
-    ``model`` is the name of a preset or the path of a YAML file. None selects the configuration in the checkpoint, the
-    preset of the published checkpoint, or :data:`DEFAULT_MODEL` if there is no checkpoint. Without a checkpoint, it is
-    the file that the package contains for the preset, if there is one.
-
-    Raises ConfigError if model and checkpoint do not belong together, or weights are missing.
+    The weights are not read. Raises ConfigError if model and checkpoint do not belong together, or there is no
+    checkpoint for a head that needs one.
     """
     if checkpoint is None:
         name = model or DEFAULT_MODEL
@@ -59,7 +59,7 @@ def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConf
             _check_needs_no_checkpoint(config)
         return config, packed
     requested = None if model is None else load_model_config(model)
-    stored = read_config(checkpoint)
+    stored = read_config(checkpoint)  # None for the published checkpoint
     if stored is not None and requested is not None and stored != requested:
         raise ConfigError(
             f"checkpoint {checkpoint} has another configuration than --model {model}: "
@@ -80,7 +80,7 @@ def override_edges(config: ModelConfig, edges: str, weights: str | None) -> Mode
     Raises UsageError if no edges would use ``weights``.
     """
     chosen = config.edges
-    if edges != "model" and (chosen is None or chosen.name != edges):
+    if edges != "model" and (chosen is None or chosen.name != edges):  # else the edges of the model keep their settings
         chosen = ComponentConfig(edges, component_class("edges", edges).Config())
     if weights is None:
         return replace(config, edges=chosen)
@@ -124,18 +124,18 @@ def load_objects_and_edges(device: Device) -> tuple[Objects, Edges]:
     """
     config, path = resolve_model(DEFAULT_MODEL, None)
     assert path is not None
-    stored, parts = read_checkpoint(path), []
-    kinds: tuple[ComponentKind, ...] = ("objects", "edges")
-    for kind in kinds:
-        component: ComponentConfig = getattr(config, kind)
+    checkpoint = read_checkpoint(path)
+
+    def load(kind: ComponentKind) -> Any:
+        part: ComponentConfig = getattr(config, kind)
         with torch.random.fork_rng(devices=[]):  # the random numbers of the caller stay as they are
-            part = component_class(kind, component.name)(component.settings).eval()
-        load_strict(part, stored.component(kind), stored.where)
-        part.optimise_for_inference()
-        part.to(device.torch_device).set_dtype(device.dtype, device.transformer_dtype)
-        parts.append(part)
-    objects, edges = parts
-    return objects, edges
+            component = component_class(kind, part.name)(part.settings).eval()
+        load_strict(component, checkpoint.component(kind), checkpoint.where)
+        component.optimise_for_inference()
+        component.to(device.torch_device).set_dtype(device.dtype, device.transformer_dtype)
+        return component
+
+    return load("objects"), load("edges")
 
 
 def load_model_for_training(
@@ -157,18 +157,19 @@ def load_model_for_training(
 
 
 class _WithoutRandomWeights(TorchFunctionMode):
-    """Mode that skips the random initialisation of weights.
+    """Mode that skips the random initialisation of weights: its functions return their tensor as it is.
 
     On the meta device, drawing random numbers imports torch's compiler, which takes seconds and sets environment
     variables.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if function in (torch.Tensor.normal_, torch.Tensor.uniform_):
             return args[0]
         if getattr(function, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return function(*args, **(kwargs or {}))
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
 def build_model(
@@ -176,38 +177,55 @@ def build_model(
 ) -> InContextMatting:
     """Build a model and load its weights; see :func:`load_model`.
 
-    The head is built first, so that its random weights depend on the seed only.
+    Head and edges that are trained must be in the checkpoint, if there is one; others keep their own weights. Backbone
+    and objects get their pretrained weights unless they are in the checkpoint. The head is built first, so that its
+    random weights depend on the seed only.
     """
     tensors = {kind: {} if checkpoint is None else checkpoint.component(kind) for kind in COMPONENT_KEYS}
     where = "" if checkpoint is None else checkpoint.where
-    kinds: tuple[ComponentKind, ...] = ("head", "edges")
-    classes = {kind: component_class(kind, part.name) for kind in kinds if (part := getattr(config, kind)) is not None}
-    required = {kind for kind, cls in classes.items() if checkpoint is not None and cls.is_trained}
-    for kind in required:  # the shapes are checked first: a module of wrong settings may be too large for the memory
-        with torch.device("meta"), _WithoutRandomWeights():
-            expected = classes[kind](getattr(config, kind).settings).state_dict()
-        check_tensor_shapes(expected, {name: tensor.shape for name, tensor in tensors[kind].items()}, where)
+    head_class = component_class("head", config.head.name)
+    edges_class: Any = None if config.edges is None else component_class("edges", config.edges.name)
+    required: set[ComponentKind] = set()
+    if checkpoint is not None and head_class.is_trained:
+        required.add("head")
+        _check_shapes(head_class, config.head.settings, tensors["head"], where)
+    if checkpoint is not None and config.edges is not None and edges_class.is_trained:
+        required.add("edges")
+        _check_shapes(edges_class, config.edges.settings, tensors["edges"], where)
 
-    head = classes["head"](config.head.settings)
+    head = head_class(config.head.settings)
     backbone_class, settings = component_class("backbone", config.backbone.name), config.backbone.settings
     if tensors["backbone"] and backbone_class.is_self_contained:
         _reject_weights(weights, where)
         backbone = backbone_class(settings).eval()
     else:
         backbone = backbone_class.load(settings, weights, offline=offline, seed=seed)
-    edges = None if config.edges is None else classes["edges"].load(config.edges.settings, offline=offline)
-    objects = None
+    edges, objects = None, None
+    if config.edges is not None:
+        edges = edges_class.load(config.edges.settings, offline=offline)
     if config.objects is not None:
-        cls, settings = component_class("objects", config.objects.name), config.objects.settings
-        objects = (cls(settings) if tensors["objects"] else cls.load(settings)).eval()
+        objects_class, settings = component_class("objects", config.objects.name), config.objects.settings
+        objects = objects_class(settings) if tensors["objects"] else objects_class.load(settings)
+        objects.eval()
     model = InContextMatting(
         backbone, head, edges, objects, second_pass=config.second_pass, guided_filter=config.guided_filter
     )
-    for kind in COMPONENT_KEYS:  # heads and edges without training keep their own weights
+    for kind in COMPONENT_KEYS:
         component = getattr(model, kind)
-        if kind in required or (kind in ("backbone", "objects") and component is not None and tensors[kind]):
+        is_contained = kind in ("backbone", "objects") and component is not None and bool(tensors[kind])
+        if kind in required or is_contained:
             load_strict(component, tensors[kind], where)
     return model
+
+
+def _check_shapes(cls: type[Component], settings: Any, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Check the shapes of a component's tensors without building it. Raises ConfigError.
+
+    With the wrong settings, it may be too large for the memory.
+    """
+    with torch.device("meta"), _WithoutRandomWeights():
+        expected = cls(settings).state_dict()
+    check_tensor_shapes(expected, {name: tensor.shape for name, tensor in tensors.items()}, where)
 
 
 def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool) -> str:
@@ -242,9 +260,10 @@ def check_weights_exist(
 def _pretrained_components(
     config: ModelConfig, checkpoint: Path | None, weights: str | None
 ) -> Iterator[tuple[type[Component], Any, str | None]]:
-    """Yield class, settings and source of the components whose weights the checkpoint does not contain.
+    """Yield class, settings and source of the components that load pretrained weights.
 
-    For these, pretrained weights are loaded. ``weights``: source of the backbone's weights.
+    Backbone and objects do so unless the checkpoint contains them. The source is a folder or hub id, or None for that
+    in the settings. ``weights``: source of the backbone's weights.
     """
     backbone = component_class("backbone", config.backbone.name)
     if checkpoint is None or not _contains_backbone(checkpoint, backbone, weights):
@@ -268,7 +287,7 @@ def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str |
 
 
 def _contains_backbone(checkpoint: Path, backbone: type[Backbone], weights: str | None) -> bool:
-    """Return whether a checkpoint replaces the pretrained weights of the backbone.
+    """Return whether a checkpoint contains the weights of the backbone, so that no pretrained ones are loaded.
 
     Raises ConfigError if other weights are given too.
     """
@@ -296,11 +315,10 @@ def _reject_weights(weights: str | None, where: str) -> None:
 
 def _describe_difference(stored: ModelConfig, requested: ModelConfig) -> str:
     """Describe the first setting in which two configurations differ."""
-    ours, theirs = stored.as_dict(), requested.as_dict()
-    for component in {**ours, **theirs}:
-        settings = ours.get(component, {})
-        for key in {**settings, **theirs.get(component, {})}:
-            requested_value = theirs.get(component, {}).get(key)
-            if settings.get(key) != requested_value:
-                return f"its {component} has {key} {settings.get(key)!r}, not {requested_value!r}"
+    all_stored, all_requested = stored.as_dict(), requested.as_dict()
+    for component in {**all_stored, **all_requested}:
+        ours, theirs = all_stored.get(component, {}), all_requested.get(component, {})
+        for key in {**ours, **theirs}:
+            if ours.get(key) != theirs.get(key):
+                return f"its {component} has {key} {ours.get(key)!r}, not {theirs.get(key)!r}"
     raise AssertionError("equal configurations have no difference")

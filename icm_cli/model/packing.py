@@ -48,8 +48,8 @@ def pack_checkpoint(
     """Write a compressed checkpoint that contains all components, atomically.
 
     ``heads``: further checkpoints of the same head; the packed head has the mean weights of all these heads.
-    ``objects``: checkpoints whose objects part, which may have the trained tensors only, replaces that of
-    ``checkpoint``; of several, the mean. ``edges``: a checkpoint whose edges part replaces that of ``checkpoint``.
+    ``objects``: checkpoints from which the objects are taken, instead of ``checkpoint``; of several, the mean. They may
+    contain only the trained tensors of the objects. ``edges``: a checkpoint from which the edges are taken instead.
     ``model``: a preset or YAML file with the settings of the packed model; None for those of the checkpoints.
 
     Raises ConfigError if a file is not a checkpoint of icm, or is of another model.
@@ -62,23 +62,23 @@ def pack_checkpoint(
     if heads:
         tensors |= _average_tensors(sources, "head")
     if objects:
-        trained = [_read_trained(path) for path in objects]
-        sources += trained
-        objects_config = _shared_objects(objects, trained)
+        with_objects = [_read_trained(path) for path in objects]
+        sources += with_objects
+        objects_config = _shared_objects(objects, with_objects)
         initial = component_class("objects", objects_config.name).load(objects_config.settings).state_dict()
-        tensors |= {f"objects.{name}": tensor for name, tensor in initial.items()} | _average_tensors(
-            trained, "objects"
-        )
+        tensors |= {f"objects.{name}": tensor for name, tensor in initial.items()}
+        tensors |= _average_tensors(with_objects, "objects")
         config = replace(config, objects=objects_config)
     if edges is not None:
         if config.edges is None:
             raise ConfigError(f"{checkpoint} is of a model without edges; omit --edges")
-        sources.append(_read_trained(edges))
-        if sources[-1].config.edges is None:
+        with_edges = _read_trained(edges)
+        sources.append(with_edges)
+        if with_edges.config.edges is None:
             raise ConfigError(f"--edges {edges} is of a model without edges; give a checkpoint with trained edges")
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("edges.")}
-        tensors |= {f"edges.{name}": tensor for name, tensor in sources[-1].component("edges").items()}
-        config = replace(config, edges=sources[-1].config.edges)
+        tensors |= {f"edges.{name}": tensor for name, tensor in with_edges.component("edges").items()}
+        config = replace(config, edges=with_edges.config.edges)
     if model is not None:
         config = _load_requested_config(model, config)
     merged = Checkpoint(tensors, config, _merge_metadata(sources), f"the model packed from {checkpoint}")
@@ -88,7 +88,7 @@ def pack_checkpoint(
 
 
 def _shared_objects(paths: Sequence[Path], checkpoints: Sequence[_TrainedCheckpoint]) -> ComponentConfig:
-    """Return the objects of checkpoints, which must be equal. Raises ConfigError."""
+    """Return the settings of the objects of all checkpoints. Raises ConfigError if they differ."""
     shared = checkpoints[0].config.objects
     if shared is None:
         raise ConfigError(f"--objects {paths[0]} is of a model without objects; give a checkpoint with trained objects")
@@ -116,6 +116,8 @@ def _load_requested_config(model: str, config: ModelConfig) -> ModelConfig:
 
 @dataclass(frozen=True)
 class _TrainedCheckpoint(Checkpoint):
+    """A checkpoint that contains its configuration."""
+
     config: ModelConfig
 
 
@@ -130,24 +132,20 @@ def _read_trained(path: Path) -> _TrainedCheckpoint:
 def _average_tensors(checkpoints: Sequence[Checkpoint], component: str) -> dict[str, Tensor]:
     """Return the mean of the tensors of a component; integers are those of the last checkpoint."""
     states = [checkpoint.component(component) for checkpoint in checkpoints]
-    return {
-        f"{component}.{name}": _average([state[name] for state in states]) if last.is_floating_point() else last
-        for name, last in states[-1].items()
-    }
-
-
-def _average(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([tensor.float() for tensor in tensors]).mean(dim=0)
+    averaged = {}
+    for name, tensor in states[-1].items():
+        if tensor.is_floating_point():
+            tensor = torch.stack([state[name].float() for state in states]).mean(dim=0)
+        averaged[f"{component}.{name}"] = tensor
+    return averaged
 
 
 def _merge_metadata(checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
     """Return the metadata of the first checkpoint, with the training images and licences of all."""
     metadata = dict(checkpoints[0].metadata)
-    images = {
-        str(image)
-        for checkpoint in checkpoints
-        for image in parse_json(checkpoint.metadata, TRAINED_ON_KEY, list, "a checkpoint") or ()
-    }
+    images: set[str] = set()
+    for checkpoint in checkpoints:
+        images.update(map(str, parse_json(checkpoint.metadata, TRAINED_ON_KEY, list, "a checkpoint") or ()))
     if images:
         metadata[TRAINED_ON_KEY] = json.dumps(sorted(images))
     for key in (SOURCES_KEY, LICENCES_KEY):

@@ -28,8 +28,8 @@ def without_autocast(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        with torch.autocast(tensor.device.type, enabled=False):
+        first_tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with torch.autocast(first_tensor.device.type, enabled=False):
             return function(*args, **kwargs)
 
     return wrapper
@@ -51,9 +51,9 @@ def inter_similarity(reference_tokens: Tensor, target_tokens: Tensor, target_val
 
     ``reference_tokens``: [K,C]. ``target_tokens``: [B,N,C]. ``target_valid``: those that are not padding, bool [B,N].
 
-    Each reference token distributes a softmax over the target tokens, so S sums to K. It says where the object is, but
-    not whether it is present. The paper averages over the reference tokens; the published code and checkpoint use the
-    sum.
+    S is the sum over the reference tokens of a softmax over the target tokens. So it always sums to K: it says where
+    the object is, but not whether it is present. The paper averages over the reference tokens; the published code and
+    checkpoint use the sum.
     """
     scale = reference_tokens.shape[-1] ** -0.5
     logits = torch.einsum("kc,bnc->bkn", reference_tokens.float(), target_tokens.float()) * scale
@@ -62,10 +62,10 @@ def inter_similarity(reference_tokens: Tensor, target_tokens: Tensor, target_val
 
 
 def attended_tokens(matrix: Tensor, queries: Sequence[int], count: int) -> Tensor:
-    """Return the tokens of the RoI mask of points (paper, section 3.6), bool [N].
+    """Return which tokens belong to the RoI mask of points (paper, section 3.6), bool [N].
 
-    They are the tokens of the points, ``queries``, and for each of them the ``count`` tokens that it attends to most,
-    by its row of ``matrix`` [N,N].
+    They are the tokens of the points, whose indices are ``queries``, and for each of them the ``count`` tokens with the
+    largest attention in its row of ``matrix`` [N,N].
     """
     attended = torch.zeros(len(matrix), dtype=torch.bool, device=matrix.device)
     rows = torch.tensor(queries, device=matrix.device)
@@ -92,7 +92,7 @@ class SelfSimilarity:
 
     A[q,k] is the softmax over the valid k of cosine(f_q - m, f_k - m) / temperature. m is the mean of the valid tokens:
     what all tokens have in common does not distinguish them. Gradients flow through the propagated values, not through
-    A. Feature [B,C,h,w]; valid bool [B,h,w]; temperature in cosine units, more than 0.
+    A. ``feature``: [B,C,h,w]. ``valid``: bool [B,h,w]. ``temperature``: in cosine units, more than 0.
     """
 
     def __init__(self, feature: Tensor, valid: Tensor, temperature: float) -> None:
@@ -105,15 +105,15 @@ class SelfSimilarity:
     def propagate(self, values: Tensor) -> Tensor:
         if values.requires_grad:
             return self._matrix() @ values.float()
-        query = self._unit_tokens()[:, None]
+        tokens = self._unit_tokens()[:, None]  # queries and keys of one attention head
         mask = None if bool(self.valid.all()) else self.valid.flatten(1)[:, None, None, :]
-        width = query.shape[-1]
-        # The kernels that do not build N x N need values as wide as the queries, with the channels
-        # innermost.
+        width = tokens.shape[-1]
+        # The kernels that do not build N x N need values as wide as the queries, with the channels innermost. So the
+        # values are padded to a multiple of this width, and propagated in parts.
         padded = F.pad(values.float()[:, None], (0, -values.shape[-1] % width))
         propagated = [
-            F.scaled_dot_product_attention(query, query, channels, attn_mask=mask, scale=1.0 / self.temperature)
-            for channels in torch.split(padded, width, dim=-1)
+            F.scaled_dot_product_attention(tokens, tokens, part, attn_mask=mask, scale=1.0 / self.temperature)
+            for part in torch.split(padded, width, dim=-1)
         ]
         return torch.cat(propagated, dim=-1)[:, 0, :, : values.shape[-1]]
 
@@ -126,9 +126,9 @@ class SelfSimilarity:
 
     def _unit_tokens(self) -> Tensor:
         """Subtract the mean of the valid tokens from all tokens, and scale them to unit length, float32 [B,N,C]."""
-        is_valid = self.valid.flatten(1)[..., None]
-        mean = (flatten_tokens(self.feature) * is_valid).sum(dim=1, keepdim=True) / is_valid.sum(dim=1, keepdim=True)
-        return F.normalize(flatten_tokens(self.feature) - mean, dim=-1).contiguous()
+        tokens, is_valid = flatten_tokens(self.feature), self.valid.flatten(1)[..., None]
+        mean = (tokens * is_valid).sum(dim=1, keepdim=True) / is_valid.sum(dim=1, keepdim=True)
+        return F.normalize(tokens - mean, dim=-1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -155,16 +155,17 @@ def split_reference_tokens(
     foregrounds, backgrounds, negatives, notices = [], [], [], []
     for reference in references:
         feature = reference.features.correspondence_features
-        inside, notice = selected_token_mask(reference)
+        selected, notice = selected_token_mask(reference)
+        if notice is not None:
+            notices.append(notice)
         tokens = make_tokens(feature)
         if is_negative(reference.guidance):
-            negatives.append(tokens[inside.flatten(1)])
+            negatives.append(tokens[selected.flatten(1)])
         else:
             stride = reference.guidance.shape[-1] // feature.shape[-1]
             outside = background_token_mask(reference.guidance, reference.valid, stride)
-            foregrounds.append(tokens[inside.flatten(1)])
+            foregrounds.append(tokens[selected.flatten(1)])
             backgrounds.append(tokens[outside.flatten(1)])
-        notices += [notice] if notice else []
     negative = torch.cat(negatives) if negatives else None
     return ReferenceTokens(torch.cat(foregrounds), torch.cat(backgrounds), negative, notices)
 
@@ -175,21 +176,21 @@ def is_negative(guidance: Tensor) -> bool:
 
 
 def selected_token_mask(reference: ReferenceFeatures) -> tuple[Tensor, str | None]:
-    """Return the tokens that a reference selects: those of the object, or those of the area of a negative reference.
+    """Return the tokens that a reference selects, and a notice or None; see :func:`foreground_token_mask`.
 
-    The result is that of :func:`foreground_token_mask`.
+    They are those of the object, or in a negative reference those of the area where its guidance is 0.
     """
     stride = reference.guidance.shape[-1] // reference.features.correspondence_features.shape[-1]
     if not is_negative(reference.guidance):
         return foreground_token_mask(reference.guidance, reference.valid, stride)
-    inside, notice = foreground_token_mask(1.0 - reference.guidance, reference.valid, stride)
-    return inside, notice and notice.replace("the reference", "a negative reference")
+    selected, notice = foreground_token_mask(1.0 - reference.guidance, reference.valid, stride)
+    return selected, None if notice is None else notice.replace("the reference", "a negative reference")
 
 
 def similarity_difference(target: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Return how much more similar target tokens [N,C] are to ``first`` [K,C] than to ``second`` [M,C], float32 [N].
 
-    It is the difference of the largest dot products. Without ``first`` tokens, it is minus infinity.
+    It is the largest dot product with ``first`` minus the largest one with ``second``; minus infinity if K is 0.
     """
     if not len(first):
         return target.new_full((len(target),), -torch.inf)
@@ -201,24 +202,28 @@ def foreground_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> tuple
     """Return which tokens are foreground, bool [1,h,w], at least one; and a notice if no whole cell is foreground.
 
     ``guidance`` [1,1,H,W] is 1 inside the object, 0 outside and 0.5 where that is unknown; it is not empty. The cell of
-    a token has sides of ``stride`` px. As in the published code, a token is foreground if its whole cell is. Unknown
-    pixels are allowed in a cell that is mostly foreground and contains no background. If there is no such cell, those
-    that are mostly foreground are used, or else the one with most foreground.
+    a token has sides of ``stride`` px. The tokens are the first of these that exist:
+
+    - cells without background that are mostly foreground; the rest of the cell is unknown. In the published code, the
+      whole cell must be foreground;
+    - cells that are mostly foreground;
+    - the cell with most foreground.
     """
     inside = ((guidance > 0.75) & valid[:, None]).float()
-    fraction = F.avg_pool2d(inside, stride)[:, 0]
-    allowed = ((guidance > 0.25) & valid[:, None]).float()
-    full = (-F.max_pool2d(-allowed, stride)[:, 0] > 0.5) & (fraction > 0.5)
-    if full.any():
-        return full, None
-    most = fraction > 0.5
-    if most.any():
-        return most, (
+    inside_fraction = F.avg_pool2d(inside, stride)[:, 0]
+    not_outside = ((guidance > 0.25) & valid[:, None]).float()
+    has_no_background = -F.max_pool2d(-not_outside, stride)[:, 0] > 0.5  # the minimum over the cell is 1
+    is_mostly_inside = inside_fraction > 0.5
+    is_full = has_no_background & is_mostly_inside
+    if is_full.any():
+        return is_full, None
+    if is_mostly_inside.any():
+        return is_mostly_inside, (
             "the mask of the reference covers no token of the model completely; tokens that it covers by more than "
             "half are used. A reference in which the object is larger works better"
         )
-    best = torch.zeros_like(full)
-    best.view(-1)[fraction.view(-1).argmax()] = True
+    best = torch.zeros_like(is_full)
+    best.view(-1)[inside_fraction.view(-1).argmax()] = True
     return best, (
         "the mask of the reference is smaller than half a token of the model; the token with the "
         "largest part of it is used. A reference in which the object is larger works better"
@@ -226,11 +231,13 @@ def foreground_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> tuple
 
 
 def background_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> Tensor:
-    """Return which tokens are background, bool [1,h,w]; possibly none. See :func:`foreground_token_mask`.
+    """Return which tokens are background, bool [1,h,w]; possibly none. Arguments as in :func:`foreground_token_mask`.
 
-    The cell of such a token contains a pixel of the frame and no foreground, and less than half of it is unknown.
+    The cell of such a token contains a pixel of the frame and no foreground, and less than half of the part that is in
+    the frame is unknown.
     """
     has_foreground = F.max_pool2d((guidance * valid[:, None]).float(), stride)[:, 0] > 0.75
-    unknown = F.avg_pool2d((((guidance - 0.5).abs() < 0.25) & valid[:, None]).float(), stride)[:, 0]
-    in_frame = F.avg_pool2d(valid[:, None].float(), stride)[:, 0]
-    return (in_frame > 0) & ~has_foreground & (unknown < 0.5 * in_frame)
+    is_unknown = ((guidance - 0.5).abs() < 0.25) & valid[:, None]
+    unknown_fraction = F.avg_pool2d(is_unknown.float(), stride)[:, 0]
+    frame_fraction = F.avg_pool2d(valid[:, None].float(), stride)[:, 0]
+    return (frame_fraction > 0) & ~has_foreground & (unknown_fraction < 0.5 * frame_fraction)
