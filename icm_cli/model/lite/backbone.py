@@ -68,14 +68,14 @@ class DinoV2LiteConfig:
     """Blocks of EfficientNet-Lite2 (0..20) whose outputs are the feature scales of a decoder."""
 
     def __post_init__(self) -> None:
-        side, layers, blocks = self.long_side_px, self.layers, self.convolution_blocks
-        is_multiple = side >= TOKEN_PX and not side % TOKEN_PX
+        is_multiple = self.long_side_px >= TOKEN_PX and self.long_side_px % TOKEN_PX == 0
         check_setting("backbone", self, "long_side_px", is_multiple, f"a multiple of {TOKEN_PX}")
-        is_valid = bool(layers) and all(1 <= layer <= TRANSFORMER_DEPTH for layer in layers)
+        is_valid = bool(self.layers) and all(1 <= layer <= TRANSFORMER_DEPTH for layer in self.layers)
         check_setting("backbone", self, "layers", is_valid, f"numbers from 1 to {TRANSFORMER_DEPTH}")
-        for name in ("convolution_blocks", "scale_blocks"):
-            is_valid = bool(blocks) and all(0 <= block < BLOCK_COUNT for block in getattr(self, name))
-            check_setting("backbone", self, name, is_valid, f"numbers from 0 to {BLOCK_COUNT - 1}")
+        numbers, expected = frozenset(range(BLOCK_COUNT)), f"numbers from 0 to {BLOCK_COUNT - 1}"
+        is_valid = bool(self.convolution_blocks) and numbers.issuperset(self.convolution_blocks)
+        check_setting("backbone", self, "convolution_blocks", is_valid, expected)
+        check_setting("backbone", self, "scale_blocks", numbers.issuperset(self.scale_blocks), expected)
 
     @property
     def convolutions(self) -> EfficientNetLiteConfig:
@@ -108,9 +108,8 @@ class DinoV2Lite(Backbone):
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:
         backbone = cls(config)
-        backbone.transformer.load_state_dict(
-            _transformer_weights(_onnx_path(weights), len(backbone.transformer.blocks))
-        )
+        tensors = _transformer_weights(_onnx_path(weights), depth=len(backbone.transformer.blocks))
+        backbone.transformer.load_state_dict(tensors)
         convolutions = EfficientNetLite.load(config.convolutions, weights, offline=offline, seed=seed)
         backbone.convolutions = convolutions.requires_grad_(False)
         return backbone.eval()
@@ -138,10 +137,10 @@ class DinoV2Lite(Backbone):
         """Compute the tokens of images, and the outputs of ``scale_blocks`` as feature scales."""
         half = F.avg_pool2d(image, 2)
         grid = [side // TOKEN_PX for side in image.shape[-2:]]
-        patches = F.interpolate(half, size=[PATCH_PX * side for side in grid], mode="bilinear", align_corners=False)
-        patches = ((patches - self.mean) / self.std).to(self.transformer.class_token.dtype)
+        small = F.interpolate(half, size=[PATCH_PX * cells for cells in grid], mode="bilinear", align_corners=False)
+        small = ((small - self.mean) / self.std).to(self.transformer.class_token.dtype)
         outputs = self.convolutions.run_blocks(half, (*self.config.convolution_blocks, *scale_blocks))
-        layers = self.transformer(patches, self.config.layers)
+        layers = self.transformer(small, self.config.layers)
         layers += [_resize_to_grid(outputs[block].float(), grid) for block in self.config.convolution_blocks]
         correspondence = torch.cat([_standardise_tokens(feature.float()) for feature in layers], dim=1)
         scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
@@ -151,14 +150,15 @@ class DinoV2Lite(Backbone):
 
 
 def _resize_to_grid(feature: Tensor, grid: Sequence[int]) -> Tensor:
-    """Resize features [B,C,h,w] of the convolutions to the grid of the tokens.
+    """Resize features [B,C,h,w] of the convolutions to the grid (rows, columns) of the tokens.
 
-    Their cells begin at the top left corner of the canvas, and the last ones may extend beyond it.
+    The cells of both begin at the top left corner of the canvas. The last cells of the features may extend beyond it.
     """
-    cells = math.ceil(grid[0] / feature.shape[-2]), math.ceil(grid[1] / feature.shape[-1])
-    if cells == (1, 1):
+    height, width = feature.shape[-2:]
+    rows_per_cell, columns_per_cell = math.ceil(grid[0] / height), math.ceil(grid[1] / width)
+    if rows_per_cell == columns_per_cell == 1:
         return feature
-    size = [length * cell for length, cell in zip(feature.shape[-2:], cells, strict=True)]
+    size = [height * rows_per_cell, width * columns_per_cell]
     return F.interpolate(feature, size=size, mode="bilinear", align_corners=False)[..., : grid[0], : grid[1]]
 
 
@@ -184,7 +184,11 @@ def _onnx_path(weights: str | None) -> Path:
 
 
 def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
-    """Read the transformer's tensors from the ONNX file. Raises ConfigError without onnx."""
+    """Read the tensors of the first ``depth`` blocks from the ONNX file, by their names in :class:`VisionTransformer`.
+
+    The graph has no names for the matrices, so they are found as inputs of the named nodes that multiply by them.
+    Raises ConfigError without onnx.
+    """
     try:
         import onnx
         from onnx import numpy_helper
@@ -194,9 +198,11 @@ def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
         ) from error
     graph = onnx.load(str(path)).graph
     stored = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
-    weight_of_node = {  # the first stored input of each node: later inputs are visited first and overwritten
-        node.name: stored[name] for node in graph.node for name in reversed(node.input) if name in stored
-    }
+    weight_of_node = {}  # the first stored input of each node
+    for node in graph.node:
+        stored_inputs = [name for name in node.input if name in stored]
+        if stored_inputs:
+            weight_of_node[node.name] = stored[stored_inputs[0]]
     tensors = {
         "patches.weight": stored["backbone.embeddings.patch_embeddings.projection.weight"],
         "patches.bias": stored["backbone.embeddings.patch_embeddings.projection.bias"],
@@ -209,7 +215,7 @@ def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
     for block in range(depth):
         theirs, ours = f"backbone.encoder.layer.{block}", f"blocks.{block}"
         for name, layers in LINEAR_LAYERS.items():
-            nodes = [f"/{theirs.replace('.', '/', 2)}/{layer.replace('.', '/')}/MatMul" for layer in layers]
+            nodes = [f"/backbone/encoder/layer.{block}/{layer.replace('.', '/')}/MatMul" for layer in layers]
             tensors[f"{ours}.{name}.weight"] = torch.cat([weight_of_node[node].T for node in nodes])
             tensors[f"{ours}.{name}.bias"] = torch.cat([stored[f"{theirs}.{layer}.bias"] for layer in layers])
         for number in (1, 2):
@@ -222,7 +228,7 @@ def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
 class VisionTransformer(nn.Module):
     """The first ``depth`` blocks of the vision transformer of DINOv2 (Oquab et al., 2023).
 
-    It has patches of 14 px, a class token, learned positions, and LayerScale.
+    It has patches of 14 px, a class token, learned positions, and LayerScale. ``width``: channels of a token.
     """
 
     def __init__(self, width: int, heads: int, depth: int) -> None:
@@ -267,6 +273,7 @@ class TransformerBlock(nn.Module):
         self.scale2 = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        # [B,N,3*width] -> query, key and value [B,heads,N,width/heads]
         query, key, value = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         x = x + self.scale1 * self.project(attended)

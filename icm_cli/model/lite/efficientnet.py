@@ -24,7 +24,7 @@ from icm_cli.model.contracts import Backbone, Features
 from icm_cli.model.similarity import SelfSimilarity, valid_tokens
 
 STEM_CHANNELS = 32
-STAGES = (  # kernel, stride of the first block, expansion, output channels, blocks
+STAGES = (  # side of the kernel, stride of the first block, expansion, output channels, number of blocks
     (3, 1, 1, 16, 1),
     (3, 2, 6, 24, 3),
     (5, 2, 6, 48, 3),
@@ -52,13 +52,14 @@ class EfficientNetLiteConfig:
     """Temperature of the intra-similarity, in cosine units."""
 
     def __post_init__(self) -> None:
-        side, factors = self.long_side_px, self.correspondence_reductions
-        check_setting("backbone", self, "long_side_px", side >= 32 and not side % 32, "a multiple of 32")
+        factors = self.correspondence_reductions
+        is_multiple = self.long_side_px >= 32 and self.long_side_px % 32 == 0
+        check_setting("backbone", self, "long_side_px", is_multiple, "a multiple of 32")
         for name in ("correspondence_blocks", "scale_blocks"):
             is_valid = all(0 <= block < BLOCK_COUNT for block in getattr(self, name))
             check_setting("backbone", self, name, is_valid, f"numbers from 0 to {BLOCK_COUNT - 1}")
         check_setting("backbone", self, "correspondence_blocks", bool(self.correspondence_blocks), "one or more blocks")
-        is_valid = bool(factors) and all(factor >= 1 and not 32 % factor for factor in factors)
+        is_valid = bool(factors) and all(factor >= 1 and 32 % factor == 0 for factor in factors)
         check_setting("backbone", self, "correspondence_reductions", is_valid, "one or more divisors of 32")
         check_setting("backbone", self, "temperature", self.temperature > 0, "more than 0")
 
@@ -86,9 +87,8 @@ class EfficientNetLite(Backbone):
         backbone = cls(config)
         path = _package_weights_path(weights)
         published = torch.load(path, map_location="cpu", weights_only=True)
-        load_strict(
-            backbone, {key: published[_published_name(key)] for key in backbone.state_dict()}, f"weights {path}"
-        )
+        tensors = {name: published[_published_name(name)] for name in backbone.state_dict()}
+        load_strict(backbone, tensors, f"weights {path}")
         return backbone.eval()
 
     def optimise_for_inference(self) -> None:
@@ -109,24 +109,27 @@ class EfficientNetLite(Backbone):
     def _extract_features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
         """Compute correspondence features, and for each of ``scale_blocks`` a feature scale with its intra-similarity.
 
-        At the stride of the correspondence features, these are used for the intra-similarity too.
+        The intra-similarity at the stride of the correspondence features is computed from these.
         """
         blocks = self.config.correspondence_blocks
         outputs = self.run_blocks(image, (*blocks, *scale_blocks))
         stride = min(image.shape[-1] // outputs[block].shape[-1] for block in blocks)
-        correspondence = self._correspondence_features(image, outputs, valid_tokens(valid, stride))
-        scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
-        similarity_features = {s: correspondence if s == stride else feature for s, feature in scales.items()}
-        intra = {
-            s: SelfSimilarity(f, valid_tokens(valid, s), self.config.temperature)
-            for s, f in similarity_features.items()
-        }
-        return Features(correspondence, valid_tokens(valid, stride), scales, intra)
+        is_valid = valid_tokens(valid, stride)
+        correspondence = self._correspondence_features(image, outputs, is_valid)
+        scales, intra = {}, {}
+        for block in scale_blocks:
+            scale = outputs[block]
+            scale_stride = image.shape[-1] // scale.shape[-1]
+            scales[scale_stride] = scale
+            feature = correspondence if scale_stride == stride else scale
+            intra[scale_stride] = SelfSimilarity(feature, valid_tokens(valid, scale_stride), self.config.temperature)
+        return Features(correspondence, is_valid, scales, intra)
 
     def _correspondence_features(self, image: Tensor, outputs: dict[int, Tensor], valid: Tensor) -> Tensor:
-        """Concatenate the correspondence blocks of the image at all sizes, on the grid of valid [B,h,w].
+        """Concatenate the outputs of the correspondence blocks for the image at all its reductions.
 
-        All are scaled to the same mean energy, so that no block dominates.
+        ``outputs``: those of the image itself, by block. ``valid``: bool [B,h,w], on the grid of the result. All are
+        scaled to the same mean energy, so that no block dominates.
         """
         height, width = valid.shape[1:]
         stride = image.shape[-1] // width
@@ -141,15 +144,15 @@ class EfficientNetLite(Backbone):
                 parts.append(_normalise_energy(grid, valid))
         return torch.cat(parts, dim=1)
 
-    def run_blocks(self, image: Tensor, wanted: tuple[int, ...]) -> dict[int, Tensor]:
-        """Return the outputs of the wanted blocks for an image [B,3,H,W] in 0..1: block -> [B,C,h,w]."""
-        weight = self.stem.conv.weight
-        x = ((image * 255.0 - 127.0) / 128.0).to(weight.dtype, memory_format=torch.channels_last)
+    def run_blocks(self, image: Tensor, numbers: tuple[int, ...]) -> dict[int, Tensor]:
+        """Return the outputs of the blocks with these numbers for images [B,3,H,W] in 0..1: number -> [B,C,h,w]."""
+        dtype = self.stem.conv.weight.dtype
+        x = ((image * 255.0 - 127.0) / 128.0).to(dtype, memory_format=torch.channels_last)
         x = F.relu6(self.stem(x))
         outputs = {}
-        for number, block in enumerate(self.blocks[: max(wanted) + 1]):
+        for number, block in enumerate(self.blocks[: max(numbers) + 1]):
             x = block(x)
-            if number in wanted:
+            if number in numbers:
                 outputs[number] = x
         return outputs
 
@@ -161,8 +164,8 @@ class SameConvNorm(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
         self.norm: nn.BatchNorm2d | nn.Identity = nn.BatchNorm2d(outputs, eps=1e-3)
-        overlap = kernel - stride
-        self.padding = (overlap // 2, overlap - overlap // 2) * 2
+        total = kernel - stride
+        self.padding = (total // 2, total - total // 2) * 2  # left and right, top and bottom
 
     def fold_norm(self) -> None:
         """Fold the BatchNorm into the convolution, for inference. The module can then not be trained or saved."""
@@ -181,10 +184,10 @@ class EfficientNetBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, *, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
-        wide = inputs * expansion
-        self.expand = SameConvNorm(inputs, wide, kernel=1) if expansion > 1 else None
-        self.depthwise = SameConvNorm(wide, wide, kernel=kernel, stride=stride, groups=wide)
-        self.project = SameConvNorm(wide, outputs, kernel=1)
+        inner = inputs * expansion
+        self.expand = SameConvNorm(inputs, inner, kernel=1) if expansion > 1 else None
+        self.depthwise = SameConvNorm(inner, inner, kernel=kernel, stride=stride, groups=inner)
+        self.project = SameConvNorm(inner, outputs, kernel=1)
         self.has_residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,12 +220,8 @@ def _make_blocks() -> list[EfficientNetBlock]:
     blocks = []
     inputs = STEM_CHANNELS
     for kernel, stride, expansion, outputs, count in STAGES:
-        for repeat in range(count):
-            blocks.append(
-                EfficientNetBlock(
-                    inputs, outputs, kernel=kernel, stride=stride if repeat == 0 else 1, expansion=expansion
-                )
-            )
+        for block_stride in (stride, *[1] * (count - 1)):
+            blocks.append(EfficientNetBlock(inputs, outputs, kernel=kernel, stride=block_stride, expansion=expansion))
             inputs = outputs
     return blocks
 
@@ -245,10 +244,11 @@ def _package_weights_path(weights: str | None) -> Path:
 
 
 def _published_name(name: str) -> str:
-    """Return the name of a tensor in the file of the package."""
+    """Return the name in the package's file of a tensor, such as blocks.3.expand.conv.weight."""
     if name.startswith("stem."):
         return name.replace("stem.conv", "_conv_stem").replace("stem.norm", "_bn0")
     _, number, layer, kind, field = name.split(".")
-    convolution = {"expand": "_expand_conv", "depthwise": "_depthwise_conv", "project": "_project_conv"}[layer]
-    norm = {"expand": "_bn0", "depthwise": "_bn1", "project": "_bn2"}[layer]
-    return f"_blocks.{number}.{convolution if kind == 'conv' else norm}.{field}"
+    convolutions = {"expand": "_expand_conv", "depthwise": "_depthwise_conv", "project": "_project_conv"}
+    norms = {"expand": "_bn0", "depthwise": "_bn1", "project": "_bn2"}
+    published_layer = convolutions[layer] if kind == "conv" else norms[layer]
+    return f"_blocks.{number}.{published_layer}.{field}"

@@ -8,6 +8,7 @@ it processes each view once, and only the small head is trained.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -131,35 +132,47 @@ class FinetunableHead(TrainedHead, ABC):
         Negative references are targets without the object. On a CPU, the same references give the same weights if the
         number of threads is the same.
         """
-        rng, config = np.random.default_rng(FINETUNING.seed), FINETUNING
+        rng = np.random.default_rng(FINETUNING.seed)
         references = sorted(references, key=lambda reference: is_negative(reference[1]))  # negatives are the last
-        positives = sum(not is_negative(guidance) for _, guidance, _ in references)
         with torch.no_grad():
-            scenes = [  # in negatives, no pixel is the object
-                _Scene(image, guidance * (index < positives), ((guidance - 0.5).abs() > 0.25).float(), valid)
-                for index, (image, guidance, valid) in enumerate(references)
-            ]
-            unchanged = [_extract_view(backbone, self, scene) for scene in scenes]
-            originals, scenes = unchanged[:positives], scenes[:positives]
-            views = []
-            for i in range(config.views):
-                views.append(_extract_view(backbone, self, _augment_scene(scenes[i % len(scenes)], rng)))
-                on_progress(0.5 * (i + 1) / config.views)
-            crops = [_crop_negative(scenes[i % len(scenes)], rng) for i in range(config.negative_views)]
-            negatives = [_extract_view(backbone, self, crop) for crop in crops if crop is not None]
-            negatives += unchanged[positives:]
+            views = self._extract_views(backbone, references, rng, on_progress)
         student = copy.deepcopy(self).float().eval()
         with torch.enable_grad():
-            _train_head(student, originals, views, negatives, steps, rng, on_progress)
+            _train_head(student, views, steps, rng, on_progress)
         dtypes = {name: tensor.dtype for name, tensor in self.state_dict(keep_vars=True).items()}
         for name, tensor in student.state_dict(keep_vars=True).items():
             tensor.requires_grad_(False)
             tensor.data = tensor.data.to(dtypes[name])
         features = [
             ReferenceFeatures(view.features, guidance, valid)
-            for view, (_, guidance, valid) in zip(unchanged, references, strict=True)
+            for view, (_, guidance, valid) in zip(views.references, references, strict=True)
         ]
         return LearnedReferences(student, student.prepare_references(features))
+
+    def _extract_views(
+        self,
+        backbone: Backbone,
+        references: Sequence[ReferenceImage],
+        rng: np.random.Generator,
+        on_progress: Callable[[float], None],
+    ) -> _Views:
+        """Return the views for the training. Negative references must be the last ones."""
+        scenes = []
+        for image, guidance, valid in references:
+            is_known = ((guidance - 0.5).abs() > 0.25).float()
+            object_guidance = torch.zeros_like(guidance) if is_negative(guidance) else guidance
+            scenes.append(_Scene(image, object_guidance, is_known, valid))
+        unchanged = [_extract_view(backbone, self, scene) for scene in scenes]
+        count = sum(not is_negative(guidance) for _, guidance, _ in references)
+        positive_scenes = itertools.cycle(scenes[:count])
+        augmented = []
+        for number in range(1, FINETUNING.views + 1):
+            augmented.append(_extract_view(backbone, self, _augment_scene(next(positive_scenes), rng)))
+            on_progress(0.5 * number / FINETUNING.views)
+        positive_scenes = itertools.cycle(scenes[:count])
+        crops = [_crop_negative(next(positive_scenes), rng) for _ in range(FINETUNING.negative_views)]
+        negatives = [_extract_view(backbone, self, crop) for crop in crops if crop is not None]
+        return _Views(unchanged, unchanged[:count], augmented, [*negatives, *unchanged[count:]])
 
 
 def match_losses(
@@ -170,26 +183,29 @@ def match_losses(
     ``fine_truth`` is the true alpha at the resolution of the decoder, float32 [B,nh,nw] in 0..1. ``valid``: tokens that
     count, bool [B,h,w]. Returns each loss of :data:`LOSS_TERMS`, and their sum as "total", float32 [B].
     """
-    coarse, logit, transferred, presence = prediction
-    upsampling = logit.shape[-1] // coarse.shape[-1]
+    coarse_logit, fine_logit, transferred, presence_logit = prediction
+    upsampling = fine_logit.shape[-1] // coarse_logit.shape[-1]
     fine_valid = valid.repeat_interleave(upsampling, 1).repeat_interleave(upsampling, 2)
     truth = F.avg_pool2d(fine_truth[:, None], upsampling)[:, 0]
     valid_count = valid.sum(dim=(1, 2))
-    transferred_alpha = (0.5 + 0.5 * transferred).clamp(MIN_LOG_ALPHA, 1.0 - MIN_LOG_ALPHA)
-    comparison_loss = F.binary_cross_entropy(
-        transferred_alpha, truth[:, None].expand_as(transferred_alpha), reduction="none"
-    ).mean(dim=1)
-    has_area = truth.sum(dim=(1, 2)) > 1.0
-    alpha = torch.sigmoid(logit) * fine_valid
-    intersection, sum_of_areas = (alpha * fine_truth).mean(dim=(1, 2)), (alpha + fine_truth).mean(dim=(1, 2))
-    intersection, sum_of_areas = intersection * valid_count, sum_of_areas * valid_count
     is_present = (truth.amax(dim=(1, 2)) > 0.5).float()
+
+    alpha = torch.sigmoid(fine_logit) * fine_valid
+    # Areas are in tokens, so that the smoothing by 1 does not depend on the resolution of the decoder.
+    intersection = (alpha * fine_truth).mean(dim=(1, 2)) * valid_count
+    sum_of_areas = (alpha + fine_truth).mean(dim=(1, 2)) * valid_count
+    dice_loss = 1.0 - (2.0 * intersection + 1.0) / (sum_of_areas + 1.0)
+    has_area = truth.sum(dim=(1, 2)) > 1.0
+
+    transferred_alpha = (0.5 + 0.5 * transferred).clamp(MIN_LOG_ALPHA, 1.0 - MIN_LOG_ALPHA)
+    comparison_truth = truth[:, None].expand_as(transferred_alpha)
+    comparison_loss = F.binary_cross_entropy(transferred_alpha, comparison_truth, reduction="none").mean(dim=1)
     terms = {
-        "cross_entropy": _mean_cross_entropy(logit, fine_truth, fine_valid),
-        "dice": (1.0 - (2.0 * intersection + 1.0) / (sum_of_areas + 1.0)) * has_area,
-        "coarse": _mean_cross_entropy(coarse, truth, valid) if upsampling > 1 else torch.zeros_like(is_present),
+        "cross_entropy": _mean_cross_entropy(fine_logit, fine_truth, fine_valid),
+        "dice": dice_loss * has_area,
+        "coarse": _mean_cross_entropy(coarse_logit, truth, valid) if upsampling > 1 else torch.zeros_like(is_present),
         "comparisons": (comparison_loss * valid).sum(dim=(1, 2)) / valid_count,
-        "presence": presence_weight * F.binary_cross_entropy_with_logits(presence, is_present, reduction="none"),
+        "presence": presence_weight * F.binary_cross_entropy_with_logits(presence_logit, is_present, reduction="none"),
     }
     return {**terms, "total": torch.stack(list(terms.values())).sum(dim=0)}
 
@@ -214,9 +230,9 @@ class _Scene(NamedTuple):
 
     @property
     def frame_size(self) -> np.ndarray:
-        """Width and height of the frame on its canvas, in px."""
-        valid = self.valid[0]
-        return np.array([float(valid[0].sum()), float(valid[:, 0].sum())])
+        """Width and height of the frame on its canvas, in px, float64 [2]."""
+        first_row, first_column = self.valid[0, 0], self.valid[0, :, 0]
+        return np.array([float(first_row.sum()), float(first_column.sum())])
 
 
 class _View(NamedTuple):
@@ -235,16 +251,23 @@ class _View(NamedTuple):
     """Target: float32 [1,3,H,W]; None if the decoder does not use the image."""
 
 
+class _Views(NamedTuple):
+    """The views with which a head is trained."""
+
+    references: Sequence[_View]
+    """All references without augmentation, negatives last."""
+    originals: Sequence[_View]
+    """Those of them that contain the object."""
+    augmented: Sequence[_View]
+    """Augmented views that contain the object."""
+    negatives: Sequence[_View]
+    """Views that do not contain the object."""
+
+
 def _train_head(
-    head: FinetunableHead,
-    originals: Sequence[_View],
-    views: Sequence[_View],
-    negatives: Sequence[_View],
-    steps: int,
-    rng: np.random.Generator,
-    on_progress: Callable[[float], None],
+    head: FinetunableHead, views: _Views, steps: int, rng: np.random.Generator, on_progress: Callable[[float], None]
 ) -> None:
-    """Train the head in place.
+    """Train the head in place. Each step has one view as the reference and another one as the target.
 
     Its presence layers are not trained, because almost every frame of a shot contains the object. Neither are the
     statistics of its normalisation layers.
@@ -257,9 +280,12 @@ def _train_head(
         warmup = min(1.0, (step + 1) / FINETUNING.warmup_steps)
         for group in optimiser.param_groups:
             group["lr"] = FINETUNING.rate * warmup * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-        reference = _draw_view(originals if rng.random() < FINETUNING.original_fraction else views, rng)
-        is_negative = negatives and rng.random() < FINETUNING.negative_fraction
-        target = _draw_view(negatives if is_negative else [*originals, *views], rng)
+        is_original = rng.random() < FINETUNING.original_fraction
+        reference = _draw_view(views.originals if is_original else views.augmented, rng)
+        if views.negatives and rng.random() < FINETUNING.negative_fraction:
+            target = _draw_view(views.negatives, rng)
+        else:
+            target = _draw_view([*views.originals, *views.augmented], rng)
         tokens = head.project_tokens(reference.features.correspondence_features)
         prepared = ReferenceTokens(tokens[reference.inside.flatten(1)], tokens[reference.outside.flatten(1)])
         prediction = head.predict_match(target.features, [prepared], target.image)
@@ -272,6 +298,7 @@ def _train_head(
 
 
 def _draw_view(views: Sequence[_View], rng: np.random.Generator) -> _View:
+    """Return a random view."""
     return views[int(rng.integers(len(views)))]
 
 
@@ -293,12 +320,15 @@ def _extract_view(backbone: Backbone, head: FinetunableHead, scene: _Scene) -> _
 
 
 def _augment_scene(scene: _Scene, rng: np.random.Generator) -> _Scene:
-    """Return a randomly moved and recoloured view. Beyond the borders of the image, it is mirrored."""
+    """Return a randomly transformed and recoloured view, whose object is at a random position.
+
+    Beyond the borders of the image, it is mirrored.
+    """
     scale = math.exp(rng.uniform(-FINETUNING.max_log_scale, FINETUNING.max_log_scale))
-    target = scene.frame_size * rng.uniform(FINETUNING.border, 1.0 - FINETUNING.border, 2)
+    new_centre = scene.frame_size * rng.uniform(FINETUNING.border, 1.0 - FINETUNING.border, 2)
     rows, columns = torch.nonzero(scene.guidance[0, 0] > 0.75, as_tuple=True)
     centre = np.array([float(columns.float().mean()), float(rows.float().mean())])
-    return _Augmentation.draw_random(scale, centre, target, rng).apply(scene)
+    return _Augmentation.draw_random(scale, centre, new_centre, rng).apply(scene)
 
 
 def _crop_negative(scene: _Scene, rng: np.random.Generator) -> _Scene | None:
@@ -306,9 +336,10 @@ def _crop_negative(scene: _Scene, rng: np.random.Generator) -> _Scene | None:
     size = scene.frame_size
     for _ in range(FINETUNING.negative_attempts):
         scale = math.exp(rng.uniform(0.0, FINETUNING.negative_max_log_scale))
-        augmentation = _Augmentation.draw_random(scale, size * rng.uniform(0.0, 1.0, 2), size / 2, rng)
-        guidance = augmentation.sample(scene, scene.guidance, FINETUNING.negative_check_px)
-        if float(guidance.max()) < FINETUNING.negative_max_guidance:
+        centre = size * rng.uniform(0.0, 1.0, 2)
+        augmentation = _Augmentation.draw_random(scale, centre, size / 2, rng)
+        sampled_guidance = augmentation.sample(scene, scene.guidance, FINETUNING.negative_check_px)
+        if float(sampled_guidance.max()) < FINETUNING.negative_max_guidance:
             crop = augmentation.apply(scene)
             if float(crop.guidance.max()) < FINETUNING.negative_max_guidance:
                 return crop
@@ -330,7 +361,7 @@ class _Augmentation(NamedTuple):
     def draw_random(
         cls, scale: float, source: np.ndarray, target: np.ndarray, rng: np.random.Generator
     ) -> _Augmentation:
-        """Draw a transformation with a given scale that moves the point ``source`` (x, y) to ``target``."""
+        """Draw a transformation with a given scale that moves the point ``source`` (x, y), in px, to ``target``."""
         max_gain, max_shear = FINETUNING.max_gain, FINETUNING.max_shear
         angle = math.radians(rng.uniform(-FINETUNING.max_angle, FINETUNING.max_angle))
         flip = rng.choice([-1.0, 1.0])
@@ -344,17 +375,20 @@ class _Augmentation(NamedTuple):
     def apply(self, scene: _Scene) -> _Scene:
         """Return the transformed scene."""
         layers = self.sample(scene, torch.cat([scene.image, scene.guidance, scene.known], dim=1))
-        bottom, right = (scene.image.shape[axis] - layers.shape[axis] for axis in (-2, -1))
-        layers = F.pad(layers, (0, right, 0, bottom), mode="replicate")
-        image = layers[:, :3] * torch.from_numpy(self.gain).float().to(layers.device) + self.offset
-        return _Scene(image.clamp(0.0, 1.0), layers[:, 3:4] * scene.valid[:, None], layers[:, 4:], scene.valid)
+        padding_right = scene.image.shape[-1] - layers.shape[-1]
+        padding_below = scene.image.shape[-2] - layers.shape[-2]
+        layers = F.pad(layers, (0, padding_right, 0, padding_below), mode="replicate")
+        image, guidance, known = layers[:, :3], layers[:, 3:4], layers[:, 4:]
+        image = image * torch.from_numpy(self.gain).float().to(layers.device) + self.offset
+        return _Scene(image.clamp(0.0, 1.0), guidance * scene.valid[:, None], known, scene.valid)
 
     def sample(self, scene: _Scene, layers: Tensor, px: int = 1) -> Tensor:
         """Sample layers [1,C,H,W] of the scene on a regular grid over the view, [1,C,h,w].
 
-        The grid has one interpolated value every ``px`` px at most, without averaging.
+        The values are interpolated. Their distance is at most ``px``.
         """
         width, height = (int(side) for side in scene.frame_size)
+        # The affine grid of torch has the coordinates -1..1, whose ends are the outer edges of the border pixels.
         to_normalised = np.array(
             [[2.0 / width, 0.0, 1.0 / width - 1.0], [0.0, 2.0 / height, 1.0 / height - 1.0], [0.0, 0.0, 1.0]]
         )

@@ -155,33 +155,31 @@ class TokenMatchHead(FinetunableHead):
         )
 
         self.decoder_steps = len(config.decoder_channels)
-        images = self.decoder_steps - len(config.skip_channels)
-        self.decoder_uses_image = images > 0
-        details = (*config.skip_channels, *[IMAGE_CHANNELS] * images) if config.decoder_channels else ()
-        self.steps = nn.ModuleList(
-            ConvNormReLU(before + detail, after)
-            for (before, after), detail in zip(
-                itertools.pairwise((config.fused_channels, *config.decoder_channels)), details, strict=True
-            )
-        )
+        image_steps = self.decoder_steps - len(config.skip_channels)
+        self.decoder_uses_image = image_steps > 0
+        self.steps = nn.ModuleList()
         if config.decoder_channels:
+            widths = itertools.pairwise((config.fused_channels, *config.decoder_channels))
+            skip_channels = (*config.skip_channels, *[IMAGE_CHANNELS] * image_steps)
+            for (inputs, outputs), skipped in zip(widths, skip_channels, strict=True):
+                self.steps.append(ConvNormReLU(inputs + skipped, outputs))
             self.output = make_alpha_layers(config.decoder_channels[-1], config.decoder_channels[-1])
 
     @torch.no_grad()
     def initialise_from_pca(self, samples: Tensor) -> None:
         """Initialise the token projections with the principal components of sample tokens [N,C].
 
-        This removes what all tokens have in common, so that similarity is meaningful before training.
+        The mean of the tokens is subtracted: it is what they have in common. So similarity is meaningful before
+        training.
         """
-        for project, layer in zip(
-            self.project, torch.split(samples, list(self.config.feature_channels), dim=1), strict=True
-        ):
+        layers = torch.split(samples, list(self.config.feature_channels), dim=1)
+        for project, layer in zip(self.project, layers, strict=True):
             assert isinstance(project, nn.Linear)
             mean = layer.mean(dim=0)
             _, vectors = torch.linalg.eigh((layer - mean).T @ (layer - mean) / len(layer))  # in ascending order
-            kept = vectors[:, -project.out_features :].T
-            project.weight[: len(kept)] = kept
-            project.weight[len(kept) :] = 0.0
+            components = vectors[:, -project.out_features :].T
+            project.weight[: len(components)] = components
+            project.weight[len(components) :] = 0.0  # if the layer has fewer channels than the projection
             project.bias.copy_(-project.weight @ mean)
 
     def prepare_references(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
@@ -189,38 +187,37 @@ class TokenMatchHead(FinetunableHead):
         return split_reference_tokens(references, self.project_tokens)
 
     def forward(self, target: Features, references: Sequence[ReferenceTokens], image: Tensor, valid: Tensor) -> Matte:
+        config, size = self.config, image.shape[-2:]
         projected = self.project_tokens(target.correspondence_features)
         evidence = self.compute_evidence(projected, target.valid, references)
         fused = self.fuse_features(target, evidence)
         possible = self._possible_tokens(fused, projected, target.valid, references)
-        tokens = target.valid if possible is None else possible
-        logit = self.presence_logit(fused, projected, evidence, tokens, references)
-        alpha = torch.sigmoid(resize_bilinear(self.decode_logit(fused, target, image), image.shape[-2:]))
+        counted = target.valid if possible is None else possible
+        presence_logit = self.presence_logit(fused, projected, evidence, counted, references)
+        alpha = torch.sigmoid(resize_bilinear(self.decode_logit(fused, target, image), size))
         if possible is not None:
-            kept, in_frame = (
-                resize_bilinear(mask[:, None].float(), image.shape[-2:]) for mask in (possible, target.valid)
-            )
-            alpha = alpha * (kept / in_frame.clamp(min=1e-6))  # the padding does not darken the border of the frame
-            logit = logit.where(possible.flatten(1).any(dim=1), NO_TOKEN_LOGIT)
+            possible_area = resize_bilinear(possible[:, None].float(), size)
+            frame_area = resize_bilinear(target.valid[:, None].float(), size)
+            alpha = alpha * (possible_area / frame_area.clamp(min=1e-6))  # the padding must not darken the border
+            presence_logit = presence_logit.where(possible.flatten(1).any(dim=1), NO_TOKEN_LOGIT)
         if self.training:
-            alpha = alpha * torch.sigmoid(logit)[:, None, None, None]
+            alpha = alpha * torch.sigmoid(presence_logit)[:, None, None, None]
             return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
-        if self.config.edge_radius:
-            alpha = align_to_edges(
-                alpha, image.float(), self.config.edge_radius, self.config.edge_epsilon, self.config.edge_stride
-            )
+        if config.edge_radius:
+            alpha = align_to_edges(alpha, image.float(), config.edge_radius, config.edge_epsilon, config.edge_stride)
         similarity = self._object_similarity(alpha, evidence, target.valid)
-        sharpened = self.sharpen_presence(logit)
+        sharpened = self.sharpen_presence(presence_logit)
         final = self._stretch_contrast(alpha * torch.sigmoid(sharpened)[:, None, None, None])
-        presence = Presence(sharpened, self._stretch_contrast(alpha), logit.abs() < self.config.presence_margin)
+        is_uncertain = presence_logit.abs() < config.presence_margin
+        presence = Presence(sharpened, self._stretch_contrast(alpha), is_uncertain)
         return Matte(final, *confidence_and_found(final, valid), presence, similarity)
 
     def _object_similarity(self, alpha: Tensor, evidence: Tensor, valid: Tensor) -> Tensor:
-        """Return the similarity of the object of alphas [B,1,H,W], see ``Matte.similarity``, over all layers."""
+        """Return ``Matte.similarity`` for alphas [B,1,H,W], from the comparison of all layers together."""
         weight = F.avg_pool2d(alpha, alpha.shape[-1] // valid.shape[-1]) * valid[:, None]
-        mean_layer = evidence[:, -EVIDENCE_CHANNELS:]
-        total = (mean_layer[:, MEAN_SIMILARITY] * weight).sum(dim=(2, 3))
-        return total / weight.sum(dim=(2, 3)).clamp(min=MIN_TOKEN_WEIGHT)
+        all_layers = evidence[:, -EVIDENCE_CHANNELS:]
+        weighted_sum = (all_layers[:, MEAN_SIMILARITY] * weight).sum(dim=(2, 3))
+        return weighted_sum / weight.sum(dim=(2, 3)).clamp(min=MIN_TOKEN_WEIGHT)
 
     def _possible_tokens(
         self, fused: Tensor, projected: Tensor, valid: Tensor, references: Sequence[ReferenceTokens]
@@ -233,14 +230,16 @@ class TokenMatchHead(FinetunableHead):
         """
         if all(tokens.negative is None for tokens in references):
             return None
-        layers, difference = len(self.config.feature_channels), projected.new_zeros(valid.shape)
+        layers = len(self.config.feature_channels)
+        difference = projected.new_zeros(valid.shape)
         for index, tokens in enumerate(references):
-            if tokens.negative is not None:  # the products are sums of the cosines of all layers
-                each = similarity_difference(projected[index], tokens.negative, tokens.foreground) / layers
-                difference[index] = each.view(valid.shape[1:])
+            if tokens.negative is not None:
+                sum_over_layers = similarity_difference(projected[index], tokens.negative, tokens.foreground)
+                difference[index] = (sum_over_layers / layers).view(valid.shape[1:])
         weight = (torch.sigmoid(self._coarse_logit(fused)) + MIN_TOKEN_WEIGHT) * valid[:, None]
-        sums = F.avg_pool2d(torch.cat([difference[:, None] * weight, weight], dim=1), 5, stride=1, padding=2)
-        return valid & (sums[:, 0] <= NEGATIVE_MARGIN * sums[:, 1])
+        averaged = F.avg_pool2d(torch.cat([difference[:, None] * weight, weight], dim=1), 5, stride=1, padding=2)
+        mean_times_weight, mean_weight = averaged[:, 0], averaged[:, 1]
+        return valid & (mean_times_weight <= NEGATIVE_MARGIN * mean_weight)
 
     def predict_match(
         self, target: Features, references: Sequence[ReferenceTokens], image: Tensor | None
@@ -256,9 +255,9 @@ class TokenMatchHead(FinetunableHead):
     def similarity_maps(self, target: Features, references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
         """Return the transferred guidance, and the same propagated by intra-similarity, float32 [B,1,h,w]."""
         evidence = self.compute_evidence(self.project_tokens(target.correspondence_features), target.valid, references)
-        grid = evidence.shape[2:]
-        evidence = evidence.reshape(len(evidence), self.config.comparisons, EVIDENCE_CHANNELS, *grid).mean(dim=1)
-        return evidence[:, FIRST_TRANSFERRED : FIRST_TRANSFERRED + 1], evidence[:, -1:]
+        shape = (len(evidence), self.config.comparisons, EVIDENCE_CHANNELS, *evidence.shape[2:])
+        mean_evidence = evidence.reshape(shape).mean(dim=1)
+        return mean_evidence[:, FIRST_TRANSFERRED : FIRST_TRANSFERRED + 1], mean_evidence[:, -1:]
 
     def project_tokens(self, feature: Tensor) -> Tensor:
         """Project features [B,C,h,w] to tokens float32 [B,N,layers*width] of unit length in every layer."""
@@ -269,9 +268,8 @@ class TokenMatchHead(FinetunableHead):
                 "feature_channels to those of the backbone's layers"
             )
         layers = torch.split(flatten_tokens(feature), list(self.config.feature_channels), dim=-1)
-        return torch.cat(
-            [F.normalize(project(layer), dim=-1) for project, layer in zip(self.project, layers, strict=True)], dim=-1
-        )
+        projected = [project(layer) for project, layer in zip(self.project, layers, strict=True)]
+        return torch.cat([F.normalize(layer, dim=-1) for layer in projected], dim=-1)
 
     def compute_evidence(self, projected: Tensor, valid: Tensor, references: Sequence[ReferenceTokens]) -> Tensor:
         """Compare the result of :meth:`project_tokens` with the references of each target.
@@ -286,25 +284,28 @@ class TokenMatchHead(FinetunableHead):
         - 7: value 6, propagated by intra-similarity.
         """
         height, width = valid.shape[1:]
-        compared = torch.stack(
-            [self._compare_tokens(one, reference) for one, reference in zip(projected, references, strict=True)]
-        )  # [B,comparisons,N,7]
-        grid = projected.transpose(1, 2).reshape(len(projected), -1, height, width)
-        intra_similarity = SelfSimilarity(grid, valid, self.config.temperature)
-        propagated = intra_similarity.propagate(compared[..., FIRST_TRANSFERRED].transpose(1, 2))
-        evidence = torch.cat([compared, propagated.transpose(1, 2)[..., None]], dim=-1)  # [B,comparisons,N,8]
+        targets = zip(projected, references, strict=True)
+        compared = torch.stack([self._compare_tokens(tokens, reference) for tokens, reference in targets])
+        transferred = compared[..., FIRST_TRANSFERRED]  # [B,comparisons,N]
+        feature = projected.transpose(1, 2).reshape(len(projected), -1, height, width)
+        intra_similarity = SelfSimilarity(feature, valid, self.config.temperature)
+        propagated = intra_similarity.propagate(transferred.transpose(1, 2)).transpose(1, 2)
+        evidence = torch.cat([compared, propagated[..., None]], dim=-1)  # [B,comparisons,N,8]
         return evidence.transpose(2, 3).reshape(len(evidence), -1, height, width)
 
     def fuse_features(self, target: Features, evidence: Tensor) -> Tensor:
-        """Return the target's features fused with the evidence of :meth:`compute_evidence`, [B,fused_channels,h,w]."""
-        masked = evidence.masked_fill(~target.valid[:, None], float("-inf"))
-        best = masked.amax(dim=(2, 3), keepdim=True).expand_as(evidence)
+        """Return the target's features fused with the evidence of :meth:`compute_evidence`, [B,fused_channels,h,w].
+
+        In addition to the evidence of a token, its difference from the largest one in the image is used.
+        """
+        valid_evidence = evidence.masked_fill(~target.valid[:, None], float("-inf"))
+        largest = valid_evidence.amax(dim=(2, 3), keepdim=True).expand_as(evidence)
         dtype = self.project_features.weight.dtype
-        evidence_and_margin = torch.cat([evidence, evidence - best], dim=1).to(dtype)
-        x = self.project_features(target.correspondence_features.to(dtype)) + self.project_evidence(evidence_and_margin)
+        both = torch.cat([evidence, evidence - largest], dim=1).to(dtype)
+        x = self.project_features(target.correspondence_features.to(dtype)) + self.project_evidence(both)
         for layer in self.context:
             x = layer(x, target.valid)
-        fused: Tensor = self.fusion(torch.cat([x, evidence_and_margin], dim=1))
+        fused: Tensor = self.fusion(torch.cat([x, both], dim=1))
         return fused
 
     @without_autocast
@@ -313,19 +314,22 @@ class TokenMatchHead(FinetunableHead):
     ) -> Tensor:
         """Predict whether the object is in the image at all, as a logit, float32 [B].
 
-        There are three inputs: the similarity of the mean token, weighted by the coarse alpha, to the mean foreground
-        and background of the reference; the strongest evidence in the image; the maximum of every fused channel.
+        Inputs of the MLP are:
+
+        - similarity of the mean token, weighted by the coarse alpha, to the mean foreground and background token;
+        - maximum over the image of the evidence values PRESENCE_EVIDENCE;
+        - maximum over the image of every fused channel.
         """
-        alpha = (torch.sigmoid(self._coarse_logit(fused)) + MIN_TOKEN_WEIGHT) * valid[:, None]
-        object_mean = self._unit_per_layer((alpha.flatten(1)[..., None] * projected).sum(dim=1))
+        weight = (torch.sigmoid(self._coarse_logit(fused)) + MIN_TOKEN_WEIGHT) * valid[:, None]
+        object_mean = self._unit_per_layer((weight.flatten(1)[..., None] * projected).sum(dim=1))
         sides = [torch.stack([tokens.foreground.sum(dim=0), tokens.background.sum(dim=0)]) for tokens in references]
         similarity = (self._unit_per_layer(torch.stack(sides)) * object_mean[:, None]).sum(dim=-1)  # [B,2,layers]
         similarity = torch.cat([similarity, similarity.mean(dim=-1, keepdim=True)], dim=-1)
-        masked = evidence.masked_fill(~valid[:, None], float("-inf"))
-        maxima = masked.flatten(2).amax(dim=2).reshape(len(masked), -1, EVIDENCE_CHANNELS)
+        valid_evidence = evidence.masked_fill(~valid[:, None], float("-inf"))
+        maxima = valid_evidence.flatten(2).amax(dim=2).reshape(len(evidence), -1, EVIDENCE_CHANNELS)
         strongest = maxima[..., PRESENCE_EVIDENCE]
-        best = fused.float().masked_fill(~valid[:, None], 0.0).amax(dim=(2, 3))
-        inputs = torch.cat([similarity.flatten(1), strongest.flatten(1), best], dim=1)
+        fused_maxima = fused.float().masked_fill(~valid[:, None], 0.0).amax(dim=(2, 3))
+        inputs = torch.cat([similarity.flatten(1), strongest.flatten(1), fused_maxima], dim=1)
         logit: Tensor = self.presence_mlp(inputs)[:, 0]
         return logit
 
@@ -341,8 +345,8 @@ class TokenMatchHead(FinetunableHead):
         if not self.config.decoder_channels:
             return self._coarse_logit(fused)
         x = fused
-        for step, detail in zip(self.steps, self._skip_features(target, image), strict=True):
-            x = step(torch.cat([upsample_2x(x), detail.to(x.dtype)], dim=1))
+        for step, skipped in zip(self.steps, self._skip_features(target, image), strict=True):
+            x = step(torch.cat([upsample_2x(x), skipped.to(x.dtype)], dim=1))
         logit: Tensor = self.output(x).float()
         return logit
 
@@ -352,28 +356,32 @@ class TokenMatchHead(FinetunableHead):
         return logit
 
     def _skip_features(self, target: Features, image: Tensor | None) -> list[Tensor]:
-        """Return the inputs of the decoder steps: the backbone's feature scales, then the image."""
+        """Return the inputs of the decoder steps: the backbone's feature scales, then the image at -2..2.
+
+        Step number ``step`` has 2 ** ``step`` times the resolution of the tokens.
+        """
         features = []
         height, width = target.valid.shape[-2:]
-        for level, channels in enumerate(self.config.skip_channels, start=1):
-            size = (height << level, width << level)
+        for step, channels in enumerate(self.config.skip_channels, start=1):
+            size = (height << step, width << step)
             scale = next((scale for scale in target.scale_features.values() if scale.shape[-2:] == size), None)
             if scale is None or scale.shape[1] != channels:
                 actual = "no features" if scale is None else f"{scale.shape[1]} channels"
                 raise ConfigError(
-                    f"head skip_channels is {channels} at {1 << level} times the tokens' resolution, where the "
+                    f"head skip_channels is {channels} at {1 << step} times the tokens' resolution, where the "
                     f"backbone has {actual}; set skip_channels to the channels of its scale_blocks"
                 )
             features.append(scale)
-        for level in range(len(features) + 1, len(self.steps) + 1):
+        for step in range(len(features) + 1, len(self.steps) + 1):
             assert image is not None
-            cell_px = image.shape[-1] / (width << level)
-            if cell_px < 1 or cell_px % 1:
+            cell_px = image.shape[-1] / (width << step)
+            if cell_px < 1 or cell_px % 1 != 0:
                 raise ConfigError(
                     f"head decoder_channels has {len(self.steps)} steps, which is more than the backbone's tokens of "
                     f"{image.shape[-1] // width} px allow; expected at most one step per doubling"
                 )
-            features.append(4.0 * (image if cell_px == 1 else F.avg_pool2d(image, int(cell_px))) - 2.0)
+            reduced = image if cell_px == 1 else F.avg_pool2d(image, int(cell_px))
+            features.append(4.0 * reduced - 2.0)
         return features
 
     def _stretch_contrast(self, alpha: Tensor) -> Tensor:
@@ -384,24 +392,23 @@ class TokenMatchHead(FinetunableHead):
         """Normalise sums of tokens [...,C] per layer: [...,layers,width]; 0 stays 0."""
         return F.normalize(total.reshape(*total.shape[:-1], -1, self.config.width), dim=-1)
 
+    def _split_layers(self, tokens: Tensor) -> Tensor:
+        """Return projected tokens [N,layers*width] per layer: [layers,N,width]."""
+        return tokens.reshape(len(tokens), len(self.config.feature_channels), self.config.width).transpose(0, 1)
+
     @without_autocast
     def _compare_tokens(self, target: Tensor, reference: ReferenceTokens) -> Tensor:
         """Compare the tokens of one target: [comparisons,N,7], all values of :meth:`compute_evidence` but the last."""
         sharpness = self.log_sharpness.exp().clamp(max=100.0)
-        inside, outside, tokens = (
-            side.reshape(len(side), len(self.config.feature_channels), self.config.width).transpose(0, 1)
-            for side in (reference.foreground, reference.background, target)
-        )
-        foreground = _append_mean_layer(tokens @ inside.transpose(1, 2))
+        inside, outside, tokens = map(self._split_layers, (reference.foreground, reference.background, target))
+        foreground = _append_mean_layer(tokens @ inside.transpose(1, 2))  # similarities [comparisons,N,K]
         # A reference may have no background. So there is an additional background token, the null, whose similarity
         # to all tokens is learned. It counts as often as there are foreground tokens; otherwise it would have less
         # weight on a finer grid.
         null = (self.background_null + _log_count(foreground) / sharpness).expand(-1, len(target), 1)
         background = torch.cat([_append_mean_layer(tokens @ outside.transpose(1, 2)), null], dim=2)
-        soft_foreground, soft_background = (
-            (sharpness * similarity).logsumexp(dim=2, keepdim=True) / sharpness
-            for similarity in (foreground, background)
-        )
+        soft_foreground = (sharpness * foreground).logsumexp(dim=2, keepdim=True) / sharpness
+        soft_background = (sharpness * background).logsumexp(dim=2, keepdim=True) / sharpness
         transferred = torch.tanh(0.5 * sharpness * (soft_foreground - soft_background))
         values = [
             soft_foreground - _log_count(foreground) / sharpness,
@@ -442,4 +449,5 @@ def _append_mean_layer(similarity: Tensor) -> Tensor:
 
 
 def _log_count(similarity: Tensor) -> Tensor:
+    """Return the logarithm of the number K of compared tokens of similarities [layers,N,K]."""
     return similarity.new_tensor(float(similarity.shape[2])).log()

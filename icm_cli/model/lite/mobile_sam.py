@@ -28,6 +28,7 @@ from icm_cli.geometry import Float, ImageU8, resize
 from icm_cli.model.alphas import apply_in_batches, max_batch_size, resize_alpha
 from icm_cli.model.checkpoint import load_strict, read_checkpoint
 from icm_cli.model.contracts import IMAGENET_MEAN, EmbeddedImage, Objects, PointPrompts
+from icm_cli.model.decoding import resize_bilinear
 from icm_cli.model.hub.catalogue import packed_checkpoint
 from icm_cli.model.lite import sam
 from icm_cli.model.lite.sam import CELL_PX, FULL_CELLS, MASK_SCALE, MASKS, NO_POINT
@@ -61,17 +62,14 @@ class MobileSamConfig:
     """
 
     def __post_init__(self) -> None:
-        is_multiple = CELL_PX <= self.long_side_px <= FULL_PX and not self.long_side_px % CELL_PX
+        is_multiple = CELL_PX <= self.long_side_px <= FULL_PX and self.long_side_px % CELL_PX == 0
         check_setting("objects", self, "long_side_px", is_multiple, f"a multiple of {CELL_PX}, at most {FULL_PX}")
         check_setting("objects", self, "logit_eps", 0 < self.logit_eps < 0.5, "more than 0 and less than 0.5")
         check_setting("objects", self, "object_threshold", 0 <= self.object_threshold < 1, "0 to below 1")
 
 
 class ObjectDecoder(sam.MaskDecoder):
-    """A mask decoder whose result is a weighted sum of the logits of the given alpha and of all masks.
-
-    The weights of this sum are learned.
-    """
+    """A mask decoder whose result is a sum of the logits of the given alpha and of all masks, with learned weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,15 +85,15 @@ class ObjectDecoder(sam.MaskDecoder):
         logit; ``logit_eps`` is that of :class:`MobileSamConfig`.
         """
         size = [MASK_SCALE * side for side in embedding.shape[-2:]]
-        logit = None if alpha is None else torch.logit(alpha.float(), eps=logit_eps)
-        if logit is not None and list(logit.shape[-2:]) != size:
-            logit = F.interpolate(logit, size, mode="bilinear", align_corners=False)
+        logit = None
+        if alpha is not None:
+            logit = resize_bilinear(torch.logit(alpha.float(), eps=logit_eps), size)
         masks, iou = self.decode(embedding, logit, points)
         masks = masks.float()
         if logit is None:
             logit = torch.zeros_like(masks[:, :1])
-        layers = torch.cat([logit, masks], dim=1)
-        return (self.mask_weights[:, None, None] * layers).sum(dim=1, keepdim=True) + self.offset, iou
+        logits = torch.cat([logit, masks], dim=1)
+        return (self.mask_weights[:, None, None] * logits).sum(dim=1, keepdim=True) + self.offset, iou
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Convert the weights to ``dtype``, except those of the sum, which stay float32."""
@@ -160,6 +158,7 @@ class MobileSam(Objects):
         self, embedding: Tensor, alpha: Tensor | None, coordinates: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         rows, columns = embedding.shape[-2:]
+        # From fractions of the canvas to fractions of the largest canvas.
         coordinates = coordinates * (torch.tensor([columns, rows]).to(coordinates) / FULL_CELLS)
         if not bool((labels > 1).any()):  # without a box, a placeholder follows, as in the published code
             coordinates, labels = F.pad(coordinates, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=NO_POINT)
@@ -172,16 +171,15 @@ class MobileSam(Objects):
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[ImageU8]) -> list[EmbeddedImage]:
-        canvases = [self._fill_canvas(rgb) for rgb in images]
+        device = self.coarse_decoder.offset.device
 
-        def embed(batch: Sequence[tuple[Float, tuple[int, int]]]) -> list[EmbeddedImage]:
-            pixels = torch.from_numpy(np.stack([canvas for canvas, _ in batch])).to(self.coarse_decoder.offset.device)
+        def embed(batch: Sequence[_Canvas]) -> list[EmbeddedImage]:
+            pixels = torch.from_numpy(np.stack([canvas.pixels for canvas in batch])).to(device)
             embeddings = torch.tensor_split(self.embedding(pixels.permute(0, 3, 1, 2)), len(batch))
-            return [EmbeddedImage(embedding, size) for embedding, (_, size) in zip(embeddings, batch, strict=True)]
+            return [EmbeddedImage(embedding, item.mask_size) for embedding, item in zip(embeddings, batch, strict=True)]
 
-        return apply_in_batches(
-            embed, canvases, lambda item: item[0].shape, max_batch_size(self.coarse_decoder.offset.device)
-        )
+        canvases = [self._fill_canvas(rgb) for rgb in images]
+        return apply_in_batches(embed, canvases, lambda canvas: canvas.pixels.shape, max_batch_size(device))
 
     @torch.inference_mode()
     def complete_embedded_alphas(
@@ -194,7 +192,7 @@ class MobileSam(Objects):
     ) -> list[Tensor]:
         items = []
         for image, alpha, points in zip(images, coarse, prompts or [None] * len(images), strict=True):
-            if alpha is None or (points is not None and not self.has_object(alpha)):
+            if alpha is None or (points is not None and not self.has_object(alpha)):  # only the prompts count
                 items.append(_Item(image, None, points, are_completed))
             else:
                 items.append(_Item(image, _pad_to_canvas(image, alpha), points, are_completed))
@@ -203,37 +201,50 @@ class MobileSam(Objects):
         )
 
     def _complete_batch(self, batch: Sequence[_Item]) -> list[Tensor]:
-        """Complete the alphas of images of equal size with equal numbers of points."""
+        """Complete the alphas of images with equal :meth:`_Item.batch_key`, and correct them by the prompts."""
         embedding = torch.cat([item.image.embedding for item in batch])
         alpha = None
         if batch[0].alpha is not None:
             alpha = torch.stack([item.alpha for item in batch if item.alpha is not None])[:, None]
-            alpha = alpha if batch[0].is_completed else torch.sigmoid(self(embedding, alpha))
+            if not batch[0].is_completed:
+                alpha = torch.sigmoid(self(embedding, alpha))
         if batch[0].prompts is not None:
             points = [item.canvas_points(embedding.device) for item in batch]
-            coordinates, labels = (torch.stack(each) for each in zip(*points, strict=True))
-            alpha = torch.sigmoid(_smooth(self.decode_prompts(embedding, alpha, coordinates, labels)[0]))
+            coordinates = torch.stack([positions for positions, _ in points])
+            labels = torch.stack([labels for _, labels in points])
+            logit, _ = self.decode_prompts(embedding, alpha, coordinates, labels)
+            alpha = torch.sigmoid(_smooth(logit))
         assert alpha is not None, "an image needs a coarse alpha or prompts"
-        sizes = [item.image.mask_size for item in batch]
-        return [each[:height, :width] for each, (height, width) in zip(alpha[:, 0], sizes, strict=True)]
+        results = []
+        for canvas_alpha, item in zip(alpha[:, 0], batch, strict=True):
+            height, width = item.image.mask_size
+            results.append(canvas_alpha[:height, :width])
+        return results
 
-    def _fill_canvas(self, rgb: ImageU8) -> tuple[Float, tuple[int, int]]:
-        """Resize an image and pad it to a multiple of CELL_PX.
-
-        Returns the canvas, float32 [h,w,3], and the size of masks of the image, which are MASK_SCALE times smaller.
-        """
+    def _fill_canvas(self, rgb: ImageU8) -> _Canvas:
+        """Resize an image and pad it to a multiple of CELL_PX."""
         scale = self.config.long_side_px / max(rgb.shape[:2])
         height, width = (max(MASK_SCALE, MASK_SCALE * round(side * scale / MASK_SCALE)) for side in rgb.shape[:2])
         padded = [math.ceil(side / CELL_PX) * CELL_PX for side in (height, width)]
-        canvas = np.empty((*padded, 3), np.float32)
-        canvas[:] = IMAGENET_MEAN  # the padding is 0 after normalisation, as in the published code
-        canvas[:height, :width] = resize(rgb, (height, width)) / np.float32(255)
-        return canvas, (height // MASK_SCALE, width // MASK_SCALE)
+        pixels = np.empty((*padded, 3), np.float32)
+        pixels[:] = IMAGENET_MEAN  # the padding is 0 after normalisation, as in the published code
+        pixels[:height, :width] = resize(rgb, (height, width)) / np.float32(255)
+        return _Canvas(pixels, (height // MASK_SCALE, width // MASK_SCALE))
+
+
+@dataclass(frozen=True, eq=False)
+class _Canvas:
+    """A resized and padded image."""
+
+    pixels: Float
+    """float32 [h,w,3] in 0..1."""
+    mask_size: tuple[int, int]
+    """Height and width of masks of the image without the padding. They are MASK_SCALE times smaller than the image."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Item:
-    """An image to complete."""
+    """An image whose alpha is completed or selected by prompts."""
 
     image: EmbeddedImage
     alpha: Tensor | None
@@ -247,15 +258,16 @@ class _Item:
         key = self.image.embedding.shape, self.alpha is None
         if self.prompts is None:
             return key
-        has_box = bool((self.prompts.labels > 1).any())
+        has_box = bool((self.prompts.labels > 1).any())  # without a box, the decoder gets a further point
         return *key, len(self.prompts.labels), has_box
 
     def canvas_points(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the coordinates of the points as fractions of the canvas, and their labels."""
         assert self.prompts is not None
-        (height, width), (rows, columns) = self.image.mask_size, self.image.embedding.shape[-2:]
-        size = torch.tensor([width / columns, height / rows]) / MASK_SCALE
-        return (self.prompts.coordinates * size).to(device), self.prompts.labels.to(device)
+        height, width = self.image.mask_size
+        rows, columns = self.image.embedding.shape[-2:]
+        image_fraction = torch.tensor([width / columns, height / rows]) / MASK_SCALE  # of the canvas, in x and y
+        return (self.prompts.coordinates * image_fraction).to(device), self.prompts.labels.to(device)
 
 
 def _smooth(logit: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ image in which the alpha cannot change.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -139,8 +140,8 @@ class Refine(Edges):
         widths = config.widths
         self.stem = _convolutions(inputs, widths[0])
         self.down = nn.ModuleList(
-            nn.Sequential(ConvReLU(before, after, stride=2), _convolutions(after, after))
-            for before, after in itertools.pairwise(widths)
+            nn.Sequential(ConvReLU(fine, coarse, stride=2), _convolutions(coarse, coarse))
+            for fine, coarse in itertools.pairwise(widths)
         )
         self.up = nn.ModuleList(_convolutions(coarse + fine, fine) for fine, coarse in itertools.pairwise(widths))
         self.details = nn.Sequential(*(Residual(widths[0]) for _ in range(config.detail_blocks)))
@@ -163,71 +164,82 @@ class Refine(Edges):
         for step in self.down:
             scales.append(step(scales[-1]))
         x = scales.pop()
-        for step, fine in zip(reversed(self.up), reversed(scales), strict=True):
-            x = step(torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), fine], dim=1))
+        for step, scale in zip(reversed(self.up), reversed(scales), strict=True):
+            x = step(torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), scale], dim=1))
         return logit + F.pixel_shuffle(self.output(self.details(x)), UNSHUFFLE).float()
 
     @torch.inference_mode()
     def refine_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
-        undecided = [index for index, alpha in enumerate(coarse) if self._is_undecided(alpha)]
-        # First step: all images at a reduced size, only near unknown pixels.
-        sizes = [downscaled_size(images[index].shape[:2], self.config.frame_px) for index in undecided]
-        outlines = [resize_alpha(coarse[index].float(), size) for index, size in zip(undecided, sizes, strict=True)]
-        weights = [self._weight_near_unknown(outline) for outline in outlines]
-        regions = [self._changed_region(weight) for weight in weights]
-        pixels = [resize(images[index], size) for index, size in zip(undecided, sizes, strict=True)]
-        corrected = self._correct_alphas(
-            [rgb[region] for rgb, region in zip(pixels, regions, strict=True)],
-            [outline[region] for outline, region in zip(outlines, regions, strict=True)],
+        indices = [index for index, alpha in enumerate(coarse) if self._is_undecided(alpha)]
+        reduced = [self._reduce_image(images[index], coarse[index]) for index in indices]
+        corrected = self._correct_alphas(  # the first step, for all images together
+            [image.rgb[image.region] for image in reduced],
+            [image.alpha[image.region] for image in reduced],
             max_batch_size(self.output.weight.device),
         )
-        # Second step: each larger image in tiles, at its own size.
         refined = {}
-        for index, outline, weight, region, after in zip(undecided, outlines, weights, regions, corrected, strict=True):
-            outline = outline.clone()  # it may be the coarse alpha itself
-            outline[region] += weight[region] * (after - outline[region])
+        for index, image, correction in zip(indices, reduced, corrected, strict=True):
+            alpha = image.alpha.clone()  # it may be the coarse alpha itself
+            alpha[image.region] += image.weight[image.region] * (correction - alpha[image.region])
             size = images[index].shape[0], images[index].shape[1]
-            if size != tuple(outline.shape):
-                outline = self._refine_tiles(images[index], resize_alpha(outline, size), resize_alpha(weight, size))
-            refined[index] = self._clear_core(outline)
+            if size != tuple(alpha.shape):  # the second step, for larger images
+                alpha = self._refine_tiles(images[index], resize_alpha(alpha, size), resize_alpha(image.weight, size))
+            refined[index] = self._clear_core(alpha)
         return [
             refined[index] if index in refined else resize_alpha(alpha.float(), images[index].shape[:2])
             for index, alpha in enumerate(coarse)
         ]
 
+    def _reduce_image(self, rgb: ImageU8, coarse: Tensor) -> _ReducedImage:
+        """Prepare an image for the first step, at ``config.frame_px``."""
+        size = downscaled_size(rgb.shape[:2], self.config.frame_px)
+        alpha = resize_alpha(coarse.float(), size)
+        weight = self._weight_near_unknown(alpha)
+        return _ReducedImage(resize(rgb, size), alpha, weight, self._changed_region(weight))
+
     def _changed_region(self, weight: Tensor) -> tuple[slice, slice]:
-        """Return the smallest region with all positive weights [h,w] and ``context_px`` around them.
+        """Return the smallest region, rows and columns, with all positive weights [h,w] and ``context_px`` around them.
 
         It begins and ends at multiples of ``config.multiple``, or at the border of the image, so that few sizes of
         regions occur.
         """
-        rows, columns = (self._extend_range((weight > 0).any(dim=axis)) for axis in (1, 0))
-        return rows, columns
+        is_changed = weight > 0
+        return self._extend_range(is_changed.any(dim=1)), self._extend_range(is_changed.any(dim=0))
 
     def _extend_range(self, is_changed: Tensor) -> slice:
-        """Return the range of the positions that change, bool [n], with their context."""
-        positions, multiple = is_changed.nonzero()[:, 0].tolist() or [0], self.config.multiple
-        start, end = positions[0] - self.config.context_px, positions[-1] + 1 + self.config.context_px
-        return slice(max(0, start // multiple * multiple), min(len(is_changed), -(-end // multiple) * multiple))
+        """Return the range from the first to the last True of a bool [n], with the context of the region."""
+        positions = is_changed.nonzero()[:, 0].tolist() or [0]
+        start = positions[0] - self.config.context_px
+        end = positions[-1] + 1 + self.config.context_px
+        multiple = self.config.multiple
+        rounded_start, rounded_end = start // multiple * multiple, math.ceil(end / multiple) * multiple
+        return slice(max(0, rounded_start), min(len(is_changed), rounded_end))
 
     def _refine_tiles(self, rgb: ImageU8, alpha: Tensor, weight: Tensor) -> Tensor:
-        """Refine an alpha [H,W] in overlapping tiles, except tiles without unknown pixels, by at most ``weight``."""
+        """Refine an alpha [H,W] in overlapping tiles. ``weight`` [H,W]: fraction of the correction that is applied.
+
+        Tiles in which nothing can change are omitted. The corrections are computed while the tiles are blended, so that
+        only those of one batch are in memory.
+        """
         size = (alpha.shape[0], alpha.shape[1])
         tiles = split_into_tiles(size, self.config.tile_px, self.config.overlap_px)
         is_changed = [bool(weight[tile.slices].any()) and self._is_undecided(alpha[tile.slices]) for tile in tiles]
-        changed = list(itertools.compress(tiles, is_changed))
-        batches = (changed[start : start + TILES_PER_BATCH] for start in range(0, len(changed), TILES_PER_BATCH))
-        corrected = itertools.chain.from_iterable(
-            self._correct_alphas([rgb[tile.slices] for tile in batch], [alpha[tile.slices] for tile in batch], None)
-            for batch in batches
-        )
-        refined = (
-            alpha[tile.slices] + weight[tile.slices] * (next(corrected) - alpha[tile.slices])
-            if change
-            else alpha[tile.slices]
-            for tile, change in zip(tiles, is_changed, strict=True)
-        )
-        return blend_tiles(size, tiles, refined, alpha.device)
+
+        def correct_tiles() -> Iterator[Tensor]:
+            changed = list(itertools.compress(tiles, is_changed))
+            for start in range(0, len(changed), TILES_PER_BATCH):
+                slices = [tile.slices for tile in changed[start : start + TILES_PER_BATCH]]
+                yield from self._correct_alphas([rgb[part] for part in slices], [alpha[part] for part in slices], None)
+
+        def refine_tiles() -> Iterator[Tensor]:
+            corrections = correct_tiles()
+            for tile, change in zip(tiles, is_changed, strict=True):
+                refined = alpha[tile.slices]
+                if change:
+                    refined = refined + weight[tile.slices] * (next(corrections) - refined)
+                yield refined
+
+        return blend_tiles(size, tiles, refine_tiles(), alpha.device)
 
     def _clear_core(self, alpha: Tensor) -> Tensor:
         """Make an alpha [H,W] opaque far inside the object and transparent far outside it, in place.
@@ -241,24 +253,29 @@ class Refine(Edges):
         small = resize_alpha(alpha, downscaled_size(alpha.shape, config.core_long_side_px)).numpy(force=True)
         reach = max(1, round(config.core_distance * max(small.shape)))
         disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
-        smallest, largest = (cv2.blur(extreme(small, disc), (reach, reach)) for extreme in (cv2.erode, cv2.dilate))
-        inside, outside = (
-            np.clip((value - 0.5) / config.core_softness, 0.0, 1.0).astype(np.float32)
-            for value in (smallest, 1.0 - largest)
-        )
-        high, low = (
-            resize_alpha(torch.from_numpy(limit).to(alpha.device), alpha.shape)
-            for limit in (1.0 - (1.0 - config.core_opaque_from) * inside, config.core_transparent_to * outside)
-        )
+        smallest_nearby = cv2.blur(cv2.erode(small, disc), (reach, reach))
+        largest_nearby = cv2.blur(cv2.dilate(small, disc), (reach, reach))
+
+        def to_fraction(distance_from_half: np.ndarray) -> np.ndarray:
+            return np.clip(distance_from_half / config.core_softness, 0.0, 1.0).astype(np.float32)
+
+        def enlarge(limit: np.ndarray) -> Tensor:
+            return resize_alpha(torch.from_numpy(limit).to(alpha.device), alpha.shape)
+
+        inside = to_fraction(smallest_nearby - 0.5)
+        outside = to_fraction((1.0 - largest_nearby) - 0.5)
+        high = enlarge(1.0 - (1.0 - config.core_opaque_from) * inside)
+        low = enlarge(config.core_transparent_to * outside)
         return alpha.sub_(low).div_(high.sub_(low)).clamp_(0.0, 1.0)
 
     def _is_undecided(self, coarse: Tensor) -> bool:
-        """Return whether a coarse alpha needs refinement: it is not nearly 0 everywhere, nor nearly 1 everywhere."""
-        distance = torch.minimum(coarse, 1.0 - coarse).max()
-        return bool(distance > self.config.decided_margin) or bool(coarse.min() < 0.5 < coarse.max())
+        """Return whether a coarse alpha needs refinement, because it is neither nearly 0 nor nearly 1 everywhere."""
+        largest_distance = torch.minimum(coarse, 1.0 - coarse).max()  # from 0 or 1
+        has_both = bool(coarse.min() < 0.5 < coarse.max())
+        return bool(largest_distance > self.config.decided_margin) or has_both
 
     def _weight_near_unknown(self, coarse: Tensor) -> Tensor:
-        """Return weights [h,w]: 1 near unknown pixels, falling to 0 at ``config.change_radius``."""
+        """Return weights [h,w]: 1 up to half of ``config.change_radius`` from unknown pixels, falling to 0 there."""
         alpha = coarse.numpy(force=True)
         inside = (alpha > 0.5).astype(np.uint8)
         edge = cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
@@ -271,7 +288,10 @@ class Refine(Edges):
     def _correct_alphas(
         self, images: Sequence[ImageU8], coarse: Sequence[Tensor], max_batch: int | None
     ) -> list[Tensor]:
-        """Run the network on images [h,w,3] and coarse alphas [h,w] of the same sizes."""
+        """Return the corrected alphas [h,w] of images [h,w,3] and their coarse alphas [h,w], on the network's device.
+
+        Images of equal size are in one batch of at most ``max_batch``; None for any number.
+        """
 
         def correct(batch: Sequence[tuple[ImageU8, Tensor]]) -> list[Tensor]:
             height, width = batch[0][1].shape
@@ -283,6 +303,19 @@ class Refine(Edges):
             return list(torch.sigmoid(logit)[:, 0, :height, :width])
 
         return apply_in_batches(correct, list(zip(images, coarse, strict=True)), lambda item: item[1].shape, max_batch)
+
+
+@dataclass(frozen=True, eq=False)
+class _ReducedImage:
+    """An image in the first step."""
+
+    rgb: ImageU8
+    alpha: Tensor
+    """Its coarse alpha, float32 [h,w]."""
+    weight: Tensor
+    """Fraction of the correction that is applied to each pixel, float32 [h,w] in 0..1."""
+    region: tuple[slice, slice]
+    """The part that the network sees. It contains all pixels with a weight."""
 
 
 def _convolutions(inputs: int, outputs: int) -> nn.Sequential:

@@ -22,7 +22,7 @@ CELL_PX = 16
 EMBED_DIM = 256
 """Channels of the embedding."""
 STAGES = ((64, 2, 0, 0), (128, 2, 4, 7), (160, 6, 5, 14), (320, 2, 10, 7))
-"""Per stage: channels, blocks, attention heads (0: none), and side of the attention windows in cells."""
+"""Per stage: channels, blocks, attention heads, and side of the attention windows in cells; 0: no attention."""
 STAGE_STRIDES = (2, 2, 1)
 """Strides between the stages. A cell of the first stage is 4 px."""
 EXPANSION_RATIO = 4
@@ -51,12 +51,10 @@ class TinyViT(nn.Module):
         self.patches = nn.Sequential(
             ConvNorm(3, widths[0] // 2, 3, stride=2), nn.GELU(), ConvNorm(widths[0] // 2, widths[0], 3, stride=2)
         )
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                *(WindowBlock(width, heads, window) if heads else residual_block(width) for _ in range(depth))
-            )
-            for width, depth, heads, window in STAGES
-        )
+        self.stages = nn.ModuleList()
+        for width, depth, heads, window in STAGES:
+            blocks = [WindowBlock(width, heads, window) if heads else residual_block(width) for _ in range(depth)]
+            self.stages.append(nn.Sequential(*blocks))
         self.steps = nn.ModuleList(
             InvertedBottleneck(before, after, after, stride)
             for (before, after), stride in zip(itertools.pairwise(widths), STAGE_STRIDES, strict=True)
@@ -69,9 +67,8 @@ class TinyViT(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        mean, std = (
-            torch.tensor(values, device=image.device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD)
-        )
+        mean = torch.tensor(IMAGENET_MEAN, device=image.device)[:, None, None]
+        std = torch.tensor(IMAGENET_STD, device=image.device)[:, None, None]
         x = self.patches(((image.float() - mean) / std).to(next(self.parameters()).dtype))
         for index, stage in enumerate(self.stages):
             x = stage(x)
@@ -168,17 +165,18 @@ class WindowBlock(nn.Module):
         count, height, width, channels = x.shape
         side = self.window
         x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
-        rows, columns = x.shape[1] // side, x.shape[2] // side
-        x = x.reshape(count, rows, side, columns, side, channels).transpose(2, 3)
-        x = self.attention(x.reshape(-1, side * side, channels))
-        x = x.reshape(count, rows, columns, side, side, channels).transpose(2, 3)
-        return x.reshape(count, rows * side, columns * side, channels)[:, :height, :width]
+        rows, columns = x.shape[1] // side, x.shape[2] // side  # of windows
+        windows = x.reshape(count, rows, side, columns, side, channels).transpose(2, 3)
+        attended = self.attention(windows.reshape(-1, side * side, channels))
+        windows = attended.reshape(count, rows, columns, side, side, channels)
+        return windows.transpose(2, 3).reshape(count, rows * side, columns * side, channels)[:, :height, :width]
 
 
 class WindowAttention(nn.Module):
-    """Attention between the cells of a window, with a learned bias for each distance."""
+    """Attention between the cells of a window, with a learned bias for each distance in rows and columns."""
 
     offsets: Tensor
+    """Index of the bias of each pair of cells, int64 [window ** 2, window ** 2]."""
 
     def __init__(self, width: int, heads: int, window: int) -> None:
         super().__init__()
@@ -187,10 +185,10 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
         self.biases = nn.Parameter(torch.zeros(heads, window * window))
-        side = torch.arange(window)
-        rows, columns = (axis.flatten() for axis in torch.meshgrid(side, side, indexing="ij"))
-        distances = (rows[:, None] - rows).abs() * window + (columns[:, None] - columns).abs()
-        self.register_buffer("offsets", distances, persistent=False)
+        cells = torch.arange(window * window)
+        rows, columns = cells // window, cells % window
+        offsets = (rows[:, None] - rows).abs() * window + (columns[:, None] - columns).abs()
+        self.register_buffer("offsets", offsets, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         # In the pretrained weights, query, key and value of a head are adjacent.
@@ -204,11 +202,12 @@ class WindowAttention(nn.Module):
 class MaskDecoder(nn.Module):
     """Computes the logits of masks [B,4,4h,4w] from the embedding of an image, the logit of a coarse alpha, and points.
 
-    The embedding of the coarse alpha is added to that of the image. The result and a few tokens attend to each other;
-    some of these tokens produce a mask each, one predicts the IoU of the masks, and the others are the points.
+    The embedding of the coarse alpha is added to that of the image. The result and these tokens attend to each other:
+    one token that predicts the IoU of the masks, one for each mask, and one for each point.
     """
 
     frequencies: Tensor
+    """Frequencies in x and y of the Fourier features of positions, float32 [2,128]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,10 +245,11 @@ class MaskDecoder(nn.Module):
     def decode(
         self, embedding: Tensor, logit: Tensor | None, points: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Decode the masks, and their predicted IoU [B,4].
+        """Return the logits of the masks [B,4,4h,4w], and their predicted IoU [B,4].
 
-        ``logit`` is None without a coarse alpha. ``points`` are the positions float32 [B,N,2], x and y as fractions of
-        the largest image (FULL_CELLS), and the labels int64 [B,N], see POINT_LABELS.
+        ``embedding``: [B,256,h,w]. ``logit``: that of the coarse alpha, [B,1,4h,4w]; None without one. ``points``:
+        positions, float32 [B,N,2], x and y as fractions of the largest image (FULL_CELLS); and labels, int64 [B,N], see
+        POINT_LABELS.
         """
         dtype = self.norm.weight.dtype
         count, _, height, width = embedding.shape
@@ -263,9 +263,10 @@ class MaskDecoder(nn.Module):
         for layer in self.layers:
             tokens, keys = layer(tokens, keys, initial_tokens, positions)
         tokens = self.norm(tokens + self.final_attention(tokens + initial_tokens, keys + positions, keys))
+        iou_token, mask_tokens = tokens[:, 0], tokens[:, 1 : 1 + MASKS]
         cells = self.upscaling(keys.transpose(1, 2).unflatten(2, (height, width)))  # type: ignore[no-untyped-call]
-        weights = torch.stack([mlp(tokens[:, 1 + index]) for index, mlp in enumerate(self.mask_mlps)], dim=1)
-        return torch.einsum("bmc,bchw->bmhw", weights, cells), self.iou_mlp(tokens[:, 0])
+        weights = torch.stack([mlp(mask_tokens[:, index]) for index, mlp in enumerate(self.mask_mlps)], dim=1)
+        return torch.einsum("bmc,bchw->bmhw", weights, cells), self.iou_mlp(iou_token)
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Convert the weights to ``dtype``. The frequencies of the positions stay float32."""
@@ -275,10 +276,11 @@ class MaskDecoder(nn.Module):
 
     def _encode_cells(self, height: int, width: int) -> Tensor:
         """Return the Fourier features of the cell centres, [h*w,256]."""
-        rows, columns = (
-            (torch.arange(cells, device=self.frequencies.device) + 0.5) / FULL_CELLS for cells in (height, width)
-        )
-        return self._encode_positions(torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).reshape(-1, 2))
+        device = self.frequencies.device
+        rows = (torch.arange(height, device=device) + 0.5) / FULL_CELLS
+        columns = (torch.arange(width, device=device) + 0.5) / FULL_CELLS
+        centres = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
+        return self._encode_positions(centres.reshape(-1, 2))
 
     def _encode_positions(self, positions: Tensor) -> Tensor:
         """Return the Fourier features of positions (x, y) in 0..1, [...,2], as [...,256]."""
@@ -314,14 +316,18 @@ class CrossAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         projected = (self.query(query), self.key(key), self.value(value))
-        query, key, value = (tokens.unflatten(2, (DECODER_HEADS, -1)).transpose(1, 2) for tokens in projected)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        heads = [tokens.unflatten(2, (DECODER_HEADS, -1)).transpose(1, 2) for tokens in projected]
+        attended = F.scaled_dot_product_attention(*heads)
         y: Tensor = self.project(attended.transpose(1, 2).flatten(2))
         return y
 
 
 class TwoWayAttention(nn.Module):
-    """Tokens attend to each other, then to the image, and the image attends to the tokens."""
+    """Tokens attend to each other, then to the image, and the image attends to the tokens.
+
+    ``forward`` takes the tokens [B,N,256], the cells of the image ``keys`` [B,h*w,256], the tokens before the first
+    layer, and the Fourier features of the cells' ``positions``. Returns new tokens and keys.
+    """
 
     def __init__(self, adds_initial_tokens: bool) -> None:
         super().__init__()
@@ -396,8 +402,10 @@ def convert_encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = _replace_parts(name, ENCODER_PARTS).replace("patch_embed.seq.", "patches.")
         if name.startswith("layers."):
             _, stage, rest = name.split(".", 2)
-            step = rest.removeprefix("downsample.")
-            name = f"stages.{stage}.{rest.removeprefix('blocks.')}" if step == rest else f"steps.{stage}.{step}"
+            if rest.startswith("downsample."):
+                name = f"steps.{stage}.{rest.removeprefix('downsample.')}"
+            else:
+                name = f"stages.{stage}.{rest.removeprefix('blocks.')}"
         converted[name] = tensor
     return converted
 
@@ -413,10 +421,10 @@ def convert_decoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "tokens": torch.cat([tensors["mask_decoder.iou_token.weight"], tensors["mask_decoder.mask_tokens.weight"]]),
     }
     for published, tensor in tensors.items():
-        for start, ours in DECODER_MODULES.items():
+        for start, module in DECODER_MODULES.items():
             if published.startswith(start):
-                name = _replace_parts(ours + published.removeprefix(start), DECODER_PARTS)
-                if ours in ("mask_mlps.", "iou_mlp."):  # the published layers are numbered without their activations
+                name = _replace_parts(module + published.removeprefix(start), DECODER_PARTS)
+                if module in ("mask_mlps.", "iou_mlp."):  # the published layers are numbered without their activations
                     mlp, _, rest = name.partition(".layers.")
                     layer, _, kind = rest.partition(".")
                     name = f"{mlp}.{2 * int(layer)}.{kind}"
@@ -425,6 +433,7 @@ def convert_decoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _replace_parts(name: str, parts: Mapping[str, str]) -> str:
+    """Replace published parts of a name by ours, in the order of ``parts``."""
     for theirs, ours in parts.items():
         name = name.replace(theirs, ours)
     return name

@@ -10,7 +10,7 @@ export class Answers {
   timer = 0;
   isBusy = false; // whether a coarse answer is being computed
   waiting = null; // the draft that waits for the model
-  /** `show(draft, shapes, blob, isRefined, signal)` gets answers, `describe(text)` what is computed. */
+  /** `show(draft, shapes, blob, isRefined, signal)` shows an answer, `describe(text)` what is being done. */
   constructor(show, describe) {
     Object.assign(this, { show, describe });
     store.on("run", () => {

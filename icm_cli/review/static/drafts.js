@@ -3,7 +3,7 @@ import { encodeShapes, readShapes } from "./shapes.js";
 import { store } from "./store.js";
 
 const drafts = new Map();
-const isEqual = (one, other) => JSON.stringify(one) === JSON.stringify(other);
+const isEqual = (shapes, others) => JSON.stringify(shapes) === JSON.stringify(others);
 
 /** The hints of one image, with the steps to undo and redo. A list of shapes is replaced, never changed. */
 class Draft {
@@ -21,7 +21,7 @@ class Draft {
     this.future = [];
     this.set(shapes, this.saved);
   }
-  /** Go one step back, or forward again. Returns whether there was one. */
+  /** Take back the last step. Returns whether there was one. Redo calls it with the two lists exchanged. */
   undo(from = this.past, to = this.future) {
     if (from.length === 0) return false;
     to.push(this.shapes);
@@ -34,7 +34,7 @@ class Draft {
     Object.assign(this, { shapes, saved });
     if (wasDirty !== this.isDirty) store.emit("items", new Set([this.id]));
   }
-  /** Note which shapes the server has; null: none of those here. The shapes here stay. */
+  /** Store which shapes the server has; null: others than those here, which stay. */
   markSaved(saved) { this.set(this.shapes, saved); }
   /** Take the shapes that the server sent, unless there are others here that are not saved. */
   receive(shapes) {

@@ -21,7 +21,7 @@ export class Editor {
   /** Where the mouse is, and where the pointer of the keyboard is, in pixels of the image; null: nowhere. */
   cursor = null;
   crosshair = null;
-  drag = null; // the drag in progress: {move(point, event), end()}
+  drag = null; // the drag in progress: {move(point of the image, event), end()}
   /** `changed(isDragging)` is called when the hints of the draft have changed. */
   constructor(viewer, changed) {
     Object.assign(this, { viewer, changed, canvas: byId("marks") });
@@ -87,7 +87,7 @@ export class Editor {
     if (button === 1 || this.isSpaceDown || (this.tool === "pan" && button === 0)) {
       this.drag = { move: (_, { movementX, movementY }) => viewer.panBy(movementX, movementY), end() {} };
     } else if (viewer.isComparing && Math.abs(offsetX - viewer.division * canvas.clientWidth) < DIVIDER_PX) {
-      this.drag = { move: (_, each) => this.setDivision(each.offsetX / canvas.clientWidth), end() {} };
+      this.drag = { move: (_, moved) => this.setDivision(moved.offsetX / canvas.clientWidth), end() {} };
     } else if (button === 0 || (button === 2 && this.tool === "point")) {
       this.press(viewer.toImage(offsetX, offsetY), button === 2 || event.altKey || event.ctrlKey);
     }
@@ -149,7 +149,7 @@ export class Editor {
     this.change([...(isNegative ? shapes : shapes.map((each) => growBox(each, point))), shape]);
     this.movePoint(shape, true);
   }
-  /** Begin to move a point. A point that was there before and is not moved is removed. */
+  /** Begin to move a point. If an old point is released where it was, that is a click, which removes it. */
   movePoint(shape, isNew) {
     let current = shape;
     const [[startX, startY]] = shape.points;
@@ -171,21 +171,21 @@ export class Editor {
     const reach = (HIT_PX * this.viewer.ratio) / this.viewer.zoom;
     return this.draft.shapes.findLast((shape) => this.isVisible && isNear(shape, [x, y], reach));
   }
-  /** Begin a box, which replaces the one before and the points on the object outside it. */
+  /** Begin a box. It replaces the earlier box, and the points on the object that are outside it. */
   pressBox(start) {
     const before = this.draft.shapes;
     const move = (point) => {
       const end = this.clip(point).map(Math.round);
       if (start[0] === end[0] || start[1] === end[1]) return;
       const box = { label: "fg", shape_type: "rectangle", points: [start, end] };
-      const isOutside = ({ points }) => !points.every((at) => contains(box, at));
+      const isOutside = ({ points }) => !points.every((point) => contains(box, point));
       const isReplaced = (each) => isBox(each) || (isPoint(each) && isPositive(each) && isOutside(each));
       const others = before.filter((each) => !isReplaced(each));
       this.change([box, ...others], this.draft.shapes === before);
     };
     this.drag = { move, end: () => this.draft.shapes !== before && this.changed(false) };
   }
-  /** Begin a stroke, which replaces the paint below it and the points that contradict it. */
+  /** Begin a stroke. It replaces points with the opposite label; the strokes below it stay in the list. */
   pressBrush(point) {
     const [label, radius] = [this.tool, store.settings.brush];
     let stroke = null;

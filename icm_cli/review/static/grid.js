@@ -129,7 +129,7 @@ export class Grid {
   }
 }
 
-const range = (start, end) => Array.from({ length: end - start }, (_, at) => start + at);
+const range = (start, end) => Array.from({ length: end - start }, (_, offset) => start + offset);
 
 /** Return what the badge of an image says: its status, and what else is special. */
 function describeMarks(item) {

@@ -55,7 +55,7 @@ function refreshList() {
   grid.setIds(store.select());
   setText(byId("list-title"), `${grid.ids.length} of ${store.items.size} images`);
 }
-/** Decide on the image that is open, or the active one of the overview; go on without waiting. */
+/** Decide on the open image, or the active one of the overview. `isNext`: show the next one at once. */
 function decide(decision, isNext) {
   const id = single.id ?? grid.active;
   if (id === null || (single.id !== null && findButton(decision.name).disabled)) return;

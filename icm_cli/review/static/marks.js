@@ -16,8 +16,8 @@ export class Marks {
   draw({ shapes, isVisible, cursor, crosshair, brush }) {
     const { canvas, context, viewer } = this;
     const { width, height } = viewer.canvas;
-    for (const each of [canvas, this.layer.canvas]) {
-      if (each.width !== width || each.height !== height) Object.assign(each, { width, height });
+    for (const target of [canvas, this.layer.canvas]) {
+      if (target.width !== width || target.height !== height) Object.assign(target, { width, height });
     }
     context.clearRect(0, 0, canvas.width, canvas.height);
     if (viewer.image === null) return;
@@ -58,8 +58,8 @@ export class Marks {
     const [x, y] = this.viewer.toCanvas(point);
     const radius = POINT_RADIUS_PX * this.viewer.ratio;
     this.drawDisc(x, y, radius, colour);
-    const [minus, bar] = [[x - radius / 2, y, x + radius / 2, y], [x, y - radius / 2, x, y + radius / 2]];
-    this.drawLines(hasPlus ? [minus, bar] : [minus], [2, "#000"]);
+    const [across, down] = [[x - radius / 2, y, x + radius / 2, y], [x, y - radius / 2, x, y + radius / 2]];
+    this.drawLines(hasPlus ? [across, down] : [across], [2, "#000"]);
   }
   drawBox([left, top, right, bottom]) {
     const [[x0, y0], [x1, y1]] = [this.viewer.toCanvas([left, top]), this.viewer.toCanvas([right, bottom])];

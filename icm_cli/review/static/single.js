@@ -17,7 +17,7 @@ const COLOUR_SETTINGS = { overlay: "tint", colour: "background" }; // settings o
 
 export class Single {
   id = null;
-  ids = []; // the list that previous and next follow, as it was when the overview was left
+  ids = []; // the list for previous and next: that of the overview when it was left
   shot = null; // the ids of the shot of the image, also while the next frame is loaded; null: it is in none
   details = null;
   draft = null;
@@ -51,7 +51,7 @@ export class Single {
     if (next === undefined) return;
     for (const load of [loadSource, loadAlpha]) load(next).catch(() => {}); // reported when it is opened
   }
-  /** Load what the server has. Hints that are not saved stay. `isNew`: another image was shown before. */
+  /** Load and show what the server has; unsaved hints stay. `isNew`: another image was shown before. */
   async refresh(isNew) {
     const { id } = this;
     try {
@@ -100,17 +100,17 @@ export class Single {
   }
   /** Return the id of the next image that is not reviewed, from here to the end and then from the start. */
   nextOpen() {
-    const at = this.ids.indexOf(this.id);
+    const index = this.ids.indexOf(this.id);
     const isOpen = (id) => store.items.get(id).status === "open" && !store.pending.has(id);
-    return [...this.ids.slice(at + 1), ...this.ids.slice(0, at)].find(isOpen);
+    return [...this.ids.slice(index + 1), ...this.ids.slice(0, index)].find(isOpen);
   }
-  /** Open an image before or after this one in a list. */
-  step(step, ids = this.ids) {
-    const target = ids[ids.indexOf(this.id) + step];
+  /** Open an image before (offset -1) or after (1) this one in a list. */
+  step(offset, ids = this.ids) {
+    const target = ids[ids.indexOf(this.id) + offset];
     if (target !== undefined) this.open(target);
-    else notify(step > 0 ? "This is the last image." : "This is the first image.");
+    else notify(offset > 0 ? "This is the last image." : "This is the first image.");
   }
-  stepInShot(step) { this.step(step, this.shot ?? this.ids); }
+  stepInShot(offset) { this.step(offset, this.shot ?? this.ids); }
   /** Show the alpha of the hints, after they have changed. */
   answer(isDragging = false) {
     this.editor.draw();
@@ -170,9 +170,9 @@ export class Single {
     byId("image-status").dataset.status = item.status;
     setText(byId("image-status"), status + change + (item.has_alpha ? "" : ", no alpha"));
     byId("quality").value = item.quality ?? 0;
-    const whose = draft?.isDirty ? " of the alpha on disk" : "";
-    setText(byId("quality-value"), `quality ${formatQuality(item.quality)}${whose}`);
-    byId("image-reasons").classList.toggle("outdated", whose !== "");
+    const owner = draft?.isDirty ? " of the alpha on disk" : ""; // not of the one that is shown
+    setText(byId("quality-value"), `quality ${formatQuality(item.quality)}${owner}`);
+    byId("image-reasons").classList.toggle("outdated", owner !== "");
     byId("image-reasons").replaceChildren(...item.reasons.map((reason) => create("li", {}, reason)));
     setText(byId("hints-state"), draft === null ? "" : describeHints(draft));
     setText(byId("taught-state"), item.taught === null ? "" : `Used as a ${item.taught}.`);

@@ -50,7 +50,7 @@ class Store extends EventTarget {
   setRecompute(state) { this.recompute = state; this.emit("recompute"); }
   /** Store images that the server sent; older revisions than the known ones are ignored. */
   update(images) {
-    const newer = images.filter(({ id, revision }) => !(this.items.get(id)?.revision > revision));
+    const newer = images.filter(({ id, revision }) => revision >= (this.items.get(id)?.revision ?? 0));
     for (const item of newer) this.items.set(item.id, item);
     if (newer.length > 0) this.emit("items", new Set(newer.map((item) => item.id)));
   }

@@ -16,7 +16,7 @@ const TINT_OPACITY = 0.55;
 /** An image with copies of half, a quarter, ... of its size. */
 class Pyramid {
   constructor(bitmap) { this.levels = [bitmap]; }
-  /** Return the smallest copy that has at least as many pixels as will be drawn. */
+  /** Return the smallest copy that is at least `width` pixels wide; `width` is that of the drawing. */
   findLevel(width) {
     let level = 0;
     while (this.levels[level].width >= 2 * width && this.levels[level].height > 1) {
@@ -87,7 +87,7 @@ export class Viewer {
   panBy(x, y) {
     if (this.image === null) return;
     const margin = MARGIN_PX * this.ratio;
-    const clip = (value, size, stage) => Math.min(stage - margin, Math.max(margin - size * this.zoom, value));
+    const clip = (start, size, stage) => Math.min(stage - margin, Math.max(margin - size * this.zoom, start));
     const left = clip(this.left + x * this.ratio, this.image.width, this.canvas.width);
     const top = clip(this.top + y * this.ratio, this.image.height, this.canvas.height);
     this.set({ left, top, isFitted: false });
@@ -200,6 +200,6 @@ function halve(image) {
 function createChecker(side) {
   const tile = createCanvas(2 * side, 2 * side);
   fill(tile, CHECKER_GREYS[0], [0, 0, 2 * side, 2 * side]);
-  for (const at of [0, side]) fill(tile, CHECKER_GREYS[1], [at, side - at, side, side]);
+  for (const x of [0, side]) fill(tile, CHECKER_GREYS[1], [x, side - x, side, side]); // the other diagonal
   return tile.createPattern(tile.canvas, "repeat");
 }
