@@ -316,8 +316,6 @@ def _read_pickle(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class _Header:
-    """Header of a checkpoint of icm."""
-
     metadata: Mapping[str, str]
     keys: Sequence[str]
     """Names of the tensors."""
@@ -402,8 +400,7 @@ def _describe_content(head: bytes) -> str:
     if b"\0" in head:
         return "a file of unknown type"
     text = head.decode("utf-8", errors="replace")
-    invalid_count = text.count("\ufffd")
-    return "a text file" if invalid_count < len(text) // 16 else "a file of unknown type"
+    return "a text file" if text.count("\ufffd") < len(text) // 16 else "a file of unknown type"
 
 
 def _parse_config(path: Path, metadata: Mapping[str, str]) -> ModelConfig:

@@ -116,8 +116,6 @@ def _load_requested_config(model: str, config: ModelConfig) -> ModelConfig:
 
 @dataclass(frozen=True)
 class _TrainedCheckpoint(Checkpoint):
-    """A checkpoint that contains its configuration."""
-
     config: ModelConfig
 
 

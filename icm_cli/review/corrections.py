@@ -240,10 +240,7 @@ class Corrections:
             pass  # nothing is edited, so nothing is saved
 
     def _correct(self, id: int, revision: int, shapes: Shapes) -> None:
-        """Save hints, and compute and save their alpha. Runs in the thread of the model.
-
-        The change of the image begins when the alpha is computed, in ``begin_writing``, and ends when it is written.
-        """
+        """Save hints, and compute and save their alpha. Runs in the thread of the model."""
         old_paths = self._run.hint_paths(id)
         new_path = self._run.hint_target(id) if shapes else None
         replaced = [*self._run.jobs[id].outputs, *old_paths]
@@ -251,7 +248,7 @@ class Corrections:
             replaced.append(new_path)
         with contextlib.ExitStack() as change:
 
-            def begin_writing(annotation: Annotation | None) -> None:
+            def begin_writing(annotation: Annotation | None) -> None:  # when the alpha is computed
                 change.enter_context(self._recorded_change(id, revision, replaced, "accepted"))
                 unused_paths = old_paths
                 if new_path is not None and annotation is not None:

@@ -56,8 +56,7 @@ class DisplayImages:
 
         ``path``: file of the alpha, such as a copy of an earlier one; the output of the run by default.
         """
-        path = path or self._run.jobs[id].output
-        settings = self._run.output
+        path, settings = path or self._run.jobs[id].output, self._run.output
         if settings.foreground != "none":  # the file is a cutout, whose alpha channel is the alpha
             image = read_image(path, RAW_VALUES).to_display_window()
             if image.alpha is None:
@@ -78,10 +77,7 @@ class DisplayImages:
         return size
 
     def thumbnail(self, id: int, view: View) -> bytes:
-        """Return a thumbnail of a view as a JPEG. Raises ImageError.
-
-        It is cached on the disk, until the source or the alpha changes.
-        """
+        """Return a thumbnail of a view as a JPEG, cached on the disk until its files change. Raises ImageError."""
         versions = [_source_version(self._run.jobs[id])]
         if view != "source":
             versions.append(self._run.refresh_alpha(id).version)

@@ -149,10 +149,7 @@ class ReviewRun:
                 _write_index(self._index, dict(zip(self.names, alphas, strict=True)))
 
     def changes_since(self, revision: int | None) -> tuple[int, list[int]]:
-        """Return the revision of the alphas, and the ids of those that have changed after an earlier revision.
-
-        Without an earlier revision, no ids are returned.
-        """
+        """Return the revision of the alphas, and the ids of those changed after an earlier one; none without one."""
         with self._lock:
             if revision is None or revision == self._revision:
                 return self._revision, []
@@ -204,10 +201,7 @@ class ReviewRun:
         }
 
     def ids_by_quality(self) -> list[int]:
-        """Return the ids of all images in the order of the page at its start: the lowest quality first.
-
-        Images without a quality come before all others.
-        """
+        """Return the ids of all images, lowest quality first, as the page lists them at first. No quality is lowest."""
         with self._lock:
             qualities = [alpha.details.quality for alpha in self._alphas]
         ranks = [-1.0 if quality is None else quality for quality in qualities]
@@ -299,14 +293,10 @@ class ReviewRun:
 
     def _plan(self, notice: Callable[[str], None]) -> list[Job]:
         """Return the jobs of all images, and set ``errors``. Those without a source are last. Raises UsageError."""
-
-        def ignore_notice(_: str) -> None:
-            """Ignore a notice, because the run has printed it already."""
-
+        skipped = SkippedFiles(lambda _: None)  # the run has printed the notices already
         try:
             with library_settings():  # entered once instead of for each file
-                skipped = SkippedFiles(ignore_notice)
-                jobs = list(plan_images(self.options, self.layout, self.colour, skipped, ignore_notice).jobs)
+                jobs = list(plan_images(self.options, self.layout, self.colour, skipped, lambda _: None).jobs)
         except UsageError as error:
             notice(f"the sources of the run cannot be found, so only the alphas are shown: {error}")
             jobs = []
@@ -326,8 +316,7 @@ class ReviewRun:
                 continue
             with contextlib.suppress(ImageError):
                 provenance = read_provenance_header(path)
-                name = Path(provenance.get(NAME_KEY, ""))
-                root = provenance.get(ROOT_KEY, "")
+                name, root = Path(provenance.get(NAME_KEY, "")), provenance.get(ROOT_KEY, "")
                 source = Path(root, name)
                 if DIGEST_KEY in provenance and name.name and not source.exists():
                     result = ImageResult(str(source), str(path), "planned", name=name.as_posix())
@@ -364,10 +353,7 @@ def _with_output_folder(options: MatteOptions, folder: Path) -> MatteOptions:
 
 
 def _without_taught(options: MatteOptions) -> MatteOptions:
-    """Return the options of a run without references and negatives taught in a review. ReviewState lists those.
-
-    The options of a recompute, which the review starts, contain them.
-    """
+    """Return the options of a run without references and negatives taught in a review, which a recompute has."""
     references = options.references
     positives = _untaught_pairs(references.ref, references.mask)
     negatives = _untaught_pairs(references.not_ref, references.not_mask)

@@ -198,10 +198,7 @@ class Teaching:
             raise UsageError(f"the recompute cannot be stopped: {describe_os_error(error)}") from error
 
     def _follow(self) -> None:
-        """Follow the recompute of another server, in its own thread.
-
-        If that server was killed, this one compares the alphas at the end.
-        """
+        """Follow the recompute of another server, in a thread. If that was killed, compare the alphas at the end."""
         before = self._run.record_folder / BEFORE_NAME
         state: RecomputeState = "stopped"
         message = "it ended before all images were recomputed; start it again to continue"
@@ -229,8 +226,7 @@ class Teaching:
             changed = self._read_changes()
             with self._lock:
                 self._progress.changed = changed
-                self._progress.state, self._progress.message = state, message
-                self._is_followed = False
+                self._progress.state, self._progress.message, self._is_followed = state, message, False
 
     def _read_changes(self) -> dict[int, float]:
         """Return the saved differences that are not 0, by the id of the image."""
@@ -332,9 +328,8 @@ class Teaching:
 
         Returns the number of images that failed, and the error that ended the run or "".
         """
-        failures, error = 0, ""
+        failures, error, saved_at = 0, "", time.monotonic()
         unsaved: dict[int, float] = {}
-        saved_at = time.monotonic()
         for event in self._follow_events(lambda: process.poll() is None):
             if event["event"] == "error":
                 error = event["message"]

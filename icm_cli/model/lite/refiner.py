@@ -218,8 +218,7 @@ class Refine(Edges):
     def _refine_tiles(self, rgb: ImageU8, alpha: Tensor, weight: Tensor) -> Tensor:
         """Refine an alpha [H,W] in overlapping tiles. ``weight`` [H,W]: fraction of the correction that is applied.
 
-        Tiles in which nothing can change are omitted. The corrections are computed while the tiles are blended, so that
-        only those of one batch are in memory.
+        Tiles in which nothing can change are omitted. Iterators keep only the corrections of one batch in memory.
         """
         size = (alpha.shape[0], alpha.shape[1])
         tiles = split_into_tiles(size, self.config.tile_px, self.config.overlap_px)
