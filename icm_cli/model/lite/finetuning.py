@@ -8,7 +8,6 @@ it processes each view once, and only the small head is trained.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -164,13 +163,11 @@ class FinetunableHead(TrainedHead, ABC):
             scenes.append(_Scene(image, object_guidance, is_known, valid))
         unchanged = [_extract_view(backbone, self, scene) for scene in scenes]
         count = sum(not is_negative(guidance) for _, guidance, _ in references)
-        positive_scenes = itertools.cycle(scenes[:count])
         augmented = []
-        for number in range(1, FINETUNING.views + 1):
-            augmented.append(_extract_view(backbone, self, _augment_scene(next(positive_scenes), rng)))
-            on_progress(0.5 * number / FINETUNING.views)
-        positive_scenes = itertools.cycle(scenes[:count])
-        crops = [_crop_negative(next(positive_scenes), rng) for _ in range(FINETUNING.negative_views)]
+        for number in range(FINETUNING.views):
+            augmented.append(_extract_view(backbone, self, _augment_scene(scenes[number % count], rng)))
+            on_progress(0.5 * (number + 1) / FINETUNING.views)
+        crops = [_crop_negative(scenes[number % count], rng) for number in range(FINETUNING.negative_views)]
         negatives = [_extract_view(backbone, self, crop) for crop in crops if crop is not None]
         return _Views(unchanged, unchanged[:count], augmented, [*negatives, *unchanged[count:]])
 
