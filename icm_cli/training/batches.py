@@ -9,7 +9,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Self, TypeAlias, TypeVar
+from typing import Any, Generic, Self, TypeAlias, TypeGuard, TypeVar
 
 import cv2
 import numpy as np
@@ -36,11 +36,13 @@ class Batch:
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Return the tensors by field name; tensors of a tuple are numbered ("scales.0")."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, value in vars(self).items():
-            parts = {f"{name}.{i}": part for i, part in enumerate(value)} if isinstance(value, tuple) else {name: value}
-            found |= {key: part for key, part in parts.items() if isinstance(part, Tensor)}
-        return found
+            if isinstance(value, Tensor):
+                tensors[name] = value
+            elif _is_tensor_tuple(value):
+                tensors |= {f"{name}.{i}": tensor for i, tensor in enumerate(value)}
+        return tensors
 
     def first_samples(self, count: int) -> Self:
         """Return a batch of at most the first ``count`` samples."""
@@ -56,13 +58,18 @@ class Batch:
         return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a batch in which ``change`` was applied to every tensor. All other fields are the same."""
         changed: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 changed[name] = change(value)
-            elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-                changed[name] = tuple(change(part) for part in value)
+            elif _is_tensor_tuple(value):
+                changed[name] = tuple(map(change, value))
         return replace(self, **changed)
+
+
+def _is_tensor_tuple(value: object) -> TypeGuard[tuple[Tensor, ...]]:
+    return isinstance(value, tuple) and bool(value) and isinstance(value[0], Tensor)
 
 
 BatchT = TypeVar("BatchT", bound=Batch)
@@ -99,8 +106,10 @@ class SampleMaker(BatchMaker[BatchT]):
 
     def make_batch(self, counters: Sequence[int]) -> BatchT:
         skipped: list[str] = []
-        names, samples = zip(*(self._make_sample(counter, skipped) for counter in counters), strict=True)
-        tensors = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+        named_samples = [self._make_sample(counter, skipped) for counter in counters]
+        names = tuple(name for name, _ in named_samples)
+        samples = [layers for _, layers in named_samples]
+        tensors = {layer: torch.from_numpy(np.stack([sample[layer] for sample in samples])) for layer in samples[0]}
         return self.batch_class(names, tuple(counters), tuple(skipped), **tensors)
 
     def _make_sample(self, counter: int, skipped: list[str]) -> tuple[str, Layers]:
@@ -122,11 +131,13 @@ def number_samples(
     """Yield the sample numbers of a process, one micro-batch at a time, from ``first_step`` to the end of the run.
 
     Step s consists of samples s * batch_size to (s + 1) * batch_size - 1, whatever the number of processes and
-    micro-batches. ``steps`` None: without an end.
+    micro-batches. The processes take micro-batches in turn. ``steps`` None: without an end.
     """
-    start, stride = first_step * batch_size + process * micro_batch_size, micro_batch_size * processes
-    firsts = itertools.count(start, stride) if steps is None else range(start, steps * batch_size, stride)
-    return (list(range(first, first + micro_batch_size)) for first in firsts)
+    start = first_step * batch_size + process * micro_batch_size
+    stride = micro_batch_size * processes
+    first_numbers = itertools.count(start, stride) if steps is None else range(start, steps * batch_size, stride)
+    for first in first_numbers:
+        yield list(range(first, first + micro_batch_size))
 
 
 def load_batches(
@@ -137,7 +148,9 @@ def load_batches(
     With 0 workers each batch is made in this process when it is requested. Raises TrainingError if a sample cannot be
     made.
     """
-    loader = DataLoader(maker, batch_sampler=counters, collate_fn=_unchanged, pin_memory=pin, **worker_options(workers))
+    loader = DataLoader(
+        maker, batch_sampler=counters, collate_fn=_keep_batch, pin_memory=pin, **worker_options(workers)
+    )
     batches = iter(loader)
     try:
         for batch in batches:
@@ -145,13 +158,16 @@ def load_batches(
                 raise TrainingError(batch)
             yield batch
     finally:
-        # When a worker has died, torch raises wherever the main process happens to be, also while it stops the other
-        # workers; raised from a destructor, this would print a traceback. No further samples are needed here.
-        with contextlib.suppress(RuntimeError):
-            getattr(batches, "_shutdown_workers", lambda: None)()
+        # If a worker has died, torch raises RuntimeError while it stops the other workers. In the destructor of the
+        # iterator, this would print a traceback, so the workers are stopped here and the error is ignored.
+        stop_workers = getattr(batches, "_shutdown_workers", None)  # None: an iterator without workers
+        if stop_workers is not None:
+            with contextlib.suppress(RuntimeError):
+                stop_workers()
 
 
-def _unchanged(batch: Any) -> Any:
+def _keep_batch(batch: Any) -> Any:
+    """Collate function for DataLoader: the maker has already collated the samples."""
     return batch
 
 

@@ -62,18 +62,21 @@ class Learner:
         self._check_backbone_settings()
         self.weights_digest = backbone_digest(settings.model, checkpoint, weights, offline=offline)
         """Digest of the backbone's initial weights."""
-        is_saved = self.trains_backbone and self.model.backbone.is_self_contained
-        self.separate_weights = None if is_saved else weights
+        saves_backbone = self.trains_backbone and self.model.backbone.is_self_contained
+        self.separate_weights = None if saves_backbone else weights
         """Option ``--weights`` for the checkpoints of this run; None if they contain the backbone."""
         module = select_module(self.model)
-        trained_parts = {name for name in trainable_parts if name != "backbone" or self.trains_backbone}
+        trained_parts = set(trainable_parts)
+        if not self.trains_backbone:
+            trained_parts.discard("backbone")
         self._freeze_parts_except(trained_parts)
         if self.device.torch_device.type != "mps":
             self.model.use_channels_last()
         self.forward, self.optimiser = self.accelerator.prepare(module, _make_optimiser(self.model, config))
-        state = self.model.state_dict()
-        self.tensors = {name: tensor for name, tensor in state.items() if name.split(".")[0] in trained_parts}
-        """The weights and statistics that training changes, by their names in the model."""
+        self.tensors = {
+            name: tensor for name, tensor in self.model.state_dict().items() if name.split(".")[0] in trained_parts
+        }
+        """The weights and statistics that training changes, by their names in the model, such as "head.norm.weight"."""
         self.ema = MovingAverage(self.tensors, config.ema_decay)
         self.set_training_mode()
 
@@ -82,7 +85,7 @@ class Learner:
         config, rule = self.config, self.model.backbone.canvas
         if rule.square and config.canvas_px != rule.long_side_px:
             raise ConfigError(f"train: canvas_px is {config.canvas_px}, and the backbone needs {rule.long_side_px} px")
-        is_multiple = not config.canvas_px % rule.multiple_px
+        is_multiple = config.canvas_px % rule.multiple_px == 0
         check_setting("train:", config, "canvas_px", is_multiple, f"a multiple of {rule.multiple_px}")
         if config.backbone_learning_rate and not self.trains_backbone:
             raise ConfigError(
@@ -93,7 +96,8 @@ class Learner:
     def _freeze_parts_except(self, trained_parts: Collection[str]) -> None:
         """Freeze all parts of the model that are not trained. A frozen backbone gets the dtypes of inference."""
         for name in ("backbone", "head", "objects", "edges"):
-            if (part := getattr(self.model, name)) is not None and name not in trained_parts:
+            part = getattr(self.model, name)
+            if part is not None and name not in trained_parts:
                 part.requires_grad_(False)
         if "backbone" not in trained_parts:
             self.model.backbone.set_dtype(self.device.dtype, self.device.transformer_dtype)
@@ -119,9 +123,10 @@ class Learner:
         self.model.train()
         self.model.backbone.eval()
         for module in self.model.modules():
-            is_trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-            if isinstance(module, nn.BatchNorm2d) and (self.config.batch_norm == "fixed" or not is_trained):
-                module.eval()
+            if isinstance(module, nn.BatchNorm2d):
+                is_frozen = not any(parameter.requires_grad for parameter in module.parameters())
+                if is_frozen or self.config.batch_norm == "fixed":
+                    module.eval()
 
     @contextlib.contextmanager
     def inference_mode(self) -> Iterator[None]:
@@ -168,8 +173,9 @@ class Learner:
         """
         if not self.accelerator.sync_gradients:
             return 0.0
-        parameters = [each for each in self.model.parameters() if each.requires_grad]
-        return float(self.accelerator.clip_grad_norm_(parameters, self.config.clip_norm or float("inf")))
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        max_norm = math.inf if self.config.clip_norm is None else self.config.clip_norm
+        return float(self.accelerator.clip_grad_norm_(parameters, max_norm))
 
     def is_true_anywhere(self, condition: bool) -> bool:
         """Return whether a condition is true in any of the processes."""
@@ -212,7 +218,8 @@ class Learner:
         try:
             yield
         except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
-            # Raised from a signal handler, so possibly anywhere; or while a tensor was being received.
+            # If a worker dies, torch's signal handler raises RuntimeError at any place in this process, or the
+            # connection breaks while a tensor is received.
             if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
                 raise TrainingError(
                     "a process that makes samples died, possibly because memory ran out; continue from the last saved "
@@ -244,9 +251,10 @@ def _make_optimiser(model: InContextMatting, config: TrainConfig) -> torch.optim
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = config.backbone_learning_rate if name.startswith("backbone.") else config.learning_rate
-            groups.setdefault((rate, config.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
-    kind = torch.optim.Adam if config.optimiser == "adam" else torch.optim.AdamW
-    return kind(
+            decay = config.weight_decay if parameter.ndim > 1 else 0.0  # norms and biases have one axis
+            groups.setdefault((rate, decay), []).append(parameter)
+    optimiser_class = torch.optim.Adam if config.optimiser == "adam" else torch.optim.AdamW
+    return optimiser_class(
         [
             {"params": parameters, "full_rate": rate, "weight_decay": decay}
             for (rate, decay), parameters in groups.items()
@@ -311,6 +319,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def _swap_tensors(self) -> None:
+        """Exchange the values of the model's tensors and of their averages."""
         for name, average in self.average.items():
             current = self._tensors[name].detach().clone()
             self._tensors[name].copy_(average)

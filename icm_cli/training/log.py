@@ -9,6 +9,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,7 +51,7 @@ class RunLog:
         self._loss_names = loss_names
         self._columns = ("step", "loss", *loss_names, *RUN_COLUMNS, *(f"validation_{metric}" for metric in METRICS))
         self._notice = notice
-        self._is_on = is_main
+        self._is_logging = is_main
         self._writer: Any = None
         self.has_image = False
         """Whether an image was logged since the log was opened."""
@@ -95,12 +96,12 @@ class RunLog:
 
     def _try_writing(self, write: Callable[[], None]) -> None:
         """Call ``write``; if it fails, report that and log no more."""
-        if not self._is_on:
+        if not self._is_logging:
             return
         try:
             write()
         except (OSError, OutputError, ImageError) as error:
-            self._is_on = False
+            self._is_logging = False
             self._notice(f"the log {self._path} cannot be written ({error}); training continues without it")
 
     def _format_csv(self, rows: list[dict[str, Any]], *, header: bool) -> str:
@@ -110,6 +111,15 @@ class RunLog:
             table.writeheader()
         table.writerows(rows)
         return text.getvalue()
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """Samples, waiting time and duration, in seconds, of all steps so far."""
+
+    samples: int = 0
+    waiting: float = 0.0
+    seconds: float = 0.0
 
 
 class StepStats:
@@ -124,8 +134,8 @@ class StepStats:
         self._paused = 0.0
         self._steps = 0
         self._sums: defaultdict[str, float] = defaultdict(float)
-        self._logged = (0, 0.0, 0.0)
-        """Samples, waiting time and seconds at the last log row."""
+        self._logged = _Totals()
+        """The totals at the last log row."""
 
     def take_next_batch(self, batches: Iterator[Batch]) -> Batch:
         """Return the next batch; the time until it is available counts as waiting time."""
@@ -161,20 +171,22 @@ class StepStats:
 
     def take_metrics(self, learning_rate: float) -> dict[str, float]:
         """Return the means since the last call, by the names of the log's columns."""
-        now = self.samples, self.waiting, self.seconds
-        samples, waiting, seconds = (after - before for after, before in zip(now, self._logged, strict=True))
-        seconds = max(1e-9, seconds)
+        totals = _Totals(self.samples, self.waiting, self.seconds)
+        samples = totals.samples - self._logged.samples
+        seconds = max(1e-9, totals.seconds - self._logged.seconds)
         metrics = {
-            name: value / (self._steps if name == "gradient_norm" else samples) for name, value in self._sums.items()
+            name: total / (self._steps if name == "gradient_norm" else samples) for name, total in self._sums.items()
         }
-        self._sums.clear()
-        self._logged, self._steps = now, 0
-        return metrics | {
+        metrics |= {
             "learning_rate": learning_rate,
             "samples_per_second": samples / seconds,
-            "waiting_fraction": waiting / seconds,
+            "waiting_fraction": (totals.waiting - self._logged.waiting) / seconds,
             "seconds": seconds,
         }
+        self._sums.clear()
+        self._steps = 0
+        self._logged = totals
+        return metrics
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -184,6 +196,8 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         return rows
     with path.open(encoding="utf-8", errors="replace", newline="") as file, contextlib.suppress(csv.Error):
         for row in csv.DictReader(file):
-            if re.fullmatch("[0-9]{1,15}", row.get("step") or "") and None not in row.values():
+            has_step = re.fullmatch("[0-9]{1,15}", row.get("step") or "") is not None
+            is_complete = None not in row.values()  # the values of missing columns are None
+            if has_step and is_complete:
                 rows.append(row)
     return rows

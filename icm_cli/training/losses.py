@@ -24,10 +24,8 @@ SMOOTHNESS = 0.01
 """Weight of the prediction's own gradient in the gradient penalty."""
 UNKNOWN_LEVEL = 0.5
 """Value of unknown pixels in a trimap of floats."""
-
-
-LOSS_NAMES = tuple(field.name for field in fields(LossConfig) if field.metadata)
-"""Names of the losses, which are also the settings of their weights."""
+LOSS_NAMES = tuple(field.name for field in fields(LossConfig) if "limits" in field.metadata)
+"""Names of the losses, which are also the settings of their weights; ``binary_rule``, without limits, is not one."""
 SOFT_LOSS_NAMES = ("unknown_l1", "known_l1", "laplacian", "gradient_penalty")
 """Published losses that do not apply to binary samples."""
 
@@ -40,14 +38,18 @@ def compute_losses(alpha: Tensor, truth: Tensor, trimap: Tensor, config: LossCon
     other samples.
     """
     unknown = (trimap == UNKNOWN_LEVEL).float()
-    is_binary = _is_binary(truth, config.binary_rule).float()
-    applies = dict.fromkeys(SOFT_LOSS_NAMES, 1.0 - is_binary) | {"known_smooth_l1": is_binary}
+    is_binary = _is_binary(truth, config.binary_rule)
     losses = {}
     for name in LOSS_NAMES:
-        if weight := getattr(config, name):
-            mask = applies.get(name)
-            value = weight * LOSS_FUNCTIONS[name](alpha, truth, unknown)
-            losses[name] = value if mask is None else torch.where(mask > 0, value, torch.zeros_like(value))
+        weight = getattr(config, name)
+        if not weight:
+            continue
+        loss = weight * LOSS_FUNCTIONS[name](alpha, truth, unknown)
+        if name in SOFT_LOSS_NAMES:
+            loss = loss.masked_fill(is_binary, 0.0)
+        elif name == "known_smooth_l1":
+            loss = loss.masked_fill(~is_binary, 0.0)
+        losses[name] = loss
     losses["total"] = torch.stack(list(losses.values())).sum(dim=0)
     return losses
 
@@ -87,10 +89,10 @@ def laplacian_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # 
     total = alpha.new_zeros(len(alpha))
     for level in range(LAPLACIAN_LEVELS):
         height, width = (length - length % 2 for length in difference.shape[-2:])
-        difference = difference[..., :height, :width]
+        difference = difference[..., :height, :width]  # even sides, which can be halved and doubled again
         smaller = _convolve(difference, kernel)[..., ::2, ::2]
         enlarged = torch.zeros_like(difference)
-        enlarged[..., ::2, ::2] = 4.0 * smaller
+        enlarged[..., ::2, ::2] = 4.0 * smaller  # keeps the mean, because three of four pixels are 0
         total = total + 2.0**level * _mean_per_sample((difference - _convolve(enlarged, kernel)).abs())
         difference = smaller
     return total / LAPLACIAN_LEVELS
@@ -100,7 +102,8 @@ def gradient_penalty_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tens
     """Return the L1 between Sobel gradients, with a smoothness term, [B]; 0 for a sample without unknown pixels."""
     sobel = alpha.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
     kernels = torch.stack([sobel, sobel.T])[:, None]
-    alpha_gradient, true_gradient = (F.conv2d(each, kernels, padding=1) * unknown for each in (alpha, truth))
+    alpha_gradient = F.conv2d(alpha, kernels, padding=1) * unknown
+    true_gradient = F.conv2d(truth, kernels, padding=1) * unknown
     difference = _mean_per_sample((alpha_gradient - true_gradient).abs())
     return 2.0 * (difference + SMOOTHNESS * _mean_per_sample(alpha_gradient.abs())) * _region_scale(unknown)
 
@@ -112,7 +115,8 @@ def cross_entropy_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:
 
 def dice_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # noqa: ARG001
     """Return 1 - Dice coefficient, [B] in 0..1."""
-    common, sizes = (alpha * truth).sum(dim=(1, 2, 3)), (alpha.square() + truth.square()).sum(dim=(1, 2, 3))
+    common = (alpha * truth).sum(dim=(1, 2, 3))
+    sizes = (alpha.square() + truth.square()).sum(dim=(1, 2, 3))
     return 1.0 - (2.0 * common + 1.0) / (sizes + 1.0)  # adding 1 gives an empty truth a gradient
 
 
@@ -136,11 +140,14 @@ LOSS_FUNCTIONS = {
 def _is_binary(truth: Tensor, rule: BinaryRule) -> Tensor:
     """Return which samples are binary, bool [B]; see ``LossConfig.binary_rule``."""
     flat = truth.flatten(1)
-    zeros, ones = flat == 0.0, flat == 1.0
-    return (zeros | ones).all(dim=1) if rule == "binary" else zeros.all(dim=1) | ones.all(dim=1)
+    is_zero, is_one = flat == 0.0, flat == 1.0
+    if rule == "binary":
+        return (is_zero | is_one).all(dim=1)
+    return is_zero.all(dim=1) | is_one.all(dim=1)
 
 
 def _region_scale(region: Tensor) -> Tensor:
+    """Return the factor, [B], from the mean over the image to the loss of a region, see REGION_SCALE; 0 if empty."""
     count = region.sum(dim=(1, 2, 3))
     return torch.where(count > 0, REGION_SCALE / count.clamp(min=1.0), 0.0)
 

@@ -54,13 +54,16 @@ STATE_NAME = "state.pt"
 LOCK_NAME = ".icm-train.lock"
 CHANGEABLE_SETTINGS = frozenset(
     {
-        *("train.log_every", "train.image_every", "train.save_every", "train.feature_cache_gb", "train.steps"),
+        "train.log_every",
+        "train.image_every",
+        "train.save_every",
+        "train.feature_cache_gb",
         "train.match.max_image_px",  # of earlier versions
     }
 )
-"""Settings that may differ when a run resumes, as they change no step already taken.
+"""Settings that may differ when a run resumes, because no step depends on them.
 
-``steps`` is among them only if the learning rate is constant.
+``train.steps`` may differ, too, if the learning rate is constant.
 """
 STAGE_SETTINGS = {
     "train.match": ("match", "end-to-end", "objects"),
@@ -101,20 +104,14 @@ class DataRecord:
 
         Files that cannot be read are reported with ``notice``.
         """
-        known = {} if earlier is None else earlier.states
+        earlier_states = {} if earlier is None else earlier.states
         states = {}
         for path in paths:
             try:
-                stat = path.stat()
-                state = known.get(str(path))
-                if state is None or (stat.st_size, stat.st_mtime_ns) != (state.size, state.mtime_ns):
-                    with path.open("rb") as file:
-                        digest = hashlib.file_digest(file, "sha256").hexdigest()
-                    state = FileState(stat.st_size, stat.st_mtime_ns, digest)
+                states[str(path)] = _read_file_state(path, earlier_states.get(str(path)))
             except OSError as error:
                 notice(f"{path} cannot be read ({error.strerror}), so its content is not recorded")
-                state = FileState(0, 0, "")
-            states[str(path)] = state
+                states[str(path)] = FileState(0, 0, "")
         return cls(states)
 
     def save(self, folder: Path) -> None:
@@ -124,7 +121,10 @@ class DataRecord:
     @property
     def digest(self) -> str:
         """Digest of the paths and contents of all files."""
-        return combined_digest(*(part for path, state in sorted(self.states.items()) for part in (path, state.sha256)))
+        parts: list[str] = []
+        for path, state in sorted(self.states.items()):
+            parts += [path, state.sha256]
+        return combined_digest(*parts)
 
     def list_changes(self, now: DataRecord) -> str:
         """Describe which files changed, were added or were removed until ``now``; "" if none did."""
@@ -134,12 +134,25 @@ class DataRecord:
             "added": [path for path in after if path not in before],
             "removed": [path for path in before if path not in after],
         }
-        return ", ".join(f"{len(paths)} {kind} ({_list_first(paths)})" for kind, paths in changes.items() if paths)
+        return ", ".join(f"{len(paths)} {kind} ({_shorten_list(paths)})" for kind, paths in changes.items() if paths)
 
 
-def _list_first(paths: list[str]) -> str:
-    more = len(paths) - MAX_LISTED_FILES
-    return ", ".join(paths[:MAX_LISTED_FILES]) + (f" and {more} more" if more > 0 else "")
+def _read_file_state(path: Path, earlier: FileState | None) -> FileState:
+    """Return the state of a file. If size and time are those of the ``earlier`` state, the content is not read."""
+    stat = path.stat()
+    if earlier is not None and (earlier.size, earlier.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+        return earlier
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileState(stat.st_size, stat.st_mtime_ns, digest)
+
+
+def _shorten_list(paths: list[str]) -> str:
+    """Return the first paths, and the number of the others, such as "a.png, b.png, c.png and 2 more"."""
+    text = ", ".join(paths[:MAX_LISTED_FILES])
+    if len(paths) > MAX_LISTED_FILES:
+        text += f" and {len(paths) - MAX_LISTED_FILES} more"
+    return text
 
 
 @dataclass(frozen=True)
@@ -220,7 +233,8 @@ class RunFolder:
         """
         before = DataRecord.load(self.folder)
         now = DataRecord.from_files(self._pool.files, before, notice)
-        if before is not None and (changes := before.list_changes(now)):
+        changes = "" if before is None else before.list_changes(now)
+        if changes:
             if (self.folder / STATE_NAME).exists():
                 raise UsageError(
                     f"the training data changed since the run in {self.folder} started: {changes}. Restore the files "
@@ -230,10 +244,17 @@ class RunFolder:
             notice(f"the training data changed since the run in {self.folder} was interrupted: {changes}")
         if before is None or before.states != now.states:
             now.save(self.folder)
-        earlier = read_training_digests(self._checkpoint) if self._checkpoint else None
-        images = {now.states[str(path)].sha256 for path in self._pool.image_paths} - {""}
-        self._provenance = {
-            TRAINED_ON_KEY: json.dumps(sorted({*images, *(earlier or ()), *self._pool.original_digests})),
+        self._provenance = self._describe_provenance(now)
+
+    def _describe_provenance(self, data: DataRecord) -> dict[str, str]:
+        """Return the metadata of the checkpoints of a run on the recorded data."""
+        trained_on = {data.states[str(path)].sha256 for path in self._pool.image_paths}
+        trained_on.discard("")  # of files that cannot be read
+        trained_on.update(self._pool.original_digests)
+        if self._checkpoint:
+            trained_on.update(read_training_digests(self._checkpoint) or ())
+        return {
+            TRAINED_ON_KEY: json.dumps(sorted(trained_on)),
             SOURCES_KEY: json.dumps(self._describe_sources()),
             "icm.version": __version__,
             "icm.command": self._command,
@@ -258,16 +279,19 @@ class RunFolder:
 
     def _check_same_run(self, path: Path, before: dict[str, Any], now: Mapping[str, Any]) -> None:
         """Raise UsageError that lists every difference of the settings that may not differ."""
-        if "data_digest" not in before:  # an earlier version: no record of the data, ``started_from`` inside ``found``
-            before |= {"data_digest": now["data_digest"], "started_from": before.pop("found")["started_from"]}
+        if "data_digest" not in before:  # a state of an earlier version, which has no record of the data
+            before["data_digest"] = now["data_digest"]
+            before["started_from"] = before.pop("found")["started_from"]
         train = self._settings.train
-        changeable = CHANGEABLE_SETTINGS - ({"train.steps"} if train.schedule != "constant" else set())
+        changeable = set(CHANGEABLE_SETTINGS)
+        if train.schedule == "constant":
+            changeable.add("train.steps")
         unused_sections = tuple(section for section, stages in STAGE_SETTINGS.items() if train.stage not in stages)
-        changed = [
-            line
-            for line in list_differences(before, now)
-            if not line.startswith(unused_sections) and line.partition(":")[0] not in changeable
-        ]
+        changed = []
+        for difference in list_differences(before, now):
+            setting = difference.partition(":")[0]
+            if setting not in changeable and not setting.startswith(unused_sections):
+                changed.append(difference)
         if changed:
             raise UsageError(
                 f"{path} belongs to a run with other settings, so it cannot be resumed: {'; '.join(changed)}. Give the "
@@ -316,8 +340,11 @@ class RunFolder:
         """
         described = read_training_sources(self._checkpoint) if self._checkpoint else {}
         for items, source in zip(self._pool.sources, self._settings.data.sources, strict=True):
-            groups, images = ({getattr(item, name) for item in items} for name in ("group", "image"))
-            described[source.title] = {"licence": source.licence, "groups": len(groups), "images": len(images)}
+            described[source.title] = {
+                "licence": source.licence,
+                "groups": len({item.group for item in items}),
+                "images": len({item.image for item in items}),
+            }
         if self._pool.backgrounds:
             title = f"backgrounds ({', '.join(self._settings.data.backgrounds)})"
             described[title] = {"images": len(self._pool.backgrounds)}

@@ -40,9 +40,28 @@ MAX_SEED = 1 << 62
 """Largest seed, so that the step can be added to it."""
 
 
-def limited(default: Any, least: float = 0, most: float | None = None, *, is_open: bool = False) -> Any:
-    """Return a field whose value, unless it is None, must be in ``least`` to ``most``, both excluded if open."""
-    return field(default=default, metadata={"limits": (least, math.inf if most is None else most, is_open)})
+@dataclass(frozen=True)
+class Limits:
+    """Smallest and largest value of a setting. If ``is_open``, the limits themselves are not allowed."""
+
+    least: float
+    most: float
+    is_open: bool
+
+    def contains(self, value: float) -> bool:
+        return self.least < value < self.most if self.is_open else self.least <= value <= self.most
+
+    @property
+    def description(self) -> str:
+        """The allowed values, such as "0 to 1" or "more than 0"."""
+        if self.most == math.inf:
+            return f"more than {self.least:g}" if self.is_open else f"{self.least:g} or more"
+        return f"between {self.least:g} and {self.most:g}" if self.is_open else f"{self.least:g} to {self.most:g}"
+
+
+def limited(default: Any, least: float = 0, most: float = math.inf, *, is_open: bool = False) -> Any:
+    """Define a field of a :class:`Section` whose value must be None or inside the :class:`Limits`."""
+    return field(default=default, metadata={"limits": Limits(least, most, is_open)})
 
 
 @dataclass(frozen=True)
@@ -56,31 +75,28 @@ class Section:
     _title: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for each in dataclasses.fields(self):
-            value = getattr(self, each.name)
-            if "limits" in each.metadata and value is not None:
-                least, most, is_open = each.metadata["limits"]
-                is_valid = least < value < most if is_open else least <= value <= most
-                if most == math.inf:
-                    expected = f"more than {least:g}" if is_open else f"{least:g} or more"
-                else:
-                    expected = f"between {least:g} and {most:g}" if is_open else f"{least:g} to {most:g}"
-                self._check(each.name, is_valid, expected)
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            limits: Limits | None = setting.metadata.get("limits")
+            if limits is not None and value is not None:
+                self._check(setting.name, limits.contains(value), limits.description)
 
     def _check(self, name: str, is_valid: bool, expected: str) -> None:
+        """Raise ConfigError that names the setting and the expected values, unless ``is_valid``."""
         check_setting(f"{self._title}:", self, name, is_valid, expected)
 
     def _check_weights(self, name: str) -> None:
+        """Check that a setting is a tuple of sampling weights."""
         weights = getattr(self, name)
         is_valid = bool(weights) and min(weights) >= 0 and sum(weights) > 0
         self._check(name, is_valid, "numbers of 0 or more that are not all 0")
 
     def _check_sum(self, first: str, second: str) -> None:
         """Check that two probabilities of exclusive events have a sum of at most 1."""
-        values = getattr(self, first), getattr(self, second)
-        if sum(values) > 1:
+        first_value, second_value = getattr(self, first), getattr(self, second)
+        if first_value + second_value > 1:
             raise ConfigError(
-                f"{self._title}: {first} and {second} are {values[0]} and {values[1]}; expected a sum of at most 1"
+                f"{self._title}: {first} and {second} are {first_value} and {second_value}; expected a sum of at most 1"
             )
 
 
@@ -103,6 +119,7 @@ class FilesConfig:
         return {"images": self.images, "alphas": self.alphas, "trimaps": self.trimaps, "groups": self.groups}
 
     def _check_dataset(self, where: str, known: Iterable[str]) -> None:
+        """Raise UsageError if the dataset is not a known one. ``where``: section of the settings, for the message."""
         if self.dataset not in known:
             raise UsageError(f"{where}: unknown dataset {self.dataset!r}. {did_you_mean(self.dataset, known)}")
 
@@ -144,7 +161,7 @@ class SourceConfig(FilesConfig):
             raise UsageError(
                 f"data: soften_px of {self.title} is {self.soften_px}; expected 0 or more, and 0 for binary masks"
             )
-        if not self.weight > 0:
+        if not self.weight > 0:  # also true for NaN
             raise UsageError(f"data: weight of {self.title} is {self.weight}; expected more than 0")
 
     @property
@@ -279,7 +296,8 @@ class LossConfig(Section, title="train: loss"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not any(getattr(self, each.name) for each in dataclasses.fields(self) if each.metadata):
+        weights = [getattr(self, setting.name) for setting in dataclasses.fields(self) if "limits" in setting.metadata]
+        if not any(weights):
             raise ConfigError("train: loss: all weights are 0, so nothing would be learned; expected one above 0")
 
 
@@ -492,7 +510,8 @@ def read_settings(config: str | Path, data: str | Path | None = None, overrides:
     fields = dict(require_mapping(mapping, where))
     data_title = f"{where}: data"
     if data is not None:
-        fields["data"], data_title = _read_data_file(Path(data)), f"data file {data}"
+        fields["data"] = _read_data_file(Path(data))
+        data_title = f"data file {data}"
     for override in overrides:
         fields = _apply_override(fields, override)
     reject_unknown_keys(fields, MODEL_KEYS, where)
@@ -540,19 +559,20 @@ def list_differences(before: Mapping[str, Any], after: Mapping[str, Any], path: 
 def _apply_override(fields: Mapping[str, Any], override: str) -> dict[str, Any]:
     """Return a copy of nested mappings with one "a.b=value" applied."""
     path, equals, text = override.partition("=")
-    if not equals or not all(path.split(".")):
+    *sections, name = path.split(".")
+    if not equals or not all([*sections, name]):
         raise ConfigError(f"--set {override} cannot be parsed; expected key=value, as in --set train.steps=500")
     value = parse_yaml(text, f"--set {override}: the value")
     if isinstance(value, str) and value.isascii():
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML reads 1e-3 as text
-    keys = path.split(".")
     changed: dict[str, Any] = dict(fields)
-    inner = changed
-    for key in keys[:-1]:
-        below = inner.get(key) or {}
-        if not isinstance(below, Mapping):
-            raise ConfigError(f"--set {override}: {key!r} has no settings below it")
-        inner[key] = inner = dict(below)  # (assigned left to right: the entry, then the variable)
-    inner[keys[-1]] = value
+    target = changed
+    for section in sections:
+        settings = target.get(section) or {}
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"--set {override}: {section!r} has no settings below it")
+        target[section] = dict(settings)
+        target = target[section]
+    target[name] = value
     return changed

@@ -153,34 +153,48 @@ class _TrainingLoop:
         with StopSignals() as stop, log, learner.explain_errors(), listener.training_steps():
             while not is_done:
                 learning_rate = learner.set_learning_rates(self._progress.step, self._elapsed_fraction)
-                skipped, batch = self._take_step(batches)
+                batch, skipped = self._take_step(batches)
                 step = self._progress.step + 1
                 self._progress = RunProgress(step, skipped, start.seconds + stats.seconds)
                 is_stopped = learner.is_true_anywhere(stop.received is not None)
                 is_done = is_stopped or learner.is_true_anywhere(self._is_finished)
                 listener.on_step_end(step)
                 if step % recipe.log_every == 0 or is_done:
-                    metrics = learner.average_over_processes(stats.take_metrics(learning_rate))
-                    self._loss = metrics["loss"]
-                    log.write_metrics(step, metrics)
-                    listener.on_log(step, metrics)
-                with stats.pause():
-                    must_validate = step % recipe.validate_every == 0 or (is_done and not is_stopped)
-                    if learner.is_main and (step % recipe.image_every == 0 or (must_validate and not log.has_image)):
-                        with learner.inference_mode():
-                            log.write_image(step, self._stage.render_panel(learner, batch))
-                    if learner.is_main and (step % recipe.save_every == 0 or must_validate or is_done):
-                        run.save_progress(learner, self._progress)
-                    if learner.is_main and must_validate and stop.received is None:
-                        self._validate(stop)
+                    self._log_metrics(learning_rate)
+                if learner.is_main:
+                    is_regular_end = is_done and not is_stopped
+                    must_validate = step % recipe.validate_every == 0 or is_regular_end
+                    must_save = step % recipe.save_every == 0 or must_validate or is_done
+                    with stats.pause():
+                        self._write_image_if_due(batch, must_validate=must_validate)
+                        if must_save:
+                            run.save_progress(learner, self._progress)
+                        if must_validate and stop.received is None:
+                            self._validate(stop)
         return self._summarise()
 
-    def _take_step(self, batches: Iterator[Batch]) -> tuple[int, Batch]:
+    def _log_metrics(self, learning_rate: float) -> None:
+        """Log the mean metrics of the steps since the last call."""
+        step = self._progress.step
+        metrics = self._learner.average_over_processes(self._stats.take_metrics(learning_rate))
+        self._loss = metrics["loss"]
+        self._log.write_metrics(step, metrics)
+        self._listener.on_log(step, metrics)
+
+    def _write_image_if_due(self, batch: Batch, *, must_validate: bool) -> None:
+        """Log an image of a batch and its predictions, at regular steps. The first validation needs one, too."""
+        step = self._progress.step
+        if step % self._recipe.image_every == 0 or (must_validate and not self._log.has_image):
+            with self._learner.inference_mode():
+                self._log.write_image(step, self._stage.render_panel(self._learner, batch))
+
+    def _take_step(self, batches: Iterator[Batch]) -> tuple[Batch, int]:
         """Take one optimiser step over all of its micro-batches.
 
-        Returns the number of draws skipped since the run began, and the last micro-batch.
+        Returns the last micro-batch, and the number of draws skipped since the run began.
         """
-        learner, stage, skipped, norm = self._learner, self._stage, self._progress.skipped, 0.0
+        learner, stage = self._learner, self._stage
+        skipped, norm = self._progress.skipped, 0.0
         torch.manual_seed(self._recipe.seed + self._progress.step)  # for models that draw random numbers themselves
         for _ in range(learner.accumulation):
             batch = self._stats.take_next_batch(batches).to(learner.device.torch_device)
@@ -200,12 +214,12 @@ class _TrainingLoop:
             self._stats.add_losses(losses)
         learner.ema.update(self._progress.step)
         self._stats.finish_step(norm)
-        return skipped, batch
+        return batch, skipped
 
     def _check_predictions(self, predictions: Sequence[Tensor], batch: Batch) -> None:
         """Check that the model's outputs, [B,...] each, are finite. Raises TrainingError."""
-        rows = (each.detach()[:, None] if each.ndim == 1 else each.detach() for each in predictions)
-        is_bad = torch.stack([~each.isfinite().flatten(1).all(dim=1) for each in rows]).any(dim=0)
+        rows = [output.detach().reshape(len(output), -1) for output in predictions]
+        is_bad = torch.stack([~row.isfinite().all(dim=1) for row in rows]).any(dim=0)
         if bool(is_bad.any()):
             names = [batch.names[i] for i in torch.nonzero(is_bad).flatten().tolist()]
             advice = "reduce train.learning_rate or set train.clip_norm"
@@ -233,7 +247,9 @@ class _TrainingLoop:
             skipped += 1
             if skipped <= MAX_REPORTED_SKIPS:
                 self._listener.on_notice(f"skipped: {reason}")
-        drawn = (max(batch.counters) + 1) // self._learner.accelerator.num_processes + skipped
+        # Samples are numbered over all processes, and this process makes an equal part of them.
+        samples = (max(batch.counters) + 1) // self._learner.accelerator.num_processes
+        drawn = samples + skipped
         if batch.skipped and drawn >= MIN_DRAWS_TO_JUDGE and skipped > MAX_SKIPPED_FRACTION * drawn:
             raise TrainingError(
                 f"{skipped} of {drawn} draws could not be read, more than {MAX_SKIPPED_FRACTION:.0%}; the last: "
@@ -264,13 +280,18 @@ class _TrainingLoop:
 
     @property
     def _is_finished(self) -> bool:
+        """Whether all steps are done, or the time limit has passed."""
         elapsed = self._elapsed_fraction
-        return self._progress.step >= self._recipe.steps if elapsed is None else elapsed >= 1.0
+        if elapsed is not None:
+            return elapsed >= 1.0
+        return self._progress.step >= self._recipe.steps
 
     def _summarise(self) -> TrainingSummary:
         """Return the result of the run."""
         run, stats, learner = self._run, self._stats, self._learner
-        path, seconds = run.folder / (BEST_NAME if run.best else LAST_NAME), max(1e-9, stats.seconds)
+        checkpoint = run.folder / (BEST_NAME if run.best else LAST_NAME)
+        samples = stats.samples * learner.accelerator.num_processes
+        seconds = max(1e-9, stats.seconds)
         return TrainingSummary(
             folder=run.folder,
             steps=self._progress.step,
@@ -278,22 +299,32 @@ class _TrainingLoop:
             best=BestStep(int(run.best["step"]), run.best["mse"]) if run.best else None,
             statistics=TrainingStatistics(
                 seconds=stats.seconds,
-                samples_per_second=stats.samples * learner.accelerator.num_processes / seconds,
+                samples_per_second=samples / seconds,
                 waiting_fraction=stats.waiting / seconds,
                 skipped=self._progress.skipped,
                 peak_memory_bytes=learner.device.peak_memory_bytes(),
             ),
-            checkpoint=path if path.exists() else None,
+            checkpoint=checkpoint if checkpoint.exists() else None,
         )
 
 
 def _command_line(options: TrainOptions, folder: Path) -> str:
     """Return the command line that starts the same run, for the checkpoint."""
     training = options.training
-    values = {"config": training.config, "data": training.data, "out": folder, "checkpoint": training.checkpoint}
-    values["weights"] = options.device.weights
-    given = [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
-    return shlex.join(["icm", "train", *given, *(part for each in training.overrides for part in ("--set", each))])
+    values = {
+        "--config": training.config,
+        "--data": training.data,
+        "--out": folder,
+        "--checkpoint": training.checkpoint,
+        "--weights": options.device.weights,
+    }
+    arguments = ["icm", "train"]
+    for flag, value in values.items():
+        if value is not None:
+            arguments += [flag, str(value)]
+    for override in training.overrides:
+        arguments += ["--set", override]
+    return shlex.join(arguments)
 
 
 def _write_preview(path: Path, stage: AnyStage, count: int) -> None:
@@ -309,19 +340,20 @@ def _write_preview(path: Path, stage: AnyStage, count: int) -> None:
 def check_validation(config: ValidationConfig, images: Sequence[Path], notice: Callable[[str], None]) -> None:
     """Check that images can be scored, and report those that are also trained on. Raises UsageError."""
     try:
-        found = find_dataset(config.dataset, config.root, split=config.split, composite=False, **config.path_options)
+        dataset = find_dataset(config.dataset, config.root, split=config.split, composite=False, **config.path_options)
     except UsageError as error:
         raise explain_data_error("validation", error) from error
-    if not any(_can_be_scored(samples) for samples in group_samples(found.samples).values()):
+    if not any(_can_be_scored(samples) for samples in group_samples(dataset.samples).values()):
         raise UsageError(
             "data: validation: no group has two images, one of which could be a reference (its alpha is not empty); "
             "expected a subfolder with several images for each object, or 'groups' that list the images of each object"
         )
     trained_on = {path.resolve() for path in images}
-    shared = sum(sample.file.resolve() in trained_on for sample in found.samples)
+    shared = sum(sample.file.resolve() in trained_on for sample in dataset.samples)
     if shared:
         notice(
-            f"{shared} of the {len(found.samples)} validation images are also trained on, so their scores are too good"
+            f"{shared} of the {len(dataset.samples)} validation images are also trained on, so their scores are too "
+            "good"
         )
 
 
@@ -360,8 +392,10 @@ def validate(
         )
     except _Stopped:
         return None
-    means = next(iter(report.means.values()), None)
-    return None if means is None else {name: mean.mean for name, mean in means.metrics.items() if name != "dt_ssd"}
+    if not report.means:
+        return None
+    means_of_first_region = next(iter(report.means.values()))
+    return {name: mean.mean for name, mean in means_of_first_region.metrics.items() if name != "dt_ssd"}
 
 
 class _Stopped(KeyboardInterrupt):
@@ -369,6 +403,11 @@ class _Stopped(KeyboardInterrupt):
 
 
 class _InterruptingListener(Listener):
+    """Interrupts an evaluation after an image if ``is_stopped`` returns True.
+
+    It does so only once, because the images in progress are completed and reported afterwards.
+    """
+
     def __init__(self, is_stopped: Callable[[], bool]) -> None:
         self._is_stopped = is_stopped
         self._has_raised = False

@@ -66,7 +66,8 @@ class SceneMosaicMaker(BatchMaker[SceneBatch]):
 
     def draw_mosaics(self, counters: Sequence[int]) -> tuple[list[Mosaic[Scene]], list[str]]:
         """Draw the mosaics of a batch; also return why images could not be read. Raises TrainingError."""
-        rng, skipped = np.random.default_rng((self._seed, 1, counters[0])), list[str]()
+        rng = np.random.default_rng((self._seed, 1, counters[0]))
+        skipped: list[str] = []
 
         def make_source(maker: SceneMaker) -> ImageSource[Scene]:
             """Return a source that makes a new scene whenever an image is drawn."""
@@ -85,20 +86,22 @@ class SceneMosaicMaker(BatchMaker[SceneBatch]):
 
     def make_batch(self, counters: Sequence[int]) -> SceneBatch:
         mosaics, skipped = self.draw_mosaics(counters)
-        tiles = [scene for mosaic in mosaics for scene in mosaic.tiles]
-        references = [scene for mosaic in mosaics for scene in mosaic.references]
         return SceneBatch(
-            tuple(mosaic.name for mosaic in mosaics),
-            tuple(counters),
-            tuple(skipped),
-            mosaics[0].rows,
-            mosaics[0].columns,
-            torch.tensor([mosaic.is_positive for mosaic in mosaics]),
-            *(
-                tuple(layer.reshape(len(mosaics), -1, *layer.shape[1:]) for layer in stack_scenes(scenes))
-                for scenes in (tiles, references)
-            ),
+            names=tuple(mosaic.name for mosaic in mosaics),
+            counters=tuple(counters),
+            skipped=tuple(skipped),
+            rows=mosaics[0].rows,
+            columns=mosaics[0].columns,
+            is_positive=torch.tensor([mosaic.is_positive for mosaic in mosaics]),
+            tiles=_stack_groups([mosaic.tiles for mosaic in mosaics]),
+            references=_stack_groups([mosaic.references for mosaic in mosaics]),
         )
+
+
+def _stack_groups(groups: Sequence[Sequence[Scene]]) -> tuple[Tensor, ...]:
+    """Return the layers of B groups of T scenes, see :func:`stack_scenes`: [B,T,S,S,...] each."""
+    layers = stack_scenes([scene for group in groups for scene in group])
+    return tuple(layer.reshape(len(groups), -1, *layer.shape[1:]) for layer in layers)
 
 
 class EndToEndMatcher(nn.Module):
@@ -111,10 +114,8 @@ class EndToEndMatcher(nn.Module):
 
     def forward(self, batch: SceneBatch) -> Prediction:
         """Return the outputs of :class:`TokenMatcher`, the true alphas [B,nH,nW], and the valid tokens [B,H,W]."""
-        tiles, references = (
-            encode_scenes(self.backbone, self.head, [layer.flatten(0, 1) for layer in layers])
-            for layers in (batch.tiles, batch.references)
-        )
+        tiles = encode_scenes(self.backbone, self.head, [layer.flatten(0, 1) for layer in batch.tiles])
+        references = encode_scenes(self.backbone, self.head, [layer.flatten(0, 1) for layer in batch.references])
         tokens = join_tiles(
             batch.names, batch.counters, batch.rows, batch.columns, tiles, references, batch.is_positive
         )

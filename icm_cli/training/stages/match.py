@@ -89,14 +89,20 @@ class MatchStage(MosaicStage[MosaicBatch]):
         files = self._plan.files_of_set(self._plan.set_number(first_step))
         due = [*files, *self._plan.files_due(first_step)]
         self._views = self._encoder.load_views(due, learner.workers, is_start=True)
-        if not learner.is_from_checkpoint and not first_step:  # a new head
-            assert isinstance(learner.model.head, TokenMatchHead)
-            views = [view for file in files for view in self._views[file] if view is not None]
-            drawn = np.random.default_rng(self.settings.train.seed).permutation(len(views))[:PCA_VIEWS]
-            tokens = torch.cat([views[index].feature.flatten(1).T.float() for index in drawn])
-            learner.model.head.initialise_from_pca(tokens.to(learner.device.torch_device))
+        is_new_head = not learner.is_from_checkpoint and first_step == 0
+        if is_new_head:
+            self._initialise_head(learner, files)
+
+    def _initialise_head(self, learner: Learner, files: Sequence[ViewFile]) -> None:
+        """Initialise the projections of a new head by the principal components of the tokens of random views."""
+        assert isinstance(learner.model.head, TokenMatchHead)
+        views = [view for file in files for view in self._views[file] if view is not None]
+        indices = np.random.default_rng(self.settings.train.seed).permutation(len(views))[:PCA_VIEWS]
+        tokens = torch.cat([views[index].feature.flatten(1).T.float() for index in indices])
+        learner.model.head.initialise_from_pca(tokens.to(learner.device.torch_device))
 
     def _load_views(self, files: Sequence[ViewFile]) -> None:
+        """Load the views of files that are not in memory yet."""
         assert self._encoder is not None
         self._views |= self._encoder.load_views([file for file in files if file not in self._views])
 
@@ -108,6 +114,7 @@ class MatchStage(MosaicStage[MosaicBatch]):
             return
         files = self._plan.files_of_set(number)
         self._load_views(files)
+        # A set consists of the parts from its own number on, so earlier parts are not needed any more.
         self._views = {file: views for file, views in self._views.items() if file.rotation_part >= number}
         self._sources = _split_by_size(self.pool, {file: self._views[file] for file in files}, lambda view: view)
         if self._set_number is not None and self._encoder is not None:
@@ -126,8 +133,11 @@ class MatchStage(MosaicStage[MosaicBatch]):
         self._use_view_set_of(counters[0] // self.settings.train.batch_size)
         assert self._sources is not None
         rng = self._batch_rng(counters)
-        batch = collate_mosaics(draw_mosaics(self._config, *self._sources, len(counters), rng), counters)
-        return add_feature_noise(batch, self._config.feature_noise, rng) if self._config.feature_noise else batch
+        mosaics = draw_mosaics(self._config, *self._sources, len(counters), rng)
+        batch = collate_mosaics(mosaics, counters)
+        if self._config.feature_noise:
+            batch = add_feature_noise(batch, self._config.feature_noise, rng)
+        return batch
 
     def compute_losses(self, prediction: Prediction, batch: MosaicBatch) -> dict[str, Tensor]:
         return match_losses(prediction, batch.alpha, batch.valid, self._config.presence_weight)
@@ -139,26 +149,31 @@ class MatchStage(MosaicStage[MosaicBatch]):
         return render_mosaics(few.alpha, self.predict(self.select_module(learner.model), few))
 
     def draw_scenes(self, counters: Sequence[int]) -> list[Mosaic[Scene]]:
-        files = self._plan.files_of_set(self._plan.set_number(counters[0] // self.settings.train.batch_size))
+        step = counters[0] // self.settings.train.batch_size
+        files = self._plan.files_of_set(self._plan.set_number(step))
         scenes = SceneDataset(self.pool, self.settings, files)
-        numbers = {file: [(n, i) for i in range(len(file.items))] for n, file in enumerate(files)}
+        scene_keys = {file: [(number, index) for index in range(len(file.items))] for number, file in enumerate(files)}
 
         @functools.cache
-        def make_scene(number: tuple[int, int]) -> Scene | None:
-            scene = scenes[number]
+        def make_scene(key: tuple[int, int]) -> Scene | None:
+            scene = scenes[key]
             return scene if isinstance(scene, Scene) else None
 
-        sources = _split_by_size(self.pool, numbers, make_scene)
+        sources = _split_by_size(self.pool, scene_keys, make_scene)
         return draw_mosaics(self._config, *sources, len(counters), self._batch_rng(counters))
 
     def _batch_rng(self, counters: Sequence[int]) -> np.random.Generator:
+        """Return the generator of the random numbers of a batch. Training and preview draw the same mosaics with it."""
         return np.random.default_rng((self.settings.train.seed, 1, counters[0]))
 
 
 def _split_by_size(
     pool: TrainingPool, files: Mapping[ViewFile, Sequence[Any]], load: Callable[[Any], Image | None]
 ) -> tuple[ImageSource[Image], ImageSource[Image] | None]:
-    """Return the source of small views, and that of large views if there are any."""
+    """Return the source of small views, and that of large views if there are any.
+
+    ``files``: for each file, what ``load`` needs to return the image of each of its items; None: it cannot be read.
+    """
     small: dict[TrainingItem, list[Any]] = {}
     large: dict[TrainingItem, list[Any]] = {}
     for file, views_of_file in files.items():
