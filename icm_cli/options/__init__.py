@@ -162,7 +162,8 @@ class ReferenceOptions(OptionGroup):
     @property
     def files(self) -> list[Path]:
         """All files that are read, except negative references, which may be matted."""
-        return [*self.ref, *self.mask, *filter(None, [self.scribble]), *self.not_mask]
+        scribbles = [] if self.scribble is None else [self.scribble]
+        return [*self.ref, *self.mask, *scribbles, *self.not_mask]
 
     @property
     def has_prompts(self) -> bool:
@@ -769,7 +770,7 @@ class EvaluateOptions(CommandOptions):
     def matting_names(cls) -> list[str]:
         """Names of the options that only matting reads, so that they have no effect with ``--pred``."""
         names = [field.name for field in cls.option_fields() if field.group in ("model", "resources", "matting")]
-        return [name for name in names if name != "workers"]
+        return [name for name in names if name != "workers"]  # scoring has workers, too
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,8 @@ The last column marks the options that affect the pixels of an alpha. Their valu
 digest that every alpha stores. If such a value changes, the alphas are recomputed.
 """
 
+TABLE_HEAD = ("| option | value | default | description | part of digest |", "| --- | --- | --- | --- | --- |")
+
 
 def generated_files() -> dict[Path, str]:
     """Return the content of every generated file of the source tree."""
@@ -68,17 +70,18 @@ def generated_files() -> dict[Path, str]:
 
 def main() -> int:
     """Write the files with ``--write``; else name those that are out of date. Return the exit code."""
+    is_writing = "--write" in sys.argv[1:]
     outdated = {
         path: text
         for path, text in generated_files().items()
         if not path.is_file() or path.read_text(encoding="utf-8") != text
     }
     for path, text in outdated.items():
-        if "--write" in sys.argv[1:]:
+        if is_writing:
             path.write_text(text, encoding="utf-8")
         else:
             print(f"{path} is out of date; run python -m icm_cli.options --write")
-    return 0 if "--write" in sys.argv[1:] else int(bool(outdated))
+    return 1 if outdated and not is_writing else 0
 
 
 def _options_page() -> str:
@@ -89,12 +92,8 @@ def _options_page() -> str:
         for panel in Panel:
             fields = [field for field in options_class.option_fields() if field.panel is panel]
             if fields:
-                rows = [
-                    "| option | value | default | description | part of digest |",
-                    "| --- | --- | --- | --- | --- |",
-                ]
                 title = "Everyday options" if panel is Panel.EVERYDAY else panel.value
-                parts.append("\n".join([f"### {title}\n", *rows, *map(_table_row, fields), ""]))
+                parts.append("\n".join([f"### {title}\n", *TABLE_HEAD, *map(_table_row, fields), ""]))
     return "\n".join(parts)
 
 
@@ -118,38 +117,50 @@ def _default_cell(field: OptionField) -> str:
         return "required"
     if field.properties.shown_default is not None:
         return field.properties.shown_default
-    is_empty = field.default in (None, ()) or field.default is False
+    is_empty = field.default is None or field.default is False or field.default == ()
     return "" if is_empty else f"`{field.default}`"
 
 
 def _stub_file() -> str:
     """Text of ``icm_cli/__init__.pyi``: the API with the types of all arguments."""
-    functions = "\n".join(_function_stub(*each) for each in FUNCTIONS.items())
-    aliases = sorted(name for name in vars(options) if _is_alias(name) and re.search(rf"\b{name}\b", functions))
-    head = STUB_HEAD.format(aliases="\n".join(f"    {name}," for name in aliases))
+    functions = "\n".join(_function_stub(name, options_class) for name, options_class in FUNCTIONS.items())
+    used_aliases = [name for name in vars(options) if _is_literal(name) and re.search(rf"\b{name}\b", functions)]
+    head = STUB_HEAD.format(aliases="\n".join(f"    {name}," for name in sorted(used_aliases)))
     return f"{head}\n{functions}"
 
 
-def _is_alias(name: str) -> bool:
+def _is_literal(name: str) -> bool:
+    """Return whether a name of ``icm_cli.options`` is a Literal type, such as ``ImageFormat``."""
     return name[0].isupper() and bool(get_args(getattr(options, name)))
 
 
 def _function_stub(name: str, options_class: type[CommandOptions]) -> str:
     """Return the declaration of a function of the API, with its arguments and its docstring."""
-    function = getattr(icm_cli, name).__wrapped__
+    function = getattr(icm_cli, name).__wrapped__  # takes the options as one object
     summary = (inspect.getdoc(function) or "").partition("\n\n")[0]
-    others = [each for each in inspect.signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
-    fields = options_class.api_fields()
-    by_position = [_argument(field) for field in fields if field.name in options_class.positional]
-    by_name = [_argument(field) for field in fields if field.name not in options_class.positional]
-    by_name += [f"{each.name}: {each.annotation} = {each.default!r}" for each in others]
-    lines = [f"def {name}(", *(f"    {argument}," for argument in [*by_position, "*", *by_name])]
-    lines += [f") -> {function.__annotations__['return']}:", f'    """{summary}', ""]
-    lines += [*_wrap_arguments(describe_arguments(options_class)), '    """', ""]
+    positional: list[str] = []
+    keyword_only: list[str] = []
+    for field in options_class.api_fields():
+        arguments = positional if field.name in options_class.positional else keyword_only
+        arguments.append(_argument_stub(field))
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            keyword_only.append(f"{parameter.name}: {parameter.annotation} = {parameter.default!r}")
+    lines = [
+        f"def {name}(",
+        *(f"    {argument}," for argument in [*positional, "*", *keyword_only]),
+        f") -> {function.__annotations__['return']}:",
+        f'    """{summary}',
+        "",
+        *_wrap_arguments(describe_arguments(options_class)),
+        '    """',
+        "",
+    ]
     return "\n".join(lines)
 
 
 def _wrap_arguments(text: str) -> Iterator[str]:
+    """Yield the lines of a section "Args", indented and wrapped as in a docstring."""
     for line in text.splitlines():
         indent = " " * (len(line) - len(line.lstrip()) + 4)
         yield from textwrap.wrap(
@@ -162,21 +173,22 @@ def _wrap_arguments(text: str) -> Iterator[str]:
         )
 
 
-def _argument(field: OptionField) -> str:
-    """An argument as a stub declares it: a path may also be text, and one value stands for a list of one."""
+def _argument_stub(field: OptionField) -> str:
+    """Return the declaration of an argument, such as ``mask: str | Path | Sequence[str | Path] = ()``.
+
+    A path may also be given as text, and a list of one value as this value.
+    """
+    annotation = field.annotation.replace("'", '"')
     if field.is_repeatable:
-        item = field.annotation.removeprefix("tuple[").removesuffix(", ...]").replace("Path", "str | Path")
-        annotation = f"{item} | Sequence[{item}]"
-    else:
-        annotation = field.annotation.replace("Path", "str | Path").replace("'", '"')
-        if field.properties.metavar == "PATH":
-            annotation = annotation.replace("str", "str | Path")
-    default = "" if field.is_required else f" = {_literal(field.default)}"
-    return f"{field.name}: {annotation}{default}"
-
-
-def _literal(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+        annotation = annotation.removeprefix("tuple[").removesuffix(", ...]")
+    path_type = "str" if field.properties.metavar == "PATH" else "Path"
+    annotation = annotation.replace(path_type, "str | Path")
+    if field.is_repeatable:
+        annotation = f"{annotation} | Sequence[{annotation}]"
+    if field.is_required:
+        return f"{field.name}: {annotation}"
+    default = f'"{field.default}"' if isinstance(field.default, str) else repr(field.default)
+    return f"{field.name}: {annotation} = {default}"
 
 
 if __name__ == "__main__":

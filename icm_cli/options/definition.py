@@ -176,32 +176,37 @@ class OptionField:
     @property
     def expected(self) -> str:
         """What a value is, for error messages."""
-        if self.choices or self.properties.expected:
-            return self.properties.expected or join_words(self.choices)
+        if self.properties.expected:
+            return self.properties.expected
+        if self.choices:
+            return join_words(self.choices)
         least, most = self.properties.minimum, self.properties.maximum
         limits = "" if least == -NO_LIMIT else f" from {least} to {most}"
         if typing.get_origin(self.value_type) is typing.Union:  # a number, or a word in its place
             return f"{join_words(_words(self.value_type))}, or a whole number{limits}"
-        kinds = {int: "a whole number", float: "a number", bool: "True or False"}
-        if self.value_type in kinds:
-            return kinds[self.value_type] + limits
+        descriptions = {int: "a whole number", float: "a number", bool: "True or False"}
+        if self.value_type in descriptions:
+            return descriptions[self.value_type] + limits
         return "a path" if self.is_path else f"text of 1 to {MAX_TEXT_LENGTH} printable characters"
 
     def parse_text(self, text: object) -> object:
         """Return a text of the command line as the number, or the comma-separated numbers, that the option needs.
 
-        Other values are returned as they are.
+        Text that is no such number is returned as it is, for :meth:`convert_value` to check. Of a list, every item is
+        parsed.
         """
         if isinstance(text, list):
-            return [self.parse_text(each) for each in text]
-        types_ = typing.get_args(self.value_type) or (self.value_type,)
-        if isinstance(text, str) and typing.get_origin(self.value_type) is tuple:
+            return [self.parse_text(item) for item in text]
+        if not isinstance(text, str):
+            return text
+        member_types = typing.get_args(self.value_type) or (self.value_type,)
+        if typing.get_origin(self.value_type) is tuple:
             parts = [part.strip() for part in text.split(",")]
-            is_complete = len(parts) == len(types_) and all(map(_NUMBER.fullmatch, parts))
+            is_complete = len(parts) == len(member_types) and all(map(_NUMBER.fullmatch, parts))
             return tuple(map(float, parts)) if is_complete else text
-        if isinstance(text, str) and int in types_ and _WHOLE_NUMBER.fullmatch(text):
+        if int in member_types and _WHOLE_NUMBER.fullmatch(text):
             return int(text)
-        if isinstance(text, str) and float in types_ and _NUMBER.fullmatch(text):
+        if float in member_types and _NUMBER.fullmatch(text):
             return float(text)
         return text
 
@@ -213,18 +218,24 @@ class OptionField:
         if value is None and not self.is_required:
             return self.default
         if self.is_repeatable and value is not None:
-            is_single = isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable)
-            is_single |= typing.get_origin(self.value_type) is tuple and _is_flat_tuple(value)
-            values = [value] if is_single else list(typing.cast(Iterable[object], value))
+            values = [value] if self._is_single(value) else typing.cast(Iterable[object], value)
             return tuple(self._convert_one(item) for item in values)
         return self._convert_one(value)
+
+    def _is_single(self, value: object) -> bool:
+        """Return whether a value of a repeatable option is one value and not a list of values."""
+        if isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable):
+            return True
+        # A tuple of numbers, such as (640, 360), is one point and not a list of points.
+        return typing.get_origin(self.value_type) is tuple and _is_flat_tuple(value)
 
     def _convert_one(self, value: object) -> Any:
         """Convert and check one value. Raises UsageError."""
         try:
             is_number_choice = _is_number(value, int) and str(value) in self.choices  # depth=16 is depth="16"
             converted = _convert(str(value) if is_number_choice else value, self.value_type)
-            for part in converted if isinstance(converted, tuple) else [converted]:
+            parts = converted if isinstance(converted, tuple) else [converted]
+            for part in parts:
                 self._check(part)
         except (ValueError, TypeError, OverflowError):
             raise UsageError(f"{self.flag} is {quote_value(value)}; expected {self.expected}") from None
@@ -304,7 +315,8 @@ class CommandOptions:
     def api_fields(cls) -> list[OptionField]:
         """Options that are arguments in Python, those that may be given by position first."""
         fields = [field for field in cls.option_fields() if field.properties.is_in_api]
-        return sorted(fields, key=lambda field: field.name not in cls.positional)
+        by_position = [field for field in fields if field.name in cls.positional]
+        return by_position + [field for field in fields if field.name not in cls.positional]
 
     def get_value(self, name: str) -> Any:
         """Value of an option by its name."""
@@ -354,22 +366,29 @@ def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., R
     """
 
     def decorate(function: Callable[..., Returned]) -> Callable[..., Returned]:
-        own = [each for each in inspect.signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
-        others = {each.name for each in own}
-        parameters = [
-            _signature_parameter(each, is_positional=each.name in options_class.positional)
-            for each in options_class.api_fields()
+        own_parameters = [
+            parameter
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY
         ]
-        signature = inspect.Signature([*parameters, *own], return_annotation=function.__annotations__.get("return"))
+        option_parameters = [
+            _signature_parameter(field, is_positional=field.name in options_class.positional)
+            for field in options_class.api_fields()
+        ]
+        signature = inspect.Signature(
+            [*option_parameters, *own_parameters], return_annotation=function.__annotations__.get("return")
+        )
 
         @functools.wraps(function)
         def call(*arguments: Any, **keywords: Any) -> Returned:
             if len(arguments) == 1 and isinstance(arguments[0], options_class):
                 return function(*arguments, **keywords)
             values = signature.bind(*arguments, **keywords).arguments
-            kept = {name: values.pop(name) for name in others & values.keys()}
-            with argument_names(options_class), resource_errors(), warnings.catch_warnings(), _kept_environment():
-                return function(options_class.from_values(values), **kept)
+            own_values = {
+                parameter.name: values.pop(parameter.name) for parameter in own_parameters if parameter.name in values
+            }
+            with argument_names(options_class), resource_errors(), warnings.catch_warnings(), _restore_environment():
+                return function(options_class.from_values(values), **own_values)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
         call.__doc__ = f"{inspect.getdoc(function)}\n\n{describe_arguments(options_class)}"
@@ -386,13 +405,13 @@ def argument_names(options_class: type[CommandOptions]) -> Iterator[None]:
     except IcmError as error:
         names = {flag: field.name for field in options_class.option_fields() for flag in field.flags}
         pattern = re.compile(f"(?<![\\w-])({'|'.join(names)})(?![\\w-])")
-        error.args = tuple(pattern.sub(lambda found: f"{names[found[0]]}=", str(each)) for each in error.args)
+        error.args = tuple(pattern.sub(lambda match: f"{names[match[0]]}=", str(part)) for part in error.args)
         raise
 
 
 @contextlib.contextmanager
-def _kept_environment() -> Iterator[None]:
-    """Restore the environment variables, which libraries set when they are first used."""
+def _restore_environment() -> Iterator[None]:
+    """At the end of the context, restore the environment variables that libraries set when they are first used."""
     before = dict(os.environ)
     try:
         yield
@@ -427,21 +446,33 @@ def _without_none(hint: Any) -> Any:
 def _convert(value: object, hint: Any) -> Any:
     """Convert one value to a type. Raises ValueError for another kind of value."""
     if typing.get_origin(hint) is typing.Union and value not in _words(hint):
-        hint = int
-    if typing.get_origin(hint) is tuple and isinstance(value, (tuple, list)):
-        return tuple(_convert(item, item_hint) for item, item_hint in zip(value, typing.get_args(hint), strict=True))
-    if hint is Path and isinstance(value, (str, os.PathLike)) and str(value) != "":
+        hint = int  # the union is of a number and a word, and this is no word
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise ValueError
+        item_types = typing.get_args(hint)
+        return tuple(_convert(item, item_type) for item, item_type in zip(value, item_types, strict=True))
+    if hint is Path:
+        if not isinstance(value, (str, os.PathLike)) or str(value) == "":
+            raise ValueError
         return Path(value)
+    if hint in (int, float):
+        return _convert_number(value, hint)
     if hint is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if hint is float and _is_number(value, numbers.Real) and math.isfinite(typing.cast(float, value)):
-        return float(typing.cast(float, value))
-    if hint is int and _is_number(value, numbers.Integral):
-        return int(typing.cast(int, value))
-    is_text = hint not in (int, float, Path) and typing.get_origin(hint) is not tuple
-    if isinstance(value, bool if hint is bool else str) and is_text:
-        return value
-    raise ValueError
+    if not isinstance(value, bool if hint is bool else str):  # all other types are text, such as a Literal
+        raise ValueError
+    return value
+
+
+def _convert_number(value: object, hint: type[int] | type[float]) -> int | float:
+    """Convert a number, which may be of NumPy, to an int or a finite float. Raises ValueError for another value."""
+    if not _is_number(value, numbers.Integral if hint is int else numbers.Real):
+        raise ValueError
+    number = hint(typing.cast(float, value))
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
 def _to_plain(value: object) -> object:
@@ -452,7 +483,7 @@ def _to_plain(value: object) -> object:
 
 
 def _is_flat_tuple(value: object) -> bool:
-    return isinstance(value, tuple) and bool(value) and not any(isinstance(each, Iterable) for each in value)
+    return isinstance(value, tuple) and bool(value) and not any(isinstance(item, Iterable) for item in value)
 
 
 def _is_number(value: object, kind: type) -> bool:
