@@ -469,10 +469,10 @@ def _convert_number(value: object, hint: type[int] | type[float]) -> int | float
     """Convert a number, which may be of NumPy, to an int or a finite float. Raises ValueError for another value."""
     if not _is_number(value, numbers.Integral if hint is int else numbers.Real):
         raise ValueError
-    number = hint(typing.cast(float, value))
-    if not math.isfinite(number):
+    number = typing.cast(float, value)
+    if hint is float and not math.isfinite(number):
         raise ValueError
-    return number
+    return hint(number)
 
 
 def _to_plain(value: object) -> object:
