@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,11 @@ def add_batch_reasons(results: Sequence[ImageResult], *, is_shot: bool = False) 
     completed = list(results)
     find_reasons = _find_jumps if is_shot else _find_outliers
     for indices in groups.values():
-        found = find_reasons([results[index].matting.signals for index in indices])
-        for index, reasons in zip(indices, found, strict=True):
-            matting = completed[index].matting
-            completed[index] = replace(results[index], matting=replace(matting, reasons=(*matting.reasons, *reasons)))
+        reasons_of_images = find_reasons([results[index].matting.signals for index in indices])
+        for index, reasons in zip(indices, reasons_of_images, strict=True):
+            matting = results[index].matting
+            matting = replace(matting, reasons=(*matting.reasons, *reasons))
+            completed[index] = replace(results[index], matting=matting)
     return completed
 
 
@@ -64,24 +65,34 @@ def _find_outliers(images: Sequence[Signals]) -> list[list[str]]:
     """Return the reasons for each image of a folder: those of its measurements that are far from the median."""
     reasons: list[list[str]] = [[] for _ in images]
     for name, measure in _MEASURES.items():
-        values = {index: value for index, signals in enumerate(images) if (value := measure(signals)) is not None}
-        for index, distance in zip(values, _distances(list(values.values()), MIN_STD[name]), strict=True):
+        values: dict[int, list[float]] = {}
+        for index, signals in enumerate(images):
+            value = measure(signals)
+            if value is not None:
+                values[index] = value
+        distances = _distances_from_median(list(values.values()), MIN_STD[name])
+        for index, distance in zip(values, distances, strict=True):
             if distance > MAX_DISTANCE_STD:
                 reasons[index].append(f"{name} unlike the others")
     return reasons
 
 
-def _distances(values: Sequence[Sequence[float]], min_std: float) -> NDArray[Any]:
-    """Return the distances of vectors from their median, in robust standard deviations."""
+def _distances_from_median(values: Sequence[Sequence[float]], min_std: float) -> NDArray[Any]:
+    """Return the distances of N vectors from their median, in robust standard deviations, [N].
+
+    They are 0 if there are fewer than MIN_IMAGES vectors.
+    """
     if len(values) < MIN_IMAGES:
         return np.zeros(len(values))
     distances = np.linalg.norm(np.subtract(values, np.median(values, axis=0)), axis=1)
-    return distances / max(min_std, 1.4826 * float(np.median(distances)))  # MAD as a standard deviation
+    robust_std = 1.4826 * float(np.median(distances))  # median absolute deviation -> standard deviation
+    return distances / max(min_std, robust_std)
 
 
 def _object_size(signals: Signals) -> list[float] | None:
     """Return the logarithm of the object's fraction of the image; None for an empty alpha."""
-    return [math.log(signals["foreground"])] if "left" in signals and signals.get("foreground", 0) > 0 else None
+    is_empty = "left" not in signals or signals.get("foreground", 0) <= 0
+    return None if is_empty else [math.log(signals["foreground"])]
 
 
 def _object_shape(signals: Signals) -> list[float] | None:
@@ -89,11 +100,10 @@ def _object_shape(signals: Signals) -> list[float] | None:
     if not {*BOX, "aspect_ratio"} <= signals.keys():
         return None
     width, height = signals["right"] - signals["left"], signals["bottom"] - signals["top"]
-    return (
-        [math.log(width * signals["aspect_ratio"] / height)]
-        if min(width, height, signals["aspect_ratio"]) > 0
-        else None
-    )
+    aspect_ratio = signals["aspect_ratio"]  # of the image, because the box is given in fractions of its sides
+    if min(width, height, aspect_ratio) <= 0:
+        return None
+    return [math.log(width * aspect_ratio / height)]
 
 
 def _object_colour(signals: Signals) -> list[float] | None:
@@ -119,42 +129,50 @@ def _find_jumps(frames: Sequence[Signals]) -> list[list[str]]:
     A frame is a jump if it differs from the previous frame and from the last frame that was not a jump. So if one frame
     is wrong, the frame after it is not a jump too.
     """
-    changes = np.array([_frame_change(one, other) for one, other in pairwise(frames)] or [np.zeros(3)])
-    limits = np.maximum(
-        (0, MAX_AREA_RATIO - 1, 1 - MIN_BOX_IOU), np.median(changes, axis=0) * (JUMP_FACTOR, 0, JUMP_FACTOR)
-    )
     reasons: list[list[str]] = [[] for _ in frames]
+    if len(frames) < 2:
+        return reasons
+    changes = [_measure_change(previous, frame) for previous, frame in pairwise(frames)]
+    max_area = JUMP_FACTOR * float(np.median([change.area for change in changes]))
+    max_distance = max(1 - MIN_BOX_IOU, JUMP_FACTOR * float(np.median([change.box_distance for change in changes])))
+
+    def is_jump(change: _Change) -> bool:
+        is_area_jump = change.area > max_area and change.area_ratio > MAX_AREA_RATIO
+        return is_area_jump or change.box_distance > max_distance
+
     last_steady = frames[0]
-
-    def is_jump(one: Signals, other: Signals) -> bool:
-        is_area_large, is_ratio_large, is_moved = _frame_change(one, other) > limits
-        return bool((is_area_large and is_ratio_large) or is_moved)
-
-    for index, (previous, frame) in enumerate(pairwise(frames), 1):
-        if is_jump(previous, frame) and is_jump(last_steady, frame):
+    for index, change in enumerate(changes, 1):
+        if is_jump(change) and is_jump(_measure_change(last_steady, frames[index])):
             reasons[index].append(JUMP)
         else:
-            last_steady = frame
+            last_steady = frames[index]
     return reasons
 
 
-def _frame_change(one: Signals, other: Signals) -> NDArray[Any]:
-    """Return three measures of how much the object differs between two frames, [3].
+@dataclass(frozen=True)
+class _Change:
+    """How much the object differs between two frames."""
 
-    They are the difference of its areas (fractions of the frame), the ratio of the larger area to the smaller one
-    minus 1, and 1 - IoU of its bounding boxes. All are 0 for equal frames.
-    """
-    small, large = sorted(max(0.0, signals.get("foreground", 0.0)) for signals in (one, other))
-    distance = 0.0
-    if set(BOX) <= one.keys() and set(BOX) <= other.keys():
-        distance = 1 - _box_iou([one[name] for name in BOX], [other[name] for name in BOX])
-    return np.array([large - small, (large + SMALL_AREA) / (small + SMALL_AREA) - 1, distance])
+    area: float
+    """Difference of its areas, as a fraction of the frame."""
+    area_ratio: float
+    """Ratio of the larger area to the smaller one; SMALL_AREA is added to both."""
+    box_distance: float
+    """1 - IoU of its bounding boxes; 0 if a frame has no box."""
 
 
-def _box_iou(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return the IoU of two boxes (left, top, right, bottom)."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    shared = max(0.0, width) * max(0.0, height)
-    total = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)) - shared
-    return shared / total if total > 0 else 1.0
+def _measure_change(first: Signals, second: Signals) -> _Change:
+    small, large = sorted(max(0.0, signals.get("foreground", 0.0)) for signals in (first, second))
+    box_distance = 0.0
+    if set(BOX) <= first.keys() and set(BOX) <= second.keys():
+        box_distance = 1 - _box_iou([first[name] for name in BOX], [second[name] for name in BOX])
+    return _Change(large - small, (large + SMALL_AREA) / (small + SMALL_AREA), box_distance)
+
+
+def _box_iou(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the IoU of two boxes (left, top, right, bottom); 1 if both are empty."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    intersection = max(0.0, width) * max(0.0, height)
+    union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)) - intersection
+    return intersection / union if union > 0 else 1.0

@@ -33,6 +33,7 @@ REPORT_SCHEMA = {
     "summary?": {"complete?": bool},
     "images": [{"round?": int, "name?": str, "source?": str, "scores?": {"*": dict.fromkeys(METRICS, (int, float))}}],
 }
+"""Schema of the values that a comparison reads. Keys that end in "?" are optional, and "*" is any key."""
 MAX_SCORE = 1e15
 MAX_ROUND = 10**6
 
@@ -100,25 +101,40 @@ def compare_reports(before: str | Path, after: str | Path) -> Comparison:
     for path, report in ((before, first), (after, second)):
         if not report.is_complete:
             warnings.append(f"{path} is the report of an interrupted run")
-    images: dict[Region, list[ImageDifference]] = {}
-    for region in REGIONS:
-        old, new = first.scores[region], second.scores[region]
-        rows = [ImageDifference(*key, old[key], new[key]) for key in old.keys() & new.keys()]
-        if rows:
-            images[region] = sorted(rows, key=lambda row: (-row.change("mse"), row.round, row.name))
-    for path, report, other in ((before, first, second), (after, second, first)):
-        keys = {key for region in REGIONS for key in report.scores[region].keys() - other.scores[region].keys()}
-        if keys:
-            number, name = min(keys)
-            example = f"{name} in round {number}" if number else name
-            count = "1 image has" if len(keys) == 1 else f"{len(keys)} images have"
-            warnings.append(f"{count} scores only in {path}, such as {example}; not compared")
+    warnings += _unmatched_images(first, second, before)
+    warnings += _unmatched_images(second, first, after)
+    images = _image_differences(first.scores, second.scores)
     if not images:
         warnings.append("no image has scores in both reports")
     return Comparison(warnings, images)
 
 
+def _image_differences(before: ScoresByRegion, after: ScoresByRegion) -> dict[Region, list[ImageDifference]]:
+    """Return the differences of the images with scores in both reports, worst first; no region without images."""
+    images: dict[Region, list[ImageDifference]] = {}
+    for region in REGIONS:
+        old, new = before[region], after[region]
+        rows = [ImageDifference(*key, old[key], new[key]) for key in old.keys() & new.keys()]
+        if rows:
+            images[region] = sorted(rows, key=lambda row: (-row.change("mse"), row.round, row.name))
+    return images
+
+
+def _unmatched_images(report: _ScoredReport, other: _ScoredReport, path: str | Path) -> list[str]:
+    """Return a warning if images have scores only in ``report``, which is the file ``path``."""
+    keys: set[ImageKey] = set()
+    for region in REGIONS:
+        keys |= report.scores[region].keys() - other.scores[region].keys()
+    if not keys:
+        return []
+    round_number, name = min(keys)
+    example = f"{name} in round {round_number}" if round_number else name
+    count = "1 image has" if len(keys) == 1 else f"{len(keys)} images have"
+    return [f"{count} scores only in {path}, such as {example}; not compared"]
+
+
 def _differences(kind: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Return a warning for each key whose value differs. ``kind``: what is compared, for the message."""
     return [
         f"the {kind} differ: {key} is {_format_value(first[key])} in the first and {_format_value(second[key])} in "
         "the second"
@@ -135,18 +151,21 @@ def _read_report(path: Path) -> _ScoredReport:
     """Read and check a report. Raises UsageError that names the first wrong value."""
     content = read_json(path, "report", REPORT_SCHEMA, EXPECTED_REPORT, use="compared")
     settings = content["settings"]
+    version = content.get("schema_version", 1)
+    protocol = settings.get("protocol")
     try:
-        if not 1 <= (version := content.get("schema_version", 1)) <= SCHEMA_VERSION:
+        if not 1 <= version <= SCHEMA_VERSION:
             raise ValueError(
                 f"schema_version is {format_json(version)}, but this version of icm reads 1..{SCHEMA_VERSION}; use "
                 "the version of icm that wrote it"
             )
-        if (protocol := settings.get("protocol")) is None:
+        if protocol is None:
             raise ValueError("it has no scores, like a report of icm matte without --gt")
         scores = _collect_scores(content["images"])
     except ValueError as error:
         raise UsageError(f"report {path} cannot be compared: {error}; {EXPECTED_REPORT}") from error
-    protocol = {"metric_variant": protocol.get("lineage"), **protocol}  # its name in version 1
+    if "metric_variant" not in protocol:
+        protocol["metric_variant"] = protocol.get("lineage")  # its name in version 1
     return _ScoredReport(
         {key: protocol.get(key) for key in PROTOCOL_KEYS},
         {"shot": bool(settings.get("shot")), "learn_steps": settings.get("learn_steps") or 0},
@@ -160,19 +179,20 @@ def _collect_scores(images: Sequence[Mapping[str, Any]]) -> ScoresByRegion:
     """Return the scores of all images. Raises ValueError for a wrong round, name, region or score."""
     scores: ScoresByRegion = {region: {} for region in REGIONS}
     for number, image in enumerate(images):
-        where, key = f"images[{number}]", (image.get("round", 0), image.get("name") or image.get("source", ""))
-        if not 0 <= key[0] <= MAX_ROUND:
-            raise ValueError(f"{where}.round is {format_json(key[0])}; expected 0..{MAX_ROUND}")
+        where = f"images[{number}]"
+        round_number, name = image.get("round", 0), image.get("name") or image.get("source", "")
+        if not 0 <= round_number <= MAX_ROUND:
+            raise ValueError(f"{where}.round is {format_json(round_number)}; expected 0..{MAX_ROUND}")
         for region, metrics in image.get("scores", {}).items():
             if region not in REGIONS:
                 raise ValueError(
                     f"{where}.scores has the region {format_json(region)}; expected {' or '.join(REGIONS)}"
                 )
-            if key in scores[region]:
-                raise ValueError(f"{where} repeats image {format_json(key[1])} of round {key[0]}")
+            if (round_number, name) in scores[region]:
+                raise ValueError(f"{where} repeats image {format_json(name)} of round {round_number}")
             for metric in METRICS:
                 if not 0 <= metrics[metric] <= MAX_SCORE:  # also true for NaN
                     score = format_json(metrics[metric])
                     raise ValueError(f"{where}.scores.{region}.{metric} is {score}; expected a number of 0 or more")
-            scores[region][key] = metrics
+            scores[region][round_number, name] = metrics
     return scores

@@ -47,8 +47,9 @@ def write_contact_sheet(path: Path, report: Report) -> None:
     results = report.by_quality
     has_quality = any(result.matting.quality is not None for result in results)
     results = results[:MAX_SHEET_ROWS] if has_quality else select_evenly(results, MAX_SHEET_ROWS)
-    references = report.page_images.references_with_masks[:MAX_SHEET_ROWS]
-    rows = [_make_row(rgb, np.where(mask, np.uint8(255), np.uint8(0)), caption) for rgb, mask, caption in references]
+    rows = []
+    for rgb, mask, caption in report.page_images.references_with_masks[:MAX_SHEET_ROWS]:
+        rows.append(_make_row(rgb, np.where(mask, np.uint8(255), np.uint8(0)), caption))
     for result in results:
         source, alpha = report.page_images.read_source(result), read_alpha_or_none(result.output)
         rows.append(_make_row(source, alpha, _make_caption(result)))
@@ -131,8 +132,10 @@ def _has_glyph(character: str) -> bool:
     """Return whether the font draws a character differently from one that no font has."""
     if not character.isprintable():
         return False
-    glyph, missing = (_font().getmask(text) for text in (character, NO_CHARACTER))
-    return character.isspace() or (glyph.size, bytes(glyph)) != (missing.size, bytes(missing))
+    if character.isspace():
+        return True
+    glyph, missing = _font().getmask(character), _font().getmask(NO_CHARACTER)
+    return (glyph.size, bytes(glyph)) != (missing.size, bytes(missing))
 
 
 def make_thumbnail(image: ImageU8) -> ImageU8:

@@ -67,10 +67,10 @@ def compute_means(results: Sequence[ImageResult]) -> dict[Region, Means]:
         rounds = list(by_round.values())
         if not rounds:
             continue
-        metrics = {
-            name: _mean_over_rounds([[getattr(image.scores[region], name) for image in images] for images in rounds])
-            for name in METRICS
-        }
+        metrics = {}
+        for name in METRICS:
+            values = [[getattr(image.scores[region], name) for image in images] for images in rounds]
+            metrics[name] = _mean_over_rounds(values)
         flicker = [[image.dt_ssd for image in images if image.dt_ssd is not None] for images in rounds]
         if region == "whole" and any(flicker):
             metrics["dt_ssd"] = _mean_over_rounds([values for values in flicker if values])
@@ -81,12 +81,16 @@ def compute_means(results: Sequence[ImageResult]) -> dict[Region, Means]:
 def compute_means_by(
     results: Sequence[ImageResult], key: Callable[[ImageResult], str | None]
 ) -> dict[str, dict[Region, Means]]:
-    """Return the means for every value of ``key``, sorted by value, without results that have no value."""
+    """Return the means for every value of ``key``, sorted by value.
+
+    Results for which ``key`` returns "" or None are excluded, as are values without scores.
+    """
     by_value: dict[str, list[ImageResult]] = {}
     for result in results:
         if value := key(result):
             by_value.setdefault(value, []).append(result)
-    return {value: means for value in sorted(by_value) if (means := compute_means(by_value[value]))}
+    means = {value: compute_means(by_value[value]) for value in sorted(by_value)}
+    return {value: means_of_value for value, means_of_value in means.items() if means_of_value}
 
 
 def compute_shot_scores(results: Iterable[ImageResult]) -> dict[str, ShotScores]:
@@ -101,8 +105,8 @@ def compute_shot_scores(results: Iterable[ImageResult]) -> dict[str, ShotScores]
             shots.setdefault(result.group, []).append((jaccard, boundary_f))
     scores = {shot: _score_shot(frames) for shot, frames in shots.items()}
     if scores:
-        means = [fmean(getattr(score, name) for score in scores.values()) for name in SHOT_SCORE_TITLES]
-        scores[MEAN_OF_SHOTS] = ShotScores(sum(score.frames for score in scores.values()), *means)
+        means = {name: fmean(getattr(score, name) for score in scores.values()) for name in SHOT_SCORE_TITLES}
+        scores[MEAN_OF_SHOTS] = ShotScores(sum(score.frames for score in scores.values()), **means)
     return scores
 
 
@@ -122,20 +126,33 @@ def format_mean(mean: Mean | None, metric: str) -> str:
 
 
 def _mean_over_rounds(rounds: Sequence[Sequence[float]]) -> Mean:
+    """Return the mean of the means of the rounds, given the values of the images of each round."""
     means = [fmean(values) for values in rounds]
     return Mean(fmean(means), stdev(means) if len(means) > 1 else None)
 
 
 def _score_shot(frames: Sequence[tuple[float, float]]) -> ShotScores:
-    scores: list[float] = []
-    for values in zip(*frames, strict=True):
-        recall = fmean(value > RECALL_THRESHOLD for value in values)
-        scores += fmean(values), recall, _compute_decay(values)
-    return ShotScores(len(frames), *scores)
+    """Return the scores of a shot, given J and F of each frame."""
+    j_values = [jaccard for jaccard, _ in frames]
+    f_values = [boundary_f for _, boundary_f in frames]
+    return ShotScores(
+        frames=len(frames),
+        j_mean=fmean(j_values),
+        j_recall=fmean(value > RECALL_THRESHOLD for value in j_values),
+        j_decay=_compute_decay(j_values),
+        f_mean=fmean(f_values),
+        f_recall=fmean(value > RECALL_THRESHOLD for value in f_values),
+        f_decay=_compute_decay(f_values),
+    )
 
 
 def _compute_decay(values: Sequence[float]) -> float:
-    """Return the mean of the first quarter minus that of the last. As in the tool of DAVIS, quarters share a frame."""
+    """Return the mean of the first quarter minus that of the last.
+
+    As in the tool of DAVIS, a quarter ends with the frame with which the next one begins.
+    """
     last = len(values) - 1
+    # The tool rounds indices that begin with 1, and rounds half up; 1e-10 makes up for the error of the division.
     bounds = [math.floor(1 + last * part / SHOT_PARTS + 0.5 + 1e-10) - 1 for part in range(SHOT_PARTS + 1)]
-    return fmean(values[: bounds[1] + 1]) - fmean(values[bounds[-2] :])
+    first_quarter, last_quarter = values[: bounds[1] + 1], values[bounds[-2] :]
+    return fmean(first_quarter) - fmean(last_quarter)

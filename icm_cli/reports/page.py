@@ -77,7 +77,7 @@ def _template_context(report: Report) -> dict[str, Any]:
     best = worst_first[::-1][: min(MAX_BEST, len(scored) // 3)]
     worst = worst_first[: min(MAX_WORST, len(scored) - len(best))]
     others = [result for result in report.results if not result.evaluation.scores and result.status != "failed"]
-    figure = partial(_make_figure, report)
+    lowest_quality_first = sorted(others, key=lambda result: result.quality_key)
     return {
         "title": report.settings["title"],
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -93,12 +93,12 @@ def _template_context(report: Report) -> dict[str, Any]:
         "shot_score_titles": SHOT_SCORE_TITLES,
         "tables": _breakdown_tables(scored),
         "histograms": [_make_histogram(scored, main, metric) for metric in METRICS] if main else [],
-        "worst": map(figure, worst),
-        "best": map(figure, best),
+        "worst": (_make_figure(report, result) for result in worst),
+        "best": (_make_figure(report, result) for result in best),
         "has_quality": any(result.matting.quality is not None for result in report.results),
-        "cards": [] if scored else [_make_card(report, each) for each in report.by_quality[:MAX_UNSCORED]],
+        "cards": [] if scored else [_make_card(report, result) for result in report.by_quality[:MAX_UNSCORED]],
         "card_references": list(map(_make_reference, report.page_images.references_with_masks)),
-        "rows": [*report.failures, *worst_first, *sorted(others, key=lambda each: each.quality_key)][:MAX_TABLE_ROWS],
+        "rows": [*report.failures, *worst_first, *lowest_quality_first][:MAX_TABLE_ROWS],
         "problem_kinds": Counter(problem.kind for problem in report.problems),
         "max_listed": MAX_LISTED,
         "max_open": MAX_OPEN,
@@ -107,26 +107,27 @@ def _template_context(report: Report) -> dict[str, Any]:
 
 
 def _region_mse(result: ImageResult, region: Region | None) -> float:
+    """Return the MSE of a result over a region, 0 if it has none."""
     scores = result.evaluation.scores.get(region) if region else None
     return scores.mse if scores else 0.0
 
 
 def _breakdown_tables(scored: Sequence[ImageResult]) -> dict[str, dict[str, dict[Region, Means]]]:
     """Return the means by group and by category, if there are several."""
-    categories = sorted({name for result in scored for name in result.categories})
-    tables = {
-        name: compute_means_by(scored, lambda result, name=name: result.categories.get(name))  # type: ignore[misc]
-        for name in categories
-    }
+
+    def category_table(category: str) -> dict[str, dict[Region, Means]]:
+        return compute_means_by(scored, lambda result: result.categories.get(category))
+
+    categories = sorted({category for result in scored for category in result.categories})
+    tables = {category: category_table(category) for category in categories}
     tables["group"] = compute_means_by(scored, lambda result: result.group)
     return {name: rows for name, rows in tables.items() if len(rows) > 1}
 
 
 def _make_histogram(scored: Sequence[ImageResult], region: Region, metric: str) -> dict[str, Any]:
     """Return the histogram of a metric over the images, on a logarithmic axis."""
-    values = [
-        getattr(result.evaluation.scores[region], metric) for result in scored if region in result.evaluation.scores
-    ]
+    scores = [result.evaluation.scores[region] for result in scored if region in result.evaluation.scores]
+    values = [getattr(image_scores, metric) for image_scores in scores]
     largest = max(values) or 1.0
     logarithms = np.log10(np.maximum(values, largest * 10.0**-HISTOGRAM_DECADES))
     lowest, highest = float(np.floor(logarithms.min())), float(np.ceil(logarithms.max() + 1e-9))
@@ -141,7 +142,7 @@ def _make_figure(report: Report, result: ImageResult) -> dict[str, Any]:
     alpha, truth = read_alpha_or_none(result.output), read_alpha_or_none(result.truth)
     if alpha is not None and truth is not None and alpha.shape != truth.shape:
         alpha = np.asarray(cv2.resize(alpha, truth.shape[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
-    references = [_make_reference(each) for each in images.references_with_masks]
+    references = list(map(_make_reference, images.references_with_masks))
     for reference, mask_path in images.references.get((result.round, result.group), ()):
         rgb, mask_u8 = images.read_preview(reference), read_alpha_or_none(str(mask_path))
         if rgb is not None and mask_u8 is not None:

@@ -66,14 +66,15 @@ def comparison_caveats(protocol: Mapping[str, Any], means: Mapping[Region, Means
     """
     if not published_scores(protocol) or not means:
         return []
-    region, first = next(iter(means.items()))
+    region, first_means = next(iter(means.items()))
     notes = ["The papers do not publish their references; those of this run are listed in the report."]
-    if (variant := protocol["metric_variant"]) != PAPER_VARIANT:
+    variant, size = protocol["metric_variant"], protocol["size"]
+    if variant != PAPER_VARIANT:
         notes.append(
             f"GRAD and CONN are of the {variant} variant, but In-Context Matting uses the {PAPER_VARIANT} variant: do "
             f"not compare these two columns, or give --metric-variant {PAPER_VARIANT}."
         )
-    if (size := protocol["size"]) == "square768":
+    if size == "square768":
         notes.append(
             "Scores are computed on 768 px centre crops, like in the released code of In-Context Matting; that code "
             "mattes the crop, icm mattes the whole image."
@@ -87,7 +88,8 @@ def comparison_caveats(protocol: Mapping[str, Any], means: Mapping[Region, Means
         notes.append(
             "The scores of icm are over the unknown region, but the published scores are over the whole image."
         )
-    scored, full = first.images // first.rounds, FULL_SIZE[protocol["title"]]
-    if scored < full // 2:
-        notes.append(f"Only {scored} of the {full} images were scored.")
+    images_per_round = first_means.images // first_means.rounds
+    full_size = FULL_SIZE[protocol["title"]]
+    if images_per_round < full_size // 2:
+        notes.append(f"Only {images_per_round} of the {full_size} images were scored.")
     return notes

@@ -65,7 +65,9 @@ class PageImages:
 
     def read_source(self, result: ImageResult) -> ImageU8 | None:
         """Return the preview of the source of a result."""
-        return self.read_preview(self.composites.get(result.name, Path(result.source)), max(0, result.page - 1))
+        source = self.composites.get(result.name, Path(result.source))
+        frame = max(0, result.page - 1)  # pages are counted from 1, and a page of 0 is a file with one image
+        return self.read_preview(source, frame)
 
 
 @dataclass(repr=False)
@@ -156,7 +158,10 @@ class Report:
     @property
     def measured_metrics(self) -> list[str]:
         """Names of the metrics that have a mean."""
-        return list(dict.fromkeys(name for means in self.means.values() for name in means.metrics))
+        names: dict[str, None] = {}  # in their order, each once
+        for means in self.means.values():
+            names |= dict.fromkeys(means.metrics)
+        return list(names)
 
     @property
     def means_unseen(self) -> dict[Region, Means] | None:

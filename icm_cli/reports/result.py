@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args
 
@@ -133,11 +133,16 @@ class ImageResult:
         return row | {f"category_{name}": value for name, value in self.categories.items()}
 
 
-RESULT_FIELDS = tuple(
-    name
-    for outer in fields(ImageResult)
-    for name in ([inner.name for inner in fields(outer.default)] if is_dataclass(outer.default) else [outer.name])
-)
+def _flat_field_names() -> Iterator[str]:
+    """Yield the names of the fields of a result. The fields of ``matting`` and ``evaluation`` replace these two."""
+    for outer in fields(ImageResult):
+        if is_dataclass(outer.default):
+            yield from (inner.name for inner in fields(outer.default))
+        else:
+            yield outer.name
+
+
+RESULT_FIELDS = tuple(_flat_field_names())
 """Names of all values of a result, in the order of reports."""
 COLUMNS = tuple(name for name in RESULT_FIELDS if name not in ("scores", "categories", "signals"))
 """Names of the values of a result that are a column of a table."""

@@ -27,8 +27,10 @@ from icm_cli.reports.report import Report
 from icm_cli.reports.result import COLUMNS, METRICS, REGIONS, ImageResult
 
 REPORT_SUFFIXES = (".csv", ".json", ".html")
-OWN_COLUMNS, OWN_KEYS = frozenset({"source", "output", "status"}), frozenset({"settings", "summary", "images"})
-"""Columns and keys by which the reports of icm are recognised."""
+OWN_COLUMNS = frozenset({"source", "output", "status"})
+"""Columns by which a CSV report of icm is recognised."""
+OWN_KEYS = frozenset({"settings", "summary", "images"})
+"""Keys by which a JSON report of icm is recognised."""
 OWN_TITLE_END = " – icm</title>".encode()
 FORMULA_START = re.compile(r"(?:^|(?<=;))(?=[\t\r\n]|[\s\x00-\x1f\u200b\ufeff]*[=+\-@＝＋－＠])")
 """Start of text that a spreadsheet may run as a formula, also after invisible characters.
@@ -131,17 +133,18 @@ class ReportFiles:
                 return OWN_COLUMNS.issubset(columns)
             content = file.read()
             if suffix in LIST_SUFFIXES:
-                return all(ROOT_MARK.encode() in line for line in content.rstrip(b"\n").split(b"\n"))
+                lines = content.rstrip(b"\n").split(b"\n")
+                return all(ROOT_MARK.encode() in line for line in lines)
             if suffix == ".png":
                 mark = ICM_MASK_MARK if path == self.mask else ICM_SHEET_MARK
                 return detect_file_type(content[:HEAD_BYTES]).name == "png" and mark in content[:HEAD_BYTES]
             if suffix == ".html":
                 return OWN_TITLE_END in content
             value = json.loads(content)
-            return isinstance(value, dict) and (
-                OWN_KEYS.issubset(value) or (path == self.references and set(value) == {"references"})
-            )
-        return False
+            if path == self.references and isinstance(value, dict) and set(value) == {"references"}:
+                return True
+            return isinstance(value, dict) and OWN_KEYS.issubset(value)
+        return False  # the file cannot be read, or it is not JSON
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -180,19 +183,24 @@ def write_review_list(path: Path, results: Sequence[ImageResult]) -> list[str]:
 
 
 def _list_line(result: ImageResult) -> str:
-    """Return the line of a result in a review list, such as "/plates/./sh010/a.png"."""
+    """Return the line of a result in a review list, such as "/plates/./sh010/a.png" for "sh010/a.png" in "/plates".
+
+    A result's name is its path below the root, so the root is as many folders up as the name has parts.
+    """
     source = Path(os.path.abspath(result.source))  # noqa: PTH100  resolve() would follow links
     root = source.parents[len(Path(result.name).parts) - 1]
     return f"{str(root).rstrip(os.sep)}{ROOT_MARK}{source.relative_to(root)}"
 
 
 def _write_csv(path: Path, report: Report) -> None:
+    """Write a table with one row per image. The scores are columns before ``was_resized``."""
     columns = list(COLUMNS)
     index = columns.index("was_resized")
     columns[index:index] = [f"{region}_{metric}" for region in REGIONS for metric in METRICS]
     scoring = {f"scored_{key}": report.protocol[key] for key in ("size", "metric_variant") if key in report.protocol}
     rows = [result.as_row() | scoring for result in report.results]
-    columns += sorted({column for row in rows for column in row} - set(columns))
+    further_columns = {column for row in rows for column in row} - set(columns)
+    columns += sorted(further_columns)
     text = io.StringIO()
     table = csv.DictWriter(text, columns)
     table.writeheader()
