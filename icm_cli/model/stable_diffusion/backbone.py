@@ -76,7 +76,7 @@ class StableDiffusionConfig:
 
     def __post_init__(self) -> None:
         side = self.canvas_px
-        is_multiple = side >= CANVAS_MULTIPLE_PX and not side % CANVAS_MULTIPLE_PX
+        is_multiple = side >= CANVAS_MULTIPLE_PX and side % CANVAS_MULTIPLE_PX == 0
         check_setting("backbone", self, "canvas_px", is_multiple, f"a multiple of {CANVAS_MULTIPLE_PX}")
         check_setting("backbone", self, "timestep", 0 <= self.timestep < SCHEDULE_STEPS, f"0..{SCHEDULE_STEPS - 1}")
         check_setting("backbone", self, "ensemble", self.ensemble >= 1, "1 or more")
@@ -146,28 +146,32 @@ class StableDiffusion(Backbone):
 
     @torch.no_grad()
     def reference_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
-        singles = [
-            self.mean_features(self.noisy_latents(self.encode_moments(image[i : i + 1]), key))[CORRESPONDENCE_STRIDE]
-            for i, key in enumerate(noise_keys)
-        ]
-        return Features(torch.cat(singles), valid_tokens(valid, CORRESPONDENCE_STRIDE), {}, {})
+        features = []
+        for i, key in enumerate(noise_keys):
+            noisy = self.noisy_latents(self.encode_moments(image[i : i + 1]), key)
+            features.append(self.mean_features(noisy)[CORRESPONDENCE_STRIDE])
+        return Features(torch.cat(features), valid_tokens(valid, CORRESPONDENCE_STRIDE), {}, {})
 
     @torch.no_grad()
     def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
         token_masks = {stride: valid_tokens(valid, stride) for stride in FEATURE_STRIDES}
-        singles = []
+        features_by_stride: dict[int, list[Tensor]] = {stride: [] for stride in FEATURE_STRIDES}
+        attention_by_stride: dict[int, list[MeanAttention]] = {stride: [] for stride in FEATURE_STRIDES}
         for i, key in enumerate(noise_keys):
             maps = {stride: MeanAttention(mask[i]) for stride, mask in token_masks.items()}
             noisy = self.noisy_latents(self.encode_moments(image[i : i + 1]), key)
-            singles.append((self.mean_features(noisy, maps), maps))
-        scales = {stride: torch.cat([features[stride] for features, _ in singles]) for stride in FEATURE_STRIDES}
+            features = self.mean_features(noisy, maps)
+            for stride in FEATURE_STRIDES:
+                features_by_stride[stride].append(features[stride])
+                attention_by_stride[stride].append(maps[stride])
+        scales = {stride: torch.cat(features) for stride, features in features_by_stride.items()}
         return Features(
             correspondence_features=scales[CORRESPONDENCE_STRIDE],
             valid=token_masks[CORRESPONDENCE_STRIDE],
-            scale_features={stride: feature.to(self.prompt_embedding.dtype) for stride, feature in scales.items()},
+            scale_features={stride: scale.to(self.prompt_embedding.dtype) for stride, scale in scales.items()},
             intra_similarity={
-                stride: AttentionMatrix(torch.stack([maps[stride].mean() for _, maps in singles]), maps[stride].grid)
-                for stride in FEATURE_STRIDES
+                stride: AttentionMatrix(torch.stack([attention.mean() for attention in attentions]), attentions[0].grid)
+                for stride, attentions in attention_by_stride.items()
             },
         )
 
@@ -176,10 +180,14 @@ class StableDiffusion(Backbone):
         return encode_image(self.encoder, self.quant_conv, (2.0 * image - 1.0).to(self.prompt_embedding.dtype))
 
     def noisy_latents(self, moments: Tensor, key: str) -> Tensor:
-        """Draw E samples from the posterior of :meth:`encode_moments`, and add the noise of the configured timestep:
-        float32 [E,4,h,w]. ``key`` is the noise key of the image."""
+        """Draw E noisy latents of an image, float32 [E,4,h,w].
+
+        They are samples of the posterior that :meth:`encode_moments` returned, with the noise of the configured
+        timestep. ``key`` is the noise key of the image.
+        """
         distribution = DiagonalGaussianDistribution(moments)
-        posterior_noise, noise = self._draw_noise(distribution.mean.shape[1:], key).to(moments.device).unbind(1)
+        draws = self._draw_noise(distribution.mean.shape[1:], key).to(moments.device)
+        posterior_noise, noise = draws.unbind(1)
         latents = (distribution.mean + distribution.std * posterior_noise) * self._latent_scale
         return self.add_noise(latents, noise)
 
@@ -241,8 +249,8 @@ def _load_unet(folder: Path) -> Any:
     with torch.device("meta"):
         unet = _from_config(UNet2DConditionModel, path)
     config = unet.config
-    blocks = [*config["down_block_types"]], [*config["up_block_types"]]
-    if blocks != (DOWN_BLOCKS, UP_BLOCKS) or not config["use_linear_projection"] or config["in_channels"] != 4:
+    has_blocks = list(config["down_block_types"]) == DOWN_BLOCKS and list(config["up_block_types"]) == UP_BLOCKS
+    if not (has_blocks and config["use_linear_projection"] and config["in_channels"] == 4):
         raise ConfigError(f"{path} is not the U-Net of a Stable Diffusion 2; expected a folder of Stable Diffusion 2.1")
     expected = unet.state_dict()
     drop_unused_layers(unet)
@@ -277,17 +285,18 @@ def _load_tensors(module: nn.Module, expected: Mapping[str, Tensor], path: Path)
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            names = {_current_name(name): name for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            shapes = {ours: torch.Size(file.get_slice(name).get_shape()) for ours, name in names.items()}
+            stored_names = {_current_name(name): name for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            shapes = {name: torch.Size(file.get_slice(stored).get_shape()) for name, stored in stored_names.items()}
             check_tensor_shapes(expected, shapes, f"weights {path}")
-            tensors = {key: file.get_tensor(names[key]) for key in module.state_dict()}
+            tensors = {name: file.get_tensor(stored_names[name]) for name in module.state_dict()}
     except safetensors.SafetensorError as error:
         raise ConfigError(f"weights {path} are damaged or truncated ({error}); get the file again") from error
     check_tensor_values(expected, tensors, f"weights {path}")
-    module.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, strict=True, assign=True)
+    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
 
 
 def _current_name(name: str) -> str:
+    """Return the name that current versions of diffusers give to a tensor of a file, see OLD_VAE_NAMES."""
     for old, new in OLD_VAE_NAMES.items():
         name = name.replace(old, new)
     return name

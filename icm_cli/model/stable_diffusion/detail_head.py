@@ -49,7 +49,7 @@ class DetailConfig:
 
     def __post_init__(self) -> None:
         multiple = FUSION_STRIDES[0]
-        is_multiple = self.canvas_px >= multiple and not self.canvas_px % multiple
+        is_multiple = self.canvas_px >= multiple and self.canvas_px % multiple == 0
         check_setting("head", self, "canvas_px", is_multiple, f"a multiple of {multiple}")
         is_valid = len(self.decoder_channels) == len(IMAGE_STREAM_CHANNELS) + 1 and min(self.decoder_channels) >= 1
         check_setting("head", self, "decoder_channels", is_valid, "four values of 1 or more")
@@ -92,9 +92,13 @@ class DetailHead(TrainedHead):
         for reference in references:
             inside, notice = selected_token_mask(reference)
             tokens = self.inter_similarity.normalised_tokens(reference.features.correspondence_features)
-            side = prepared.negatives if is_negative(reference.guidance) else prepared.tokens
-            side.append(tokens[inside.flatten(1)])
-            prepared.notices.extend([notice] if notice else [])
+            selected = tokens[inside.flatten(1)]
+            if is_negative(reference.guidance):
+                prepared.negatives.append(selected)
+            else:
+                prepared.tokens.append(selected)
+            if notice:
+                prepared.notices.append(notice)
         return prepared
 
     def forward(self, target: Features, references: Sequence[DetailReferences], image: Tensor, valid: Tensor) -> Matte:
@@ -141,13 +145,14 @@ class InterSimilarity(nn.Module):
         negative references, S is 0 at tokens whose fraction of the negative similarity is larger than their fraction of
         S. The other tokens are scaled so that the sum of S stays the same. If no token is left, S is 0.
         """
-        target, is_valid = self.normalised_tokens(feature), valid.flatten(1)
+        targets, are_valid = self.normalised_tokens(feature), valid.flatten(1)
         means = []
         for i, prepared in enumerate(references):
-            sums = [inter_similarity(tokens, target[i : i + 1], is_valid[i : i + 1]) for tokens in prepared.tokens]
-            mean = torch.cat(sums).mean(dim=0)
+            target, is_valid = targets[i : i + 1], are_valid[i : i + 1]
+            similarities = [inter_similarity(tokens, target, is_valid) for tokens in prepared.tokens]
+            mean = torch.cat(similarities).mean(dim=0)
             if prepared.negatives:
-                negative = inter_similarity(torch.cat(prepared.negatives), target[i : i + 1], is_valid[i : i + 1])[0]
+                negative = inter_similarity(torch.cat(prepared.negatives), target, is_valid)[0]
                 kept = mean * (mean / mean.sum() >= negative / negative.sum())
                 mean = kept * (mean.sum() / kept.sum().clamp(min=1e-6))
             means.append(mean)
@@ -185,6 +190,7 @@ class Fusion(nn.Module):
 
     def __init__(self, feature_channels: int, intra_channels: int, channels: int) -> None:
         super().__init__()
+        # project and join have one layer per scale; merge fuses the results.
         self.project = nn.ModuleList(ConvNormReLU(feature_channels, channels) for _ in FUSION_STRIDES)
         self.join = nn.ModuleList(ConvNormReLU(channels + intra_channels, channels) for _ in FUSION_STRIDES)
         self.merge = ConvNormReLU(2 * channels, channels)
@@ -195,32 +201,35 @@ class Fusion(nn.Module):
         Each argument has two tensors, the coarse scale (s = 24) first, then the fine one (s = 48): features
         [B,1280,s,s], and encoded intra-similarities [B,256,s,s].
         """
-        coarse, fine = (
-            join(torch.cat([project(feature), similarity], dim=1))
-            for project, join, feature, similarity in zip(
-                self.project, self.join, features, intra_similarities, strict=True
-            )
-        )
+        scales = []
+        layers = zip(self.project, self.join, features, intra_similarities, strict=True)
+        for project, join, feature, similarity in layers:
+            scales.append(join(torch.cat([project(feature), similarity], dim=1)))
+        coarse, fine = scales
         merged: Tensor = self.merge(torch.cat([fine, upsample_2x(coarse)], dim=1))
         return merged
 
 
 class DetailDecoder(nn.Module):
-    """The detail capture module of ViTMatte (Yao et al. 2024): image features are added at every doubling."""
+    """The detail capture module of ViTMatte (Yao et al. 2024): image features are added at every doubling.
 
-    def __init__(self, inputs: int, channels: Sequence[int]) -> None:
-        """``inputs``: channels of the fused features. ``channels``: those after each doubling."""
+    The image stream computes features of the image at strides 2, 4 and 8. The four steps double the resolution of the
+    fused features, and each adds the features of its stride: 8, 4, 2, and at last the image itself.
+    """
+
+    def __init__(self, fused_channels: int, step_channels: Sequence[int]) -> None:
+        """``step_channels``: number of channels after each of the steps."""
         super().__init__()
-        stream = (3, *IMAGE_STREAM_CHANNELS)
+        detail_channels = (3, *IMAGE_STREAM_CHANNELS)  # at strides 1, 2, 4 and 8
         self.image_stream = nn.ModuleList(
-            ConvNormReLU(before, after, stride=2) for before, after in itertools.pairwise(stream)
+            ConvNormReLU(before, after, stride=2) for before, after in itertools.pairwise(detail_channels)
         )
-        widths = (inputs, *channels)
-        self.steps = nn.ModuleList(
-            ConvNormReLU(width + detail, after)
-            for width, detail, after in zip(widths, reversed(stream), channels, strict=False)
-        )
-        self.output = make_alpha_layers(channels[-1], OUTPUT_CHANNELS)
+        self.steps = nn.ModuleList()
+        channels = fused_channels
+        for added_channels, channels_after in zip(reversed(detail_channels), step_channels, strict=True):
+            self.steps.append(ConvNormReLU(channels + added_channels, channels_after))
+            channels = channels_after
+        self.output = make_alpha_layers(channels, OUTPUT_CHANNELS)
 
     def forward(self, fused: Tensor, image: Tensor) -> Tensor:
         """Decode fused features [B,320,48,48] and an image [B,3,768,768] in -1..1 to alpha, float32 [B,1,768,768]."""

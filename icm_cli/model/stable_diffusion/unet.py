@@ -93,8 +93,10 @@ class MeanAttention:
         queries = query.flatten(0, 1).float() * query.shape[-1] ** -0.5
         key_columns = key.flatten(0, 1).float().transpose(-1, -2)
         count, tokens = queries.shape[:2]
-        maps_at_once = max(1, CHUNK_BYTES // (4 * tokens * tokens))
-        rows_at_once = math.ceil(tokens / math.ceil(4 * tokens * tokens / CHUNK_BYTES))
+        # A chunk has several complete maps, or if one map is too large, some of its rows.
+        map_bytes = 4 * tokens * tokens
+        maps_at_once = max(1, CHUNK_BYTES // map_bytes)
+        rows_at_once = math.ceil(tokens / math.ceil(map_bytes / CHUNK_BYTES))
         buffer = queries.new_empty(maps_at_once, rows_at_once, tokens)
         for first in range(0, count, maps_at_once):
             maps = slice(first, min(count, first + maps_at_once))
@@ -102,10 +104,12 @@ class MeanAttention:
                 rows = slice(top, min(tokens, top + rows_at_once))
                 chunk = buffer[: maps.stop - first, : rows.stop - top]
                 torch.bmm(queries[maps, rows], key_columns[maps], out=chunk)
-                masked = None if self._padding is None else chunk.masked_fill(self._padding, float("-inf")).softmax(-1)
+                without_padding = chunk  # the same memory, if there is no padding
+                if self._padding is not None:
+                    without_padding = chunk.masked_fill(self._padding, float("-inf")).softmax(-1)
                 torch.softmax(chunk, dim=-1, out=chunk)
-                for matrix in chunk if masked is None else masked:
-                    self._sum[rows].add_(matrix, alpha=1 / count)
+                for probabilities in without_padding:
+                    self._sum[rows].add_(probabilities, alpha=1 / count)
                 yield maps, rows, chunk
         self._layers += 1
 
@@ -131,9 +135,10 @@ def run_unet(
     x = _run_transformer(middle.attentions[0], run_residual_block(middle.resnets[0], x), prompt_embedding, None)
     x = run_residual_block(middle.resnets[1], x)
     features = {}
-    for stride, block in zip(FEATURE_STRIDES, unet.up_blocks, strict=False):
-        x = features[stride] = block.upsamplers[0](_run_up_block(block, x, skips, prompt_embedding, maps))
-    if maps is not None:
+    for stride, block in zip(FEATURE_STRIDES, unet.up_blocks[: len(FEATURE_STRIDES)], strict=True):
+        x = block.upsamplers[0](_run_up_block(block, x, skips, prompt_embedding, maps))
+        features[stride] = x
+    if maps is not None:  # only for its attention maps; its output is not used
         _run_up_block(unet.up_blocks[2], x, skips, prompt_embedding, maps)
     return features
 
@@ -183,7 +188,10 @@ def _run_up_block(
 def _run_transformer(
     transformer: Any, x: Tensor, prompt_embedding: Tensor, maps: Mapping[Grid, MeanAttention] | None
 ) -> Tensor:
-    """Run a transformer on [E,C,h,w]. One without values returns ``x``."""
+    """Run a transformer on [E,C,h,w].
+
+    Returns ``x`` if there is no transformer, or if it is the last one, which only computes an attention map.
+    """
     if transformer is None:
         return x
     grid = (x.shape[2], x.shape[3])
@@ -200,8 +208,12 @@ def _run_transformer(
 
 
 def _self_attention(attn: Any, tokens: Tensor, record: MeanAttention | None) -> Tensor | None:
-    """Run self-attention on tokens [E,N,C]. Return None if only its map is needed."""
-    query, key = _split_heads(attn.to_q(tokens), attn.heads), _split_heads(attn.to_k(tokens), attn.heads)
+    """Run self-attention on tokens [E,N,C]; None if the layer has no values, because only its map is needed.
+
+    ``record`` accumulates the map.
+    """
+    query = _split_heads(attn.to_q(tokens), attn.heads)
+    key = _split_heads(attn.to_k(tokens), attn.heads)
     if attn.to_v is None:
         if record is not None:
             record.add_map(query, key)
@@ -214,10 +226,8 @@ def _self_attention(attn: Any, tokens: Tensor, record: MeanAttention | None) -> 
 def _cross_attention(attn: Any, tokens: Tensor, prompt_embedding: Tensor) -> Tensor:
     """Run cross-attention of tokens [E,N,C] to the embedded prompt [1,77,1024]."""
     query = _split_heads(attn.to_q(tokens), attn.heads)
-    key, value = (
-        _split_heads(project(prompt_embedding), attn.heads).expand(len(query), -1, -1, -1)
-        for project in (attn.to_k, attn.to_v)
-    )
+    key = _split_heads(attn.to_k(prompt_embedding), attn.heads).expand(len(query), -1, -1, -1)
+    value = _split_heads(attn.to_v(prompt_embedding), attn.heads).expand(len(query), -1, -1, -1)
     return _join_heads(attn, F.scaled_dot_product_attention(query, key, value))
 
 
