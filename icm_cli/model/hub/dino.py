@@ -65,7 +65,8 @@ class DinoConfig:
     def __post_init__(self) -> None:
         patch, side, layers = self.patch_px, self.long_side_px, self.layers
         check_setting("backbone", self, "patch_px", patch >= 1, "1 or more")
-        check_setting("backbone", self, "long_side_px", side >= patch and not side % patch, f"a multiple of {patch}")
+        is_multiple = side >= patch and side % patch == 0
+        check_setting("backbone", self, "long_side_px", is_multiple, f"a multiple of {patch}")
         is_distinct = bool(layers) and min(layers) >= 1 and len(set(layers)) == len(layers)
         check_setting("backbone", self, "layers", is_distinct, "distinct numbers of 1 or more")
         max_rank = (side // patch) ** 2 - 1
@@ -89,6 +90,7 @@ class Dino(Backbone):
         self.transformer = transformer
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in statistics)
         self._bases: list[Tensor] | None = None
+        """The positional subspace of each configured block, computed when it is needed first."""
 
     @classmethod
     def preferred_transformer_dtype(cls, config: Any) -> str:
@@ -118,10 +120,10 @@ class Dino(Backbone):
 
     def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:  # noqa: ARG002
         stride = self.config.patch_px
-        found, is_valid = self.extract_tokens(image), valid_tokens(valid, stride)
-        grouping = torch.cat(found, dim=1)
+        layers, is_valid = self.extract_tokens(image), valid_tokens(valid, stride)
+        grouping = torch.cat(layers, dim=1)
         intra = {stride: SelfSimilarity(grouping, is_valid, self.config.temperature)}
-        return Features(self._remove_positions(found), is_valid, {}, intra, grouping)
+        return Features(self._remove_positions(layers), is_valid, {}, intra, grouping)
 
     @torch.no_grad()
     def extract_tokens(self, image: Tensor) -> list[Tensor]:
@@ -135,21 +137,26 @@ class Dino(Backbone):
         states = model(pixel_values=pixels.to(norm.weight.dtype), output_hidden_states=True).hidden_states
         grid = image.shape[-2] // self.config.patch_px, image.shape[-1] // self.config.patch_px
         first = states[0].shape[1] - grid[0] * grid[1]  # after the class token and the registers
-        return [
-            F.normalize(norm(states[layer])[:, first:].float(), dim=-1).transpose(1, 2).reshape(len(image), -1, *grid)
-            for layer in self.config.layers
-        ]
+        layers = []
+        for layer in self.config.layers:
+            tokens = F.normalize(norm(states[layer])[:, first:].float(), dim=-1)
+            layers.append(tokens.transpose(1, 2).reshape(len(image), -1, *grid))
+        return layers
 
-    def _remove_positions(self, found: list[Tensor]) -> Tensor:
-        """Return tokens of unit length without their positional part."""
-        if not self.config.positional_rank:
-            return torch.cat(found, dim=1)
+    def _remove_positions(self, layers: list[Tensor]) -> Tensor:
+        """Return the tokens of :meth:`extract_tokens` without their positional part, with all channels in one tensor.
+
+        The tokens of each layer have unit length.
+        """
+        rank = self.config.positional_rank
+        if not rank:
+            return torch.cat(layers, dim=1)
         if self._bases is None:
             side = self.config.long_side_px
-            blank = torch.zeros(1, 3, side, side, device=found[0].device)
-            rank = self.config.positional_rank
+            blank = torch.zeros(1, 3, side, side, device=layers[0].device)
             self._bases = [positional_subspace(tokens, rank) for tokens in self.extract_tokens(blank)]
-        return torch.cat([project_out_subspace(*pair) for pair in zip(found, self._bases, strict=True)], dim=1)
+        projected = [project_out_subspace(tokens, basis) for tokens, basis in zip(layers, self._bases, strict=True)]
+        return torch.cat(projected, dim=1)
 
 
 def positional_subspace(tokens: Tensor, rank: int) -> Tensor:

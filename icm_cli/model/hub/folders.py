@@ -66,7 +66,7 @@ def find_weight_files(
     files = list_files(folder)
     missing = ", ".join(path.relative_to(folder).as_posix() for path in files if not path.is_file())
     if missing:
-        target, source = (folder, default) if is_local else ("FOLDER", weights)
+        source, target = (default, folder) if is_local else (weights, "FOLDER")
         message = (
             f"the folder {folder} does not contain {missing}; expected a complete model as safetensors (pickled "
             f"files are not opened), get it with: hf download {source} --local-dir {target}"
@@ -98,8 +98,9 @@ def _find_local_folder(weights: str, option: str) -> Path | None:
 
 
 def _describe_download(weights: str) -> str:
-    known = PUBLISHED.get(weights)
-    return f"{weights} ({known.size})" if known else weights
+    """Return the id of a hub repository, and its size if that is known."""
+    published = PUBLISHED.get(weights)
+    return f"{weights} ({published.size})" if published else weights
 
 
 def _download(weights: str, patterns: Sequence[str], *, offline: bool, option: str) -> Path:
@@ -111,15 +112,15 @@ def _download(weights: str, patterns: Sequence[str], *, offline: bool, option: s
         return Path(snapshot_download(weights, allow_patterns=list(patterns), local_files_only=offline))
     except (OSError, HFValidationError) as error:
         reason = "offline" if offline else (str(error) or type(error).__name__).splitlines()[0]
-        known = PUBLISHED.get(weights)
-        size = f" Their size is about {known.size}." if known else ""
-        is_gated = isinstance(error, GatedRepoError) or (known is not None and known.is_gated)
-        licence = f"their licence ({known.licence})" if known else "their licence"
-        login = f"accept {licence} at https://huggingface.co/{weights}, run: hf auth login, then: "
-        step = login if is_gated else "run: "
+        published = PUBLISHED.get(weights)
+        size = f" Their size is about {published.size}." if published else ""
+        licence = f"their licence ({published.licence})" if published else "their licence"
+        how_to = "run: "
+        if isinstance(error, GatedRepoError) or (published is not None and published.is_gated):
+            how_to = f"accept {licence} at https://huggingface.co/{weights}, run: hf auth login, then: "
         raise WeightsNotFoundError(
             f"the weights {weights!r} are not on this machine and cannot be downloaded ({reason}); there is no such "
-            f"folder either.{size} On a machine with network access, {step}hf download {weights} --local-dir FOLDER "
+            f"folder either.{size} On a machine with network access, {how_to}hf download {weights} --local-dir FOLDER "
             f"(older versions: huggingface-cli). Copy FOLDER to this machine and give it with {option} FOLDER",
             _describe_download(weights),
         ) from error
@@ -135,17 +136,18 @@ def find_model_files(weights: str, default: str, *, offline: bool, option: str) 
 
 
 def _list_model_files(folder: Path) -> list[Path]:
-    """Configuration, statistics if there are any, and weights: one file, or an index and its files."""
+    """Return configuration, statistics if there are any, and weights: one file, or an index and its files."""
     files = [folder / CONFIG_FILE]
     if (folder / PREPROCESSOR_FILE).is_file():
         files.append(folder / PREPROCESSOR_FILE)
     index = folder / INDEX_FILE
     if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
         return [*files, folder / WEIGHTS_FILE]
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict):
+    file_of_tensor = read_json(index).get("weight_map")
+    if not isinstance(file_of_tensor, dict):
         raise ConfigError(f"{index} has no weight_map; expected the file name of every tensor, get it again")
-    return [*files, index, *(folder / Path(str(name)).name for name in sorted(set(map(str, names.values()))))]
+    names = sorted({str(name) for name in file_of_tensor.values()})
+    return [*files, index, *(folder / Path(name).name for name in names)]  # .name: no file outside the folder
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -173,8 +175,8 @@ def read_pixel_statistics(folder: Path, default: PixelStatistics) -> PixelStatis
     statistics = []
     for key, fallback in zip(("image_mean", "image_std"), default, strict=True):
         values = content.get(key, fallback)
-        is_list = isinstance(values, (list, tuple))
-        if not is_list or [isinstance(number, (int, float)) for number in values] != [True] * 3:
+        is_list = isinstance(values, (list, tuple)) and len(values) == 3
+        if not is_list or not all(isinstance(number, (int, float)) for number in values):
             raise ConfigError(f"{path}: {key} is {values!r}; expected three numbers, get the file again")
         statistics.append((float(values[0]), float(values[1]), float(values[2])))
     if min(statistics[1]) <= 0:
@@ -207,6 +209,7 @@ def load_pretrained(cls: Any, folder: Path) -> Any:
         ("unexpected_keys", "contain {}, which the model does not have"),
     ):
         if report[key]:
+            # Mismatched keys are tuples of the name and both shapes.
             name = min(str(entry[0] if isinstance(entry, tuple) else entry) for entry in report[key])
             raise ConfigError(
                 f"the weights in {folder} {problem.format(repr(name))}; expected a complete "

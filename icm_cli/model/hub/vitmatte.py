@@ -57,7 +57,7 @@ class VitMatteEdgesConfig:
     def __post_init__(self) -> None:
         tile = self.tile_px
         check_setting("edges", self, "band", 0 < self.band < 0.5, "above 0 and below 0.5")
-        is_multiple = tile >= MULTIPLE_PX and not tile % MULTIPLE_PX
+        is_multiple = tile >= MULTIPLE_PX and tile % MULTIPLE_PX == 0
         check_setting("edges", self, "tile_px", is_multiple, f"a multiple of {MULTIPLE_PX}")
         check_setting("edges", self, "overlap_px", 0 <= self.overlap_px <= tile // 3, "0 to a third of tile_px")
 
@@ -110,8 +110,9 @@ class VitMatteEdges(Edges):
 
         def solve_tiles() -> Iterator[Tensor]:
             for tile in tiles:
-                known = trimap[tile.slices]
-                yield self.solve(rgb[tile.slices], known) if bool((known == 0.5).any()) else known
+                tile_trimap = trimap[tile.slices]
+                has_unknown = bool((tile_trimap == 0.5).any())
+                yield self.solve(rgb[tile.slices], tile_trimap) if has_unknown else tile_trimap
 
         alpha = blend_tiles(size, tiles, solve_tiles(), trimap.device)
         return torch.where(trimap == 0.5, alpha, trimap)
@@ -125,8 +126,9 @@ class VitMatteEdges(Edges):
         return alpha[0, 0, : rgb.shape[0], : rgb.shape[1]].float().clamp(0.0, 1.0)
 
     def _network_input(self, rgb: ImageU8, trimap: Tensor) -> Tensor:
-        """Input of the network, float32 [1,4,H,W] with H and W multiples of 32."""
-        image = (torch.from_numpy(rgb.copy()).permute(2, 0, 1).float() / 255.0 - self.mean) / self.std
-        joined = torch.cat([image, trimap.cpu()[None]])[None]
+        """Return the input of the network, float32 [1,4,H,W] with H and W padded to multiples of 32."""
+        image = torch.from_numpy(rgb.copy()).permute(2, 0, 1).float() / 255.0
+        normalised = (image - self.mean) / self.std
+        channels = torch.cat([normalised, trimap.cpu()[None]])[None]
         below, right = (-length % MULTIPLE_PX for length in trimap.shape)
-        return F.pad(joined, (0, right, 0, below))
+        return F.pad(channels, (0, right, 0, below))

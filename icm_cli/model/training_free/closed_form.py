@@ -60,8 +60,9 @@ class ClosedForm(Edges):
         """Solve one alpha on the CPU."""
         height, width = rgb.shape[:2]
         size = downscaled_size((height, width), self.config.solve_long_side_px)
-        small, trimap = resize(rgb, size), trimap_from_coarse(coarse, size, self.config.band)
-        alpha = np.clip(solve_alpha(small / 255.0, trimap.astype(np.float64)), 0.0, 1.0).astype(np.float32)
+        trimap = trimap_from_coarse(coarse, size, self.config.band)
+        solved = solve_alpha(resize(rgb, size) / 255.0, trimap.astype(np.float64))
+        alpha = np.clip(solved, 0.0, 1.0).astype(np.float32)
         return alpha if size == (height, width) else guided_upsample(alpha, rgb, self.config.guided_filter)
 
 
@@ -77,10 +78,9 @@ def solve_alpha(rgb: NDArray[np.float64], trimap: NDArray[np.float64]) -> NDArra
         return np.ones_like(trimap)
     if not ((trimap > 0) & (trimap < 1)).any():
         return trimap
-    estimate_alpha_cf = load_solver()
-    with contextlib.redirect_stdout(io.StringIO()):
-        alpha: NDArray[np.float64] = estimate_alpha_cf(rgb, trimap, cg_kwargs={"rtol": RELATIVE_TOLERANCE})
-    return alpha
+    solver = load_solver()
+    with contextlib.redirect_stdout(io.StringIO()):  # pymatting prints warnings
+        return solver(rgb, trimap, cg_kwargs={"rtol": RELATIVE_TOLERANCE})
 
 
 def load_solver() -> Callable[..., NDArray[np.float64]]:
@@ -114,7 +114,8 @@ def estimate_foreground(source: DecodedImage, alpha: Float) -> Float:
     pixels = source.pixels.astype(np.float32) / np.float32(source.scale)
     if pixels.shape[-1] == 1:
         pixels = np.repeat(pixels, 3, axis=-1)
-    least, largest = min(0.0, float(pixels.min())), max(1.0, float(pixels.max()))  # the estimator clips to 0..1
+    # The estimator clips to 0..1, so values beyond are scaled into this range and back.
+    least, largest = min(0.0, float(pixels.min())), max(1.0, float(pixels.max()))
     scaled = (pixels.astype(np.float64) - least) / (largest - least)
     colours = load_foreground_estimator()(scaled, alpha.astype(np.float64))
     return np.asarray(colours * (largest - least) + least, np.float32)
@@ -125,13 +126,13 @@ def _import_pymatting() -> ModuleType:
     import numba
 
     config: Any = numba.config
-    threads, folder = torch.get_num_threads(), config.CACHE_DIR
-    config.CACHE_DIR = folder or str(cache_folder() / "numba")
+    threads, previous_folder = torch.get_num_threads(), config.CACHE_DIR
+    config.CACHE_DIR = previous_folder or str(cache_folder() / "numba")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             import pymatting
     finally:
-        config.CACHE_DIR = folder
+        config.CACHE_DIR = previous_folder
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
     module: ModuleType = pymatting

@@ -130,17 +130,16 @@ class TrainingFree(Head):
         alpha = torch.zeros_like(image[:, :1])
         stride = image.shape[-1] // target.correspondence_features.shape[-1]
         evidences = self.compute_evidence(target, references, stride)
-        is_found = [
-            evidence.similarity >= self.config.absent_below and bool(evidence.contrast.max() > 0)
-            for evidence in evidences
-        ]
+        is_found = []
         for index, evidence in enumerate(evidences):
+            is_found.append(evidence.similarity >= self.config.absent_below and bool(evidence.contrast.max() > 0))
             if is_found[index]:
                 height, width = _content_size(valid[index])
-                grid = evidence.contrast[None, None]
-                fine = F.interpolate(grid, scale_factor=stride, mode="bicubic", align_corners=False)[0, 0]
-                fine = fine[:height, :width]
-                alpha[index, 0, :height, :width] = self._solve_alpha(fine.cpu(), image[index, :, :height, :width].cpu())
+                contrast = F.interpolate(
+                    evidence.contrast[None, None], scale_factor=stride, mode="bicubic", align_corners=False
+                )[0, 0, :height, :width]
+                content = image[index, :, :height, :width]
+                alpha[index, 0, :height, :width] = self._solve_alpha(contrast.cpu(), content.cpu())
         confidence = alpha.new_tensor([evidence.similarity for evidence in evidences]).clamp(0, 1)
         return Matte(alpha, confidence, torch.tensor(is_found, device=alpha.device))
 
@@ -148,30 +147,33 @@ class TrainingFree(Head):
         """Compute the evidence of each target. ``stride`` is that of the correspondence features, in px."""
         compared = flatten_tokens(target.correspondence_features)
         grouping = compared if target.grouping_features is None else flatten_tokens(target.grouping_features)
-        contrast, similarities = compared.new_zeros(target.valid.shape), []
-        by_clusters = self.config.rule == "clusters"
+        contrasts = compared.new_zeros(target.valid.shape)
+        similarities = []
         for index, (valid, reference) in enumerate(zip(target.valid, references, strict=True)):
             tokens = compared[index, valid.flatten()]
-            contrast[index, valid], similarity = (
-                segment_by_clusters(tokens, grouping[index, valid.flatten()], reference, self.config)
-                if by_clusters
-                else self._compare_tokens(tokens, reference)
-            )
+            if self.config.rule == "clusters":
+                grouping_tokens = grouping[index, valid.flatten()]
+                contrast, similarity = segment_by_clusters(tokens, grouping_tokens, reference, self.config)
+            else:
+                contrast, similarity = self._compare_tokens(tokens, reference)
+            contrasts[index, valid] = contrast
             similarities.append(similarity)
-        if not by_clusters:
-            contrast = target.intra_similarity[stride].propagate(contrast.flatten(1)[..., None]).view_as(contrast)
-        return [
-            Evidence(grid[: _content_size(valid)[0], : _content_size(valid)[1]], similarity)
-            for grid, valid, similarity in zip(contrast, target.valid, similarities, strict=True)
-        ]
+        if self.config.rule == "contrast":
+            propagated = target.intra_similarity[stride].propagate(contrasts.flatten(1)[..., None])
+            contrasts = propagated.view_as(contrasts)
+        evidences = []
+        for contrast, valid, similarity in zip(contrasts, target.valid, similarities, strict=True):
+            height, width = _content_size(valid)
+            evidences.append(Evidence(contrast[:height, :width], similarity))
+        return evidences
 
     def _compare_tokens(self, target: Tensor, reference: ReferenceTokens) -> tuple[Tensor, float]:
-        """Return contrast [N] and similarity of the valid tokens [N,C] of one target."""
-        tokens = torch.cat([reference.foreground, reference.background])
-        centre = (target.mean(dim=0) + tokens.mean(dim=0)) / 2
-        unit, foreground, background = (
-            F.normalize(tokens - centre, dim=-1) for tokens in (target, reference.foreground, reference.background)
-        )
+        """Return contrast [N] and similarity of the valid tokens [N,C] of one target; see :class:`Evidence`."""
+        reference_tokens = torch.cat([reference.foreground, reference.background])
+        centre = (target.mean(dim=0) + reference_tokens.mean(dim=0)) / 2
+        unit = F.normalize(target - centre, dim=-1)
+        foreground = F.normalize(reference.foreground - centre, dim=-1)
+        background = F.normalize(reference.background - centre, dim=-1)
         to_foreground = soft_max_similarity(foreground, unit, self.config.temperature)
         to_background = soft_max_similarity(background, unit, self.config.temperature)
         contrast = to_foreground - self.config.background_weight * to_background
@@ -181,9 +183,8 @@ class TrainingFree(Head):
             is_object = similarity_difference(unit, negative, foreground) <= 0
             contrast = contrast.where(is_object, contrast.clamp(max=0.0))
             agreement = agreement.where(is_object, agreement.clamp(max=0.0))
-        best = agreement.max()
-        own = soft_max_similarity(foreground, foreground, self.config.presence_temperature).mean()
-        return contrast, float(best / own)
+        self_similarity = soft_max_similarity(foreground, foreground, self.config.presence_temperature).mean()
+        return contrast, float(agreement.max() / self_similarity)
 
     def _solve_alpha(self, contrast: Tensor, image: Tensor) -> Tensor:
         """Compute the alpha [H,W] of one frame from its contrast [H,W] and its sRGB image [3,H,W], on the CPU.
@@ -210,10 +211,13 @@ class TrainingFree(Head):
         """
         strongest = contrast.max()
         threshold = self.config.threshold * strongest
-        distance = (contrast - threshold).abs().masked_fill(contrast > (threshold + strongest) / 2, torch.inf).flatten()
-        unknown = distance.argsort(stable=True)[: math.floor(distance.numel() * self.config.unknown_fraction)]
+        is_certain = contrast > (threshold + strongest) / 2
+        distance = (contrast - threshold).abs().masked_fill(is_certain, torch.inf).flatten()
+        unknown_count = math.floor(distance.numel() * self.config.unknown_fraction)
+        closest = distance.argsort(stable=True)[:unknown_count]
+        unknown = closest[distance[closest].isfinite()]
         trimap = (contrast > threshold).float()
-        trimap.view(-1)[unknown[distance[unknown].isfinite()]] = 0.5
+        trimap.view(-1)[unknown] = 0.5
         trimap[~keep_strong_regions(contrast, trimap > 0, self.config.instance_fraction)] = 0.0
         return trimap
 
@@ -224,10 +228,10 @@ def keep_strong_regions(evidence: Tensor, inside: Tensor, fraction: float) -> Te
     The strongest evidence of such a region is at least ``fraction`` of the strongest evidence of all regions. Weak
     regions are often other objects that are slightly similar to the reference.
     """
-    count, label = cv2.connectedComponents(inside.numpy().astype(np.uint8))
-    region = torch.from_numpy(label).long().flatten()
-    best = evidence.new_full((count,), -torch.inf).scatter_reduce(0, region, evidence.flatten(), "amax")
-    is_strong = best >= fraction * best.max()
+    count, labels = cv2.connectedComponents(inside.numpy().astype(np.uint8))
+    region = torch.from_numpy(labels).long().flatten()  # number of each pixel's region; 0 outside ``inside``
+    strongest = evidence.new_full((count,), -torch.inf).scatter_reduce(0, region, evidence.flatten(), "amax")
+    is_strong = strongest >= fraction * strongest.max()
     is_strong[0] = False
     return is_strong[region].view(inside.shape)
 
@@ -263,28 +267,31 @@ def segment_by_clusters(
     clustered. Returns the tokens of the object, float32 [N], 0 or 1; and the similarity of the seed to the prototype,
     divided by that of the reference's foreground tokens; 0 if there is no seed.
     """
-    target, foreground = F.normalize(compared.float(), dim=-1), F.normalize(reference.foreground.float(), dim=-1)
+    target = F.normalize(compared.float(), dim=-1)
+    foreground = F.normalize(reference.foreground.float(), dim=-1)
     prototype = F.normalize(foreground.mean(dim=0), dim=0)
     similarity = target @ prototype
-    outside = [reference.background, *([] if reference.negative is None else [reference.negative])]
+    outside = [reference.background]
+    if reference.negative is not None:
+        outside.append(reference.negative)
     background = F.normalize(torch.cat(outside).float(), dim=-1)
-    candidate = (similarity > config.min_candidate_cosine) & (
-        similarity_difference(target, background, foreground) <= 0
-    )
-    if not candidate.any():
-        return candidate.float(), 0.0
-    label = cluster_tokens(grouping, config.min_cluster_cosine)
-    one_hot = F.one_hot(label).to(target.dtype).T  # [clusters,N]
-    size = one_hot.sum(dim=1)
-    candidate_fraction = one_hot @ candidate.to(target.dtype) / size
-    to_prototype = F.normalize(one_hot @ target, dim=-1) @ prototype
-    seed = int(to_prototype.masked_fill(candidate_fraction == 0, -torch.inf).argmax())
-    centres = F.normalize(one_hot @ F.normalize(grouping.float(), dim=-1), dim=-1)
-    score = (one_hot @ similarity / size) * (centres @ centres[seed]) * candidate_fraction
-    joined = score > config.min_join_score
-    joined[seed] = True
+    is_nearer_to_object = similarity_difference(target, background, foreground) <= 0
+    is_candidate = (similarity > config.min_candidate_cosine) & is_nearer_to_object
+    if not is_candidate.any():
+        return is_candidate.float(), 0.0
+    cluster = cluster_tokens(grouping, config.min_cluster_cosine)
+    members = F.one_hot(cluster).to(target.dtype).T  # [clusters,N]: 1 if the token is in the cluster
+    size = members.sum(dim=1)
+    candidate_fraction = members @ is_candidate.to(target.dtype) / size
+    centre_to_prototype = F.normalize(members @ target, dim=-1) @ prototype
+    seed = int(centre_to_prototype.masked_fill(candidate_fraction == 0, -torch.inf).argmax())
+    centres = F.normalize(members @ F.normalize(grouping.float(), dim=-1), dim=-1)
+    to_prototype, to_seed = members @ similarity / size, centres @ centres[seed]
+    is_joined = to_prototype * to_seed * candidate_fraction > config.min_join_score
+    is_joined[seed] = True
+    seed_similarity = float(similarity[cluster == seed].mean())
     reference_similarity = float((foreground @ prototype).mean())
-    return joined[label].float(), float(similarity[label == seed].mean()) / max(reference_similarity, 1e-6)
+    return is_joined[cluster].float(), seed_similarity / max(reference_similarity, 1e-6)
 
 
 def cluster_tokens(tokens: Tensor, min_cluster_cosine: float) -> Tensor:

@@ -35,56 +35,63 @@ class Click:
     """1 on the object, 0 off it; see :class:`~icm_cli.model.contracts.PointPrompts`."""
 
 
-def find_largest_error(found: Mask, truth: Mask) -> Click | None:
+def find_largest_error(predicted: Mask, truth: Mask) -> Click | None:
     """Return a click at the centre of the largest connected error; None if there is no error.
 
     An error is a missing part of the object, or background that is in the mask. Its centre is the point farthest from
     its border.
     """
-    largest: tuple[int, Mask, int] | None = None
-    for label, errors in ((1, truth & ~found), (0, found & ~truth)):
-        count, regions, statistics, _ = cv2.connectedComponentsWithStats(errors.astype(np.uint8), connectivity=8)
-        if count > 1:
-            region = 1 + int(statistics[1:, cv2.CC_STAT_AREA].argmax())
-            area = int(statistics[region, cv2.CC_STAT_AREA])
-            if largest is None or area > largest[0]:
-                largest = area, regions == region, label
-    if largest is None:
+    missing, excess = _largest_region(truth & ~predicted), _largest_region(predicted & ~truth)
+    label = 1 if missing.sum() >= excess.sum() else 0
+    largest = missing if label else excess
+    if not largest.any():
         return None
-    _, region_mask, label = largest
-    row, column = np.unravel_index(int(_distance_to_border(region_mask).argmax()), region_mask.shape)
+    row, column = np.unravel_index(int(_distance_to_border(largest).argmax()), largest.shape)
     return Click(int(row), int(column), label)
 
 
-def draw_click(found: Mask, truth: Mask, config: ClickConfig, rng: np.random.Generator) -> Click:
+def _largest_region(mask: Mask) -> Mask:
+    """Return the largest connected region of a mask; empty if the mask is."""
+    _, regions, statistics, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    areas = statistics[1:, cv2.CC_STAT_AREA]  # region 0 is outside the mask
+    return regions == 1 + int(areas.argmax()) if len(areas) else np.zeros_like(mask)
+
+
+def draw_click(predicted: Mask, truth: Mask, config: ClickConfig, rng: np.random.Generator) -> Click:
     """Draw a click that corrects an error of a mask, or confirms what is right."""
-    errors = found != truth
+    errors = predicted != truth
     if not errors.any() or rng.random() < config.redundant_probability:
         is_on_object = bool(truth.all()) or (bool(truth.any()) and rng.random() < 0.5)
         return _draw_in_area(truth == is_on_object, truth, rng)
-    click = find_largest_error(found, truth) if rng.random() < config.centre_probability else None
+    click = find_largest_error(predicted, truth) if rng.random() < config.centre_probability else None
     if click is None:
         click = _draw_in_area(errors, truth, rng)
-    offsets = rng.normal(0.0, config.jitter * max(truth.shape), 2)
-    row, column = (
-        int(np.clip(round(start + offset), 0, side - 1))
-        for start, offset, side in zip((click.row, click.column), offsets, truth.shape, strict=True)
-    )
+    row_offset, column_offset = rng.normal(0.0, config.jitter * max(truth.shape), 2)
+    row = int(np.clip(round(click.row + row_offset), 0, truth.shape[0] - 1))
+    column = int(np.clip(round(click.column + column_offset), 0, truth.shape[1] - 1))
     stays_inside = bool(errors[row, column]) and bool(truth[row, column]) == bool(click.label)
-    return Click(row, column, click.label) if stays_inside or rng.random() < config.edge_probability else click
+    if stays_inside or rng.random() < config.edge_probability:
+        return Click(row, column, click.label)
+    return click
 
 
 def draw_box(truth: Mask, rng: np.random.Generator) -> tuple[float, float, float, float]:
     """Draw a box around an object: left, top, right and bottom, as fractions of the mask's sides."""
-    rows, columns = (np.flatnonzero(truth.any(axis=axis)) for axis in (1, 0))
-    sides = []
-    for indices, length in ((columns, truth.shape[1]), (rows, truth.shape[0])):
-        start, end = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, length)
-        jitter = rng.normal(0.0, BOX_JITTER * (end - start), 2)
-        low, high = sorted(np.clip((start + jitter[0], end + jitter[1]), 0, length) / length)
-        sides.append((float(low), float(high)))
-    (left, right), (top, bottom) = sides
+    left, right = _draw_box_side(np.asarray(truth.any(axis=0)), rng)
+    top, bottom = _draw_box_side(np.asarray(truth.any(axis=1)), rng)
     return left, top, right, bottom
+
+
+def _draw_box_side(is_covered: NDArray[np.bool_], rng: np.random.Generator) -> tuple[float, float]:
+    """Draw start and end of a box along an axis, as fractions. ``is_covered``, [N]: where the object is.
+
+    Without an object, the box extends over the whole axis.
+    """
+    length, indices = len(is_covered), np.flatnonzero(is_covered)
+    start, end = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, length)
+    jitter = rng.normal(0.0, BOX_JITTER * (end - start), 2)
+    low, high = sorted(np.clip((start + jitter[0], end + jitter[1]), 0, length) / length)
+    return float(low), float(high)
 
 
 def corrupt_alpha(alpha: Tensor, config: ClickConfig, rng: np.random.Generator) -> Tensor:
@@ -92,7 +99,8 @@ def corrupt_alpha(alpha: Tensor, config: ClickConfig, rng: np.random.Generator) 
     cells = int(rng.integers(CORRUPTION_CELLS[0], CORRUPTION_CELLS[1] + 1))
     noise = torch.from_numpy(rng.standard_normal((1, 1, cells, cells), np.float32)).to(alpha.device)
     noise = F.interpolate(noise, alpha.shape, mode="bicubic", align_corners=False)[0, 0]
-    return torch.sigmoid(torch.logit(alpha.float(), eps=0.01) + rng.uniform(0.0, config.corruption_logit) * noise)
+    strength = rng.uniform(0.0, config.corruption_logit)
+    return torch.sigmoid(torch.logit(alpha.float(), eps=0.01) + strength * noise)
 
 
 def select_truth(
@@ -100,18 +108,22 @@ def select_truth(
 ) -> tuple[Tensor, bool]:
     """Return the alpha of the object that the clicks select in a mosaic, and whether it is not the reference's object.
 
-    ``truth`` [H,W] is that of the reference's object; ``every_alpha`` shows the objects of all tiles. An object in
-    another tile is drawn sometimes, and always if the mosaic does not show the reference's object.
+    ``truth`` [H,W] is that of the reference's object; ``every_alpha`` shows the objects of all tiles. ``layout``: rows
+    and columns of the mosaic. An object in another tile is drawn sometimes, and always if the mosaic does not show the
+    reference's object.
     """
     rows, columns = layout
-    height, width = (side // count for side, count in zip(truth.shape, layout, strict=True))
+    height, width = truth.shape[0] // rows, truth.shape[1] // columns
     tiles = [
         (slice(row * height, (row + 1) * height), slice(column * width, (column + 1) * width))
         for row in range(rows)
         for column in range(columns)
     ]
     others = [tile for tile in tiles if every_alpha[tile].max() > 0.5 and truth[tile].max() <= 0.5]
-    if not others or (truth.max() > 0.5 and rng.random() >= config.other_object_probability):
+    if not others:
+        return truth, False
+    shows_reference = bool(truth.max() > 0.5)
+    if shows_reference and rng.random() >= config.other_object_probability:
         return truth, False
     tile = others[int(rng.integers(len(others)))]
     selected = torch.zeros_like(truth)

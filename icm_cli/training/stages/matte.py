@@ -67,8 +67,8 @@ class MatteStage(Stage[PairBatch]):
                 "features of the frozen backbone are cached on disk, because no augmentation changes pixels; the noise "
                 "is the same in every step"
             )
-        backbone = [json.dumps(self.settings.model.as_dict()["backbone"], sort_keys=True), learner.weights_digest]
-        digest = combined_digest(*backbone, str(config.seed), learner.device.dtype_name)
+        backbone = json.dumps(self.settings.model.as_dict()["backbone"], sort_keys=True)
+        digest = combined_digest(backbone, learner.weights_digest, str(config.seed), learner.device.dtype_name)
         limit_bytes = int(config.feature_cache_gb * 1e9) // learner.accelerator.num_processes
         self._cache = FeatureCache(digest, limit_bytes, notice=listener.on_notice)
 
@@ -99,14 +99,15 @@ class MatteStage(Stage[PairBatch]):
             darken_outside(rgb.cpu().numpy(), mask.cpu().numpy())
             for rgb, mask in zip(few.reference_rgb, few.guidance, strict=True)
         ]
-        layers = (
+        columns = (
             few.rgb,
             references,
             few.alpha,
             predicted[:, 0],
-            *(map(_heat_map, each[:, 0]) for each in (inter, intra)),
+            map(_heat_map, inter[:, 0]),
+            map(_heat_map, intra[:, 0]),
         )
-        return image_grid([[to_rgb(cell) for cell in cells] for cells in zip(*layers, strict=True)])
+        return image_grid([[to_rgb(cell) for cell in row] for row in zip(*columns, strict=True)])
 
     def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
         """Return reference, target, alpha, trimap and the object cut out of the target."""
@@ -142,6 +143,7 @@ class FeatureCache:
         self._free_bytes = limit_bytes - sum(state.st_size for _, state in entries)
         others = [(path, state) for path, state in entries if path.parent != self._folder]
         self._entries_of_other_backbones = sorted(others, key=lambda entry: entry[1].st_mtime, reverse=True)
+        """Path and status of these entries; the last one is the oldest."""
         self._notice = notice
         self._is_full = False
 
@@ -172,11 +174,13 @@ class FeatureCache:
     ) -> Features:
         """Return the features of images from the cache, or encode and store them. ``role``: target or reference."""
         singles = []
+        shape = str(tuple(rgb.shape[1:]))
         for i in range(len(rgb)):
-            pixels = (layer[i].cpu().numpy().tobytes() for layer in (rgb, valid))
-            path = self._folder / f"{combined_digest(FORMAT, role, *pixels, str(tuple(rgb.shape[1:])))}.pt"
+            pixels, padding = rgb[i].cpu().numpy().tobytes(), valid[i].cpu().numpy().tobytes()
+            path = self._folder / f"{combined_digest(FORMAT, role, pixels, padding, shape)}.pt"
             single = _read_entry(path)
             if single is None:
+                # All noise keys are the same: see :meth:`PairBatch.to_pairs`.
                 single = halve_features(encode(image[i : i + 1], valid[i : i + 1], noise_keys[:1]))
                 content = io.BytesIO()
                 torch.save(single, content)
@@ -231,9 +235,10 @@ def halve_features(features: Features) -> Features:
     def halve(tensor: Tensor) -> Tensor:
         return (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
 
-    return _combine_features(
-        [features], lambda tensors: halve(tensors[0]), lambda matrices: halve(matrices[0] * matrices[0].shape[-1])
-    )
+    def halve_attention(matrix: Tensor) -> Tensor:
+        return halve(matrix * matrix.shape[-1])
+
+    return _combine_features([features], lambda tensors: halve(*tensors), lambda matrices: halve_attention(*matrices))
 
 
 def join_features(singles: Sequence[Features], device: torch.device) -> Features:
@@ -251,23 +256,29 @@ def _combine_features(
     combine: Callable[[Sequence[Tensor]], Tensor],
     combine_attention: Callable[[Sequence[Tensor]], Tensor],
 ) -> Features:
-    """Combine each tensor of several features of the same grids to one."""
+    """Combine the features of several images, with the same grids, to those of a batch.
+
+    ``combine`` makes one tensor of the corresponding tensors of all images, ``combine_attention`` the same of attention
+    matrices.
+    """
 
     def combine_intra(parts: Sequence[Any]) -> IntraSimilarity:
         if isinstance(parts[0], AttentionMatrix):
             return AttentionMatrix(combine_attention([part.matrix for part in parts]), parts[0].grid)
-        feature, valid = (combine([getattr(part, name) for part in parts]) for name in ("feature", "valid"))
+        feature, valid = combine([part.feature for part in parts]), combine([part.valid for part in parts])
         return SelfSimilarity(feature, valid, parts[0].temperature)
 
-    correspondence, valid = (
-        combine([getattr(each, name) for each in singles]) for name in ("correspondence_features", "valid")
-    )
-    strides = singles[0].scale_features, singles[0].intra_similarity
     return Features(
-        correspondence,
-        valid,
-        {stride: combine([each.scale_features[stride] for each in singles]) for stride in strides[0]},
-        {stride: combine_intra([each.intra_similarity[stride] for each in singles]) for stride in strides[1]},
+        correspondence_features=combine([single.correspondence_features for single in singles]),
+        valid=combine([single.valid for single in singles]),
+        scale_features={
+            stride: combine([single.scale_features[stride] for single in singles])
+            for stride in singles[0].scale_features
+        },
+        intra_similarity={
+            stride: combine_intra([single.intra_similarity[stride] for single in singles])
+            for stride in singles[0].intra_similarity
+        },
     )
 
 

@@ -52,7 +52,8 @@ class View(NamedTuple):
         feature: Correspondence features, [C,h,w].
         scales: Inputs of the head's decoder, from coarse to fine: [C',2h,2w], [C",4h,4w] ...
         alpha: Mean of the alpha in each cell of the decoder's output, [nh,nw].
-        inside, outside: Tokens inside and outside the guidance, bool [h,w].
+        inside: Tokens inside the guidance, bool [h,w].
+        outside: Tokens outside the guidance, bool [h,w].
         valid: Tokens that are image and not padding, bool [h,w].
         embedding: Image embedding of the object model, [E,mh,mw]; empty if that is not trained.
     """
@@ -71,8 +72,16 @@ class View(NamedTuple):
         return bool(self.alpha.max() > 0.5)
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> View:
-        """Return the view with changed tensors."""
-        return View._make(tuple(map(change, part)) if isinstance(part, tuple) else change(part) for part in self)
+        """Return the view with ``change`` applied to every tensor."""
+        return View(
+            feature=change(self.feature),
+            scales=tuple(map(change, self.scales)),
+            alpha=change(self.alpha),
+            inside=change(self.inside),
+            outside=change(self.outside),
+            valid=change(self.valid),
+            embedding=change(self.embedding),
+        )
 
 
 Image = TypeVar("Image", View, Scene)
@@ -171,7 +180,7 @@ def require_token_match_head(model: InContextMatting, stage: str) -> TokenMatchH
             f"train: stage is {stage}, which needs a token-match head; use another stage, or 'head: {{name: "
             "token-match}}'"
         )
-    skips, steps = (len(getattr(model.head.config, name)) for name in ("skip_channels", "decoder_channels"))
+    skips, steps = len(model.head.config.skip_channels), len(model.head.config.decoder_channels)
     if steps > skips:
         raise ConfigError(
             f"train: stage is {stage}, which has no images, but {steps - skips} of the {steps} decoder_channels of the "
@@ -186,11 +195,14 @@ def fit_config_to_groups(config: MatchStageConfig, pool: TrainingPool) -> tuple[
     If all images show the same object, there are no negatives: each mosaic is a single image that shows the object.
     Raises UsageError if only some of the groups have negatives.
     """
-    firsts = [items[0] for items in pool.groups.values()]
-    without_negative = [item for item in firsts if not any(item.is_negative_for(other) for other in firsts)]
-    if not without_negative or not (config.negative_probability or any(config.layout_weights[1:])):
+    representatives = [items[0] for items in pool.groups.values()]  # one of each group
+    without_negative = [
+        item for item in representatives if not any(item.is_negative_for(other) for other in representatives)
+    ]
+    needs_negatives = config.negative_probability > 0 or any(config.layout_weights[1:])
+    if not without_negative or not needs_negatives:
         return config, ""
-    if len(without_negative) < len(firsts):
+    if len(without_negative) < len(representatives):
         raise UsageError(
             f"data: there is no image without the object of {without_negative[0].image}, because every other group "
             "has a class in common with it; correct 'classes', or add images of other classes"
@@ -215,8 +227,12 @@ def draw_mosaics(
     """
     rows, columns = LAYOUTS[draw_index(config.layout_weights, rng)]
     reference_count = draw_index(config.reference_count_weights, rng) + 1
-    targets = large if large is not None and rows == columns == 1 else small
-    references = large if large is not None and rng.random() < 0.5 else small
+    targets = references = small
+    if large is not None:
+        if rows == columns == 1:
+            targets = large
+        if rng.random() < 0.5:
+            references = large
     sampler = MosaicSampler(targets, references, config, rows, columns, reference_count, rng)
     return [sampler.sample() for _ in range(count)]
 
@@ -239,14 +255,21 @@ class MosaicSampler(Generic[Image]):
         for _ in range(MAX_ATTEMPTS):
             item, target = self._sample_tile()
             sampled = [self._sample_reference(item, target) for _ in range(self.reference_count)]
-            references = [each for each in sampled if each is not None]
-            if len(references) < self.reference_count:
+            pairs = [reference for reference in sampled if reference is not None]
+            if len(pairs) < self.reference_count:
                 continue
-            images = [image for _, image in references]
-            positives = self._sample_positives(item, target, tile_count, images)
-            tiles = [positives[i] if i in positives else self._sample_tile(without=item)[1] for i in range(tile_count)]
-            name = f"{item.name} by {references[0][0].name}{'' if positives else ' (absent)'}"
-            return Mosaic(name, self.rows, self.columns, images, tiles, tuple(positives))
+            references = [image for _, image in pairs]
+            positives = self._sample_positives(item, target, tile_count, references)
+            tiles = []
+            for index in range(tile_count):
+                if index in positives:
+                    tiles.append(positives[index])
+                else:
+                    _, negative = self._sample_tile(without=item)
+                    tiles.append(negative)
+            first_partner, _ = pairs[0]
+            name = f"{item.name} by {first_partner.name}{'' if positives else ' (absent)'}"
+            return Mosaic(name, self.rows, self.columns, references, tiles, tuple(positives))
         raise TrainingError(
             "no group has two readable views; increase train.match.views_per_group, or give more images of each object"
         )
@@ -255,9 +278,10 @@ class MosaicSampler(Generic[Image]):
         """Sample a usable item and its image, which does not show the object of the item ``without``."""
         for _ in range(MAX_ATTEMPTS):
             item = self.targets.pool.draw_item(self.rng)
-            is_usable = without is None or without.is_negative_for(item)
-            if is_usable and (image := self.targets.draw_image(item, self.rng)) is not None:
-                return item, image
+            if without is None or without.is_negative_for(item):
+                image = self.targets.draw_image(item, self.rng)
+                if image is not None:
+                    return item, image
         if without is None:
             raise TrainingError(
                 "almost no training image could be read; repair the data, or exclude files with 'exclude'"
@@ -276,7 +300,7 @@ class MosaicSampler(Generic[Image]):
     def _sample_positives(
         self, item: TrainingItem, target: Image, tile_count: int, references: Sequence[Image]
     ) -> dict[int, Image]:
-        """Draw the tiles that show the object of ``item``, and their images, none of which is a reference."""
+        """Sample the tiles that show the object of ``item``: index -> image, which is not one of the references."""
         rng, config = self.rng, self.config
         if rng.random() < config.negative_probability:
             return {}
@@ -317,13 +341,16 @@ def join_tiles(
     """
 
     def lay_out(tensor: Tensor) -> Tensor:
+        """Arrange the tiles [B*T,...,h,w] of a mosaic in one tensor [B,...,rows*h,columns*w]."""
         grid = tensor.reshape(len(names), rows, columns, *tensor.shape[1:])
         return grid.movedim((1, 2), (-4, -2)).flatten(-4, -3).flatten(-2)  # from [B,...,rows,h,columns,w]
 
+    def split_references(tensor: Tensor) -> Tensor:
+        """Split the first axis of a tensor [B*R,...] to [B,R,...]."""
+        return tensor.reshape(len(names), len(tensor) // len(names), *tensor.shape[1:])
+
     mosaics = tiles.map_tensors(lay_out)
-    references = references.map_tensors(
-        lambda tensor: tensor.reshape(len(names), len(tensor) // len(names), *tensor.shape[1:])
-    )
+    references = references.map_tensors(split_references)
     alpha = lay_out(tiles.alpha * is_positive.flatten()[:, None, None])
     return MosaicBatch(
         names=tuple(names),
@@ -345,9 +372,15 @@ def join_tiles(
 
 def _stack_views(views: Sequence[View]) -> View:
     """Stack the views of N images to one with tensors [N,...]."""
-    return View._make(
-        tuple(map(torch.stack, zip(*parts, strict=True))) if isinstance(parts[0], tuple) else torch.stack(parts)
-        for parts in zip(*views, strict=True)
+    scales_by_level = zip(*(view.scales for view in views), strict=True)
+    return View(
+        feature=torch.stack([view.feature for view in views]),
+        scales=tuple(torch.stack(scales) for scales in scales_by_level),
+        alpha=torch.stack([view.alpha for view in views]),
+        inside=torch.stack([view.inside for view in views]),
+        outside=torch.stack([view.outside for view in views]),
+        valid=torch.stack([view.valid for view in views]),
+        embedding=torch.stack([view.embedding for view in views]),
     )
 
 
@@ -378,8 +411,8 @@ def add_feature_noise(batch: MosaicBatch, max_std: float, rng: np.random.Generat
 def render_mosaics(alpha: Tensor, prediction: Prediction) -> ImageU8:
     """Show for each mosaic: true alpha [B,nH,nW], predicted alpha, and the combined similarity map."""
     _, logit, similarity, _ = prediction
-    layers = (alpha, torch.sigmoid(logit), resize_bilinear(0.5 + 0.5 * similarity[:, -1:], logit.shape[-2:])[:, 0])
-    return render_layers(layers)
+    combined = 0.5 + 0.5 * similarity[:, -1:]  # the last map, from -1..1 to 0..1
+    return render_layers((alpha, torch.sigmoid(logit), resize_bilinear(combined, logit.shape[-2:])[:, 0]))
 
 
 def _render_preview(mosaic: Mosaic[Scene]) -> list[ImageU8]:
@@ -414,18 +447,26 @@ def encode_scenes(
 ) -> View:
     """Encode the layers of N scenes, see :func:`stack_scenes`, to their tokens."""
     rgb, alpha_u8, valid = layers
-    image, alpha = rgb.permute(0, 3, 1, 2).float() / 255.0, alpha_u8[:, None].float() / 255.0
+    image = rgb.permute(0, 3, 1, 2).float() / 255.0
+    alpha = alpha_u8[:, None].float() / 255.0
     features = backbone.target_features(image, valid, [""] * len(image))
     stride = image.shape[-1] // features.correspondence_features.shape[-1]
-    guidance = [((layer > 0.5).float()[None], mask[None], stride) for layer, mask in zip(alpha, valid, strict=True)]
+    inside, outside = [], []
+    for scene_alpha, scene_valid in zip(alpha, valid, strict=True):
+        guidance = (scene_alpha > 0.5).float()[None]
+        inside.append(foreground_token_mask(guidance, scene_valid[None], stride)[0])
+        outside.append(background_token_mask(guidance, scene_valid[None], stride))
+    # Each level of the decoder halves the stride of the tokens.
+    scale_strides = [stride >> level + 1 for level in range(len(head.config.skip_channels))]
+    output_stride = stride >> len(head.config.decoder_channels)
     return View(
-        features.correspondence_features,
-        tuple(features.scale_features[stride >> level + 1] for level in range(len(head.config.skip_channels))),
-        F.avg_pool2d(alpha, stride >> len(head.config.decoder_channels))[:, 0],
-        torch.cat([foreground_token_mask(*each)[0] for each in guidance]),
-        torch.cat([background_token_mask(*each) for each in guidance]),
-        features.valid,
-        image.new_zeros(len(image), 0, 0, 0) if objects is None else objects.embedding(image),
+        feature=features.correspondence_features,
+        scales=tuple(features.scale_features[scale_stride] for scale_stride in scale_strides),
+        alpha=F.avg_pool2d(alpha, output_stride)[:, 0],
+        inside=torch.cat(inside),
+        outside=torch.cat(outside),
+        valid=features.valid,
+        embedding=image.new_zeros(len(image), 0, 0, 0) if objects is None else objects.embedding(image),
     )
 
 
@@ -450,7 +491,10 @@ class MosaicStage(Stage[BatchT]):
         """Draw the mosaics of a batch, with images instead of tokens."""
 
     def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
-        """Return the references, the mosaic and its true alpha of a sample of the training."""
+        """Return the references, the mosaic and its true alpha of a sample of the training.
+
+        All mosaics of a batch are drawn together, as in the training, because each depends on those before it.
+        """
         size = self.settings.train.micro_batch_size or self.settings.train.batch_size
         first = counter - counter % size
         if first not in self._previews:

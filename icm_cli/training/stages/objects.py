@@ -7,6 +7,7 @@ correct its prediction, one after another, or select an object without a coarse 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -74,13 +75,29 @@ class ObjectMatcher(nn.Module):
         return torch.sigmoid(fine) * torch.sigmoid(self.matcher.head.sharpen_presence(presence))[:, None, None]
 
 
+@dataclass(frozen=True)
+class _Round:
+    """Prediction of one round for B samples."""
+
+    logits: Tensor
+    """[B,1,mH,mW]."""
+    iou: Tensor
+    """Predicted IoU, [B]; 0 without clicks."""
+    weights: Tensor
+    """Weights of the samples in the loss, [B]."""
+
+
 class _Rounds:
     """Predictions for one batch in rounds: each round has one click more than the round before."""
 
     def __init__(
         self, objects: Objects, batch: MosaicBatch, coarse: Tensor, config: ClickConfig, rng: np.random.Generator
     ) -> None:
-        self._objects, self._batch, self._coarse, self._config, self._rng = objects, batch, coarse, config, rng
+        self._objects = objects
+        self._batch = batch
+        self._coarse = coarse
+        self._config = config
+        self._rng = rng
         self._embedding = batch.embedding.float()
         self._truth = batch.alpha
         self._has_other_object = [False] * len(batch.alpha)
@@ -91,8 +108,7 @@ class _Rounds:
         """Clicks and box corners so far, as in :meth:`Objects.decode_prompts`: [B,n,2] for each round with prompts."""
         self._labels: list[Tensor] = []
         """Labels of ``_coordinates``: [B,n] for each of these rounds."""
-        self._rounds: list[tuple[Tensor, Tensor, Tensor]] = []
-        """Of each round: logits [B,1,mH,mW], predicted IoU [B], and weights of the samples in the loss [B]."""
+        self._rounds: list[_Round] = []
 
     def select_objects(self) -> None:
         """Draw the objects that the clicks select."""
@@ -113,59 +129,64 @@ class _Rounds:
         count, corrupts_coarse = len(self._coarse), self._rng.random() < 0.5
         is_corrupt = [can_corrupt and self._rng.random() < self._config.corruption_probability for _ in range(count)]
         coarse = self._corrupt(self._coarse, is_corrupt) if corrupts_coarse else self._coarse
-        logit = self._objects(self._embedding, coarse[:, None])
-        alpha = torch.sigmoid(logit.detach())
+        logits = self._objects(self._embedding, coarse[:, None])
+        alpha = torch.sigmoid(logits.detach())
         self._alpha = alpha if corrupts_coarse else self._corrupt(alpha[:, 0], is_corrupt)[:, None]
-        has_loss = [
-            not (is_other or (corrupt and corrupts_coarse))
-            for is_other, corrupt in zip(self._has_other_object, is_corrupt, strict=True)
-        ]
-        self._rounds.append((logit, logit.new_zeros(count), torch.tensor(has_loss).to(logit)))
+        has_loss = []
+        for has_other_object, was_corrupted in zip(self._has_other_object, is_corrupt, strict=True):
+            has_wrong_input = was_corrupted and corrupts_coarse
+            has_loss.append(not has_other_object and not has_wrong_input)
+        self._rounds.append(_Round(logits, logits.new_zeros(count), torch.tensor(has_loss).to(logits)))
 
     def draw_boxes(self) -> None:
         """Select the objects by boxes."""
         boxes = [draw_box(mask, self._rng) for mask in self._masks(self._truth)]
-        self._predict(torch.tensor(boxes).reshape(-1, 2, 2), torch.tensor([[2, 3]] * len(boxes)))
+        corners = torch.tensor(boxes).reshape(-1, 2, 2)
+        self._predict(corners, torch.tensor([[2, 3]] * len(boxes)))  # labels of the two corners of a box
 
     def click(self) -> None:
         """Predict with one more click or stroke, which corrects the last prediction or the completed alpha."""
-        truth = self._masks(self._truth)
+        true_masks = self._masks(self._truth)
         if self._labels:
-            found = self._masks(torch.sigmoid(self._rounds[-1][0].detach())[:, 0])
+            predicted_masks = self._masks(torch.sigmoid(self._rounds[-1].logits.detach())[:, 0])
         elif self._alpha is not None:
-            found = self._masks(self._alpha[:, 0])
+            predicted_masks = self._masks(self._alpha[:, 0])
         else:
-            found = [np.zeros_like(mask) for mask in truth]
+            predicted_masks = [np.zeros_like(mask) for mask in true_masks]
         is_stroke = self._rng.random() < self._config.stroke_probability
         count = int(self._rng.integers(2, MAX_STROKE_POINTS + 1)) if is_stroke else 1
-        clicks = [
-            [draw_click(each, mask, self._config, self._rng) for _ in range(count)]
-            for each, mask in zip(found, truth, strict=True)
-        ]
-        height, width = truth[0].shape
-        positions = [[((each.column + 0.5) / width, (each.row + 0.5) / height) for each in drawn] for drawn in clicks]
-        self._predict(torch.tensor(positions), torch.tensor([[each.label for each in drawn] for drawn in clicks]))
+        height, width = true_masks[0].shape
+        positions, labels = [], []
+        for predicted, truth in zip(predicted_masks, true_masks, strict=True):
+            clicks = [draw_click(predicted, truth, self._config, self._rng) for _ in range(count)]
+            positions.append([((click.column + 0.5) / width, (click.row + 0.5) / height) for click in clicks])
+            labels.append([click.label for click in clicks])
+        self._predict(torch.tensor(positions), torch.tensor(labels))
 
     def prediction(self) -> Prediction:
         """Return the result of :meth:`ObjectMatcher.forward`."""
-        logits, iou, weights = zip(*self._rounds, strict=True)
-        # With several processes, every weight needs a gradient in every step.
+        logits = torch.cat([prediction.logits for prediction in self._rounds], dim=1)
+        iou = torch.stack([prediction.iou for prediction in self._rounds], dim=1)
+        weights = torch.stack([prediction.weights for prediction in self._rounds], dim=1)
+        # With several processes, every weight needs a gradient in every step, also if its part was not used.
         no_change = 0.0 * sum(weight.sum() for weight in self._objects.parameters() if weight.requires_grad)
-        stacked = (torch.cat(logits, dim=1) + no_change, torch.stack(iou, dim=1), torch.stack(weights, dim=1))
-        return *stacked, self._truth, self._coarse
+        return logits + no_change, iou, weights, self._truth, self._coarse
 
     def _predict(self, coordinates: Tensor, labels: Tensor) -> None:
         """Predict with further points: coordinates [B,n,2] and labels [B,n]."""
         self._coordinates.append(coordinates.to(self._embedding))
         self._labels.append(labels.to(self._embedding.device))
-        logit, iou = self._objects.decode_prompts(
+        logits, iou = self._objects.decode_prompts(
             self._embedding, self._alpha, torch.cat(self._coordinates, dim=1), torch.cat(self._labels, dim=1)
         )
-        self._rounds.append((logit, iou, torch.ones_like(iou)))
+        self._rounds.append(_Round(logits, iou, torch.ones_like(iou)))
 
     def _corrupt(self, alphas: Tensor, is_corrupt: list[bool]) -> Tensor:
-        pairs = zip(alphas, is_corrupt, strict=True)
-        return torch.stack([corrupt_alpha(alpha, self._config, self._rng) if each else alpha for alpha, each in pairs])
+        """Return alphas [B,h,w], of which those with ``is_corrupt`` are made worse."""
+        changed = []
+        for alpha, must_corrupt in zip(alphas, is_corrupt, strict=True):
+            changed.append(corrupt_alpha(alpha, self._config, self._rng) if must_corrupt else alpha)
+        return torch.stack(changed)
 
     def _masks(self, alphas: Tensor) -> list[Mask]:
         """Return alphas [B,h,w] as masks of the true alpha's resolution."""
@@ -199,13 +220,14 @@ class ObjectsStage(MatchStage):
         """
         logits, predicted_iou, weights, truth, _ = prediction
         logit = F.adaptive_avg_pool2d(logits, (truth.shape[-2], truth.shape[-1]))
-        alpha, truth = torch.sigmoid(logit), truth[:, None].expand_as(logit)
+        alpha = torch.sigmoid(logit)
+        truth = truth[:, None].expand_as(logit)
         axes = (2, 3)
         is_present = (truth.sum(dim=axes) > 1.0).float()
         common, sizes = (alpha * truth).sum(dim=axes), (alpha + truth).sum(dim=axes)
         entropy = F.binary_cross_entropy_with_logits(logit, truth, reduction="none").mean(dim=axes)
-        found, wanted = alpha.detach() > 0.5, truth > 0.5
-        iou = (found & wanted).sum(dim=axes) / (found | wanted).sum(dim=axes).clamp(min=1)
+        mask, true_mask = alpha.detach() > 0.5, truth > 0.5
+        iou = (mask & true_mask).sum(dim=axes) / (mask | true_mask).sum(dim=axes).clamp(min=1)
         iou_error = (predicted_iou - iou) ** 2 * (predicted_iou.detach() != 0.0)
         losses = {
             "cross_entropy": CROSS_ENTROPY_WEIGHT * entropy,
