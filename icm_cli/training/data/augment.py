@@ -27,7 +27,7 @@ def draw_photograph_transform(size: tuple[int, int], canvas_px: int, config: Aug
     Its long side becomes at least as long as the canvas. A side that is longer than the canvas is cropped at a random
     position, a side that is shorter is placed at a random position.
     """
-    zoom = config.zoom ** rng.random()
+    zoom = config.zoom ** rng.random()  # 1 to config.zoom
     scale = canvas_px / max(size) * zoom
     scaled = np.array([size[1], size[0]]) * scale
     corner = (canvas_px - scaled) * rng.random(2)  # negative: cropped; positive: placed inside the canvas
@@ -45,6 +45,7 @@ def draw_cutout_transform(
     long_side = canvas_px * rng.uniform(0.25, largest)
     scale = long_side / max(size)
     scaled = np.array([size[1], size[0]]) * scale
+    # A centre 0.4 of a side from the edge of the canvas leaves 0.1 of that side outside.
     lowest, highest = 0.4 * scaled, canvas_px - 0.4 * scaled
     centre = rng.uniform(np.minimum(lowest, highest), np.maximum(lowest, highest))
     return _draw_affine(np.array([size[1], size[0]]) / 2, centre, scale, config, rng)

@@ -65,24 +65,20 @@ def _split_into_shards(files: Iterator[tuple[str, bytes]], shard_bytes: int) -> 
 
 def _make_files(config: DataConfig, pool: TrainingPool, long_side_px: int) -> Iterator[tuple[str, bytes]]:
     """Yield path and content of every file of the export."""
-    folders = [_item_folders(number, items) for number, items in enumerate(pool.sources)]
-    classes = {
-        folder: sorted(item.classes)
-        for items, names in zip(pool.sources, folders, strict=True)
-        for item, folder in zip(items, names, strict=True)
-    }
-    sources = [
-        _describe_source(number, source, items)
-        for number, (source, items) in enumerate(zip(config.sources, pool.sources, strict=True))
-    ]
+    sources = []
+    classes: dict[str, list[str]] = {}
+    for number, (source, items) in enumerate(zip(config.sources, pool.sources, strict=True)):
+        sources.append(_describe_source(number, source, items))
+        for item, folder in zip(items, _item_folders(number, items), strict=True):
+            classes[folder] = sorted(item.classes)
     data = {"sources": sources, "backgrounds": ["backgrounds"] if pool.backgrounds else []}
     yield "data.yaml", yaml.safe_dump({**data, "copies_of": "copies_of.json"}, sort_keys=False).encode()
     yield "classes.json", json.dumps(classes).encode()
     yield "copies_of.json", json.dumps(sorted({cached_file_digest(path) for path in pool.image_paths})).encode()
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for items, names in zip(pool.sources, folders, strict=True):
+        for number, items in enumerate(pool.sources):
             encoded = threads.map(lambda item: _encode_item(item, long_side_px), items)
-            for index, (folder, files) in enumerate(zip(names, encoded, strict=True)):
+            for index, (folder, files) in enumerate(zip(_item_folders(number, items), encoded, strict=True)):
                 for kind, content in files.items():
                     suffix = "png" if kind == "alphas" else "webp"
                     yield f"{folder.replace('images', kind, 1)}/{index:05d}.{suffix}", content
@@ -92,9 +88,11 @@ def _make_files(config: DataConfig, pool: TrainingPool, long_side_px: int) -> It
 
 
 def _item_folders(number: int, items: Sequence[TrainingItem]) -> list[str]:
-    """Return the folder of each item of a source; every group has one folder."""
-    groups = {group: index for index, group in enumerate(dict.fromkeys(item.group for item in items))}
-    return [f"images/{number}/{groups[item.group]:04d}" for item in items]
+    """Return the folder of each item of source ``number``; every group has one folder."""
+    group_numbers: dict[str, int] = {}
+    for item in items:
+        group_numbers.setdefault(item.group, len(group_numbers))
+    return [f"images/{number}/{group_numbers[item.group]:04d}" for item in items]
 
 
 def _describe_source(number: int, source: SourceConfig, items: Sequence[TrainingItem]) -> dict[str, Any]:
@@ -108,7 +106,7 @@ def _describe_source(number: int, source: SourceConfig, items: Sequence[Training
 
 
 def _encode_item(item: TrainingItem, long_side_px: int) -> dict[str, bytes]:
-    """Return the files of an item: image and alpha, or one RGBA cut-out."""
+    """Return the files of an item by their folder: "images" and "alphas", or one RGBA cut-out in "images"."""
     layer = read_photograph(item, long_side_px)
     if item.is_foreground:
         return {"images": _encode_image(np.dstack([layer.rgb, layer.alpha]), ".webp", LOSSLESS)}
@@ -123,7 +121,8 @@ def _encode_background(path: Path, long_side_px: int) -> bytes:
 def _encode_image(image: ImageU8, suffix: str, quality: int | None = None) -> bytes:
     """Encode an image, uint8 [H,W] or RGB(A) [H,W,C], in the format of a file name suffix. Raises ImageError."""
     if image.ndim == 3:
-        image = np.ascontiguousarray(image[..., [2, 1, 0, 3][: image.shape[2]]])
+        bgra = [2, 1, 0, 3][: image.shape[2]]  # cv2 expects blue first
+        image = np.ascontiguousarray(image[..., bgra])
     options = [] if quality is None else [cv2.IMWRITE_WEBP_QUALITY, quality]
     is_encoded, content = cv2.imencode(suffix, image, options)
     if not is_encoded:

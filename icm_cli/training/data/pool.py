@@ -17,7 +17,10 @@ import numpy as np
 from icm_cli.datasets.layouts import list_images
 from icm_cli.datasets.registry import find_dataset, get_dataset
 from icm_cli.errors import Problem, UsageError
+from icm_cli.options import Split
 from icm_cli.training.settings import CUTOUTS, EXPECTED_DATA, DataConfig, SourceConfig
+
+MAX_NEGATIVE_DRAWS = 20
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,18 @@ class TrainingPool:
 
     def restrict_to(self, items: Container[TrainingItem]) -> TrainingPool:
         """Return the pool of some of its items; sources without any of them are removed."""
-        kept = [tuple(item for item in source if item in items) for source in self.sources]
-        weights = [weight for source, weight in zip(kept, self.weights, strict=True) if source]
-        return replace(self, sources=tuple(source for source in kept if source), weights=tuple(weights))
+        sources, weights = [], []
+        for source, weight in zip(self.sources, self.weights, strict=True):
+            kept_items = tuple(item for item in source if item in items)
+            if kept_items:
+                sources.append(kept_items)
+                weights.append(weight)
+        return replace(self, sources=tuple(sources), weights=tuple(weights))
 
     def draw_item(self, rng: np.random.Generator) -> TrainingItem:
         """Draw a source by its weight, then one of its groups and one of the group's items with equal probability."""
-        groups = self._groups_of_sources[
-            rng.choice(len(self.sources), p=np.asarray(self.weights) / np.sum(self.weights))
-        ]
+        probabilities = np.asarray(self.weights) / np.sum(self.weights)
+        groups = self._groups_of_sources[rng.choice(len(self.sources), p=probabilities)]
         group = groups[rng.integers(len(groups))]
         return group[rng.integers(len(group))]
 
@@ -119,14 +125,16 @@ class TrainingPool:
         """
         candidates = [candidate for candidate in self.groups.get(item.group, ()) if candidate.image != item.image]
         is_same_image = rng.random() < same_image_probability
-        return item if is_same_image or not candidates else candidates[rng.integers(len(candidates))]
+        if is_same_image or not candidates:
+            return item
+        return candidates[rng.integers(len(candidates))]
 
     def draw_negative(self, item: TrainingItem, rng: np.random.Generator, *, for_cutout: bool) -> TrainingItem | None:
-        """Draw an item that shows another object; None if (almost) no item does.
+        """Draw an item that shows another object; None if none was drawn in MAX_NEGATIVE_DRAWS draws.
 
         With ``for_cutout``, binary masks are excluded, because a cut-out would have a hard edge.
         """
-        for _ in range(20):
+        for _ in range(MAX_NEGATIVE_DRAWS):
             candidate = self.draw_item(rng)
             if candidate.is_negative_for(item) and not (for_cutout and candidate.is_binary):
                 return candidate
@@ -184,8 +192,8 @@ def _complete_item(
 ) -> TrainingItem:
     """Add the properties that a source gives to its items. Raises UsageError if its folder has no classes."""
     parts = item.image.parent.parts
-    keys = ["/".join(parts[n:]) for n in range(len(parts))]  # the file may name a folder by the end of its path
-    item_classes = next((classes[key] for key in keys if key in classes), None)
+    path_ends = ["/".join(parts[start:]) for start in range(len(parts))]  # the file names a folder by one of these
+    item_classes = next((classes[end] for end in path_ends if end in classes), None)
     if source.classes and item_classes is None:
         raise UsageError(
             f"data: classes {source.classes} has no entry for {item.image.parent}; expected every folder of the source"
@@ -207,12 +215,12 @@ def _read_classes(path: str | None) -> dict[str, list[str]]:
         return {}
     expected = "a JSON object that maps each folder to a class or a list of classes"
     stored = _read_json("classes", path, expected)
-    entries: dict[str, Any] = stored if isinstance(stored, dict) else {"": None}
-    classes: dict[str, Any] = {
-        folder: [names] if isinstance(names, str) else names for folder, names in entries.items()
-    }
-    for folder, names in classes.items():
-        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+    if not isinstance(stored, dict):
+        raise UsageError(f"data: classes {path} has another content; expected {expected}")
+    classes: dict[str, list[str]] = {}
+    for folder, names in stored.items():
+        classes[folder] = [names] if isinstance(names, str) else names
+        if not (isinstance(classes[folder], list) and all(isinstance(name, str) for name in classes[folder])):
             raise UsageError(f"data: classes {path}: the entry {folder!r} is {names!r}; expected {expected}")
     return classes
 
@@ -241,12 +249,9 @@ def _find_cutouts(source: SourceConfig) -> list[TrainingItem]:
 
 def _find_dataset_items(source: SourceConfig, problems: list[Problem]) -> list[TrainingItem]:
     """Return the images of a dataset of ``icm eval``, and add the problems of its files."""
+    default_split: Split = "train" if get_dataset(source.dataset).train else "test"
     dataset_samples = find_dataset(
-        source.dataset,
-        source.root,
-        split=source.split or ("train" if get_dataset(source.dataset).train else "test"),
-        **source.path_options,
-        composite=False,
+        source.dataset, source.root, split=source.split or default_split, **source.path_options, composite=False
     )
     problems += dataset_samples.problems
     return [

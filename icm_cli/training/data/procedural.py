@@ -44,8 +44,11 @@ class ObjectStyle:
     """Length of the strands, as a multiple of the body's radius."""
     thickness_px: float
     curl: float
+    """Strength of the strands' waves."""
     count: int
+    """Number of strands."""
     roundness: float
+    """Regularity of the outline; 1 is an ellipse."""
 
     @classmethod
     def draw_random(cls, rng: Rng) -> ObjectStyle:
@@ -86,6 +89,7 @@ def _draw_hairy_body(style: ObjectStyle, size: int, rng: Rng) -> Float:
     canvas = np.zeros((large, large, 4), np.uint8)
     centre = body.mean(axis=0)
     _fill_outline(canvas, body, style.base * 0.6)
+    # The strands of hair hang down; those of fur bend in a random direction.
     down = np.array([rng.normal(0.0, 0.3), 1.0]) if style.kind == "hair" else rng.normal(0.0, 0.4, 2)
     for _ in range(style.count):
         root = centre + (body[rng.integers(len(body))] - centre) * np.sqrt(rng.uniform(0.2, 1.0))
@@ -111,8 +115,9 @@ def _draw_wire(style: ObjectStyle, size: int, rng: Rng) -> Float:
     spokes = int(rng.integers(8, 40))
     is_mesh = rng.random() < 0.5
     for number in range(spokes):
-        end = rim[number * len(rim) // spokes]
-        start = rim[(len(rim) - 1 - number * len(rim) // spokes)] if is_mesh else centre
+        rim_index = number * len(rim) // spokes
+        end = rim[rim_index]
+        start = rim[len(rim) - 1 - rim_index] if is_mesh else centre
         middle = (start + end) / 2 + rng.normal(0.0, 0.05 * reach * style.curl, 2)
         light = rng.uniform(1.0 - style.spread, 1.0 + style.spread)
         _draw_line(canvas, _bezier_curve(start, middle, end), style.base * light, thickness)
@@ -153,12 +158,14 @@ def _draw_moving_body(style: ObjectStyle, size: int, rng: Rng) -> Float:
     _fill_outline(canvas, body, style.base)
     _draw_spots(canvas, body.mean(axis=0), radius, rng)
     still = _average_down(canvas, size)
-    length = int(size * rng.uniform(0.03, 0.15)) | 1
+    length = int(size * rng.uniform(0.03, 0.15)) | 1  # odd, so that the kernel has a middle
     kernel = np.zeros((length, length), np.float32)
-    turn = rng.uniform(0.0, np.pi)
-    half = np.array([np.cos(turn), np.sin(turn)]) * (length // 2)
-    ends = [tuple(np.round(length // 2 + sign * half).astype(int).tolist()) for sign in (-1, 1)]
-    cv2.line(kernel, ends[0], ends[1], 1.0)
+    angle = rng.uniform(0.0, np.pi)
+    middle = length // 2
+    half = np.array([np.cos(angle), np.sin(angle)]) * middle
+    start = np.round(middle - half).astype(int).tolist()
+    end = np.round(middle + half).astype(int).tolist()
+    cv2.line(kernel, start, end, 1.0)
     kernel /= kernel.sum()
     return np.asarray(cv2.filter2D(still, -1, kernel, borderType=cv2.BORDER_CONSTANT), np.float32)
 

@@ -41,8 +41,8 @@ class PairBatch(Batch):
         its number decides.
         """
         if fixed_noise:
-            count = len(self.names)
-            target_keys, reference_keys = [TARGET_NOISE_KEY] * count, [reference_noise_key(0)] * count
+            target_keys = [TARGET_NOISE_KEY] * len(self.names)
+            reference_keys = [reference_noise_key(0)] * len(self.names)
         else:
             target_keys = [f"target {number}" for number in self.counters]
             reference_keys = [f"reference {number}" for number in self.counters]
@@ -94,10 +94,11 @@ class PairMaker(SampleMaker[PairBatch]):
             raise ImageError(f"the alpha of {partner.image} has no pixel above one half, so it cannot be a reference")
         reference = scenes.augment_colours(reference, rng)
         alpha = binarize_alpha(target.alpha) if item.is_binary else target.alpha
+        trimap = make_trimap(alpha, self.config.trimap_kernel_px) if target.trimap is None else target.trimap
         return f"{name} by {partner.name}", {
             "rgb": target.rgb,
             "alpha": alpha,
-            "trimap": make_trimap(alpha, self.config.trimap_kernel_px) if target.trimap is None else target.trimap,
+            "trimap": trimap,
             "valid": target.valid,
             "reference_rgb": reference.rgb,
             "guidance": draw_guidance(reference.alpha, pairs, rng),

@@ -97,8 +97,10 @@ def read_photograph(item: TrainingItem, long_side_px: int | None = None) -> Scen
     size = downscaled_size(alpha.shape, long_side_px or max(alpha.shape))
     trimap = None if item.trimap is None else _read_trimap(item.trimap, alpha.shape, size)
     coarse = None if item.coarse is None else resize(read_alpha(item.coarse), size)
-    small = binarize_alpha(resize(alpha, size)) if item.is_binary else resize(alpha, size)
-    return Scene(resize(rgb, size), small, np.ones(size, np.bool_), trimap, coarse)
+    small_alpha = resize(alpha, size)
+    if item.is_binary:
+        small_alpha = binarize_alpha(small_alpha)
+    return Scene(resize(rgb, size), small_alpha, np.ones(size, np.bool_), trimap, coarse)
 
 
 read_cached_photograph = cached(LRUCache(CACHE_BYTES, getsizeof=_size_bytes))(read_photograph)
@@ -114,11 +116,15 @@ def read_cutout(item: TrainingItem, long_side_px: int) -> Cutout:
     model would learn it.
     """
     rgb, alpha = _read_image_and_alpha(item)
-    rows, columns = (np.flatnonzero((alpha > VISIBLE_U8).any(axis=axis)) for axis in (1, 0))
+    is_visible = alpha > VISIBLE_U8
+    rows, columns = np.flatnonzero(is_visible.any(axis=1)), np.flatnonzero(is_visible.any(axis=0))
     if not len(rows):
         raise ImageError(f"the alpha of {item.image} is empty, so its object cannot be cut out")
     margin = 2 + max(len(rows), len(columns)) // 32  # some background, for the estimate
-    box = tuple(slice(max(0, ends[0] - margin), ends[-1] + 1 + margin) for ends in (rows, columns))
+    box = (
+        slice(max(0, rows[0] - margin), rows[-1] + 1 + margin),
+        slice(max(0, columns[0] - margin), columns[-1] + 1 + margin),
+    )
     rgb, alpha = rgb[box], alpha[box]
     size = downscaled_size(alpha.shape, long_side_px)
     weight = resize(alpha, size).astype(np.float32) / 255.0
@@ -186,13 +192,15 @@ class SceneMaker:
     def make_view(self, item: TrainingItem, rng: Rng) -> Scene:
         """Make a complete scene of an item, as a target or a reference, with random distractors."""
         scene = self.make_scene(item, rng)
-        return self.augment_colours(self.add_distractors(scene, self.draw_distractors(item, rng), rng), rng)
+        scene = self.add_distractors(scene, self.draw_distractors(item, rng), rng)
+        return self.augment_colours(scene, rng)
 
     def make_scene(self, item: TrainingItem, rng: Rng) -> Scene:
         """Make a scene of an item: its photograph, or its object on another background."""
         can_composite = bool(self.pool.backgrounds) and not item.is_binary
         if item.is_foreground or (rng.random() < self.pairs.composite_probability and can_composite):
-            return self.make_composite(item, self.make_background(self.pool.draw_background(rng), rng).rgb, rng)
+            background = self.make_background(self.pool.draw_background(rng), rng)
+            return self.make_composite(item, background.rgb, rng)
         return self.make_photograph(item, rng)
 
     def make_photograph(self, item: TrainingItem, rng: Rng) -> Scene:
@@ -208,9 +216,10 @@ class SceneMaker:
         for _ in range(MAX_PLACEMENTS):
             affine = draw_photograph_transform(layer.alpha.shape, self.canvas_px, self.augment, rng)
             alpha = self._warp_layer(layer.alpha, affine)
-            if alpha.sum() >= MIN_VISIBLE_FRACTION * total * abs(np.linalg.det(affine[:, :2])):
+            area_scale = abs(np.linalg.det(affine[:, :2]))
+            if alpha.sum() >= MIN_VISIBLE_FRACTION * total * area_scale:
                 break
-        else:
+        else:  # no placement leaves enough of the object visible
             return self._fit_photograph(item)
         rgb = self._warp_layer(layer.rgb, affine, cv2.BORDER_REPLICATE)
         valid = self._warp_layer(layer.valid * np.uint8(255), affine) > HALF_U8

@@ -49,6 +49,8 @@ CERTAIN_LOGIT = 4.0
 """Far from the object, the logit of an object mask is at most -CERTAIN_LOGIT."""
 MAX_REGION_FRACTION = 0.12
 """Largest fraction of the image that an uncertain region covers."""
+REGION_IMAGE_PX = 160
+"""Long side of the reduced image in which regions of similar colour are searched."""
 INSIDE_PROBABILITY = 0.65
 """Probability that an uncertain region is inside the object instead of outside."""
 
@@ -92,16 +94,16 @@ class EdgeMaker(SampleMaker[EdgeBatch]):
             weight[cv2.dilate(is_edge, np.ones((3, 3), np.uint8)) > 0] *= config.edge_weight
         boxes = [_draw_crop(truth, coarse, config.crop_px, rng) for _ in range(config.crops_per_image)]
         layers = {"coarse": coarse, "truth": truth, "weight": weight}
-        crops: Layers = {
-            name: np.stack([layer[box] for box in boxes]).astype(np.float16) for name, layer in layers.items()
-        }
-        return item.name, crops | {"rgb": np.stack([scene.rgb[box] for box in boxes])}
+        crops: Layers = {"rgb": np.stack([scene.rgb[box] for box in boxes])}
+        for name, layer in layers.items():
+            crops[name] = np.stack([layer[box] for box in boxes]).astype(np.float16)
+        return item.name, crops
 
     def _make_scene(self, item: TrainingItem, rng: np.random.Generator) -> tuple[Scene, bool]:
         """Make a scene of an item; return it and whether its alpha is exact."""
-        wants_photograph = rng.random() < self.config.photograph_probability
         backgrounds = self.pool.backgrounds
-        if item.is_binary or (not item.is_foreground and (wants_photograph or not backgrounds)):
+        prefers_photograph = rng.random() < self.config.photograph_probability or not backgrounds
+        if item.is_binary or (prefers_photograph and not item.is_foreground):
             return self._scenes.make_photograph(item, rng), False
         candidates = [self.pool.draw_item(rng) for _ in range(8)]
         background_items = [candidate for candidate in candidates if not candidate.is_foreground]
@@ -146,7 +148,7 @@ class RefineStage(Stage[EdgeBatch]):
         alpha = torch.sigmoid(logit)
         mean_weight = weight.mean(dim=(1, 2, 3)).clamp(min=1e-3)
         entropy = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
-        gradient = torch.stack([_gradient_error(alpha - truth, weight, axis) for axis in (2, 3)]).sum(dim=0)
+        gradient = _gradient_error(alpha - truth, weight, axis=2) + _gradient_error(alpha - truth, weight, axis=3)
         # The Laplacian loss takes no weights; instead the errors of pixels with a small weight are reduced.
         blended = (truth + (alpha - truth) * batch.weight.float()).flatten(0, 1)[:, None]
         laplacian = laplacian_loss(blended, truth.flatten(0, 1)[:, None], blended)
@@ -156,8 +158,8 @@ class RefineStage(Stage[EdgeBatch]):
             "gradient": gradient / mean_weight,
             "laplacian": laplacian.reshape(truth.shape[:2]).mean(dim=1),
         }
-        losses = {name: getattr(config, name) * value for name, value in values.items() if getattr(config, name)}
-        return add_total(losses)
+        weights = {name: getattr(config, name) for name in values}
+        return add_total({name: weights[name] * value for name, value in values.items() if weights[name]})
 
     @torch.no_grad()
     def render_panel(self, learner: Learner, batch: EdgeBatch) -> ImageU8:
@@ -185,14 +187,17 @@ def _draw_degradation(
 
 def _draw_crop(truth: Float, coarse: Float, crop_px: int, rng: np.random.Generator) -> tuple[slice, slice]:
     """Draw a square, mostly at an edge or at an error of the coarse alpha."""
-    is_centre = (truth > 0.05) & (truth < 0.95) if rng.random() < 0.6 else np.abs(truth - coarse) > 0.2
-    indices = np.flatnonzero(is_centre)
+    is_edge, is_wrong = (truth > 0.05) & (truth < 0.95), np.abs(truth - coarse) > 0.2
+    is_candidate = is_edge if rng.random() < 0.6 else is_wrong
+    candidates = np.flatnonzero(is_candidate)
     side, max_start = len(truth), len(truth) - crop_px
-    if len(indices) and rng.random() < EDGE_CROP_PROBABILITY:
-        pixel = divmod(int(indices[int(rng.integers(len(indices)))]), side)  # (row, column) in the middle of the crop
-        top, left = (int(np.clip(at - rng.integers(crop_px // 4, 3 * crop_px // 4), 0, max_start)) for at in pixel)
+    if len(candidates) and rng.random() < EDGE_CROP_PROBABILITY:
+        row, column = divmod(int(candidates[int(rng.integers(len(candidates)))]), side)
+        # The pixel is in the middle half of the crop, unless the crop would extend beyond the image.
+        top = int(np.clip(row - rng.integers(crop_px // 4, 3 * crop_px // 4), 0, max_start))
+        left = int(np.clip(column - rng.integers(crop_px // 4, 3 * crop_px // 4), 0, max_start))
     else:
-        top, left = (int(rng.integers(max_start + 1)) for _ in range(2))
+        top, left = int(rng.integers(max_start + 1)), int(rng.integers(max_start + 1))
     return slice(top, top + crop_px), slice(left, left + crop_px)
 
 
@@ -207,8 +212,9 @@ def degrade_to_tokens(alpha: Float, rng: Rng) -> Float:
     height, width = alpha.shape
     cell = max(height, width) * np.exp(rng.uniform(*np.log(TOKEN_CELL_RANGE)))
     rows, columns = max(2, round(height / cell)), max(2, round(width / cell))
-    offset = rng.uniform(-0.6, 0.6, (2, 1)) * cell * (rng.random() < 0.5)
-    matrix = np.hstack([np.eye(2), offset]).astype(np.float32)
+    offset = rng.uniform(-0.6, 0.6, (2, 1)) * cell
+    is_shifted = rng.random() < 0.5
+    matrix = np.hstack([np.eye(2), offset * is_shifted]).astype(np.float32)
     shifted: Float = np.asarray(
         cv2.warpAffine(alpha, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE), np.float32
     )
@@ -238,9 +244,8 @@ def degrade_outline(alpha: Float, rng: Rng) -> Float:
         holes = _draw_blob(alpha.shape, rng, largest=0.15)
         coarse = coarse * (1 - holes) if rng.random() < 0.6 else np.maximum(coarse, holes * rng.uniform(0.2, 0.8))
     if rng.random() < 0.85:
-        coarse = np.asarray(
-            cv2.GaussianBlur(coarse, (0, 0), float(np.exp(rng.uniform(np.log(0.5), np.log(5.0))))), np.float32
-        )
+        std = float(np.exp(rng.uniform(np.log(0.5), np.log(5.0))))
+        coarse = np.asarray(cv2.GaussianBlur(coarse, (0, 0), std), np.float32)
     return np.clip(coarse, 0.0, 1.0).astype(np.float32)
 
 
@@ -250,9 +255,9 @@ def degrade_to_object_mask(alpha: Float, rng: Rng) -> Float:
     The outline is smooth and confident. It cuts off hair or closes the gaps between strands.
     """
     height, width = alpha.shape
-    longest = max(height, width)
-    cell = longest * np.exp(rng.uniform(*np.log(OBJECT_CELL_RANGE)))
-    smooth = np.asarray(cv2.GaussianBlur(alpha, (0, 0), cell * np.exp(rng.uniform(*np.log(OBJECT_BLUR)))))
+    cell = max(height, width) * np.exp(rng.uniform(*np.log(OBJECT_CELL_RANGE)))
+    blur_px = cell * np.exp(rng.uniform(*np.log(OBJECT_BLUR)))
+    smooth = np.asarray(cv2.GaussianBlur(alpha, (0, 0), blur_px))
     rows, columns = max(2, round(height / cell)), max(2, round(width / cell))
     grid = cv2.resize(smooth, (columns, rows), interpolation=cv2.INTER_AREA)
     steepness = np.exp(rng.uniform(np.log(8.0), np.log(40.0)))
@@ -269,18 +274,17 @@ def add_uncertain_regions(coarse: Float, rgb: ImageU8, truth: Float, rng: Rng) -
     similarity. ``rgb`` is the image, uint8 [H,W,3].
     """
     height, width = truth.shape
-    scale = min(1.0, 160 / max(height, width))
+    scale = min(1.0, REGION_IMAGE_PX / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    colours = np.asarray(cv2.GaussianBlur(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), (0, 0), 1.0), np.uint8)
+    small = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+    colours = np.asarray(cv2.GaussianBlur(small, (0, 0), 1.0), np.uint8)
     is_object = cv2.resize(truth, size, interpolation=cv2.INTER_AREA) > 0.5
     for _ in range(int(rng.integers(1, 4))):
         is_inside = bool(rng.random() < INSIDE_PROBABILITY)
-        region = cv2.GaussianBlur(
-            _draw_colour_region(colours, is_object == is_inside, rng),
-            (0, 0),
-            max(size) * rng.uniform(*TOKEN_CELL_RANGE) * 0.5,
-        )
-        weight = cv2.resize(region, (width, height), interpolation=cv2.INTER_LINEAR) * rng.uniform(0.5, 1.0)
+        region = _draw_colour_region(colours, is_object == is_inside, rng)
+        blur_px = max(size) * rng.uniform(*TOKEN_CELL_RANGE) * 0.5
+        soft_region = cv2.GaussianBlur(region, (0, 0), blur_px)
+        weight = cv2.resize(soft_region, (width, height), interpolation=cv2.INTER_LINEAR) * rng.uniform(0.5, 1.0)
         level = rng.uniform(0.05, 0.7) if is_inside else rng.uniform(0.2, 0.7)
         uncertain = np.minimum(coarse, level) if is_inside else np.maximum(coarse, level)
         coarse = (coarse + weight * (uncertain - coarse)).astype(np.float32)
@@ -289,7 +293,8 @@ def add_uncertain_regions(coarse: Float, rgb: ImageU8, truth: Float, rng: Rng) -
 
 def draw_smooth_noise(size: tuple[int, int], cell: float, rng: Rng) -> Float:
     """Draw normal noise, [H,W], that varies over about ``cell`` pixels, with a standard deviation near 1."""
-    small = rng.standard_normal((max(2, round(size[0] / cell)), max(2, round(size[1] / cell)))).astype(np.float32)
+    small_size = max(2, round(size[0] / cell)), max(2, round(size[1] / cell))
+    small = rng.standard_normal(small_size).astype(np.float32)
     return np.asarray(cv2.resize(small, size[::-1], interpolation=cv2.INTER_CUBIC))
 
 
@@ -312,13 +317,17 @@ def _warp_outline(alpha: Float, reach: float, rng: Rng) -> Float:
 
 
 def _draw_colour_region(colours: ImageU8, candidates: np.ndarray, rng: Rng) -> Float:
-    """Draw a pixel of ``candidates``, bool [h,w]; return 1 where its colour extends around it within them, else 0."""
+    """Draw a region of similar colour in ``candidates``, bool [h,w]; return 1 inside it and 0 outside.
+
+    The region grows from a random pixel. If it is too large, only a part around that pixel is returned.
+    """
     indices = np.flatnonzero(candidates)
     if not len(indices):
         return np.zeros(candidates.shape, np.float32)
     y, x = divmod(int(indices[rng.integers(len(indices))]), candidates.shape[1])
     filled = np.zeros((candidates.shape[0] + 2, candidates.shape[1] + 2), np.uint8)
     difference = (float(rng.uniform(8.0, 40.0)),) * 3
+    # 4: neighbours by side; 1 << 8: the value 1 is written to ``filled``, which has a border of one pixel.
     flags = 4 | cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE | 1 << 8
     cv2.floodFill(colours, filled, (x, y), 0, difference, difference, flags)
     region = (filled[1:-1, 1:-1] > 0) & candidates
@@ -330,13 +339,17 @@ def _draw_colour_region(colours: ImageU8, candidates: np.ndarray, rng: Rng) -> F
 def _draw_blob(
     size: tuple[int, int], rng: Rng, largest: float = 0.3, centre: tuple[float, float] | None = None
 ) -> Float:
-    """Draw a soft ellipse, 1 inside, around a centre (x, y) or at a random place."""
+    """Draw a soft ellipse, 1 inside, around a centre (x, y) or at a random place.
+
+    ``largest``: largest half axis, as a fraction of the long side.
+    """
     height, width = size
     blob = np.zeros(size, np.float32)
     centre = centre or (rng.uniform(0, width), rng.uniform(0, height))
     axes = rng.uniform(0.04, largest, 2) * max(size)
-    box = (centre, (float(2 * max(axes[0], 0.7)), float(2 * max(axes[1], 0.7))), float(rng.uniform(0, 180)))
-    cv2.ellipse(blob, box, 1.0, -1)
+    diameters = float(2 * max(axes[0], 0.7)), float(2 * max(axes[1], 0.7))
+    angle = float(rng.uniform(0, 180))
+    cv2.ellipse(blob, (centre, diameters, angle), 1.0, -1)
     return np.asarray(cv2.GaussianBlur(blob, (0, 0), max(0.5, 0.15 * float(min(axes)))))
 
 

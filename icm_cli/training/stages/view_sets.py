@@ -94,48 +94,60 @@ class ViewPlan:
     def files_of_part(self, part: int) -> list[ViewFile]:
         """Return the files of a rotation part."""
         if part not in self._files:
-            files = []
-            for is_large, size in ((False, VIEWS_PER_FILE), (True, VIEWS_PER_FILE // LARGE_FACTOR**2)):
-                items = self._items_of_part(part, is_large=is_large)
-                for number, start in enumerate(range(0, len(items), size)):
-                    files.append(ViewFile(part, number, is_large, tuple(items[start : start + size])))
-            self._files[part] = files
+            small = self._make_files(part, self._shuffled_items, is_large=False)
+            large = self._make_files(part, self._shuffled_items_of_large_views, is_large=True)
+            self._files[part] = small + large
         return self._files[part]
 
-    def _items_of_part(self, part: int, *, is_large: bool) -> list[TrainingItem]:
-        """Return the items of a part: the next ones of each group, in its shuffled order."""
-        config, items = self._config, list[TrainingItem]()
-        views = config.large_views_per_group if is_large else config.views_per_group
-        for order in self._shuffled_items[is_large]:
-            count = min(views, config.max_views_per_image * len(order))
+    def _make_files(self, part: int, groups: list[list[TrainingItem]], *, is_large: bool) -> list[ViewFile]:
+        """Return the files of a part with its small or its large views, given the shuffled items of every group."""
+        config = self._config
+        views_per_group = config.large_views_per_group if is_large else config.views_per_group
+        items: list[TrainingItem] = []
+        for group in groups:
+            count = min(views_per_group, config.max_views_per_image * len(group))  # views of the group in a view set
             indices = range(count * part // config.rotation_parts, count * (part + 1) // config.rotation_parts)
-            items += [order[index % len(order)] for index in indices]
-        return items
+            items += [group[index % len(group)] for index in indices]
+        size = VIEWS_PER_FILE // LARGE_FACTOR**2 if is_large else VIEWS_PER_FILE
+        starts = range(0, len(items), size)
+        return [
+            ViewFile(part, number, is_large, tuple(items[start : start + size])) for number, start in enumerate(starts)
+        ]
 
     @cached_property
-    def _shuffled_items(self) -> list[list[list[TrainingItem]]]:
-        """The shuffled items of every group, for small and for large views."""
-        generators = [np.random.default_rng((self._seed + offset, 2)) for offset in (0, 1)]
-        return [
-            [[items[index] for index in rng.permutation(len(items))] for items in self._pool.groups.values()]
-            for rng in generators
-        ]
+    def _shuffled_items(self) -> list[list[TrainingItem]]:
+        """The items of every group, in the order of its small views."""
+        return self._shuffle_groups(np.random.default_rng((self._seed, 2)))
+
+    @cached_property
+    def _shuffled_items_of_large_views(self) -> list[list[TrainingItem]]:
+        return self._shuffle_groups(np.random.default_rng((self._seed + 1, 2)))
+
+    def _shuffle_groups(self, rng: np.random.Generator) -> list[list[TrainingItem]]:
+        groups = self._pool.groups.values()
+        return [[items[index] for index in rng.permutation(len(items))] for items in groups]
 
 
 class SceneDataset(Dataset["Scene | str"]):
-    """Scenes of the items of view files, with random distractors. An unreadable item is a str with the reason."""
+    """Scenes of the items of view files, with random distractors. An unreadable item is a str with the reason.
+
+    Keys are pairs: the index of the file in ``files``, and the index of the item in the file.
+    """
 
     def __init__(self, pool: TrainingPool, settings: Settings, files: Sequence[ViewFile]) -> None:
         train = settings.train
-        self._makers = SceneMaker(pool, train), SceneMaker(pool, train, LARGE_FACTOR * train.canvas_px)
+        self._small_scenes = SceneMaker(pool, train)
+        self._large_scenes = SceneMaker(pool, train, LARGE_FACTOR * train.canvas_px)
         self._seed = train.seed
         self._files = files
 
-    def __getitem__(self, numbers: tuple[int, int]) -> Scene | str:
-        file, index = self._files[numbers[0]], numbers[1]
-        rng = np.random.default_rng(file.scene_seed(self._seed, index))
+    def __getitem__(self, key: tuple[int, int]) -> Scene | str:
+        file_index, item_index = key
+        file = self._files[file_index]
+        maker = self._large_scenes if file.is_large else self._small_scenes
+        rng = np.random.default_rng(file.scene_seed(self._seed, item_index))
         try:
-            scene = self._makers[file.is_large].make_view(file.items[index], rng)
+            scene = maker.make_view(file.items[item_index], rng)
         except ImageError as error:
             return str(error)
         return replace(scene, trimap=None, coarse=None)
@@ -172,18 +184,24 @@ class ViewEncoder:
 
         Each file is stored as soon as it is encoded, so that an interrupted run can be resumed.
         """
-        views = {file: stored for file in files if (stored := self._load_file(file)) is not None}
+        views: dict[ViewFile, Views] = {}
+        for file in files:
+            stored = self._load_file(file)
+            if stored is not None:
+                views[file] = stored
         missing = [file for file in files if file not in views]
-        encoded, pending = sum(map(len, views.values())), Views()
         total = sum(len(file.items) for file in files)
+        encoded = sum(map(len, views.values()))
+        views_of_file: Views = []
         with self._listener.encoding_images(total, encoded) if missing and is_start else contextlib.nullcontext():
             for file, batch in self._encode_files(missing, workers):
-                pending += batch
+                views_of_file += batch
                 encoded += len(batch)
                 if is_start:
                     self._listener.on_encoding_progress(encoded)
-                if len(pending) == len(file.items):
-                    views[file], pending = self._store_file(file, pending), []
+                if len(views_of_file) == len(file.items):
+                    views[file] = self._store_file(file, views_of_file)
+                    views_of_file = []
         return {file: views[file] for file in files}
 
     def remove_parts_before(self, part: int) -> None:
@@ -197,11 +215,10 @@ class ViewEncoder:
     def _encode_files(self, files: Sequence[ViewFile], workers: int) -> Iterator[tuple[ViewFile, Views]]:
         """Yield the views of files, in batches of images of the same file."""
         size = self._learner.device.auto_batch_size
-        batches = [
-            [(number, index) for index in range(start, min(start + size, len(file.items)))]
-            for number, file in enumerate(files)
-            for start in range(0, len(file.items), size)
-        ]
+        batches: list[list[tuple[int, int]]] = []
+        for file_index, file in enumerate(files):
+            keys = [(file_index, item_index) for item_index in range(len(file.items))]
+            batches += [keys[start : start + size] for start in range(0, len(keys), size)]
         loader = DataLoader(
             SceneDataset(self._pool, self._settings, files),
             batch_sampler=batches,
@@ -209,13 +226,14 @@ class ViewEncoder:
             generator=torch.Generator(),  # leaves the default generator to the model
             **worker_options(workers),
         )
-        for numbers, scenes in zip(batches, loader, strict=True):
+        for batch_keys, scenes in zip(batches, loader, strict=True):
             for scene in scenes:
                 if isinstance(scene, str):  # why the image could not be read
                     self._listener.on_notice(f"skipped: {scene}")
             readable = [scene for scene in scenes if isinstance(scene, Scene)]
             views = _encode_scenes(self._learner, readable, self._objects) if readable else iter(())
-            yield files[numbers[0][0]], [None if isinstance(scene, str) else next(views) for scene in scenes]
+            file_index, _ = batch_keys[0]
+            yield files[file_index], [None if isinstance(scene, str) else next(views) for scene in scenes]
 
     def _load_file(self, file: ViewFile) -> Views | None:
         """Return the stored views of a file, memory-mapped; None if there are none, or if they have another digest."""
@@ -237,6 +255,7 @@ class ViewEncoder:
         return self._load_file(file) or views
 
     def _file_digest(self, file: ViewFile) -> str:
+        """Return a digest of everything that determines the views of a file."""
         seed = file.scene_seed(self._settings.train.seed, 0)
         return combined_digest(self._recipe, str(seed), *(f"{item.group} {item.name}" for item in file.items))
 
@@ -247,15 +266,24 @@ def _recipe_digest(settings: Settings, learner: Learner, data: DataRecord, *, ne
     That is the backbone, the inputs of the head's decoder, the recipe of the scenes, and the files of the data.
     """
     model, train = settings.model.as_dict(), settings.as_dict()["train"]
-    decoder = [len(model["head"][name]) for name in ("skip_channels", "decoder_channels")]
+    decoder_levels = [len(model["head"]["skip_channels"]), len(model["head"]["decoder_channels"])]
     recipe = [
-        *(model["backbone"], decoder, learner.weights_digest, data.digest),
-        *(train[name] for name in ("canvas_px", "pairs", "augment", "seed")),
+        model["backbone"],
+        decoder_levels,
+        learner.weights_digest,
+        data.digest,
+        train["canvas_px"],
+        train["pairs"],
+        train["augment"],
+        train["seed"],
         model["objects"] if needs_embeddings else None,
     ]
-    encoder = learner.model.objects if needs_embeddings else None
-    frozen = () if encoder is None else (each for each in encoder.parameters() if not each.requires_grad)
-    return combined_digest(json.dumps(recipe, sort_keys=True), *(each.cpu().numpy().tobytes() for each in frozen))
+    parts: list[str | bytes] = [json.dumps(recipe, sort_keys=True)]
+    if needs_embeddings and learner.model.objects is not None:
+        # The encoder of the object model, which makes the embeddings, is its frozen part.
+        frozen = [weight for weight in learner.model.objects.parameters() if not weight.requires_grad]
+        parts += [weight.cpu().numpy().tobytes() for weight in frozen]
+    return combined_digest(*parts)
 
 
 def _copy_objects_for_inference(learner: Learner) -> Objects | None:
@@ -269,17 +297,17 @@ def _copy_objects_for_inference(learner: Learner) -> Objects | None:
 
 @torch.no_grad()
 def _encode_scenes(learner: Learner, scenes: Sequence[Scene], objects: Objects | None) -> Iterator[View]:
-    """Encode scenes; return their views one by one, in half precision on the CPU."""
+    """Encode scenes; return an iterator of their views, in half precision on the CPU."""
     head = learner.model.head
     assert isinstance(head, TokenMatchHead)
 
-    def store(tensor: Tensor) -> Tensor:
+    def halve(tensor: Tensor) -> Tensor:
         return (tensor.half() if tensor.is_floating_point() else tensor).cpu()
 
     layers = [layer.to(learner.device.torch_device) for layer in stack_scenes(scenes)]
-    views = encode_scenes(learner.model.backbone, head, layers, objects).map_tensors(store)
+    views = encode_scenes(learner.model.backbone, head, layers, objects).map_tensors(halve)
 
-    def select_view(index: int) -> View:
+    def copy_view(index: int) -> View:
         return views.map_tensors(lambda tensor: tensor[index].clone())
 
-    return map(select_view, range(len(scenes)))
+    return map(copy_view, range(len(scenes)))
