@@ -8,7 +8,7 @@ Imports nothing heavy, so that ``icm --help`` stays fast.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -384,11 +384,12 @@ class MatteModelOptions(ModelOptions):
 
     device: str = option(
         "auto",
-        help="Device: auto, cpu, cuda, cuda:N or mps; or several of one kind, such as cuda:0,cuda:1 or cuda:all.",
-        metavar="DEVICE",
-        pattern=f"auto|cuda:all|{ONE_DEVICE}( *, *{ONE_DEVICE})*",
-        expected="auto, cpu, cuda, cuda:N, cuda:all or mps, or several such as cuda:0,cuda:1",
-        suggestions=_device_names,
+        replace(
+            DEVICE,
+            help="Device: auto, cpu, cuda, cuda:N or mps; or several of one kind, such as cuda:0,cuda:1 or cuda:all.",
+            pattern=f"auto|cuda:all|{ONE_DEVICE}( *, *{ONE_DEVICE})*",
+            expected="auto, cpu, cuda, cuda:N, cuda:all or mps, or several such as cuda:0,cuda:1",
+        ),
     )
     list_models: bool = option(
         False, help="List the models with their requirements and licences, and exit.", is_in_api=False
@@ -857,16 +858,7 @@ class ReviewPageOptions(OptionGroup):
         shown_default="--hints of the run, if it is a folder; else ALPHAS/.icm/hints",
         is_everyday=True,
     )
-    device: str | None = option(
-        None,
-        help="Device of the model: auto, cpu, cuda, cuda:N or mps.",
-        metavar="DEVICE",
-        pattern=f"auto|{ONE_DEVICE}",
-        expected="auto, cpu, cuda, cuda:N or mps",
-        shown_default="that of the run",
-        suggestions=_device_names,
-        is_everyday=True,
-    )
+    device: str | None = option(None, replace(DEVICE, shown_default="that of the run", is_everyday=True))
     host: str = option(
         "127.0.0.1",
         help="Address that the page is served at. With another address than that of this machine, others in the "

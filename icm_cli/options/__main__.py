@@ -141,22 +141,15 @@ def _function_stub(name: str, options_class: type[CommandOptions]) -> str:
     positional: list[str] = []
     keyword_only: list[str] = []
     for field in options_class.api_fields():
-        arguments = positional if field.name in options_class.positional else keyword_only
-        arguments.append(_argument_stub(field))
+        kind = positional if field.name in options_class.positional else keyword_only
+        kind.append(_argument_stub(field))
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY:
             keyword_only.append(f"{parameter.name}: {parameter.annotation} = {parameter.default!r}")
-    lines = [
-        f"def {name}(",
-        *(f"    {argument}," for argument in [*positional, "*", *keyword_only]),
-        f") -> {function.__annotations__['return']}:",
-        f'    """{summary}',
-        "",
-        *_wrap_arguments(describe_arguments(options_class)),
-        '    """',
-        "",
-    ]
-    return "\n".join(lines)
+    arguments = [f"    {argument}," for argument in [*positional, "*", *keyword_only]]
+    head = [f"def {name}(", *arguments, f") -> {function.__annotations__['return']}:"]
+    docstring = [f'    """{summary}', "", *_wrap_arguments(describe_arguments(options_class)), '    """', ""]
+    return "\n".join([*head, *docstring])
 
 
 def _wrap_arguments(text: str) -> Iterator[str]:

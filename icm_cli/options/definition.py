@@ -366,27 +366,22 @@ def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., R
     """
 
     def decorate(function: Callable[..., Returned]) -> Callable[..., Returned]:
-        own_parameters = [
-            parameter
-            for parameter in inspect.signature(function).parameters.values()
-            if parameter.kind is parameter.KEYWORD_ONLY
-        ]
+        all_parameters = inspect.signature(function).parameters.values()
+        own_parameters = [parameter for parameter in all_parameters if parameter.kind is parameter.KEYWORD_ONLY]
         option_parameters = [
             _signature_parameter(field, is_positional=field.name in options_class.positional)
             for field in options_class.api_fields()
         ]
-        signature = inspect.Signature(
-            [*option_parameters, *own_parameters], return_annotation=function.__annotations__.get("return")
-        )
+        result_type = function.__annotations__.get("return")
+        signature = inspect.Signature([*option_parameters, *own_parameters], return_annotation=result_type)
 
         @functools.wraps(function)
         def call(*arguments: Any, **keywords: Any) -> Returned:
             if len(arguments) == 1 and isinstance(arguments[0], options_class):
                 return function(*arguments, **keywords)
             values = signature.bind(*arguments, **keywords).arguments
-            own_values = {
-                parameter.name: values.pop(parameter.name) for parameter in own_parameters if parameter.name in values
-            }
+            own_names = [parameter.name for parameter in own_parameters]
+            own_values = {name: values.pop(name) for name in own_names if name in values}
             with argument_names(options_class), resource_errors(), warnings.catch_warnings(), _restore_environment():
                 return function(options_class.from_values(values), **own_values)
 

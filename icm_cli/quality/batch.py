@@ -65,11 +65,8 @@ def _find_outliers(images: Sequence[Signals]) -> list[list[str]]:
     """Return the reasons for each image of a folder: those of its measurements that are far from the median."""
     reasons: list[list[str]] = [[] for _ in images]
     for name, measure in _MEASURES.items():
-        values: dict[int, list[float]] = {}
-        for index, signals in enumerate(images):
-            value = measure(signals)
-            if value is not None:
-                values[index] = value
+        measured = [measure(signals) for signals in images]
+        values = {index: value for index, value in enumerate(measured) if value is not None}
         distances = _distances_from_median(list(values.values()), MIN_STD[name])
         for index, distance in zip(values, distances, strict=True):
             if distance > MAX_DISTANCE_STD:

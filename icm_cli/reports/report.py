@@ -158,10 +158,7 @@ class Report:
     @property
     def measured_metrics(self) -> list[str]:
         """Names of the metrics that have a mean."""
-        names: dict[str, None] = {}  # in their order, each once
-        for means in self.means.values():
-            names |= dict.fromkeys(means.metrics)
-        return list(names)
+        return list(dict.fromkeys(name for means in self.means.values() for name in means.metrics))
 
     @property
     def means_unseen(self) -> dict[Region, Means] | None:

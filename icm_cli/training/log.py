@@ -9,7 +9,6 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -113,15 +112,6 @@ class RunLog:
         return text.getvalue()
 
 
-@dataclass(frozen=True)
-class _Totals:
-    """Samples, waiting time and duration, in seconds, of all steps so far."""
-
-    samples: int = 0
-    waiting: float = 0.0
-    seconds: float = 0.0
-
-
 class StepStats:
     """Accumulates losses and times of the steps since the last log row, and over all steps."""
 
@@ -134,7 +124,7 @@ class StepStats:
         self._paused = 0.0
         self._steps = 0
         self._sums: defaultdict[str, float] = defaultdict(float)
-        self._logged = _Totals()
+        self._logged_samples, self._logged_waiting, self._logged_seconds = 0, 0.0, 0.0
         """The totals at the last log row."""
 
     def take_next_batch(self, batches: Iterator[Batch]) -> Batch:
@@ -171,21 +161,21 @@ class StepStats:
 
     def take_metrics(self, learning_rate: float) -> dict[str, float]:
         """Return the means since the last call, by the names of the log's columns."""
-        totals = _Totals(self.samples, self.waiting, self.seconds)
-        samples = totals.samples - self._logged.samples
-        seconds = max(1e-9, totals.seconds - self._logged.seconds)
+        total_seconds = self.seconds
+        samples = self.samples - self._logged_samples
+        seconds = max(1e-9, total_seconds - self._logged_seconds)
         metrics = {
             name: total / (self._steps if name == "gradient_norm" else samples) for name, total in self._sums.items()
         }
         metrics |= {
             "learning_rate": learning_rate,
             "samples_per_second": samples / seconds,
-            "waiting_fraction": (totals.waiting - self._logged.waiting) / seconds,
+            "waiting_fraction": (self.waiting - self._logged_waiting) / seconds,
             "seconds": seconds,
         }
         self._sums.clear()
         self._steps = 0
-        self._logged = totals
+        self._logged_samples, self._logged_waiting, self._logged_seconds = self.samples, self.waiting, total_seconds
         return metrics
 
 

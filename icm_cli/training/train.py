@@ -311,15 +311,10 @@ class _TrainingLoop:
 def _command_line(options: TrainOptions, folder: Path) -> str:
     """Return the command line that starts the same run, for the checkpoint."""
     training = options.training
-    values = {
-        "--config": training.config,
-        "--data": training.data,
-        "--out": folder,
-        "--checkpoint": training.checkpoint,
-        "--weights": options.device.weights,
-    }
+    flags = ("--config", "--data", "--out", "--checkpoint", "--weights")
+    values = (training.config, training.data, folder, training.checkpoint, options.device.weights)
     arguments = ["icm", "train"]
-    for flag, value in values.items():
+    for flag, value in zip(flags, values, strict=True):
         if value is not None:
             arguments += [flag, str(value)]
     for override in training.overrides:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from icm_cli.errors import ConfigError, TrainingError, UsageError
 from icm_cli.events import TrainingListener
@@ -73,15 +74,8 @@ class View(NamedTuple):
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> View:
         """Return the view with ``change`` applied to every tensor."""
-        return View(
-            feature=change(self.feature),
-            scales=tuple(map(change, self.scales)),
-            alpha=change(self.alpha),
-            inside=change(self.inside),
-            outside=change(self.outside),
-            valid=change(self.valid),
-            embedding=change(self.embedding),
-        )
+        changed = [tuple(map(change, field)) if isinstance(field, tuple) else change(field) for field in self]
+        return View._make(changed)
 
 
 Image = TypeVar("Image", View, Scene)
@@ -262,11 +256,7 @@ class MosaicSampler(Generic[Image]):
             positives = self._sample_positives(item, target, tile_count, references)
             tiles = []
             for index in range(tile_count):
-                if index in positives:
-                    tiles.append(positives[index])
-                else:
-                    _, negative = self._sample_tile(without=item)
-                    tiles.append(negative)
+                tiles.append(positives[index] if index in positives else self._sample_tile(without=item)[1])
             first_partner, _ = pairs[0]
             name = f"{item.name} by {first_partner.name}{'' if positives else ' (absent)'}"
             return Mosaic(name, self.rows, self.columns, references, tiles, tuple(positives))
@@ -372,16 +362,8 @@ def join_tiles(
 
 def _stack_views(views: Sequence[View]) -> View:
     """Stack the views of N images to one with tensors [N,...]."""
-    scales_by_level = zip(*(view.scales for view in views), strict=True)
-    return View(
-        feature=torch.stack([view.feature for view in views]),
-        scales=tuple(torch.stack(scales) for scales in scales_by_level),
-        alpha=torch.stack([view.alpha for view in views]),
-        inside=torch.stack([view.inside for view in views]),
-        outside=torch.stack([view.outside for view in views]),
-        valid=torch.stack([view.valid for view in views]),
-        embedding=torch.stack([view.embedding for view in views]),
-    )
+    stacked: View = default_collate(list(views))
+    return stacked._replace(scales=tuple(stacked.scales))  # default_collate returns a list
 
 
 def add_feature_noise(batch: MosaicBatch, max_std: float, rng: np.random.Generator) -> MosaicBatch:

@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -66,9 +65,10 @@ class ViewPlan:
     """Decides which views belong to each rotation part, and which parts each step uses."""
 
     def __init__(self, pool: TrainingPool, config: MatchStageConfig, seed: int) -> None:
-        self._pool = pool
         self._config = config
-        self._seed = seed
+        self._small_order = _shuffle_groups(pool, seed)
+        """The items of every group, in the order of its small views."""
+        self._large_order = _shuffle_groups(pool, seed + 1)
         self._files: dict[int, list[ViewFile]] = {}
 
     def set_number(self, step: int) -> int:
@@ -94,8 +94,8 @@ class ViewPlan:
     def files_of_part(self, part: int) -> list[ViewFile]:
         """Return the files of a rotation part."""
         if part not in self._files:
-            small = self._make_files(part, self._shuffled_items, is_large=False)
-            large = self._make_files(part, self._shuffled_items_of_large_views, is_large=True)
+            small = self._make_files(part, self._small_order, is_large=False)
+            large = self._make_files(part, self._large_order, is_large=True)
             self._files[part] = small + large
         return self._files[part]
 
@@ -114,18 +114,10 @@ class ViewPlan:
             ViewFile(part, number, is_large, tuple(items[start : start + size])) for number, start in enumerate(starts)
         ]
 
-    @cached_property
-    def _shuffled_items(self) -> list[list[TrainingItem]]:
-        """The items of every group, in the order of its small views."""
-        return self._shuffle_groups(np.random.default_rng((self._seed, 2)))
 
-    @cached_property
-    def _shuffled_items_of_large_views(self) -> list[list[TrainingItem]]:
-        return self._shuffle_groups(np.random.default_rng((self._seed + 1, 2)))
-
-    def _shuffle_groups(self, rng: np.random.Generator) -> list[list[TrainingItem]]:
-        groups = self._pool.groups.values()
-        return [[items[index] for index in rng.permutation(len(items))] for items in groups]
+def _shuffle_groups(pool: TrainingPool, seed: int) -> list[list[TrainingItem]]:
+    rng = np.random.default_rng((seed, 2))
+    return [[items[index] for index in rng.permutation(len(items))] for items in pool.groups.values()]
 
 
 class SceneDataset(Dataset["Scene | str"]):
@@ -267,17 +259,9 @@ def _recipe_digest(settings: Settings, learner: Learner, data: DataRecord, *, ne
     """
     model, train = settings.model.as_dict(), settings.as_dict()["train"]
     decoder_levels = [len(model["head"]["skip_channels"]), len(model["head"]["decoder_channels"])]
-    recipe = [
-        model["backbone"],
-        decoder_levels,
-        learner.weights_digest,
-        data.digest,
-        train["canvas_px"],
-        train["pairs"],
-        train["augment"],
-        train["seed"],
-        model["objects"] if needs_embeddings else None,
-    ]
+    sources = [model["backbone"], decoder_levels, learner.weights_digest, data.digest]
+    scenes = [train[name] for name in ("canvas_px", "pairs", "augment", "seed")]
+    recipe = [*sources, *scenes, model["objects"] if needs_embeddings else None]
     parts: list[str | bytes] = [json.dumps(recipe, sort_keys=True)]
     if needs_embeddings and learner.model.objects is not None:
         # The encoder of the object model, which makes the embeddings, is its frozen part.
