@@ -340,11 +340,8 @@ class RunFolder:
         """
         described = read_training_sources(self._checkpoint) if self._checkpoint else {}
         for items, source in zip(self._pool.sources, self._settings.data.sources, strict=True):
-            described[source.title] = {
-                "licence": source.licence,
-                "groups": len({item.group for item in items}),
-                "images": len({item.image for item in items}),
-            }
+            groups, images = {item.group for item in items}, {item.image for item in items}
+            described[source.title] = {"licence": source.licence, "groups": len(groups), "images": len(images)}
         if self._pool.backgrounds:
             title = f"backgrounds ({', '.join(self._settings.data.backgrounds)})"
             described[title] = {"images": len(self._pool.backgrounds)}

@@ -134,8 +134,8 @@ class _Rounds:
         self._alpha = alpha if corrupts_coarse else self._corrupt(alpha[:, 0], is_corrupt)[:, None]
         has_loss = []
         for has_other_object, was_corrupted in zip(self._has_other_object, is_corrupt, strict=True):
-            has_wrong_input = was_corrupted and corrupts_coarse
-            has_loss.append(not has_other_object and not has_wrong_input)
+            has_corrupt_input = was_corrupted and corrupts_coarse
+            has_loss.append(not has_other_object and not has_corrupt_input)
         self._rounds.append(_Round(logits, logits.new_zeros(count), torch.tensor(has_loss).to(logits)))
 
     def draw_boxes(self) -> None:
