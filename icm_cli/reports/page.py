@@ -72,8 +72,8 @@ def _template_context(report: Report) -> dict[str, Any]:
     """Return the variables of the template."""
     scored = [result for result in report.results if result.evaluation.scores]
     means = report.means
-    main: Region | None = next(iter(means), None)
-    worst_first = sorted(scored, key=lambda result: -_region_mse(result, main)) if main else []
+    main_region: Region | None = next(iter(means), None)
+    worst_first = sorted(scored, key=lambda result: -_region_mse(result, main_region)) if main_region else []
     best = worst_first[::-1][: min(MAX_BEST, len(scored) // 3)]
     worst = worst_first[: min(MAX_WORST, len(scored) - len(best))]
     others = [result for result in report.results if not result.evaluation.scores and result.status != "failed"]
@@ -87,12 +87,12 @@ def _template_context(report: Report) -> dict[str, Any]:
         "means_unseen": report.means_unseen or {},
         "metrics": report.measured_metrics,
         "metric_titles": METRIC_TITLES,
-        "main": main,
+        "main": main_region,
         "published": published_scores(report.protocol),
         "comparison_caveats": comparison_caveats(report.protocol, means),
         "shot_score_titles": SHOT_SCORE_TITLES,
         "tables": _breakdown_tables(scored),
-        "histograms": [_make_histogram(scored, main, metric) for metric in METRICS] if main else [],
+        "histograms": [_make_histogram(scored, main_region, metric) for metric in METRICS] if main_region else [],
         "worst": (_make_figure(report, result) for result in worst),
         "best": (_make_figure(report, result) for result in best),
         "has_quality": any(result.matting.quality is not None for result in report.results),
@@ -106,9 +106,9 @@ def _template_context(report: Report) -> dict[str, Any]:
     }
 
 
-def _region_mse(result: ImageResult, region: Region | None) -> float:
+def _region_mse(result: ImageResult, region: Region) -> float:
     """Return the MSE of a result over a region, 0 if it has none."""
-    scores = result.evaluation.scores.get(region) if region else None
+    scores = result.evaluation.scores.get(region)
     return scores.mse if scores else 0.0
 
 
