@@ -132,7 +132,7 @@ def test_pixels_are_moved_by_their_coordinates(data: st.DataObject) -> None:
     pixels = np.arange(1, 1 + first.size[0] * first.size[1]).reshape(first.size)
     found = first.move_pixels(pixels, second)
     for row, column in np.ndindex(*second.size):
-        there = row + second.at[0] - first.at[0], column + second.at[1] - first.at[1]
+        there = row + second.offset[0] - first.offset[0], column + second.offset[1] - first.offset[1]
         inside = 0 <= there[0] < first.size[0] and 0 <= there[1] < first.size[1]
         assert found[row, column] == (pixels[there] if inside else 0)
 

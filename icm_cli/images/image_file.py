@@ -122,6 +122,7 @@ class ReopeningFile(io.FileIO):
         return self._retry(super().readall)
 
     def _retry(self, read: Callable[[], Result]) -> Result:
+        """Return ``read()``. After a transient error, reopen the file at the same position and read again."""
         position = self.seek(0, os.SEEK_CUR)
 
         def read_or_reopen() -> Result:
@@ -134,7 +135,10 @@ class ReopeningFile(io.FileIO):
         return retry_transient(read_or_reopen)
 
     def _reopen(self, position: int) -> None:
-        """Open the file again under the same descriptor. Raises ImageError if it was replaced."""
+        """Open the file again under the same descriptor. Raises ImageError if it was replaced.
+
+        If it cannot be opened, the next attempt to read reports the error.
+        """
         with contextlib.suppress(OSError), self._path.open("rb", buffering=0) as file:
             if _size_and_time(os.fstat(file.fileno())) != self._state:
                 raise ImageError(f"{self._path} was replaced while it was read; run the same command again")
@@ -178,9 +182,10 @@ class ImageFile:
         return os.fstat(self._stream.fileno()).st_size
 
     def read_state(self) -> str:
-        """Return file size, modification time in nanoseconds, and a digest of the first bytes (TIFF: also the last).
+        """Return a text that changes with the file: size, modification time in nanoseconds, and a digest of the head.
 
-        These usually contain the image's dimensions and orientation, which a TIFF may store at its end.
+        The head usually contains the dimensions and the orientation of the image. A TIFF may store them at its end, so
+        its last bytes are part of the digest too.
         """
         status = os.fstat(self._stream.fileno())
         hasher = hashlib.sha256(self.head)
@@ -206,20 +211,24 @@ def movie_message(path: Path) -> str:
 
 
 def _size_and_time(status: os.stat_result) -> str:
+    """Return the start of a state; see :meth:`ImageFile.read_state`."""
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _is_movie(head: bytes) -> bool:
+    """Return whether a file that begins with these bytes is a movie."""
     if head[4:8] == b"ftyp":
         return any(brand in head[8:64] for brand in _MOVIE_BRANDS)
     is_avi = head[:4] == b"RIFF" and head[8:12] == b"AVI "
-    # Packets of MPEG-TS begin with a G; in M2TS a time stamp of four bytes precedes each packet.
-    is_stream = any(head[at::step][:3] == b"GGG" for at, step in ((0, 188), (4, 192)))
+    # Packets of 188 bytes (MPEG-TS) begin with "G". In M2TS, a time stamp of four bytes precedes each packet.
+    is_transport_stream = head[::188].startswith(b"GGG") or head[4::192].startswith(b"GGG")
     is_red = head[4:8] in (b"RED1", b"RED2")
-    return is_avi or is_stream or is_red or head[4:8] in _MOVIE_ATOMS or head.startswith(_MOVIE_SIGNATURES)
+    has_movie_atom = head[4:8] in _MOVIE_ATOMS
+    return is_avi or is_transport_stream or is_red or has_movie_atom or head.startswith(_MOVIE_SIGNATURES)
 
 
 def _image_format(head: bytes) -> str:
+    """Return the name of the image format of a file that begins with these bytes; "" for another file."""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "webp"
     if head[4:8] == b"ftyp":
@@ -227,6 +236,8 @@ def _image_format(head: bytes) -> str:
         if b"avif" in brands or b"avis" in brands:
             return "avif"
         return "heic" if any(brand in brands for brand in _HEIC_BRANDS) else ""
-    name = next((name for name, signatures in _SIGNATURES.items() if head.startswith(signatures)), "")
-    pattern = _HEADER_PATTERNS.get(name)
-    return name if pattern is None or pattern.match(head) else ""
+    for name, signatures in _SIGNATURES.items():
+        if head.startswith(signatures):
+            pattern = _HEADER_PATTERNS.get(name)
+            return name if pattern is None or pattern.match(head) else ""
+    return ""

@@ -24,18 +24,18 @@ GREY_TOLERANCE = 16
 TRANSPOSING_ORIENTATIONS = frozenset({5, 6, 7, 8})
 """EXIF orientations that swap height and width."""
 _UPRIGHT: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: a.swapaxes(0, 1)[:, ::-1],
-    7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
-    8: lambda a: a.swapaxes(0, 1)[::-1],
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: stored.swapaxes(0, 1)[:, ::-1],
+    7: lambda stored: stored.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda stored: stored.swapaxes(0, 1)[::-1],
 }
-"""The operation that makes an image upright, by its EXIF orientation."""
+"""EXIF orientation -> operation that turns the stored pixels upright."""
 _INVERSE = {6: 8, 8: 6}
-"""Orientations that are inverse to each other. Every other one is its own inverse."""
+"""Orientation -> orientation whose operation undoes it. Every orientation that is not listed undoes itself."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ImageWindows:
 
     size: tuple[int, int]
     """Height and width of the data window, which holds the pixels."""
-    at: tuple[int, int]
+    offset: tuple[int, int]
     """Row and column of the data window's top left corner in the display window."""
     display: tuple[int, int]
     """Height and width of the display window."""
@@ -57,8 +57,8 @@ class ImageWindows:
     @classmethod
     def from_spec(cls, spec: Any) -> ImageWindows:
         """Return the windows in an OpenImageIO specification."""
-        at = spec.y - spec.full_y, spec.x - spec.full_x
-        return cls((spec.height, spec.width), at, (spec.full_height, spec.full_width))
+        offset = spec.y - spec.full_y, spec.x - spec.full_x
+        return cls((spec.height, spec.width), offset, (spec.full_height, spec.full_width))
 
     @property
     def is_full(self) -> bool:
@@ -70,25 +70,31 @@ class ImageWindows:
         """Windows in which the data window is the whole display window."""
         return ImageWindows.full(self.display)
 
-    def matched_to(self, other: ImageWindows | None) -> ImageWindows:
-        """Return ``other`` if its display window has the size of this one; else :attr:`display_window`."""
-        return other if other is not None and other.display == self.display else self.display_window
+    def windows_to_read(self, target: ImageWindows | None) -> ImageWindows:
+        """Return the windows to which the pixels of a mask or alpha with these windows are moved.
 
-    def move_pixels(self, pixels: NDArray[Any], to: ImageWindows) -> NDArray[Any]:
-        """Move pixels [H,W] or [H,W,C] to another data window; new pixels are 0.
+        These are ``target``, the windows of the image that it belongs to, if both display windows have the same size.
+        Otherwise, or without a target, the pixels cover their own display window.
+        """
+        if target is not None and target.display == self.display:
+            return target
+        return self.display_window
+
+    def move_pixels(self, pixels: NDArray[Any], target: ImageWindows) -> NDArray[Any]:
+        """Move pixels [H,W] or [H,W,C] of this data window to that of ``target``; new pixels are 0.
 
         Both data windows are of the same display window.
         """
-        if to == self:
+        if target == self:
             return pixels
-        moved = np.zeros((*to.size, *pixels.shape[2:]), pixels.dtype)
-        rows, own_rows = _overlap(self.size[0], self.at[0] - to.at[0], to.size[0])
-        columns, own_columns = _overlap(self.size[1], self.at[1] - to.at[1], to.size[1])
-        moved[rows, columns] = pixels[own_rows, own_columns]
+        moved = np.zeros((*target.size, *pixels.shape[2:]), pixels.dtype)
+        target_rows, own_rows = _overlap(self.size[0], self.offset[0] - target.offset[0], target.size[0])
+        target_columns, own_columns = _overlap(self.size[1], self.offset[1] - target.offset[1], target.size[1])
+        moved[target_rows, target_columns] = pixels[own_rows, own_columns]
         return moved
 
     def __str__(self) -> str:
-        row, column = self.at
+        row, column = self.offset
         size, display = format_size(self.size), format_size(self.display)
         return f"a data window of {size} at ({column},{row}) in a display window of {display}"
 
@@ -104,7 +110,7 @@ def _overlap(length: int, shift: int, target_length: int) -> tuple[slice, slice]
 class DecodedImage:
     """Upright pixels of one frame as the file stores them.
 
-    Colours may be multiplied by the alpha (associated alpha). They stay so: that is the image over black.
+    Colours may be multiplied by the alpha (associated alpha), which shows the image over black. They stay so.
     """
 
     pixels: NDArray[Any]
@@ -131,7 +137,7 @@ class DecodedImage:
     is_half: bool = False
     """Whether the file stores 16-bit floats."""
     own_windows: ImageWindows | None = None
-    """Windows of an EXR without an EXIF orientation; None for all other files."""
+    """Windows of the pixels; None if the pixels fill their display window."""
 
     @property
     def values(self) -> NDArray[Any]:
@@ -145,28 +151,34 @@ class DecodedImage:
 
     def reorient(self, orientation: int) -> DecodedImage:
         """Return the image with this EXIF orientation applied instead of ``self.orientation``."""
-        to_stored, to_upright = _UPRIGHT[_INVERSE.get(self.orientation, self.orientation)], _UPRIGHT[orientation]
+        to_stored = _UPRIGHT[_INVERSE.get(self.orientation, self.orientation)]
+        to_upright = _UPRIGHT[orientation]
         image = self._change_planes(lambda plane: np.ascontiguousarray(to_upright(to_stored(plane))))
         windows = self.own_windows if orientation == self.orientation else None
         return replace(image, orientation=orientation, own_windows=windows)
 
     def move_to(self, windows: ImageWindows) -> DecodedImage:
         """Return the image in another data window of its display window; new pixels are 0."""
-        return replace(self._change_planes(lambda plane: self.windows.move_pixels(plane, windows)), own_windows=windows)
+        image = self._change_planes(lambda plane: self.windows.move_pixels(plane, windows))
+        return replace(image, own_windows=windows)
 
     def _change_planes(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> DecodedImage:
-        """Apply a function to pixels, alpha and indices."""
+        """Return the image with a function applied to its pixels, alpha and indices."""
         alpha = None if self.alpha is None else change(self.alpha)
         indices = None if self.indices is None else change(self.indices)
         return replace(self, pixels=change(self.pixels), alpha=alpha, indices=indices)
 
     @property
     def windows(self) -> ImageWindows:
+        """Windows of the pixels. Only those of an EXR without an EXIF orientation may differ from each other."""
         height, width = self.pixels.shape[:2]
         return self.own_windows or ImageWindows.full((height, width))
 
     def copy_metadata_to(self, spec: Any) -> None:
-        """Copy windows, pixel aspect ratio, timecode and frame rate to an output specification."""
+        """Copy windows, pixel aspect ratio, timecode and frame rate to an OpenImageIO specification of an output.
+
+        Windows are only copied to an output of the same size and orientation. If the output is transposed, nothing is.
+        """
         header = self.header
         if header is None or self.orientation in TRANSPOSING_ORIENTATIONS:
             return
@@ -183,9 +195,10 @@ def valid_orientation(orientation: object) -> int:
     return orientation if isinstance(orientation, int) and orientation in _UPRIGHT else 1
 
 
-def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """Return the upright (height, width) of a stored (width, height)."""
-    return size if orientation in TRANSPOSING_ORIENTATIONS else (size[1], size[0])
+def upright_size(stored_size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Return (height, width) of an upright image. ``stored_size``: (width, height) before its EXIF orientation."""
+    width, height = stored_size
+    return (width, height) if orientation in TRANSPOSING_ORIENTATIONS else (height, width)
 
 
 reserve_memory: ContextVar[Callable[[Path, str, int], None] | None] = ContextVar("reserve_memory", default=None)
@@ -195,17 +208,21 @@ reserve_memory: ContextVar[Callable[[Path, str, int], None] | None] = ContextVar
 def check_memory(path: Path, width: int, height: int, sample_bytes: int = 1) -> None:
     """Raise ImageMemoryError for an image that does not fit into the free memory.
 
-    Decoders call it when they know the size of an image, before they decode it. ``sample_bytes``: bytes of a decoded
-    value.
+    Decoders call it when they know the size of an image, before they decode it. ``sample_bytes``: bytes of one channel
+    of a decoded pixel.
     """
-    needed = width * height * (BYTES_PER_PIXEL + 3 * (sample_bytes - 1))
+    bytes_per_pixel = BYTES_PER_PIXEL + 3 * (sample_bytes - 1)  # three colour channels
+    size, needed = f"{width}x{height}", width * height * bytes_per_pixel
     if reserve := reserve_memory.get():
-        reserve(path, f"{width}x{height}", needed)
-    elif needed > (free := free_memory()).size:
-        raise ImageMemoryError(too_large_message(path, f"{width}x{height}", needed, free))
+        reserve(path, size, needed)
+        return
+    free = free_memory()
+    if needed > free.size:
+        raise ImageMemoryError(too_large_message(path, size, needed, free))
 
 
 def too_large_message(path: Path, size: str, needed: int, free: FreeMemory) -> str:
+    """Return the error message about an image of a ``size`` such as "640x480" that needs ``needed`` bytes."""
     return (
         f"{path} is {size}, which needs about {format_gb(needed)} of memory, and only {free}; free memory, raise the "
         "limit or scale the image down"

@@ -40,6 +40,7 @@ class SourceImage:
 
     @property
     def windows(self) -> ImageWindows:
+        """Windows of ``rgb`` and ``alpha``; without stored pixels, they fill their display window."""
         height, width = self.rgb.shape[:2]
         return ImageWindows.full((height, width)) if self.stored is None else self.stored.windows
 
@@ -48,7 +49,7 @@ class SourceImage:
 
         If ``target_windows`` of another image have a display window of this size, the result covers their data window.
         """
-        target = self.windows.matched_to(target_windows)
+        target = self.windows.windows_to_read(target_windows)
         alpha = None if self.alpha is None else self.windows.move_pixels(self.alpha, target)
         return replace(self, rgb=self.windows.move_pixels(self.rgb, target), alpha=alpha, stored=None)
 
@@ -86,10 +87,11 @@ def read_stored_pixels(
     window. ``has_labels``: the values are labels and may be any numbers. Raises ImageError.
     """
     decoded = decode_image(path, wanted=LABEL_VALUES if has_labels else RAW_VALUES)
-    decoded = decoded.move_to(decoded.windows.matched_to(target_windows))
+    decoded = decoded.move_to(decoded.windows.windows_to_read(target_windows))
     if decoded.file_white is None:
         return decoded
-    factor = decoded.file_white / decoded.scale  # the decoder has scaled the values of the file
+    # The decoder has scaled the values of the file, such as those of 4 bits to 0..255.
+    factor = decoded.file_white / decoded.scale
     pixels = np.round(decoded.pixels * factor).astype(decoded.pixels.dtype)
     alpha = None if decoded.alpha is None else decoded.alpha * factor
     return replace(decoded, pixels=pixels, alpha=alpha, scale=float(decoded.file_white), file_white=None)
@@ -110,7 +112,7 @@ class GroundTruthAlpha:
 def read_ground_truth(
     source: Path | ImageFile, *, is_label_map: bool = False, target_windows: ImageWindows | None = None
 ) -> GroundTruthAlpha:
-    """Read a ground truth as :func:`read_alpha` does, with its unusual properties.
+    """Read a ground truth as :func:`read_alpha` does, and return its unusual properties with it.
 
     Raises ImageError, also for values that are not finite.
     """
@@ -118,24 +120,26 @@ def read_ground_truth(
     assert image.stored is not None
     if any(NOT_FINITE in notice for notice in image.notices):
         raise ImageError(f"{source} has {NOT_FINITE}; expected an alpha with values of 0..1; write it again")
-    if is_label_map and (objects := _object_mask(image.stored)) is not None:
-        return GroundTruthAlpha(objects, is_deep=False, has_colour=False)
-    bits, image = image.stored.bits, image.to_display_window(target_windows)
+    if is_label_map and image.stored.indices is not None:
+        return GroundTruthAlpha(_object_mask(image.stored), is_deep=False, has_colour=False)
+    is_deep = image.stored.bits > 8
+    image = image.to_display_window(target_windows)
     if image.alpha is not None and image.alpha.min() != image.alpha.max():
-        return GroundTruthAlpha(image.alpha, bits > 8, has_colour=False)
-    red, green, blue = (image.rgb[..., channel] for channel in range(3))
-    alpha = np.maximum(np.maximum(red, green), blue)  # ten times as fast as max(axis=-1)
-    spread = alpha - np.minimum(np.minimum(red, green), blue)
-    return GroundTruthAlpha(alpha, bits > 8, bool(spread.max() > GREY_TOLERANCE))
+        return GroundTruthAlpha(image.alpha, is_deep, has_colour=False)
+    red, green, blue = image.rgb[..., 0], image.rgb[..., 1], image.rgb[..., 2]
+    brightest = np.maximum(np.maximum(red, green), blue)  # ten times as fast as max(axis=-1)
+    darkest = np.minimum(np.minimum(red, green), blue)
+    has_colour = bool((brightest - darkest).max() > GREY_TOLERANCE)
+    return GroundTruthAlpha(brightest, is_deep, has_colour)
 
 
-def extra_frame_notices(what: str, path: Path) -> list[str]:
+def extra_frame_notices(role: str, path: Path) -> list[str]:
     """Return a notice if a file has several images, of which only the first is used; else [].
 
-    ``what``: what the file is used as, such as "mask". Raises ImageError.
+    ``role``: what the file is used as, such as "mask". Raises ImageError.
     """
     frames = frame_count(path)
-    return [f"{what} {path} has {frames} frames or pages; the first one is used"] if frames > 1 else []
+    return [f"{role} {path} has {frames} frames or pages; the first one is used"] if frames > 1 else []
 
 
 def file_digest(path: Path) -> str:
@@ -150,22 +154,24 @@ def _alpha_u8(decoded: DecodedImage) -> ImageU8 | None:
     return round_to_u8(decoded.alpha.astype(np.float32) * np.float32(255.0 / decoded.scale))
 
 
-def _object_mask(decoded: DecodedImage) -> ImageU8 | None:
-    """Return 255 at the objects of a palette image and 0 elsewhere, uint8 [H,W]; None without a palette.
+def _object_mask(decoded: DecodedImage) -> ImageU8:
+    """Return 255 at the objects of an image with a palette and 0 elsewhere, uint8 [H,W].
 
     In a palette of greys, everything but black is an object. In other palettes, every index but 0 is an object.
+    Transparent pixels are never objects.
     """
-    if decoded.indices is None:
-        return None
-    is_object = (decoded.pixels[..., 0] if decoded.has_grey_palette else decoded.indices) > 0
-    return np.where(is_object if decoded.alpha is None else is_object & (decoded.alpha > 0), 255, 0).astype(np.uint8)
+    labels = decoded.pixels[..., 0] if decoded.has_grey_palette else decoded.indices
+    is_object = np.asarray(labels) > 0
+    if decoded.alpha is not None:
+        is_object &= decoded.alpha > 0
+    return np.where(is_object, 255, 0).astype(np.uint8)
 
 
 @dataclass(frozen=True)
 class CompositeSource:
     """A foreground, its alpha and a background, from which an image is composed in memory.
 
-    The test sets of the composition variant are made in this way.
+    The test images of datasets of foregrounds, such as Composition-1k, are made in this way.
     """
 
     foreground: Path
@@ -188,28 +194,34 @@ def compose_image(
     This follows the composition code published with Deep Image Matting: a smaller background is enlarged until it
     covers the foreground, then its upper left part is used. Raises ImageError.
     """
-    foreground, alpha = read_image(foreground_file).to_display_window().rgb, read_alpha(alpha_file)
+    foreground = read_image(foreground_file).to_display_window().rgb
+    alpha = read_alpha(alpha_file)
     if foreground.shape[:2] != alpha.shape:
         raise ImageError(
             f"{foreground_file} is {format_size(foreground.shape)} and its alpha {alpha_file} is "
             f"{format_size(alpha.shape)}; expected the same size; give the alpha of this foreground"
         )
-    background = _enlarge_to_cover(read_image(background_file).to_display_window().rgb, *alpha.shape)
+    height, width = alpha.shape
+    background = _enlarge_to_cover(read_image(background_file).to_display_window().rgb, height, width)
     weight = alpha[..., None] / np.float32(255)
-    return SourceImage(round_to_u8(np.asarray(foreground * weight + background * (1 - weight), np.float32)), None)
+    composite = np.asarray(foreground * weight + background * (1 - weight), np.float32)
+    return SourceImage(round_to_u8(composite), alpha=None)
 
 
 def read_source_image(
     source: Path | CompositeSource, colour: ColourSettings = DEFAULT_COLOUR, frame: int = 0
 ) -> SourceImage:
-    """Read the image of a file, or compose it. Raises ImageError."""
-    return compose_image(*source.files) if isinstance(source, CompositeSource) else read_image(source, colour, frame)
+    """Read the image of a file, or compose it, for which ``colour`` and ``frame`` have no effect. Raises ImageError."""
+    if isinstance(source, CompositeSource):
+        return compose_image(source.foreground, source.alpha, source.background)
+    return read_image(source, colour, frame)
 
 
 def _enlarge_to_cover(background: ImageU8, height: int, width: int) -> ImageU8:
-    """Enlarge a background so that it covers height x width, and cut out its upper left part."""
-    ratio = max(height / background.shape[0], width / background.shape[1])
+    """Enlarge a smaller background so that it covers height x width, and return its upper left part of this size."""
+    own_height, own_width = background.shape[:2]
+    ratio = max(height / own_height, width / own_width)
     if ratio > 1:
-        size = math.ceil(background.shape[1] * ratio), math.ceil(background.shape[0] * ratio)
-        background = np.asarray(cv2.resize(background, size, interpolation=cv2.INTER_CUBIC), np.uint8)
+        enlarged_size = math.ceil(own_width * ratio), math.ceil(own_height * ratio)
+        background = np.asarray(cv2.resize(background, enlarged_size, interpolation=cv2.INTER_CUBIC), np.uint8)
     return background[:height, :width]

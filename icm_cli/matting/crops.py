@@ -56,7 +56,7 @@ def crop_box(
     """
     if not mask.any():
         return None
-    display, at = (size, (0, 0)) if windows is None else (windows.display, windows.at)
+    display, at = (size, (0, 0)) if windows is None else (windows.display, windows.offset)
     extents = [np.flatnonzero(mask.any(axis=axis))[[0, -1]] + (0, 1) for axis in (1, 0)]
     margin = settings.margin * max(end - start for start, end in extents)
     sides = []

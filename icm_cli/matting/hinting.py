@@ -48,7 +48,7 @@ def move_hints(hints: Hints, windows: ImageWindows) -> Hints:
     if windows.is_full:
         return hints
     height, width = windows.size
-    top, left = windows.at
+    top, left = windows.offset
 
     def is_inside(x: float, y: float) -> bool:
         return 0 <= x < width and 0 <= y < height

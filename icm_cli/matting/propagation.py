@@ -185,7 +185,7 @@ class FlowField:
             return resize(values, size)
         # Pixel centres of the result, in pixels of ``values``.
         rows, columns = (
-            ((np.arange(size[n]) + 0.5) * windows.size[n] / size[n] + windows.at[n])
+            ((np.arange(size[n]) + 0.5) * windows.size[n] / size[n] + windows.offset[n])
             * values.shape[n]
             / windows.display[n]
             - 0.5
