@@ -97,7 +97,7 @@ class ColourSettings:
 
     @property
     def config_identity(self) -> str:
-        """Text that changes with the content of the OpenColorIO configuration. It is part of digests."""
+        """Text that changes with the content of the OpenColorIO configuration. It is part of the digests of alphas."""
         if path := self.config or os.environ.get("OCIO", ""):
             try:
                 return str(_load_config(self.config).getCacheID())
@@ -126,11 +126,10 @@ def to_display_srgb(pixels: NDArray[Any], scale: float, space: str, colour: Colo
     values = np.ascontiguousarray(pixels, dtype=np.float32)
     if scale != 1.0:
         values = values / np.float32(scale)
-    seen = np.empty(values.shape, np.uint8)
-    _display_processor(colour.config, space, colour.view, colour.exposure).apply(
-        _packed_image(values), _packed_image(seen)
-    )
-    return seen
+    displayed = np.empty(values.shape, np.uint8)
+    processor = _display_processor(colour.config, space, colour.view, colour.exposure)
+    processor.apply(_packed_image(values), _packed_image(displayed))
+    return displayed
 
 
 @functools.lru_cache(maxsize=8)
@@ -140,19 +139,21 @@ def _rounding_table(scale: float) -> ImageU8:
 
 
 def _packed_image(pixels: NDArray[Any]) -> Any:
-    """Return pixels [H,W,3], float32 or uint8, as an image of OpenColorIO, which only refers to their memory."""
+    """Return pixels [H,W,3], float32 or uint8, as an image of OpenColorIO that shares their memory."""
     depth = ocio.BIT_DEPTH_F32 if pixels.dtype == np.float32 else ocio.BIT_DEPTH_UINT8
     height, width, _ = pixels.shape
-    rows, columns, channels = pixels.strides
-    return ocio.PackedImageDesc(pixels, width, height, ocio.CHANNEL_ORDERING_RGB, depth, channels, columns, rows)
+    row_stride, column_stride, channel_stride = pixels.strides
+    return ocio.PackedImageDesc(
+        pixels, width, height, ocio.CHANNEL_ORDERING_RGB, depth, channel_stride, column_stride, row_stride
+    )
 
 
 def find_colour_space(label: str | None, config: str) -> str | None:
     """Return the name that the configuration has for a colour space; None if it has no such space."""
     if not label:
         return None
-    found = _load_config(config).getColorSpace(label)
-    return None if found is None else str(found.getName())
+    space = _load_config(config).getColorSpace(label)
+    return None if space is None else str(space.getName())
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,11 @@ class CodePoints:
             return space, ""
         if CICP_UNSPECIFIED in codes:
             return None, ""
-        what = f"the colour space {self.primaries}/{self.transfer} of ITU-T H.273"
-        problem = (
-            "which icm does not know" if self.is_full_range else "whose narrow range of video icm does not support"
-        )
-        return None, f"{what}, {problem}, and is read as sRGB; give --colorspace if it has another one"
+        problem = "which icm does not know"
+        if not self.is_full_range:
+            problem = "whose narrow range of video icm does not support"
+        stated = f"the colour space {self.primaries}/{self.transfer} of ITU-T H.273"
+        return None, f"{stated}, {problem}, and is read as sRGB; give --colorspace if it has another one"
 
 
 def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
@@ -203,39 +204,39 @@ def to_scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]
     if space == SRGB:
         return _convert_colours(pixels, BUILT_IN, "srgb_rec709_scene", LINEAR), LINEAR
     loaded = _load_config(config)
-    found = loaded.getColorSpace(space)
-    if found is None or found.isData() or loaded.isColorSpaceLinear(found.getName(), ocio.REFERENCE_SPACE_SCENE):
+    source = loaded.getColorSpace(space)
+    if source is None or source.isData() or loaded.isColorSpaceLinear(source.getName(), ocio.REFERENCE_SPACE_SCENE):
         return pixels, space
     scene_linear = str(loaded.getColorSpace("scene_linear").getName())
     return _convert_colours(pixels, config, space, scene_linear), scene_linear
 
 
 def colour_space_attributes(space: str, config: str) -> dict[str, Any]:
-    """Return the attributes that label an EXR with a linear space.
+    """Return the attributes that label an EXR with a linear space of the configuration: its id and chromaticities.
 
     Rec.709 needs none, because it is the default of EXR.
     """
-    found = None if space == LINEAR else _load_config(config).getColorSpace(space)
-    if found is None or found.getName() == find_colour_space(LINEAR, config):
+    labelled = None if space == LINEAR else _load_config(config).getColorSpace(space)
+    if labelled is None or labelled.getName() == find_colour_space(LINEAR, config):
         return {}
-    interop = getattr(found, "getInteropID", str)() or found.getName()
-    chromaticities = [
-        (*primaries, *(ACES_WHITE if label in ACES else D65))
-        for primaries, label in PRIMARIES.items()
-        if find_colour_space(label, config) == found.getName()
-    ]
-    return {"colorInteropID": interop, **({"chromaticities": chromaticities[0]} if chromaticities else {})}
+    interop_id = labelled.getInteropID() if hasattr(labelled, "getInteropID") else ""  # not in every OpenColorIO 2
+    attributes: dict[str, Any] = {"colorInteropID": interop_id or labelled.getName()}
+    for primaries, label in PRIMARIES.items():
+        if find_colour_space(label, config) == labelled.getName():
+            attributes["chromaticities"] = (*primaries, *(ACES_WHITE if label in ACES else D65))
+            break
+    return attributes
 
 
-def _convert_colours(pixels: Float, config: str, space: str, wanted: str) -> Float:
+def _convert_colours(pixels: Float, config: str, source: str, target: str) -> Float:
     """Convert colours [H,W,3] from one colour space of a configuration to another."""
     values = np.array(pixels, np.float32, order="C")
-    _load_config(config).getProcessor(space, wanted).getDefaultCPUProcessor().apply(_packed_image(values))
+    _load_config(config).getProcessor(source, target).getDefaultCPUProcessor().apply(_packed_image(values))
     return values
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
-    """Convert a Pillow image from its ICC profile to sRGB. Returns None if the profile cannot be used."""
+    """Convert a Pillow image from its ICC profile to sRGB. Return None if the profile cannot be used."""
     try:
         transform = _icc_transform(profile, image.mode)
         return image if transform is None else ImageCms.applyTransform(image, transform)
@@ -261,35 +262,41 @@ def _load_config(path: str) -> Any:
             return ocio.Config.CreateFromBuiltinConfig(chosen.removeprefix("ocio://"))
         return ocio.Config.CreateFromFile(str(Path(chosen)))
     except (ocio.Exception, ocio.ExceptionMissingFile, TypeError) as error:  # TypeError: a path that is not UTF-8
-        reason = f"is not an OpenColorIO configuration ({' '.join(str(error).split())})"
         if chosen.startswith("ocio://"):
             reason = f"is not built into OpenColorIO {ocio.GetVersion()}"
         elif not Path(chosen).exists():
             reason = "does not exist"
+        else:
+            reason = f"is not an OpenColorIO configuration ({' '.join(str(error).split())})"
         raise UsageError(
             f"the OpenColorIO configuration {chosen} {reason}; give another one with --ocio or $OCIO"
         ) from error
 
 
 def _display_name(config: str) -> str:
+    """Return the name of the sRGB display of a configuration, or of its default display if it has none."""
     displays = list(_load_config(config).getDisplays())
     return DISPLAY if DISPLAY in displays else str(_load_config(config).getDefaultDisplay())
 
 
 @functools.lru_cache(maxsize=64)
 def _display_processor(path: str, space: str, view: str, exposure: float) -> Any:
-    """Return the transform from float32 in a space to display sRGB uint8. It rounds itself, faster than NumPy does."""
+    """Return the processor from float32 in a space to display sRGB uint8. It rounds itself, faster than NumPy does.
+
+    ``path``: the configuration. ``view``: "" for the default view. ``exposure``: in stops.
+    """
     config, display = _load_config(path), _display_name(path)
-    views = list(config.getViews(display))
-    chosen = view or (VIEW if VIEW in views else str(config.getDefaultView(display)))
+    if not view:
+        view = VIEW if VIEW in config.getViews(display) else str(config.getDefaultView(display))
+    gain = 2.0**exposure
+    if find_colour_space(space, path) in {find_colour_space(label, path) for label in HDR_SPACES}:
+        gain /= HDR_WHITE
     linear = "scene_linear"
     group = ocio.GroupTransform()
     group.appendTransform(ocio.ColorSpaceTransform(src=space, dst=linear))
-    hdr_names = [str(found.getName()) for label in HDR_SPACES if (found := config.getColorSpace(label))]
-    gain = 2.0**exposure / (HDR_WHITE if str(config.getColorSpace(space).getName()) in hdr_names else 1.0)
     if gain != 1.0:
         group.appendTransform(ocio.MatrixTransform.Scale([gain, gain, gain, 1.0]))
-    group.appendTransform(ocio.DisplayViewTransform(src=linear, display=display, view=chosen))
+    group.appendTransform(ocio.DisplayViewTransform(src=linear, display=display, view=view))
     return config.getProcessor(group).getOptimizedCPUProcessor(
         ocio.BIT_DEPTH_F32, ocio.BIT_DEPTH_UINT8, ocio.OPTIMIZATION_DEFAULT
     )

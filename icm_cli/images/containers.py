@@ -54,7 +54,7 @@ INFLATED_BYTES = 1 << 20
 
 JPEG2000_SIZES, JPEG2000_COMPONENTS_OFFSET = b"\xff\x4f\xff\x51", 40
 """Markers at the start of a codestream, and the offset of the number of components from there."""
-BMP_BITS_OFFSET, BMP_COLOURS_OFFSET = 28, 46
+BMP_HEADER_OFFSET, BMP_BITS_OFFSET, BMP_COLOURS_OFFSET = 14, 28, 46
 PNM_HEADER = re.compile(rb"P[2356](?:\s+|#[^\n]*\n)+(?:\d+(?:\s+|#[^\n]*\n)+){2}(\d+)")
 """Header of a PGM or PPM; the group is its value of white."""
 
@@ -76,11 +76,12 @@ def complete_jpeg(file: ImageFile) -> io.BytesIO | None:
     data = file.stream.read().rstrip(b"\xff")  # the first half of the end marker may be there
     if not _has_every_scan(data):
         return None
+    endings = [JPEG_END, *(_noise_bytes(seed) for seed in range(_TRIED_ENDS))]
     try:
-        decoded = {_pixel_digest(data + end) for end in (JPEG_END, *map(_noise_bytes, range(_TRIED_ENDS)))}
+        digests = {_pixel_digest(data + ending) for ending in endings}
     except (OSError, ValueError):
         return None
-    return io.BytesIO(data + JPEG_END) if len(decoded) == 1 else None
+    return io.BytesIO(data + JPEG_END) if len(digests) == 1 else None
 
 
 def is_deep_png(head: bytes) -> bool:
@@ -140,12 +141,13 @@ def file_white(file: ImageFile) -> int | None:
     if file.type.name == "pnm":
         match = PNM_HEADER.match(file.head)
         return int(match[1]) if match else None
-    bits, is_grey = 8, True
     if file.type.name == "png":
         bits, is_grey = file.head[PNG_DEPTH_OFFSET], file.head[PNG_DEPTH_OFFSET + 1] == 0
     elif file.type.name == "tiff":
-        tags = next(_tiff_tags(file), {})
-        bits, is_grey = tags.get(TIFF_BITS, 8), tags.get(TIFF_SAMPLES, 1) == 1
+        tags_of_first_page = next(_tiff_tags(file), {})
+        bits, is_grey = tags_of_first_page.get(TIFF_BITS, 8), tags_of_first_page.get(TIFF_SAMPLES, 1) == 1
+    else:
+        return None
     return 2**bits - 1 if bits < 8 and is_grey else None
 
 
@@ -156,18 +158,21 @@ def is_black_and_white_bmp(head: bytes) -> bool:
     """
     if not head.startswith(b"BM") or len(head) < BMP_COLOURS_OFFSET + 4:
         return False
-    (header_bytes,), (bits,) = struct.unpack_from("<I", head, 14), struct.unpack_from("<H", head, BMP_BITS_OFFSET)
+    (header_bytes,) = struct.unpack_from("<I", head, BMP_HEADER_OFFSET)
+    (bits,) = struct.unpack_from("<H", head, BMP_BITS_OFFSET)
     (colours,) = struct.unpack_from("<I", head, BMP_COLOURS_OFFSET)
-    palette = head[14 + header_bytes :][:8]
-    return (
-        header_bytes >= 40 and bits in (4, 8) and colours == 2 and palette[:3] + palette[4:7] == bytes(3) + b"\xff" * 3
-    )
+    if header_bytes < 40 or bits not in (4, 8) or colours != 2:
+        return False
+    palette = head[BMP_HEADER_OFFSET + header_bytes :]  # entries of 4 bytes: blue, green, red and an unused byte
+    return palette[:3] == b"\0\0\0" and palette[4:7] == b"\xff\xff\xff"
 
 
 def may_have_jpeg2000_alpha(head: bytes) -> bool:
     """Return whether a JPEG 2000 has 2 or more than 3 components, or too much metadata to find out."""
-    at = head.find(JPEG2000_SIZES)
-    components = head[at + JPEG2000_COMPONENTS_OFFSET :][:2] if at >= 0 else b""
+    codestream = head.find(JPEG2000_SIZES)
+    if codestream < 0:
+        return True
+    components = head[codestream + JPEG2000_COMPONENTS_OFFSET :][:2]
     return components not in (b"\0\1", b"\0\3")
 
 
@@ -183,9 +188,9 @@ def has_png_alpha(file: ImageFile) -> bool:
 
 
 def tiff_pages(file: ImageFile) -> list[int]:
-    """Return the numbers of a TIFF's pages. Smaller copies of other pages (thumbnails, pyramids) are excluded."""
-    pages = [n for n, tags in enumerate(_tiff_tags(file)) if not tags.get(TIFF_SUBFILE_TYPE, 0) & TIFF_REDUCED]
-    return pages or [0]
+    """Return the indices of a TIFF's pages. Smaller copies of other pages (thumbnails, pyramids) are excluded."""
+    is_copy = [bool(tags.get(TIFF_SUBFILE_TYPE, 0) & TIFF_REDUCED) for tags in _tiff_tags(file)]
+    return [page for page in range(len(is_copy)) if not is_copy[page]] or [0]
 
 
 def has_tiff_extra_samples(file: ImageFile) -> bool:
@@ -194,36 +199,41 @@ def has_tiff_extra_samples(file: ImageFile) -> bool:
 
 
 def _has_every_scan(data: bytes) -> bool:
-    """Return whether the scans of a progressive JPEG contain all bits of all coefficients."""
+    """Return whether the scans of a progressive JPEG contain all bits of all coefficients; True for other JPEGs.
+
+    Each scan refines a range of coefficients of some components, and states how many of their low bits are missing.
+    """
     components: set[int] = set()
-    missing_bits: dict[tuple[int, int], int] = {}
+    missing_bits: dict[tuple[int, int], int] = {}  # by component and coefficient
     for marker, content in _jpeg_segments(data):
         if marker == PROGRESSIVE:
             components = set(content[6::3])
         if marker == SCAN and components:
-            count = content[0]
-            first, last, bits = content[1 + 2 * count], content[2 + 2 * count], content[3 + 2 * count] & 15
-            coefficients = itertools.product(content[1 : 1 + 2 * count : 2], range(first, last + 1))
-            missing_bits |= dict.fromkeys(coefficients, bits)
-    return all(missing_bits.get(key) == 0 for key in itertools.product(components, range(COEFFICIENTS)))
+            component_count = content[0]
+            scanned = content[1 : 1 + 2 * component_count : 2]
+            first, last, bits = content[1 + 2 * component_count :][:3]
+            low_bits = bits & 15  # the upper half of the byte holds the state before the scan
+            missing_bits |= dict.fromkeys(itertools.product(scanned, range(first, last + 1)), low_bits)
+    return all(missing_bits.get(wanted) == 0 for wanted in itertools.product(components, range(COEFFICIENTS)))
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the complete segments of markers that have a length, with their content."""
-    at = 2
-    while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
-        marker = data[at + 1]
+    """Yield marker and content of every segment that has a length, up to an incomplete one."""
+    start = 2  # after the marker at the start of the file
+    while (start := data.find(b"\xff", start)) >= 0 and start + 4 <= len(data):
+        marker = data[start + 1]
         if marker in WITHOUT_LENGTH:
-            at += 1 if marker == MARKER_START else 2
+            start += 1 if marker == MARKER_START else 2  # bytes 0xFF before a marker are padding
             continue
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
         if end > len(data):
             return
-        yield marker, data[at + 4 : end]
-        at = end
+        yield marker, data[start + 4 : end]
+        start = end
 
 
 def _pixel_digest(data: bytes) -> bytes:
+    """Return the digest of the decoded pixels of a JPEG. Raises OSError or ValueError."""
     with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
         return hashlib.sha256(image.tobytes()).digest()
 
@@ -232,11 +242,12 @@ def _noise_bytes(seed: int) -> bytes:
     """Return random bytes that decode to some rows of a JPEG, with all restart markers and an end marker."""
     shape = (_NOISE_RUNS, _NOISE_RUN_BYTES)
     runs = np.random.default_rng(seed).integers(0, MARKER_START, shape, np.uint8)
-    return b"".join(run.tobytes() + bytes([0xFF, 0xD0 + number % 8]) for number, run in enumerate(runs)) + JPEG_END
+    restart_markers = [bytes([MARKER_START, 0xD0 + number % 8]) for number in range(_NOISE_RUNS)]
+    return b"".join(run.tobytes() + marker for run, marker in zip(runs, restart_markers, strict=True)) + JPEG_END
 
 
 def _png_chunks(file: ImageFile, stop_before: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-    """Yield name and content of the chunks before ``stop_before`` or an incomplete chunk.
+    """Yield name and content of the chunks up to the end chunk. Stop before ``stop_before`` or an incomplete chunk.
 
     Raises ValueError for a damaged chunk.
     """
@@ -246,7 +257,8 @@ def _png_chunks(file: ImageFile, stop_before: bytes = b"") -> Iterator[tuple[byt
         length, name = struct.unpack(">I4s", head)
         if not (name.isalpha() and name.isascii()):
             raise ValueError(f"it has a chunk named {name.hex()}")
-        if (name == b"IHDR") != (stream.tell() == PNG_HEADER_OFFSET):
+        is_header, is_first = name == b"IHDR", stream.tell() == PNG_HEADER_OFFSET
+        if is_header != is_first:
             raise ValueError("its header is not the first chunk, or occurs twice")
         if name == stop_before:
             return
@@ -265,22 +277,26 @@ def _tiff_tags(file: ImageFile) -> Iterator[dict[int, int]]:
 
     The value is only correct for tags that hold a single integer.
     """
-    stream, byte_order = file.stream, "<" if file.head.startswith(b"II") else ">"
+    stream = file.stream
+    byte_order = "<" if file.head.startswith(b"II") else ">"
     is_big = b"+" in file.head[2:4]
-    layouts = ("Q", "Q", "HHQ8s") if is_big else ("I", "H", "HHI4s")
-    offset, count, entry = (struct.Struct(byte_order + layout) for layout in layouts)
+    offset_layout, count_layout, tag_layout = ("Q", "Q", "HHQ8s") if is_big else ("I", "H", "HHI4s")
+    page_offset_struct = struct.Struct(byte_order + offset_layout)
+    tag_count_struct = struct.Struct(byte_order + count_layout)
+    tag_struct = struct.Struct(byte_order + tag_layout)
     stream.seek(8 if is_big else 4)
     seen: set[int] = set()
     with contextlib.suppress(struct.error, OverflowError):
         while len(seen) < MAX_TIFF_PAGES:
-            (page_offset,) = offset.unpack(stream.read(offset.size))
+            # The offset of the first page is in the header. That of each further page follows the tags of a page.
+            (page_offset,) = page_offset_struct.unpack(stream.read(page_offset_struct.size))
             if not page_offset or page_offset in seen:  # the last page, or pages that refer to each other
                 return
             seen.add(page_offset)
             stream.seek(page_offset)
-            (tag_count,) = count.unpack(stream.read(count.size))
-            data = stream.read(min(tag_count * entry.size, file.size_bytes))
-            yield {tag: _tiff_value(type_, value, byte_order) for tag, type_, _, value in entry.iter_unpack(data)}
+            (tag_count,) = tag_count_struct.unpack(stream.read(tag_count_struct.size))
+            data = stream.read(min(tag_count * tag_struct.size, file.size_bytes))
+            yield {tag: _tiff_value(type_, value, byte_order) for tag, type_, _, value in tag_struct.iter_unpack(data)}
 
 
 def _tiff_value(type_: int, data: bytes, byte_order: str) -> int:
