@@ -106,40 +106,45 @@ def library_settings() -> Iterator[None]:
                 _settings.close()
 
 
-def _change_settings(restored: contextlib.ExitStack) -> None:
+def _change_settings(restorers: contextlib.ExitStack) -> None:
     """Change the settings, and register callbacks that restore them."""
-    logger, pixels, threads = logging.getLogger("PIL"), Image.MAX_IMAGE_PIXELS, oiio.get_int_attribute("threads")
-    restored.callback(logger.setLevel, logger.level)
+    logger = logging.getLogger("PIL")
+    restorers.callback(logger.setLevel, logger.level)
     logger.setLevel(logging.CRITICAL)  # icm reports damaged files itself
-    restored.enter_context(warnings.catch_warnings())
+    restorers.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-    restored.callback(setattr, Image, "MAX_IMAGE_PIXELS", pixels)
+    restorers.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     Image.MAX_IMAGE_PIXELS = None  # check_memory limits the size by the free memory instead
-    restored.callback(oiio.attribute, "threads", threads)
+    restorers.callback(oiio.attribute, "threads", oiio.get_int_attribute("threads"))
     oiio.attribute("threads", 1)  # icm reads several files at once in threads of its own
     for libtiff in _pillow_libtiffs():
         for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
             set_handler = getattr(libtiff, name)
             set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
-            restored.callback(set_handler, set_handler(None))
+            former_handler = set_handler(None)  # None: print nothing
+            restorers.callback(set_handler, former_handler)
 
 
 @functools.cache
 def _pillow_libtiffs() -> list[ctypes.CDLL]:
-    """Return the libtiff of Pillow's wheel, which prints errors."""
-    site = Path(PIL.__file__).parents[1]
-    return [ctypes.CDLL(str(path)) for path in (*site.glob("pillow.libs/libtiff*"), *site.glob("PIL/.dylibs/libtiff*"))]
+    """Return the libtiff that Pillow's wheel contains on Linux or macOS. It prints errors to the terminal."""
+    site_packages = Path(PIL.__file__).parents[1]
+    paths = [*site_packages.glob("pillow.libs/libtiff*"), *site_packages.glob("PIL/.dylibs/libtiff*")]
+    return [ctypes.CDLL(str(path)) for path in paths]
 
 
 @contextlib.contextmanager
 def open_image(source: Path | ImageFile) -> Iterator[ImageFile]:
-    """Open an image file, or use one that is open. Every exception inside becomes an ImageError."""
-    if isinstance(source, Path):
-        with as_image_errors(source), ImageFile.open(source) as file, open_image(file):
-            yield file
-    else:
+    """Context of an image file that is opened from its path, or is open already.
+
+    Inside it, :func:`library_settings` apply, and every exception becomes an ImageError.
+    """
+    if isinstance(source, ImageFile):
         with library_settings(), as_image_errors(source.path, source.type):
             yield source
+    else:
+        with as_image_errors(source), ImageFile.open(source) as file, open_image(file):
+            yield file
 
 
 def decode_image(
@@ -157,7 +162,7 @@ def decode_image(
 def retry_decoding(file: ImageFile, decode: Callable[[], Result]) -> Result:
     """Return ``decode()``, and repeat it once after an error that a failing drive may have caused.
 
-    A library may report such a failure as damage. So the whole file is read before the second attempt, which raises
+    A library may report such a failure as damage. So the whole file is read before the second attempt. This raises
     OSError if the drive still fails.
     """
     try:
@@ -198,6 +203,7 @@ def frame_count(source: Path | ImageFile) -> int:
 
 
 def _frame_count_or_one(file: ImageFile) -> int:
+    """Return the number of frames; 1 for a damaged file. Raises FileAccessError."""
     try:
         return frame_count(file)
     except FileAccessError:
@@ -217,15 +223,14 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def _read_size(file: ImageFile) -> tuple[int, int]:
     """Return height and width of the first image of a file; see :func:`image_size`."""
-    frame = containers.tiff_pages(file)[0] if file.type.name == "tiff" else 0
-    if file.type.name in _PILLOW_FORMATS or (file.type.name == "png" and not containers.is_deep_png(file.head)):
-        try:
-            return _size_by_pillow(file, frame)
-        except ValueError:  # a PNG with more metadata than Pillow accepts
-            if file.type.name != "png":
-                raise
+    if file.type.name in _PILLOW_FORMATS:
+        return _size_by_pillow(file)
     if file.type.name == "png":
+        if not containers.is_deep_png(file.head):
+            with contextlib.suppress(ValueError):  # a PNG with more metadata than Pillow accepts
+                return _size_by_pillow(file)
         containers.check_png_pixels(file)
+    frame = containers.tiff_pages(file)[0] if file.type.name == "tiff" else 0
     with openimageio.open_reader(file, must_open=file.type.name not in ("tiff", "pnm")) as reader:
         if reader is None or not reader.seek_subimage(frame, 0):
             return _size_by_pillow(file, frame)
@@ -260,7 +265,8 @@ def as_image_errors(path: Path, file_type: FileType = UNKNOWN_TYPE) -> Iterator[
 def _decode_tiff_or_pnm(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
     """Decode with Pillow if the file has 8 bits and straight alpha, else with OpenImageIO.
 
-    Pillow is also used if OpenImageIO cannot open the file.
+    Pillow is also used if OpenImageIO cannot open the file. ``frame``: index among the pages that are counted, which
+    may differ from the index in the file; see :func:`~icm_cli.images.containers.tiff_pages`.
     """
     if file.type.name == "tiff":
         pages = containers.tiff_pages(file)
@@ -276,9 +282,10 @@ def _decode_tiff_or_pnm(file: ImageFile, frame: int, wanted: colour.ColourSettin
 
 
 def _decode_png(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
-    """Decode with Pillow if the file has 8 bits and the usual gamma, because Pillow ignores another one."""
-    uses_gamma = wanted.space == "auto" and not file.type.may_have_frames
-    if not containers.is_deep_png(file.head) and not (uses_gamma and containers.has_unusual_gamma(file)):
+    """Decode with OpenImageIO if the file has 16 bits or an unusual gamma, which Pillow ignores; else with Pillow."""
+    respects_gamma = wanted.space == "auto" and not file.type.may_have_frames  # only Pillow decodes the frames
+    needs_openimageio = containers.is_deep_png(file.head) or (respects_gamma and containers.has_unusual_gamma(file))
+    if not needs_openimageio:
         with contextlib.suppress(ValueError):  # a PNG with more metadata than Pillow accepts
             return _decode_with_pillow(file, frame, wanted)
     containers.check_png_pixels(file)
@@ -309,7 +316,7 @@ def _decode_with_pillow(
         image.load()
         orientation = _exif_orientation(image)
         space, profile, notices = _space_and_profile(file, image.info.get("icc_profile"), wanted)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # one channel of more than 8 bits
             values = np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None]
             scale = wanted.white or (1.0 if image.mode == "F" else 65535.0)
             return DecodedImage(values, None, scale, space, bits=32).reorient(orientation)
@@ -328,26 +335,40 @@ def _decode_with_pillow(
             colours = colours.convert("L")
         if profile:
             converted = colour.to_srgb(colours, profile)
-            notices += [] if converted else [f"{file.path}: {BAD_PROFILE}"]
-            colours = converted or colours
+            if converted is None:
+                notices.append(f"{file.path}: {BAD_PROFILE}")
+            else:
+                colours = converted
         pixels = np.asarray(colours)[..., None] if colours.mode == "L" else np.asarray(colours.convert("RGB"))
-    decoded = DecodedImage(pixels, alpha, 255.0, space, tuple(notices), file_white=containers.file_white(file))
-    return replace(decoded, indices=indices, has_grey_palette=has_grey_palette).reorient(orientation)
+    decoded = DecodedImage(
+        pixels,
+        alpha,
+        scale=255.0,
+        space=space,
+        notices=tuple(notices),
+        file_white=containers.file_white(file),
+        indices=indices,
+        has_grey_palette=has_grey_palette,
+    )
+    return decoded.reorient(orientation)
 
 
-def _is_grey_palette(palette: NDArray[Any], used: NDArray[Any]) -> bool:
+def _is_grey_palette(palette: NDArray[Any], used_indices: NDArray[Any]) -> bool:
     """Return whether a palette, uint8 [N,3], is one of greys, so that an image with it is not a label map.
 
-    Either all its colours are greys, and not all the same; or the colours of the ``used`` indices are greys that
-    include black and white. Programs fill unused entries with arbitrary colours.
+    Either all its colours are greys, and not all the same; or the colours of the used indices are greys that include
+    black and white. Programs fill unused entries with arbitrary colours.
     """
-    used_colours = palette[used[used < len(palette)]]
-    for colours in (palette, used_colours):
-        is_grey = np.ptp(colours, axis=-1).max() <= GREY_TOLERANCE
-        has_ends = colours.min() <= GREY_TOLERANCE and colours.max() >= 255 - GREY_TOLERANCE
-        if is_grey and (has_ends or (colours is palette and (colours != colours[0]).any())):
-            return True
-    return False
+    used_colours = palette[used_indices[used_indices < len(palette)]]
+    if _are_greys(palette) and (palette != palette[0]).any():
+        return True
+    has_black_and_white = used_colours.min() <= GREY_TOLERANCE and used_colours.max() >= 255 - GREY_TOLERANCE
+    return bool(_are_greys(used_colours) and has_black_and_white)
+
+
+def _are_greys(colours: NDArray[Any]) -> bool:
+    """Return whether the channels of all colours [N,3] are nearly equal."""
+    return bool(np.ptp(colours, axis=-1).max() <= GREY_TOLERANCE)
 
 
 def _space_and_profile(
@@ -360,16 +381,19 @@ def _space_and_profile(
     if wanted.space != "auto":
         return wanted.space, None, []
     code_points = containers.read_code_points(file)
-    if code_points is None or (profile and file.type.name != "png"):
+    profile_has_precedence = bool(profile) and file.type.name != "png"
+    if code_points is None or profile_has_precedence:
         return colour.SRGB, profile, []
     space, notice = code_points.find_space(wanted.config)
     if space is not None:
         return space, None, []
-    return colour.SRGB, profile, [f"{file.path} has {notice}"] if notice and not profile else []
+    notices = [f"{file.path} has {notice}"] if notice and not profile else []
+    return colour.SRGB, profile, notices
 
 
 def _open_with_pillow(file: ImageFile, content: io.BytesIO | None = None) -> Image.Image:
-    if file.type.name == "heic":  # the plugin of Pillow is not registered, which would be global
+    """Open a file with Pillow, which reads only its header. ``content`` replaces the content of the file."""
+    if file.type.name == "heic":  # without registering the plugin, which would change Pillow for the whole process
         with contextlib.suppress(ImportError):
             from pillow_heif import HeifImageFile
 
@@ -377,7 +401,8 @@ def _open_with_pillow(file: ImageFile, content: io.BytesIO | None = None) -> Ima
     return Image.open(content or file.stream)
 
 
-def _size_by_pillow(file: ImageFile, frame: int) -> tuple[int, int]:
+def _size_by_pillow(file: ImageFile, frame: int = 0) -> tuple[int, int]:
+    """Return height and width of a frame with its EXIF orientation applied."""
     with _open_with_pillow(file) as image:
         if frame:
             image.seek(frame)

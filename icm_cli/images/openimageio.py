@@ -58,9 +58,12 @@ def open_reader(file: ImageFile, *, must_open: bool = True) -> Iterator[Any]:
 
     If that fails: raise UnidentifiedImageError, or yield None if not ``must_open``.
     """
-    settings = oiio.ImageSpec()  # only where needed: with settings, OpenImageIO opens a file twice
-    settings.attribute("oiio:UnassociatedAlpha", 1)
-    reader = oiio.ImageInput.open(str(file.path), *([settings] if _may_have_straight_alpha(file) else []))
+    if _may_have_straight_alpha(file):
+        settings = oiio.ImageSpec()
+        settings.attribute("oiio:UnassociatedAlpha", 1)
+        reader = oiio.ImageInput.open(str(file.path), settings)
+    else:
+        reader = oiio.ImageInput.open(str(file.path))  # faster: with settings, OpenImageIO opens a file twice
     if reader is None:
         reason = oiio.geterror()  # also clears the error
         if must_open:
@@ -97,9 +100,10 @@ def is_plain_8_bit(spec: Any) -> bool:
 
 def display_size(reader: Any, file: ImageFile, frame: int) -> tuple[int, int]:
     """Return height and width of an image; see :func:`~icm_cli.images.decoding.image_size`. Raises ImageError."""
-    reader.seek_subimage(_find_layer(reader, file, frame, "")[0].part, 0)
+    layer, _ = _find_layer(reader, file, frame, "")
+    reader.seek_subimage(layer.part, 0)
     spec = reader.spec()
-    return _image_windows(spec, file.type, valid_orientation(_integer_attribute(spec, "Orientation"))).display
+    return _image_windows(spec, file.type, _orientation(spec)).display
 
 
 def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
@@ -108,27 +112,30 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
     layer, notices = _find_layer(reader, file, frame, wanted.layer, refuse_data=not wanted.is_matte)
     reader.seek_subimage(layer.part, 0)
     spec = oiio.ImageSpec(reader.spec())
-    orientation = valid_orientation(_integer_attribute(spec, "Orientation"))
+    orientation = _orientation(spec)
     windows = _image_windows(spec, file.type, orientation)
     read_type = _read_type(spec, wanted)
+    sample_bytes = 4 if read_type == "float" else np.dtype(read_type).itemsize
     for height, width in {windows.size, windows.display}:
-        check_memory(path, width, height, 4 if read_type == "float" else np.dtype(read_type).itemsize)
+        check_memory(path, width, height, sample_bytes)
     pixels, alpha = _read_channels(reader, layer, read_type)
     dtype = pixels.dtype
     scale = _white_value(spec, dtype, wanted.white)
     if _integer_attribute(spec, "tiff:PhotometricInterpretation", -1) == MIN_IS_WHITE:
         pixels = np.asarray(np.maximum(scale - pixels, 0), dtype)
-    channels = [pixels] if alpha is None else [pixels, alpha]
-    if dtype == np.float32 and not all(np.isfinite(plane).all() for plane in channels):
+    has_finite_alpha = alpha is None or bool(np.isfinite(alpha).all())
+    if dtype == np.float32 and not (np.isfinite(pixels).all() and has_finite_alpha):
         notices.append(f"{path} has {NOT_FINITE}; they are set to 0")
-        pixels, *alphas = (np.nan_to_num(plane, nan=0.0, posinf=0.0, neginf=0.0) for plane in channels)
-        alpha = alphas[0] if alphas else None
+        pixels = np.nan_to_num(pixels, nan=0.0, posinf=0.0, neginf=0.0)
+        alpha = None if alpha is None else np.nan_to_num(alpha, nan=0.0, posinf=0.0, neginf=0.0)
     space, profile = wanted.space, None
     if wanted.space == "auto":
         profile = spec.getattribute("ICCProfile")
         space, notice = _file_colour_space(spec, file.type, wanted.config)
-        notices += [f"{path} has {notice}"] if notice and profile is None else []
+        if notice and profile is None:
+            notices.append(f"{path} has {notice}")
     notices += _check_range(path, pixels, scale, space, wanted)
+    # In a PNG, a label of another space than sRGB takes precedence over the profile.
     if profile is not None and (file.type.name != "png" or space == colour.SRGB):
         converted = _convert_by_profile(pixels, scale, bytes(profile))
         if converted is None:
@@ -136,7 +143,7 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
         else:
             alpha = None if alpha is None else _to_8_bits(alpha, scale)
             pixels, space, scale = converted, colour.SRGB, 255.0
-    channel_formats = spec.channelformats or [spec.format] * spec.nchannels
+    channel_formats = spec.channelformats or [spec.format] * spec.nchannels  # empty if all are equal
     decoded = DecodedImage(
         pixels,
         alpha,
@@ -154,15 +161,15 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
 
 def _read_channels(reader: Any, layer: ImageLayer, read_type: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """Return the colours [H,W,3] or the grey [H,W,1] of a layer, and its alpha [H,W]; None without one."""
-    first, end = layer.channels
+    first, end = layer.channel_range
     values = reader.read_image(layer.part, 0, first, end, read_type)
     if values is None or reader.has_error:
         raise ValueError(reader.geterror() or "no pixels")
     alpha = None if layer.alpha is None else values[..., layer.alpha - first]
-    red, blue = layer.colours[0] - first, layer.colours[-1] - first
-    is_adjacent = layer.colours == tuple(range(layer.colours[0], layer.colours[-1] + 1))  # can be read without a copy
-    pixels = values[..., red : blue + 1] if is_adjacent else values[..., [channel - first for channel in layer.colours]]
-    return pixels, alpha
+    indices = [channel - first for channel in layer.colours]
+    if indices == list(range(indices[0], indices[-1] + 1)):
+        return values[..., indices[0] : indices[-1] + 1], alpha  # a slice is not copied
+    return values[..., indices], alpha
 
 
 def _convert_by_profile(pixels: NDArray[Any], scale: float, profile: bytes) -> ImageU8 | None:
@@ -183,13 +190,14 @@ def _image_windows(spec: Any, file_type: FileType, orientation: int) -> ImageWin
 def _find_layer(
     reader: Any, file: ImageFile, frame: int, wanted: str, *, refuse_data: bool = False
 ) -> tuple[ImageLayer, list[str]]:
-    """Return the channels to read, and notices. Only EXR has layers. Raises ImageError."""
+    """Return the channels to read, and notices. Only EXR has layers; other files have frames. Raises ImageError."""
     if file.type.name == "openexr":
         return select_layer(reader, file.path, wanted, refuse_data=refuse_data)
     if not reader.seek_subimage(frame, 0):
         raise ImageError(f"{file.path} has no frame {frame + 1}")
     names = [name.upper() for name in reader.spec().channelnames]
-    colours = tuple(names.index(name) for name in "RGB") if {"R", "G", "B"} <= set(names) else (0,)
+    has_colours = {"R", "G", "B"} <= set(names)
+    colours = (names.index("R"), names.index("G"), names.index("B")) if has_colours else (0,)
     return ImageLayer(frame, colours, names.index("A") if "A" in names else None), []
 
 
@@ -198,23 +206,33 @@ def _read_type(spec: Any, wanted: colour.ColourSettings) -> str:
 
     Masks are read as the integers that they store, because a float cannot hold every label.
     """
-    name = str(spec.format)
-    return name if name in (_INTEGER_TYPES if wanted.is_matte else ("uint8", "uint16")) else "float"
+    stored_type = str(spec.format)
+    unchanged_types = _INTEGER_TYPES if wanted.is_matte else ("uint8", "uint16")
+    return stored_type if stored_type in unchanged_types else "float"
 
 
-def _integer_attribute(spec: Any, name: str, default: int = 1) -> int:
+def _integer_attribute(spec: Any, name: str, default: int) -> int:
+    """Return an integer attribute of a specification; ``default`` if it is missing or of another type."""
     value = spec.getattribute(name)
     return int(value) if isinstance(value, int) else default
 
 
+def _orientation(spec: Any) -> int:
+    """Return the EXIF orientation in a specification; 1 (upright) if there is no valid one."""
+    return valid_orientation(_integer_attribute(spec, "Orientation", 1))
+
+
 def _white_value(spec: Any, dtype: Any, white: float | None) -> float:
-    """Return the value of white, or opaque, on the scale of the pixels that are read."""
+    """Return the value of white, or opaque, on the scale of the pixels that are read.
+
+    ``dtype``: that of the pixels that are read. ``white``: value of white in the file, if the user gives it.
+    """
     if dtype == np.uint8:
         return 255.0
     if dtype.kind in "iu":
         return white or float(np.iinfo(dtype).max)
-    read_as_one = _INTEGER_WHITE.get(str(spec.format), 1.0)
-    return (white or read_as_one) / read_as_one
+    stored_value_of_one = _INTEGER_WHITE.get(str(spec.format), 1.0)  # OpenImageIO has divided by it
+    return (white or stored_value_of_one) / stored_value_of_one
 
 
 def _file_white(spec: Any, file: ImageFile, dtype: Any) -> int | None:
@@ -231,16 +249,20 @@ def _file_white(spec: Any, file: ImageFile, dtype: Any) -> int | None:
 def _check_range(
     path: Path, pixels: NDArray[Any], scale: float, space: str, wanted: colour.ColourSettings
 ) -> list[str]:
-    """Return notices about the values of a deep image. Raises ImageError for a float image that is not in 0..1."""
-    largest = pixels.max()
+    """Return notices about the values of an image with more than 8 bits.
+
+    Raises ImageError for a float image in sRGB whose values are not in 0..1 but perhaps in 0..255.
+    """
     if wanted.has_labels:
         return []
+    largest = pixels.max()
     if pixels.dtype == np.float32 and space == colour.SRGB and largest > MAX_DISPLAY_VALUE * scale:
         remedy = "give the value of white, as in --white 255, or its colour space with --colorspace"
         if wanted.is_matte:
             remedy = "save it with 1 for the object or with 8 bits, or give the object's value with --mask-label"
         raise ImageError(f"{path} has values up to {largest:.6g}; expected 0..{scale:g}; {remedy}")
-    if pixels.dtype == np.uint16 and not (wanted.white or wanted.is_matte) and 255 < largest <= MAX_12_BIT:
+    has_default_white = wanted.white is None and not wanted.is_matte
+    if pixels.dtype == np.uint16 and has_default_white and 255 < largest <= MAX_12_BIT:
         return [
             f"{path} has 16 bits and no value above {largest}, so it is dark; if it has 12 bits, "
             f"give --white {MAX_12_BIT}"
@@ -249,24 +271,28 @@ def _check_range(
 
 
 def _to_8_bits(values: NDArray[Any], scale: float) -> ImageU8:
+    """Return values in 0..``scale`` as uint8."""
     return round_to_u8(values.astype(np.float32) * np.float32(255.0 / scale))
 
 
 def _file_colour_space(spec: Any, file_type: FileType, config: str) -> tuple[str, str]:
-    """Return the colour space by the label of a file, else by its format; and the end of a notice, "" for none."""
+    """Return the colour space by the labels of a file, else by its format, and the end of a notice; "" for none.
+
+    The labels are tried in order of precedence: code points (CICP), names of a space, chromaticities.
+    """
     codes = spec.getattribute("CICP")
     if codes is not None:
-        found, notice = colour.CodePoints(codes[0], codes[1], bool(codes[3])).find_space(config)
-        return found or colour.SRGB, notice
-    for key in ("colorInteropID", "oiio:ColorSpace"):
-        label = spec.getattribute(key)
+        stated_space, notice = colour.CodePoints(codes[0], codes[1], bool(codes[3])).find_space(config)
+        return stated_space or colour.SRGB, notice
+    for attribute in ("colorInteropID", "oiio:ColorSpace"):
+        label = spec.getattribute(attribute)
         if label in ("srgb_rec709_scene", "srgb_rec709_display"):
             return colour.SRGB, ""
-        if found := colour.find_colour_space(label, config):
-            return found, ""
-    primaries = spec.getattribute("chromaticities")
-    if primaries is not None and (found := colour.space_of_primaries(tuple(primaries))):
-        return colour.find_colour_space(found, config) or found, ""
+        if space := colour.find_colour_space(label, config):
+            return space, ""
+    chromaticities = spec.getattribute("chromaticities")
+    if chromaticities is not None and (space := colour.space_of_primaries(tuple(chromaticities))):
+        return colour.find_colour_space(space, config) or space, ""
     if file_type.name in _SCENE_LINEAR_FORMATS:
         return colour.LINEAR, ""
     gamma = spec.getattribute("oiio:Gamma")  # of a labelled gamma space such as g20_rec709_scene
@@ -276,7 +302,7 @@ def _file_colour_space(spec: Any, file_type: FileType, config: str) -> tuple[str
 
 
 Parts: TypeAlias = list[tuple[int, tuple[str, ...]]]
-"""Numbers and channel names of the parts of an EXR."""
+"""Index and channel names of every part of an EXR that is not deep."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +323,9 @@ class ImageLayer:
         return self.prefix or self.part_name or DEFAULT_LAYER
 
     def has_name(self, wanted: str) -> bool:
-        return wanted in (self.prefix, self.part_name) or (not self.prefix and wanted.upper() == DEFAULT_LAYER)
+        """Return whether ``wanted`` is its prefix or the name of its part; RGB selects a layer without a prefix."""
+        is_default = not self.prefix and wanted.upper() == DEFAULT_LAYER
+        return is_default or wanted in (self.prefix, self.part_name)
 
     @property
     def is_data(self) -> bool:
@@ -305,10 +333,10 @@ class ImageLayer:
         return _is_data(self.prefix or self.part_name)
 
     @property
-    def channels(self) -> tuple[int, int]:
-        """The first channel to read, and the one after the last."""
-        every = [*self.colours, *([] if self.alpha is None else [self.alpha])]
-        return min(every), max(every) + 1
+    def channel_range(self) -> tuple[int, int]:
+        """Start and end of the range of channels to read; the end is excluded."""
+        channels = self.colours if self.alpha is None else (*self.colours, self.alpha)
+        return min(channels), max(channels) + 1
 
 
 def select_layer(reader: Any, path: Path, wanted: str, *, refuse_data: bool = False) -> tuple[ImageLayer, list[str]]:
@@ -318,58 +346,66 @@ def select_layer(reader: Any, path: Path, wanted: str, *, refuse_data: bool = Fa
     named beauty or similar, else the first layer. ``refuse_data``: refuse a file that holds only depth, ids or
     cryptomattes; a mask may hold ids. Raises ImageError, listing the layers, if there is no such layer.
     """
-    found, parts = _colour_layers(reader)
-    listed = ", ".join(dict.fromkeys(layer.name for layer in found))
+    layers, parts = _colour_layers(reader)
+    listed = ", ".join(dict.fromkeys(layer.name for layer in layers))
     if wanted:
-        named = [layer for layer in found if layer.has_name(wanted)]
+        named = [layer for layer in layers if layer.has_name(wanted)]
         if not named:
             raise ImageError(
                 f"{path} has no layer {wanted!r} with R, G and B; expected one of: "
                 f"{listed or 'none'}; give one with --layer"
             )
         return named[0], []
-    found = [layer for layer in found if not layer.is_data] or found
-    if refuse_data and (all(layer.is_data for layer in found) if found else _hold_only_data(parts)):
+    image_layers = [layer for layer in layers if not layer.is_data]
+    has_only_data = not image_layers if layers else _hold_only_data(parts)
+    if refuse_data and has_only_data:
         raise _data_error(parts, path)
-    if not found:
+    if not layers:
         return _grey_layer(parts, path), []
-    plain = [layer for layer in found if not layer.prefix]
-    beauties = [layer for layer in found if layer.prefix.rpartition(".")[2].lower() in BEAUTY_NAMES]
-    chosen = (plain or beauties or found)[0]
-    if plain or len(found) == 1:
+    candidates = image_layers or layers
+    without_prefix = [layer for layer in candidates if not layer.prefix]
+    beauties = [layer for layer in candidates if layer.prefix.rpartition(".")[2].lower() in BEAUTY_NAMES]
+    chosen = (without_prefix or beauties or candidates)[0]
+    if without_prefix or len(candidates) == 1:
         return chosen, []
     return chosen, [f"{path} has the layers {listed}; {chosen.name} is used; give --layer to use another one"]
 
 
 def _is_data(name: str) -> bool:
+    """Return whether any word of a dotted name means depth, ids or a cryptomatte."""
     return any(DATA_NAMES.fullmatch(word) for word in name.split("."))
+
+
+def _channels_of(parts: Parts) -> list[str]:
+    """Return the channel names of all parts."""
+    return [channel for _, channels in parts for channel in channels]
 
 
 def _hold_only_data(parts: Parts) -> bool:
     """Return whether all channels of all parts hold depth, ids or cryptomattes."""
-    channels = [channel for _, channels in parts for channel in channels]
+    channels = _channels_of(parts)
     return bool(channels) and all(_is_data(channel) for channel in channels)
 
 
 def _data_error(parts: Parts, path: Path) -> ImageError:
-    every = ", ".join(channel for _, channels in parts for channel in channels)
     return ImageError(
-        f"{path} has only depth, ids or cryptomattes ({every}); expected colours; give an image with R, G, B"
+        f"{path} has only depth, ids or cryptomattes ({', '.join(_channels_of(parts))}); expected colours; give an "
+        "image with R, G, B"
     )
 
 
 def _colour_layers(reader: Any) -> tuple[list[ImageLayer], Parts]:
     """Return the colour layers in file order, and the channels of every part."""
-    found, parts = [], []
+    layers, parts = [], []
     part = 0
     while reader.seek_subimage(part, 0):
         spec = reader.spec()
         if not spec.deep:  # a deep part has any number of values per pixel, and must be flattened first
-            found += _layers_of_part(part, str(spec.getattribute("oiio:subimagename") or ""), spec.channelnames)
+            layers += _layers_of_part(part, str(spec.getattribute("oiio:subimagename") or ""), spec.channelnames)
             parts.append((part, tuple(spec.channelnames)))
         part += 1
     reader.geterror()  # clears the error of the last seek
-    return found, parts
+    return layers, parts
 
 
 def _layers_of_part(part: int, part_name: str, channels: tuple[str, ...]) -> list[ImageLayer]:
@@ -387,11 +423,12 @@ def _layers_of_part(part: int, part_name: str, channels: tuple[str, ...]) -> lis
 
 def _grey_layer(parts: Parts, path: Path) -> ImageLayer:
     """Return the single channel, the luminance or the alpha of a file without colours. Raises ImageError."""
-    for part, channels in sorted(parts, key=lambda numbered: _hold_only_data([numbered])):  # images before data
+    parts_with_data_last = sorted(parts, key=lambda part: _hold_only_data([part]))
+    for part, channels in parts_with_data_last:
         names = [channel.upper() for channel in channels]
         if len(names) == 1:
             return ImageLayer(part, (0,), None)
-        if "Y" in names and "X" not in names:
+        if "Y" in names and "X" not in names:  # with an X, the Y is that of a vector
             return ImageLayer(part, (names.index("Y"),), names.index("A") if "A" in names else None)
         if "A" in names:
             return ImageLayer(part, (names.index("A"),), None)
@@ -399,5 +436,5 @@ def _grey_layer(parts: Parts, path: Path) -> ImageLayer:
         raise ImageError(f"{path} has only deep pixels; expected flat ones; flatten it")
     if _hold_only_data(parts):
         raise _data_error(parts, path)
-    listed = ", ".join(channel for _, channels in parts for channel in channels)
+    listed = ", ".join(_channels_of(parts))
     raise ImageError(f"{path} has no channels R, G and B; it has only {listed}; give an image with R, G and B")
