@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import cv2
 import numpy as np
@@ -35,8 +35,9 @@ COARSE_TOLERANCE = 0.1
 class CanvasRule:
     """Canvas sizes of a backbone: the frame's long side is scaled to ``long_side_px``.
 
-    A square canvas is ``long_side_px`` on both sides; otherwise each side is rounded up to ``multiple_px``. A frame is
-    enlarged at most ``max_enlargement`` times, unless the long side would be less than half of ``long_side_px``.
+    A square canvas is ``long_side_px`` on both sides. Otherwise, each side is rounded up to a multiple of
+    ``multiple_px``. A frame is enlarged at most ``max_enlargement`` times, unless its long side would be less than half
+    of ``long_side_px``.
     """
 
     long_side_px: int
@@ -53,9 +54,12 @@ class CanvasRule:
         if self.square:
             canvas = self.long_side_px, self.long_side_px
         else:
-            height_px, width_px = (max(_round_up(side, self.multiple_px), self.min_side_px) for side in content)
-            canvas = height_px, width_px
+            canvas = self._canvas_side(content[0]), self._canvas_side(content[1])
         return Placement((height, width), content, canvas)
+
+    def _canvas_side(self, content_side: int) -> int:
+        """Return the side of a canvas that is not square, from the side of its content."""
+        return max(_round_up(content_side, self.multiple_px), self.min_side_px)
 
     def _long_side(self, source: int) -> int:
         """Return the long side of the canvas for a frame whose long side is ``source`` px."""
@@ -111,13 +115,16 @@ def resize(image: ImageArray, size: tuple[int, int]) -> ImageArray:
     Pixels are averaged to make it smaller. To make it larger, uint8 values are interpolated bicubically, float32 values
     bilinearly.
     """
+    height, width = size
     if image.shape[:2] == size:
         return image
-    if size[0] * size[1] < image.shape[0] * image.shape[1]:
+    if height * width < image.shape[0] * image.shape[1]:
         interpolation = cv2.INTER_AREA
+    elif image.dtype == np.uint8:
+        interpolation = cv2.INTER_CUBIC
     else:
-        interpolation = cv2.INTER_CUBIC if image.dtype == np.uint8 else cv2.INTER_LINEAR
-    return cast(ImageArray, cv2.resize(image, size[::-1], interpolation=interpolation))
+        interpolation = cv2.INTER_LINEAR
+    return cast(ImageArray, cv2.resize(image, (width, height), interpolation=interpolation))
 
 
 def downscaled_size(size: Sequence[int], long_side_px: int) -> tuple[int, int]:
@@ -136,6 +143,11 @@ def round_to_u8(values: Float) -> ImageU8:
     return np.clip(values + 0.5, 0, 255).astype(np.uint8)
 
 
+def scale_to_u8(values: NDArray[Any], white: float) -> ImageU8:
+    """Convert values in 0..``white`` to uint8; values outside are clipped."""
+    return round_to_u8(values.astype(np.float32) * np.float32(255.0 / white))
+
+
 def alpha_to_u8(alpha: Float) -> ImageU8:
     """Convert an alpha in 0..1 to uint8; values outside are clipped."""
     return round_to_u8(alpha * np.float32(255.0))
@@ -144,22 +156,24 @@ def alpha_to_u8(alpha: Float) -> ImageU8:
 def trimap_from_coarse(coarse: Float, size: tuple[int, int], band_fraction: float) -> Float:
     """Return a trimap float32 [H,W] of ``size`` from a coarse alpha.
 
-    Its values are 0 background, 0.5 unknown and 1 foreground. ``coarse``: [h,w] in 0..1, of any size.
-    ``band_fraction``: width of the band, as a fraction of the long side. A pixel is background or foreground if all
-    pixels nearer than the band are too. In a region of the object that is thinner than twice the band, the inner half
-    is foreground, so that thin objects keep some foreground.
+    Its values are 0 background, 0.5 unknown and 1 foreground. A pixel is background or foreground if all pixels nearer
+    than the band are too. In a region of the object that is thinner than twice the band, the inner half is foreground,
+    so that thin objects keep some foreground.
+
+    ``coarse``: [h,w] in 0..1, of any size. ``band_fraction``: width of the band, as a fraction of the long side.
     """
     alpha = resize(coarse, size)
-    band = max(1.0, band_fraction * max(size))
+    band_px = max(1.0, band_fraction * max(size))
     trimap = np.full(size, 0.5, np.float32)
-    trimap[_distance_inside(alpha < COARSE_TOLERANCE) > band] = 0.0
+    trimap[_distance_inside(alpha < COARSE_TOLERANCE) > band_px] = 0.0
     foreground = alpha > 1.0 - COARSE_TOLERANCE
     depth = _distance_inside(foreground)
-    count, regions = cv2.connectedComponents(foreground.astype(np.uint8))
-    region = regions.astype(np.intp)
-    max_depth = np.zeros(count, np.float32)  # largest depth in each region
+    region_count, labels = cv2.connectedComponents(foreground.astype(np.uint8))
+    region = labels.astype(np.intp)  # of every pixel
+    max_depth = np.zeros(region_count, np.float32)
     np.maximum.at(max_depth, region, depth)
-    trimap[foreground & (depth > np.minimum(band, max_depth[region] / 2))] = 1.0
+    min_depth = np.minimum(band_px, max_depth[region] / 2)
+    trimap[foreground & (depth > min_depth)] = 1.0
     return trimap
 
 
@@ -169,12 +183,13 @@ def trimap_from_alpha(alpha: Float, band_px: int) -> NDArray[np.uint8]:
     A pixel is background or foreground if all pixels within ``band_px`` are too. Otherwise it is unknown.
     """
     trimap = np.full(alpha.shape, UNKNOWN, np.uint8)
-    for value, is_certain in ((255, alpha > 1.0 - ALPHA_TOLERANCE), (0, alpha < ALPHA_TOLERANCE)):
-        trimap[_distance_inside(is_certain) > band_px] = value
+    trimap[_distance_inside(alpha > 1.0 - ALPHA_TOLERANCE) > band_px] = 255
+    trimap[_distance_inside(alpha < ALPHA_TOLERANCE) > band_px] = 0
     return trimap
 
 
 def _round_up(value: int, multiple: int) -> int:
+    """Return the smallest multiple of ``multiple`` that is not below ``value``."""
     return math.ceil(value / multiple) * multiple
 
 

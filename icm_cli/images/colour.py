@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from icm_cli.errors import UsageError, did_you_mean
-from icm_cli.geometry import Float, ImageU8, round_to_u8
+from icm_cli.geometry import Float, ImageU8, scale_to_u8
 
 BUILT_IN = "ocio://studio-config-latest"
 """Built-in configuration of OpenColorIO: ACES, camera log spaces, Rec.709, P3."""
@@ -122,7 +122,7 @@ def to_display_srgb(pixels: NDArray[Any], scale: float, space: str, colour: Colo
             return np.ascontiguousarray(pixels)
         if pixels.dtype == np.uint16:
             return _rounding_table(scale)[pixels]
-        return round_to_u8(pixels.astype(np.float32) * np.float32(255.0 / scale))
+        return scale_to_u8(pixels, scale)
     values = np.ascontiguousarray(pixels, dtype=np.float32)
     if scale != 1.0:
         values = values / np.float32(scale)
@@ -135,7 +135,7 @@ def to_display_srgb(pixels: NDArray[Any], scale: float, space: str, colour: Colo
 @functools.lru_cache(maxsize=8)
 def _rounding_table(scale: float) -> ImageU8:
     """Return the 8-bit value of every 16-bit value. A lookup needs far less memory than a float copy of the image."""
-    return round_to_u8(np.arange(65536, dtype=np.float32) * np.float32(255.0 / scale))
+    return scale_to_u8(np.arange(65536), scale)
 
 
 def _packed_image(pixels: NDArray[Any]) -> Any:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from icm_cli.errors import ImageError
-from icm_cli.geometry import ImageU8, round_to_u8
+from icm_cli.geometry import ImageU8, scale_to_u8
 from icm_cli.images import colour, containers
 from icm_cli.images.image_file import FileType, ImageFile
 from icm_cli.images.pixels import (
@@ -141,7 +141,7 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
         if converted is None:
             notices.append(f"{path}: {BAD_PROFILE}")
         else:
-            alpha = None if alpha is None else _to_8_bits(alpha, scale)
+            alpha = None if alpha is None else scale_to_u8(alpha, scale)
             pixels, space, scale = converted, colour.SRGB, 255.0
     channel_formats = spec.channelformats or [spec.format] * spec.nchannels  # empty if all are equal
     decoded = DecodedImage(
@@ -174,7 +174,7 @@ def _read_channels(reader: Any, layer: ImageLayer, read_type: str) -> tuple[NDAr
 
 def _convert_by_profile(pixels: NDArray[Any], scale: float, profile: bytes) -> ImageU8 | None:
     """Convert pixels from their ICC profile to sRGB, uint8 [H,W,3]; None if the profile cannot be used."""
-    image_u8 = _to_8_bits(pixels, scale)
+    image_u8 = scale_to_u8(pixels, scale)
     image = Image.fromarray(image_u8 if image_u8.shape[-1] == 3 else image_u8[..., 0])
     converted = colour.to_srgb(image, profile)
     return None if converted is None else np.asarray(converted)
@@ -268,11 +268,6 @@ def _check_range(
             f"give --white {MAX_12_BIT}"
         ]
     return []
-
-
-def _to_8_bits(values: NDArray[Any], scale: float) -> ImageU8:
-    """Return values in 0..``scale`` as uint8."""
-    return round_to_u8(values.astype(np.float32) * np.float32(255.0 / scale))
 
 
 def _file_colour_space(spec: Any, file_type: FileType, config: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from icm_cli.errors import ImageError
-from icm_cli.geometry import ImageU8, format_size, round_to_u8
+from icm_cli.geometry import ImageU8, format_size, round_to_u8, scale_to_u8
 from icm_cli.images.colour import DEFAULT_COLOUR, SRGB, ColourSettings, to_display_srgb
 from icm_cli.images.decoding import decode_image, frame_count, open_image
 from icm_cli.images.image_file import ImageFile
@@ -151,7 +151,7 @@ def file_digest(path: Path) -> str:
 def _alpha_u8(decoded: DecodedImage) -> ImageU8 | None:
     if decoded.alpha is None or decoded.alpha.dtype == np.uint8:
         return decoded.alpha
-    return round_to_u8(decoded.alpha.astype(np.float32) * np.float32(255.0 / decoded.scale))
+    return scale_to_u8(decoded.alpha, decoded.scale)
 
 
 def _object_mask(decoded: DecodedImage) -> ImageU8:

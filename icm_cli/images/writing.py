@@ -99,6 +99,7 @@ class OutputFormat:
 
     @property
     def suffix(self) -> str:
+        """File name suffix of the format, such as ".png"."""
         return FORMAT_SUFFIXES[self.format][0]
 
     @property
@@ -112,14 +113,19 @@ class OutputFormat:
         return self.foreground == "premultiplied" or (self.foreground == "auto" and self.format == "exr")
 
     def depth_for(self, source: DecodedImage | None) -> BitDepth:
-        """Return the bit depth of the foreground of a source; of an alpha if ``source`` is None."""
-        depths = BIT_DEPTHS[self.format]
-        if self.depth is not None or source is None:
-            return self.depth or depths[0]
+        """Return the bit depth of the foreground of a source; of an alpha if ``source`` is None.
+
+        By default, a foreground has a depth that holds all values of its source, if the format has one.
+        """
+        supported = BIT_DEPTHS[self.format]
+        if self.depth is not None:
+            return self.depth
+        if source is None:
+            return supported[0]
         if self.format == "exr":
-            return "float" if source.bits not in (8, 16) and not source.is_half else "half"
-        wanted: BitDepth = "8" if source.bits == 8 else "16" if source.bits == 16 else "float"
-        return wanted if wanted in depths else "16"
+            return "half" if source.bits in (8, 16) or source.is_half else "float"
+        source_depth: BitDepth = "8" if source.bits == 8 else "16" if source.bits == 16 else "float"
+        return source_depth if source_depth in supported else "16"
 
 
 DEFAULT_OUTPUT = OutputFormat()
@@ -138,9 +144,9 @@ def write_alpha(
     ``source``: the image from which an EXR copies its windows and timecode. ``check``: see
     :func:`~icm_cli.files.atomic_write`. Raises OutputError, and FileWriteError if only this file cannot be written.
     """
-    written = 1.0 - alpha if output.invert else alpha
+    pixels = (1.0 - alpha if output.invert else alpha)[..., None]
     depth = output.depth_for(None)
-    _write_image(path, written[..., None], (output.channel,), provenance, output.format, depth, source, check=check)
+    _write_image(path, pixels, (output.channel,), provenance, output.format, depth, source, check=check)
 
 
 def write_foreground(
@@ -153,19 +159,20 @@ def write_foreground(
     config: str = "",
     check: WriteCheck | None = None,
 ) -> None:
-    """Write the colours of the object with its alpha.
+    """Write the colours of the object with its alpha, atomically.
 
     ``colours``: float32 [H,W,3] on the scale 0..1; HDR exceeds 1. An EXR stores them scene-linear. ``config``: the
-    OpenColorIO configuration with the colour space of the source.
+    OpenColorIO configuration with the colour space of the source. Everything else: see :func:`write_alpha`.
     """
     attributes: dict[str, Any] = {}
     if output.format == "exr":
         colours, space = to_scene_linear(colours, source.space, config)
         attributes = colour_space_attributes(space, config)
-    written = colours * alpha[..., None] if output.is_premultiplied else colours
-    pixels = np.concatenate([written, alpha[..., None]], axis=-1)
-    if output.is_premultiplied and output.format == "tiff":  # PNG supports straight alpha only
-        attributes["oiio:UnassociatedAlpha"] = 0
+    if output.is_premultiplied:
+        colours = colours * alpha[..., None]
+        if output.format == "tiff":  # PNG supports straight alpha only
+            attributes["oiio:UnassociatedAlpha"] = 0
+    pixels = np.concatenate([colours, alpha[..., None]], axis=-1)
     depth, channels = output.depth_for(source), ("R", "G", "B", "A")
     _write_image(path, pixels, channels, provenance, output.format, depth, source, attributes, check)
 
@@ -184,25 +191,28 @@ def write_mask(path: Path, mask: NDArray[np.bool_]) -> None:
 
 
 def read_provenance(path: Path) -> dict[str, str] | None:
-    """Return the provenance of a file of icm; for another PNG, the text that it contains.
+    """Return the provenance of a file of icm; for another PNG, the texts that it contains.
 
     Returns None for other files, damaged files and missing files. Raises FileAccessError.
     """
     try:
         with open_image(path) as file:
-            data = file.stream.read()
+            content = file.stream.read()
             if file.type.name != "png":
-                return _read_openimageio_provenance(file) if ICM_ALPHA_MARK in data else None
-            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-                provenance = dict(image.info)
+                return _read_openimageio_provenance(file) if ICM_ALPHA_MARK in content else None
+            with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+                texts = _texts_of_png(image)
                 image.verify()  # checks the checksum of every chunk except the last one
     except FileAccessError:
         raise
     except ImageError:
         return None
-    if not data.endswith(_PNG_END):
-        return None
-    return {str(key): value for key, value in provenance.items() if isinstance(value, str)}
+    return texts if content.endswith(_PNG_END) else None
+
+
+def _texts_of_png(image: Image.Image) -> dict[str, str]:
+    """Return the texts of an open PNG, by their keys."""
+    return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
 
 
 def read_provenance_header(path: Path) -> dict[str, str]:
@@ -212,14 +222,14 @@ def read_provenance_header(path: Path) -> dict[str, str]:
             return {}
         if file.type.name == "png":
             with Image.open(file.stream, formats=["PNG"]) as image:
-                return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+                return _texts_of_png(image)
         with openimageio.open_reader(file) as reader:
             provenance = json.loads(reader.spec().getattribute(PROVENANCE_KEY) or "{}")
             return provenance if isinstance(provenance, dict) else {}
 
 
 def has_changed_pixels(path: Path, provenance: Mapping[str, str]) -> bool:
-    """Return whether a file was retouched: its pixels are not those that icm wrote.
+    """Return whether a file was retouched: its pixels are not those that icm wrote, by the digest in its provenance.
 
     False for files of icm 0.1, which have no digest of their pixels. An unchanged PNG is not decoded. Raises
     ImageError.
@@ -252,18 +262,18 @@ def set_provenance_entry(path: Path, key: str, value: str | None, check: WriteCh
         provenance = read_provenance(path)
         if provenance is None:
             raise ImageError(f"{path} was not made by icm, so its provenance cannot be changed; run icm matte again")
-        changed = {name: text for name, text in provenance.items() if name != key}
-        changed |= {} if value is None else {key: value}
+        provenance.pop(key, None)
+        if value is not None:
+            provenance[key] = value
         with openimageio.open_reader(file) as reader:
             spec = oiio.ImageSpec(reader.spec())
             pixels = reader.read_image(0, 0, 0, spec.nchannels, "unknown")  # in the type of the file
-            is_single = not reader.seek_subimage(1, 0)
-    if pixels is None or not is_single:
+            has_one_part = not reader.seek_subimage(1, 0)
+    if pixels is None or not has_one_part:
         raise ImageError(f"{path} has several parts or cannot be read completely; expected an alpha that icm wrote")
     spec.erase_attribute("tiff:RowsPerStrip")
-    texts = {PROVENANCE_KEY: json.dumps(changed), "DateTime": spec.getattribute("DateTime") or ""}
-    for name, text in texts.items():
-        spec.attribute(name, text)
+    spec.attribute(PROVENANCE_KEY, json.dumps(provenance))
+    spec.attribute("DateTime", spec.getattribute("DateTime") or "")  # see _write_image
     with atomic_write(path, check) as out:
         _write_with_openimageio(out.name, spec, pixels, "tiff" if file.type.name == "tiff" else "exr")
 
@@ -272,25 +282,29 @@ def _set_png_text(content: bytes, key: str, value: str | None) -> bytes:
     """Return a PNG with a text chunk replaced; None removes it. The digest of its bytes is updated."""
     is_sealed = content == _sealed_png(content[:-_PNG_SEAL_BYTES])
     body = content[:-_PNG_SEAL_BYTES] if is_sealed else content.removesuffix(_PNG_END)
-    kept, at = [body[:8]], 8
-    while at + 8 <= len(body):
-        length, kind = struct.unpack_from(">I4s", body, at)
-        chunk = body[at : at + length + 12]
-        if kind == b"IDAT" and value is not None:
+    signature_bytes = 8
+    kept, start = [body[:signature_bytes]], signature_bytes
+    while start + 8 <= len(body):
+        length, kind = struct.unpack_from(">I4s", body, start)
+        chunk = body[start : start + length + 12]  # length, kind, data and checksum
+        if kind == b"IDAT" and value is not None:  # the text precedes the first chunk of pixels
             kept.append(_png_text(key, value))
             value = None
-        if kind != b"tEXt" or not chunk[8:].startswith(key.encode() + b"\0"):
+        is_replaced = kind == b"tEXt" and chunk[8:].startswith(key.encode() + b"\0")
+        if not is_replaced:
             kept.append(chunk)
-        at += len(chunk)
-    return _sealed_png(b"".join(kept)) if is_sealed else b"".join([*kept, _PNG_END])
+        start += len(chunk)
+    edited = b"".join(kept)
+    return _sealed_png(edited) if is_sealed else edited + _PNG_END
 
 
 def _read_openimageio_provenance(file: ImageFile) -> dict[str, str]:
-    """Return the provenance of a TIFF or EXR. Raises ValueError if its pixels are incomplete."""
+    """Return the provenance of a TIFF or EXR of icm. Raises ValueError if its pixels are incomplete."""
 
     def read() -> Any:
         with openimageio.open_reader(file) as reader:
-            if reader.read_image(0, 0, 0, reader.spec().nchannels, "half") is None or reader.has_error:
+            pixels = reader.read_image(0, 0, 0, reader.spec().nchannels, "half")
+            if pixels is None or reader.has_error:
                 raise ValueError(reader.geterror())
             return json.loads(reader.spec().getattribute(PROVENANCE_KEY))
 
@@ -311,18 +325,16 @@ def _write_image(
     attributes: Mapping[str, Any] = MappingProxyType({}),
     check: WriteCheck | None = None,
 ) -> None:
-    """Write pixels [H,W,C] on the scale 0..1. ``attributes``: further attributes of OpenImageIO."""
+    """Write pixels [H,W,C] on the scale 0..1 to a file of this format and depth, with their provenance.
+
+    ``source``: image from which an EXR copies its windows and timecode. ``attributes``: further attributes of
+    OpenImageIO.
+    """
     values = _quantize(pixels, depth)
     provenance = {**provenance, PIXELS_KEY: _pixel_digest(values)}
     with atomic_write(path, check) as file:
-        if format_ == "png" and (depth == "8" or len(channels) == 1):
-            info = PngImagePlugin.PngInfo()
-            for key, value in provenance.items():
-                info.add_text(key, value)
-            encoded = io.BytesIO()
-            image = Image.fromarray(values if len(channels) > 1 else values[..., 0])
-            image.save(encoded, format="PNG", compress_level=PNG_COMPRESSION, pnginfo=info)
-            file.write(_sealed_png(encoded.getvalue().removesuffix(_PNG_END)))
+        if format_ == "png" and (depth == "8" or len(channels) == 1):  # Pillow has no RGBA of 16 bits
+            file.write(_encode_png(values, provenance))
             return
         spec = oiio.ImageSpec(values.shape[1], values.shape[0], len(channels), _OIIO_TYPES[depth])
         spec.channelnames = channels
@@ -332,10 +344,24 @@ def _write_image(
         texts = provenance if format_ == "png" else {PROVENANCE_KEY: json.dumps(provenance), "DateTime": ""}
         # UnassociatedAlpha describes the pixels, which stay unchanged.
         for key, value in {**texts, "compression": "zip", "oiio:UnassociatedAlpha": 1, **attributes}.items():
-            spec.attribute(key, *((f"float[{len(value)}]", value) if isinstance(value, tuple) else (value,)))
+            if isinstance(value, tuple):
+                spec.attribute(key, f"float[{len(value)}]", value)
+            else:
+                spec.attribute(key, value)
         if format_ == "exr" and source is not None:
             source.copy_metadata_to(spec)
         _write_with_openimageio(file.name, spec, values, format_)
+
+
+def _encode_png(values: NDArray[Any], texts: Mapping[str, str]) -> bytes:
+    """Return values [H,W,C] as a PNG with these texts and the digest of its bytes."""
+    info = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text)
+    encoded = io.BytesIO()
+    image = Image.fromarray(values if values.shape[-1] > 1 else values[..., 0])
+    image.save(encoded, format="PNG", compress_level=PNG_COMPRESSION, pnginfo=info)
+    return _sealed_png(encoded.getvalue().removesuffix(_PNG_END))
 
 
 def _write_with_openimageio(path: str, spec: oiio.ImageSpec, values: NDArray[Any], format_: str) -> None:
@@ -363,32 +389,36 @@ def _pixel_digest(values: NDArray[Any]) -> str:
 
     It is equal for halves and floats of equal values.
     """
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)  # as they are read
+    if values.dtype.kind == "f":  # values that are not finite are read as 0
+        values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     hasher = hashlib.sha256(f"{values.dtype} {values.shape}".encode())
     hasher.update(np.ascontiguousarray(values).data)
     return hasher.hexdigest()
 
 
 def _sealed_png(content: bytes) -> bytes:
-    """Return a PNG with a chunk with the digest of its bytes, and its end chunk. ``content``: without the end chunk.
+    """Return a PNG with a text chunk that holds the digest of its bytes, and its end chunk.
 
-    By this digest, an unchanged file is recognised without decoding it.
+    By this digest, an unchanged file is recognised without decoding it. ``content``: the PNG without these two chunks.
     """
     return content + _png_text("icm-file", hashlib.sha256(content).hexdigest()) + _PNG_END
 
 
 def _png_text(key: str, text: str) -> bytes:
     """Return the chunk of a PNG that holds an ASCII text."""
-    chunk = b"tEXt" + key.encode() + b"\0" + text.encode()
-    return struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    kind, data = b"tEXt", key.encode() + b"\0" + text.encode()
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def _write_failure(path: Path, text: str, size: int) -> OSError:
-    """Return the error of the file system that a library's message contains. ``text`` names the temporary file."""
+def _write_failure(path: Path, message: str, size: int) -> OSError:
+    """Return the error of the file system that a library's message contains, or else one with the message.
+
+    ``path``: the temporary file, which the message may name. ``size``: number of bytes that were to be written.
+    """
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-        if os.strerror(number).lower() in text.lower():
+        if os.strerror(number).lower() in message.lower():
             return OSError(number, os.strerror(number))
     if shutil.disk_usage(path.parent).free < size:  # libtiff gives no reason
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return OSError((text.strip().splitlines() or ["unknown reason"])[0].replace(str(path), "the file").rstrip("."))
+    first_line = (message.strip().splitlines() or ["unknown reason"])[0]
+    return OSError(first_line.replace(str(path), "the file").rstrip("."))
