@@ -32,7 +32,7 @@ from icm_cli.guidance.scribbles import read_scribble
 
 AREA_NAMES = {"fg": "object_area", "bg": "background_area", "keep": "keep", "drop": "drop"}
 """Meaning of a shape -> field of :class:`Hints` that its area is added to."""
-LABELS = {**{each: each for each in AREA_NAMES}, "foreground": "fg", "object": "fg", "background": "bg"}
+LABELS = {"foreground": "fg", "object": "fg", "background": "bg", **{meaning: meaning for meaning in AREA_NAMES}}
 """Label in a file, in lower case -> meaning, a key of :data:`AREA_NAMES`."""
 POINT_COUNTS: dict[str, tuple[int, float]] = {
     "point": (1, 1),
@@ -131,8 +131,8 @@ def hints_from_shapes(shapes: Sequence[dict[str, Any]], size: tuple[int, int]) -
     """Return shapes of labelme as hints about an image of ``size`` (height, width). Raises UsageError."""
     try:
         check_schema(shapes, LABELME_SCHEMA["shapes"], "shapes")
-        found = list(_labelme_shapes({"shapes": shapes}, size))
-        return _combine_shapes(_select_shapes(found, None, can_select=False), size)
+        checked = list(_labelme_shapes({"shapes": shapes}, size))
+        return _combine_shapes(_select_shapes(checked, None, can_select=False), size)
     except (ValueError, OverflowError) as error:
         raise UsageError(f"the hints cannot be used: {error}") from error
 
@@ -148,10 +148,12 @@ def find_other_image(path: Path, image: Path) -> str:
     Folders, suffixes and page numbers may differ. Raises UsageError.
     """
     content = read_json(path, "annotation", {}, EXPECTED)
-    name = PureWindowsPath(str(content.get("imagePath") or "")).name  # splits at both / and backslash
-    own = {image.name, image.stem, image.stem.rpartition(".")[0]}
-    is_own = not name or {name.casefold(), Path(name).stem.casefold()} & set(map(str.casefold, own))
-    return "" if is_own or "shapes" not in content else name
+    stated_name = PureWindowsPath(str(content.get("imagePath") or "")).name  # splits at both / and backslash
+    if not stated_name or "shapes" not in content:
+        return ""
+    stated_names = {stated_name.casefold(), Path(stated_name).stem.casefold()}
+    own_names = {name.casefold() for name in (image.name, image.stem, image.stem.rpartition(".")[0])}
+    return "" if stated_names & own_names else stated_name
 
 
 def fill_polygon(points: Sequence[Point], size: tuple[int, int]) -> Area:
@@ -161,13 +163,16 @@ def fill_polygon(points: Sequence[Point], size: tuple[int, int]) -> Area:
     number of toggles is at or left of it in its row.
     """
     height, width = size
-    toggles = np.zeros((height, width + 1), np.bool_)
+    toggles = np.zeros((height, width + 1), np.bool_)  # the last column is right of the image
     for start, end in zip(points, [*points[1:], points[0]], strict=True):
         (x0, y0), (x1, y1) = sorted((start, end), key=lambda point: point[1])
-        rows = np.arange(*(math.ceil(min(max(y - 0.5, 0), height)) for y in (y0, y1)))
-        if len(rows):
-            crossings = x0 + (x1 - x0) * ((rows + 0.5 - y0) / (y1 - y0))
-            toggles[rows, np.clip(np.ceil(crossings - 0.5), 0, width).astype(int)] ^= True
+        first_row, end_row = (math.ceil(min(max(y - 0.5, 0), height)) for y in (y0, y1))
+        if first_row == end_row:  # the edge crosses the centre line of no row
+            continue
+        rows = np.arange(first_row, end_row)
+        crossings = x0 + (x1 - x0) * ((rows + 0.5 - y0) / (y1 - y0))
+        columns = np.clip(np.ceil(crossings - 0.5), 0, width).astype(int)
+        toggles[rows, columns] ^= True
     inside: Area = np.logical_xor.accumulate(toggles[:, :width], axis=1)
     return inside
 
@@ -176,7 +181,8 @@ def _labelme_shapes(content: dict[str, Any], size: tuple[int, int]) -> Iterator[
     """Yield the shapes of a file of labelme. Raises ValueError for a shape that is not valid."""
     _check_size(content.get("imageHeight"), content.get("imageWidth"), size)
     for number, shape in enumerate(content["shapes"]):
-        kind, name, points = shape.get("shape_type") or "polygon", f"shapes[{number}]", shape["points"]
+        name, points = f"shapes[{number}]", shape["points"]
+        kind = shape.get("shape_type") or "polygon"
         if kind not in POINT_COUNTS:
             raise ValueError(f"{name} is of type {format_json(kind)}; expected one of {', '.join(POINT_COUNTS)}")
         least, most = POINT_COUNTS[kind]
@@ -192,63 +198,67 @@ def _coco_shapes(content: dict[str, Any], size: tuple[int, int], image: Path | N
     """Yield the shapes for an image in a COCO file. Raises ValueError for a shape that is not valid."""
     entry = _find_coco_image(content["images"], image)
     _check_size(entry.get("height"), entry.get("width"), size)
-    names = {each["id"]: each["name"] for each in content.get("categories", [])}
+    label_by_id = {category["id"]: category["name"] for category in content.get("categories", [])}
     for number, annotation in enumerate(content["annotations"]):
         if annotation["image_id"] != entry["id"]:
             continue
-        name, category = f"annotations[{number}]", annotation.get("category_id", "")
-        label = names.get(category, str(category)).strip()
-        outlines, box = annotation.get("segmentation"), annotation.get("bbox")
-        if isinstance(outlines, dict):
-            yield _Shape(name, "mask", label, [], _decode_runs(outlines, size, name), str(category))
-        elif outlines:
-            check_schema(outlines, [[NUMBER]], f"{name}.segmentation")
-            for values in outlines:
+        name, category_id = f"annotations[{number}]", annotation.get("category_id", "")
+        label = label_by_id.get(category_id, str(category_id)).strip()
+        segmentation, box = annotation.get("segmentation"), annotation.get("bbox")
+        if isinstance(segmentation, dict):  # a run-length encoding
+            yield _Shape(name, "mask", label, [], _decode_runs(segmentation, size, name), str(category_id))
+        elif segmentation:  # polygons
+            check_schema(segmentation, [[NUMBER]], f"{name}.segmentation")
+            for values in segmentation:
                 if len(values) < 6 or len(values) % 2:
                     raise ValueError(
                         f"{name} has a polygon of {len(values)} numbers; expected x and y of 3 or more points"
                     )
-                points = [_clip_point(values[at : at + 2], size, name) for at in range(0, len(values), 2)]
-                yield _Shape(name, "polygon", label, points, label_id=str(category))
+                points = [_clip_point(xy, size, name) for xy in zip(values[::2], values[1::2], strict=True)]
+                yield _Shape(name, "polygon", label, points, label_id=str(category_id))
         elif box:
             check_schema(box, [NUMBER], f"{name}.bbox")
             if len(box) != 4:
                 raise ValueError(f"{name} has a bbox of {len(box)} numbers; expected x, y, width and height")
             corners = [box[:2], [box[0] + box[2], box[1] + box[3]]]
             points = [_clip_point(corner, size, name) for corner in corners]
-            yield _Shape(name, "rectangle", label, points, label_id=str(category))
+            yield _Shape(name, "rectangle", label, points, label_id=str(category_id))
         else:
             raise ValueError(f"{name} has neither a segmentation nor a bbox; expected one of them")
 
 
 def _find_coco_image(entries: Sequence[dict[str, Any]], image: Path | None) -> dict[str, Any]:
-    """Return the entry of an image: that of its file name, else the one of its name without suffix.
+    """Return the entry of an image: the one with its file name, else the one with its name without suffix.
 
-    Raises ValueError unless there is exactly one.
+    Without ``image``, return the only entry. Raises ValueError unless there is exactly one.
     """
-    found = list(entries)
+    matches = list(entries)
     if image is not None:
-        names = [Path(each["file_name"]) for each in entries]
-        is_named = [name.name == image.name for name in names]
-        if sum(is_named) > 1:  # images of the same name in several folders
-            is_named = [image.parts[-len(name.parts) :] == name.parts for name in names]
-        is_named = is_named if any(is_named) else [name.stem == image.stem for name in names]
-        found = [each for each, matches in zip(entries, is_named, strict=True) if matches]
-    if len(found) != 1:
-        listed = ", ".join(format_json(each["file_name"]) for each in entries[:MAX_LISTED])
+        matches = [entry for entry in entries if Path(entry["file_name"]).name == image.name]
+        if len(matches) > 1:  # images of the same name in several folders
+            matches = [entry for entry in matches if _is_end_of(Path(entry["file_name"]), image)]
+        if not matches:
+            matches = [entry for entry in entries if Path(entry["file_name"]).stem == image.stem]
+    if len(matches) != 1:
+        listed = ", ".join(format_json(entry["file_name"]) for entry in entries[:MAX_LISTED])
         more = ", ..." if len(entries) > MAX_LISTED else ""
         name = "" if image is None else f" of the name {image.name}"
-        raise ValueError(f"it has {len(found)} images{name}; expected one; it lists {listed or 'none'}{more}")
-    return found[0]
+        raise ValueError(f"it has {len(matches)} images{name}; expected one; it lists {listed or 'none'}{more}")
+    return matches[0]
+
+
+def _is_end_of(end: Path, path: Path) -> bool:
+    """Return whether the last parts of a path are those of ``end``."""
+    return path.parts[-len(end.parts) :] == end.parts
 
 
 def _check_size(height: int | None, width: int | None, size: tuple[int, int]) -> None:
     """Raise ValueError if the size that a file states (None if it states none) is not that of the image."""
-    stated = height or size[0], width or size[1]
-    if stated != size:
+    stated_size = height or size[0], width or size[1]
+    if stated_size != size:
         raise ValueError(
-            f"it is of an image of {format_size(stated)}, and the image is {format_size(size)}; give the annotation of "
-            "this image, in the orientation in which it is displayed"
+            f"it is of an image of {format_size(stated_size)}, and the image is {format_size(size)}; give the "
+            "annotation of this image, in the orientation in which it is displayed"
         )
 
 
@@ -257,14 +267,15 @@ def _clip_point(values: Sequence[Any], size: tuple[int, int], name: str) -> Poin
     if len(values) != 2:
         raise ValueError(f"{name} has the point {format_json(values)}; expected x and y")
     x, y = values
-    if not all(
-        -BORDER_TOLERANCE_PX <= value <= side + BORDER_TOLERANCE_PX for value, side in ((x, size[1]), (y, size[0]))
-    ):
+    height, width = size
+    has_valid_x = -BORDER_TOLERANCE_PX <= x <= width + BORDER_TOLERANCE_PX
+    has_valid_y = -BORDER_TOLERANCE_PX <= y <= height + BORDER_TOLERANCE_PX
+    if not (has_valid_x and has_valid_y):
         raise ValueError(
             f"{name} has the point {format_json(values)}, which is outside the image, {format_size(size)}; give the "
             "annotation of this image"
         )
-    return min(max(float(x), 0.0), float(size[1])), min(max(float(y), 0.0), float(size[0]))
+    return min(max(float(x), 0.0), float(width)), min(max(float(y), 0.0), float(height))
 
 
 def _decode_mask(text: str | None, corners: Sequence[Point], size: tuple[int, int], name: str) -> Area:
@@ -272,19 +283,19 @@ def _decode_mask(text: str | None, corners: Sequence[Point], size: tuple[int, in
 
     ``text`` is a PNG in base64, and ``corners`` are two opposite corners of the box that it fills. Raises ValueError.
     """
-    (left, top), (right, bottom) = (
-        tuple(int(each(values)) for values in zip(*corners, strict=True)) for each in (min, max)
-    )
+    (x0, y0), (x1, y1) = corners
+    left, top = int(min(x0, x1)), int(min(y0, y1))
+    box_width, box_height = int(max(x0, x1)) - left + 1, int(max(y0, y1)) - top + 1
     try:
         with Image.open(io.BytesIO(base64.b64decode(text or "", validate=True)), formats=["PNG"]) as image:
             width, height = image.size
-            if not (right - left <= width <= right - left + 1 and bottom - top <= height <= bottom - top + 1):
+            # Tools disagree on whether the last row and column belong to the box.
+            if width not in (box_width - 1, box_width) or height not in (box_height - 1, box_height):
                 raise ValueError(f"it is {width}x{height}")
             values = np.asarray(image.convert("L"))
     except Exception as error:  # decoders raise anything
-        size_text = f"{right - left + 1}x{bottom - top + 1}"
         raise ValueError(
-            f"the mask of {name} is no PNG of {size_text} in base64 ({error}); write the file again"
+            f"the mask of {name} is no PNG of {box_width}x{box_height} in base64 ({error}); write the file again"
         ) from error
     mask = np.zeros(size, np.bool_)
     mask[top : top + height, left : left + width] = values[: size[0] - top, : size[1] - left] > 0
@@ -313,7 +324,11 @@ def _decode_runs(encoded: dict[str, Any], size: tuple[int, int], name: str) -> A
 
 
 def _decompress_counts(text: str, name: str) -> list[int]:
-    """Decompress the counts of a run-length encoding, as the code published with COCO does (maskApi.c)."""
+    """Decompress the counts of a run-length encoding, as the code published with COCO does (maskApi.c).
+
+    Every character holds five bits of a count, lowest bits first, and a sixth bit that is 1 if more bits follow. The
+    highest of all bits is the sign.
+    """
     counts: list[int] = []
     value = shift = 0
     for character in text:
@@ -322,10 +337,13 @@ def _decompress_counts(text: str, name: str) -> list[int]:
             raise ValueError(f"the counts of {name} have the character {format_json(character)}; write the file again")
         value |= (code & 31) << shift
         shift += 5
-        if not code & 32:  # the last character of a count
-            value -= (1 << shift) if code & 16 else 0
-            # From the fourth count on, the difference to the count before the previous one is stored.
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        is_last_of_count = not code & 32
+        if is_last_of_count:
+            if code & 16:  # negative
+                value -= 1 << shift
+            if len(counts) > 2:  # from the fourth count on, the difference to the last but one is stored
+                value += counts[-2]
+            counts.append(value)
             value = shift = 0
     if shift:
         raise ValueError(f"the counts of {name} are cut short; write the file again")
@@ -338,44 +356,44 @@ def _select_shapes(shapes: Sequence[_Shape], label: str | None, *, can_select: b
     ``label``: the one that marks the object. Without it, the object is marked by ``fg`` or by the only other label.
     """
     counts = Counter(shape.label for shape in shapes)
-    meanings = {each: LABELS[each.lower()] for each in counts if each.lower() in LABELS}
-    listed = ", ".join(f"{format_json(each)} ({count})" for each, count in counts.most_common(MAX_LISTED))
-    others = [each for each in counts if each not in meanings]
+    listed = ", ".join(f"{format_json(name)} ({count})" for name, count in counts.most_common(MAX_LISTED))
+    meanings = {name: LABELS[name.lower()] for name in counts if name.lower() in LABELS}
+    other_labels = [name for name in counts if name not in meanings]
+    has_object = "fg" in meanings.values()
     if label is not None:
-        selected = {shape.label for shape in shapes if label.strip() in (shape.label, shape.label_id)}
-        if not selected:
+        object_labels = {shape.label for shape in shapes if label.strip() in (shape.label, shape.label_id)}
+        if not object_labels:
             raise ValueError(f"no shape has the label {label}; expected one of {listed or 'the labels in the file'}")
-        meanings = {each: meaning for each, meaning in meanings.items() if meaning != "fg"}
-    elif len(others) + ("fg" in meanings.values()) > 1:
-        selection = f"; select one, as in --mask-label {others[0]}" if can_select else ""
-        raise ValueError(f"it has several labels: {listed}; expected {', '.join(AREA_NAMES)}, or one label{selection}")
+        meanings = {name: meaning for name, meaning in meanings.items() if meaning != "fg"}
+    elif len(other_labels) > (0 if has_object else 1):
+        remedy = f"; select one, as in --mask-label {other_labels[0]}" if can_select else ""
+        raise ValueError(f"it has several labels: {listed}; expected {', '.join(AREA_NAMES)}, or one label{remedy}")
     else:
-        selected = set(others)
-    meanings |= dict.fromkeys(selected, "fg")
+        object_labels = set(other_labels)
+    meanings |= dict.fromkeys(object_labels, "fg")
     return [(meanings[shape.label], shape) for shape in shapes if shape.label in meanings]
 
 
 def _combine_shapes(shapes: Sequence[tuple[str, _Shape]], size: tuple[int, int]) -> Hints:
     """Return shapes with their meanings as hints. Lines become areas, and so do boxes that do not mark the object."""
-    points: dict[bool, list[Point]] = {True: [], False: []}
+    points: list[Point] = []
+    not_points: list[Point] = []
     boxes: list[Box] = []
-    areas: dict[str, NDArray[np.uint8]] = {}
+    painted: dict[str, NDArray[np.uint8]] = {}
     for meaning, shape in shapes:
         if shape.kind in ("point", "points"):
-            points[meaning in ("fg", "keep")] += shape.points
+            is_on_object = meaning in ("fg", "keep")
+            (points if is_on_object else not_points).extend(shape.points)
         elif shape.kind == "rectangle" and meaning == "fg":
             boxes.append((*shape.points[0], *shape.points[1]))
         else:
-            area = areas.setdefault(AREA_NAMES[meaning], np.zeros(size, np.uint8))
-            _add_area(shape, area)
-    found = {name: area.astype(np.bool_) for name, area in areas.items()}
+            _add_area(shape, painted.setdefault(AREA_NAMES[meaning], np.zeros(size, np.uint8)))
+    areas = {name: area.astype(np.bool_) for name, area in painted.items()}
     is_outlined = any(meaning == "fg" and shape.kind in ("polygon", "circle", "mask") for meaning, shape in shapes)
-    if is_outlined and "background_area" in found:
-        found["object_area"] &= ~found["background_area"]  # bg shapes cut holes into an outlined object
+    if is_outlined and "background_area" in areas:
+        areas["object_area"] &= ~areas["background_area"]  # bg shapes cut holes into an outlined object
     try:
-        hints = Hints(
-            size=size, points=points[True], not_points=points[False], boxes=boxes, is_outlined=is_outlined, **found
-        )
+        hints = Hints(size=size, points=points, not_points=not_points, boxes=boxes, is_outlined=is_outlined, **areas)
     except UsageError as error:
         raise ValueError(str(error)) from error
     if hints.is_empty:
@@ -385,16 +403,18 @@ def _combine_shapes(shapes: Sequence[tuple[str, _Shape]], size: tuple[int, int])
 
 def _add_area(shape: _Shape, area: NDArray[np.uint8]) -> None:
     """Add the pixels of a shape to an area, uint8 [H,W]."""
-    size, points = (area.shape[0], area.shape[1]), shape.points
+    outline = shape.points
     if shape.kind in ("line", "linestrip"):
-        line = np.round((np.array(points) - 0.5) * 2**SUBPIXEL_BITS).astype(np.int32)
+        # OpenCV has the centre of the first pixel at 0, and takes integers in units of 2**-shift pixels.
+        line = np.round((np.array(shape.points) - 0.5) * 2**SUBPIXEL_BITS).astype(np.int32)
         cv2.polylines(area, [line], isClosed=False, color=1, thickness=STROKE_THICKNESS, shift=SUBPIXEL_BITS)
         return
     if shape.kind == "circle":
-        (x, y), rim = points
-        radius, angles = math.dist(points[0], rim), np.linspace(0, 2 * math.pi, CIRCLE_CORNERS, endpoint=False)
-        points = [(x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in angles]
+        centre, rim = shape.points
+        radius = math.dist(centre, rim)
+        angles = np.linspace(0, 2 * math.pi, CIRCLE_CORNERS, endpoint=False)
+        outline = [(centre[0] + radius * math.cos(angle), centre[1] + radius * math.sin(angle)) for angle in angles]
     elif shape.kind == "rectangle":
-        (x0, y0), (x1, y1) = points
-        points = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
-    area |= fill_polygon(points, size) if shape.mask is None else shape.mask
+        (x0, y0), (x1, y1) = shape.points
+        outline = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+    area |= fill_polygon(outline, (area.shape[0], area.shape[1])) if shape.mask is None else shape.mask

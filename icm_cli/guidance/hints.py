@@ -71,8 +71,9 @@ class Hints:
     @property
     def digest(self) -> str:
         """Hash of all fields."""
-        values = (getattr(self, each.name) for each in fields(self))
-        return combined_digest(*(np.packbits(v).tobytes() if isinstance(v, np.ndarray) else repr(v) for v in values))
+        values = [getattr(self, field.name) for field in fields(self)]
+        parts = [np.packbits(value).tobytes() if isinstance(value, np.ndarray) else repr(value) for value in values]
+        return combined_digest(*parts)
 
     @property
     def is_empty(self) -> bool:
@@ -90,14 +91,21 @@ class Hints:
         return bool((on | off).mean() > MIN_MASK_FRACTION)
 
     def binding_points(self) -> tuple[list[Point], list[Point]]:
-        """Return the points on the object, and those off it. Both include points inside the painted areas."""
-        return (
-            [*self.points, *area_points(self.object_area)],
-            [*self.not_points, *area_points(self.background_area)],
-        )
+        """Return the points that the final alpha must follow: those on the object, and those off it.
+
+        Both include points inside the painted areas.
+        """
+        on_object = [*self.points, *area_points(self.object_area)]
+        off_object = [*self.not_points, *area_points(self.background_area)]
+        return on_object, off_object
 
     def __post_init__(self) -> None:
         self._convert()
+        self._check_positions()
+        self._check_contradictions()
+
+    def _check_positions(self) -> None:
+        """Raise UsageError for a point or box outside the image, and for an empty box."""
         height, width = self.size
         for name in ("points", "not_points"):
             for x, y in getattr(self, name):
@@ -113,7 +121,6 @@ class Hints:
                 raise UsageError(f"{name} is outside the image, which is {width}x{height}; give two corners inside it")
             if x0 == x1 or y0 == y1:
                 raise UsageError(f"{name} is empty; give two opposite corners of the object's box")
-        self._check_contradictions()
 
     def _convert(self) -> None:
         """Check the types and shapes of all values, and store the points and boxes as tuples of float."""
@@ -152,9 +159,9 @@ class Hints:
 
     def _check_contradictions(self) -> None:
         """Raise UsageError if a pixel is marked both on the object and off it, or a point is outside all boxes."""
-        pixels = {(int(x), int(y)) for x, y in self.points}
+        object_pixels = {(int(x), int(y)) for x, y in self.points}
         for x, y in self.not_points:
-            if (int(x), int(y)) in pixels:
+            if (int(x), int(y)) in object_pixels:
                 raise UsageError(f"point {x:g},{y:g} is given both on the object and off it; give one of the two")
         for x, y in self.points:
             if self.boxes and not any(_is_in_box(x, y, box) for box in self.boxes):
@@ -162,45 +169,51 @@ class Hints:
                     f"point {x:g},{y:g} is on the object and outside its box; give a box that contains it, or omit one "
                     "of the two"
                 )
-        on, off = (None, None) if self.is_rough_mask else (self.object_area, self.background_area)
-        for points, side, area, name in (
-            (self.not_points, "off", self.keep, "in an area to keep"),
-            (self.not_points, "off", on, "in a stroke or an area on it"),
-            (self.points, "on", self.drop, "in an area to drop"),
-            (self.points, "on", off, "in a stroke or an area off it"),
-        ):
-            for x, y in points:
-                if area is not None and area[int(y), int(x)]:
-                    raise UsageError(f"point {x:g},{y:g} is {side} the object and {name}; give one of the two")
-        for one, other, names in (
+        _refuse_points_in(self.not_points, "off", self.keep, "in an area to keep")
+        _refuse_points_in(self.points, "on", self.drop, "in an area to drop")
+        if not self.is_rough_mask:  # points correct a rough mask
+            _refuse_points_in(self.not_points, "off", self.object_area, "in a stroke or an area on it")
+            _refuse_points_in(self.points, "on", self.background_area, "in a stroke or an area off it")
+        for area, opposite, names in (
             (self.keep, self.drop, "in an area to keep and in one to drop"),
             (self.object_area, self.background_area, "in a stroke or an area on the object and in one off it"),
         ):
-            if one is not None and other is not None and (one & other).any():
-                row, column = np.argwhere(one & other)[0]
+            if area is not None and opposite is not None and (area & opposite).any():
+                row, column = np.argwhere(area & opposite)[0]
                 raise UsageError(f"pixel {column},{row} is {names}; give one of the two")
 
 
+def _refuse_points_in(points: Sequence[Point], side: str, area: Area | None, position: str) -> None:
+    """Raise UsageError if a point ("on" or "off" the object) is in an area that says the opposite."""
+    for x, y in points:
+        if area is not None and area[int(y), int(x)]:
+            raise UsageError(f"point {x:g},{y:g} is {side} the object and {position}; give one of the two")
+
+
 def _is_in_box(x: float, y: float, box: Box) -> bool:
+    """Return whether a point is inside a box or on its border."""
     x0, y0, x1, y1 = box
     return min(x0, x1) <= x <= max(x0, x1) and min(y0, y1) <= y <= max(y0, y1)
 
 
 def _convert_rows(values: Any, count: int) -> tuple[tuple[float, ...], ...] | None:
     """Return rows of ``count`` finite numbers; None if the values are anything else."""
-    try:
-        if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
-            return None
-        rows = tuple(tuple(row) for row in values)
-        if any(isinstance(each, bool) or not isinstance(each, Real) for row in rows for each in row):
-            return None
-        rows = tuple(tuple(map(float, row)) for row in rows)
-    except (TypeError, OverflowError):
+    if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
         return None
-    return rows if all(len(row) == count and all(map(math.isfinite, row)) for row in rows) else None
+    rows: list[tuple[float, ...]] = []
+    try:
+        for row in values:
+            numbers = tuple(row)
+            if len(numbers) != count or any(isinstance(n, bool) or not isinstance(n, Real) for n in numbers):
+                return None
+            rows.append(tuple(float(number) for number in numbers))
+    except (TypeError, OverflowError):  # a value that is no row, or a number that is too large
+        return None
+    return tuple(rows) if np.isfinite(rows).all() else None
 
 
 def _describe(value: Any) -> str:
+    """Return a wrong value for a message; for a large array, only its dtype and shape."""
     if isinstance(value, np.ndarray) and value.size > MAX_SHOWN_NUMBERS:
         return f"an array of {value.dtype} {list(value.shape)}"
     return shorten(" ".join(repr(value).split()))
@@ -213,22 +226,24 @@ def area_points(area: Area | None) -> list[Point]:
     """
     if area is None or not area.any():
         return []
-    rows, columns = (np.flatnonzero(area.any(axis=axis)) for axis in (1, 0))
+    rows, columns = np.flatnonzero(area.any(axis=1)), np.flatnonzero(area.any(axis=0))
     top, left = int(rows[0]), int(columns[0])
     inside = area[top : rows[-1] + 1, left : columns[-1] + 1]
     cell_px = math.ceil(max(inside.shape) / MAX_CELLS)
-    inside = np.pad(inside, [(0, -side % cell_px) for side in inside.shape])
+    inside = np.pad(inside, [(0, -side % cell_px) for side in inside.shape])  # to whole cells
     grid = inside.shape[0] // cell_px, inside.shape[1] // cell_px
     cells: Area = np.asarray(inside.reshape(grid[0], cell_px, grid[1], cell_px).any(axis=(1, 3)))
-    centres, widths = _find_centre_line(cells)
-    nearest, is_free = np.full(len(centres), np.inf), np.ones(len(centres), np.bool_)
+    candidates, widths = _find_centre_line(cells)
+    is_free = np.ones(len(candidates), np.bool_)
+    nearest = np.full(len(candidates), np.inf)  # distance to the nearest chosen candidate
     chosen = int(widths.argmax())
     points: list[Point] = []
     while is_free.any() and len(points) < MAX_AREA_POINTS:
-        row, column = _find_deepest_pixel(inside, centres[chosen].tolist(), cell_px)
+        row, column = _find_deepest_pixel(inside, candidates[chosen].tolist(), cell_px)
         points.append((left + column + 0.5, top + row + 0.5))
-        distance = np.hypot(*(centres - centres[chosen]).T)
-        is_free &= distance >= np.maximum(MIN_POINT_DISTANCE * np.maximum(widths, widths[chosen]), 1.0)
+        distance = np.hypot(*(candidates - candidates[chosen]).T)
+        min_distance = np.maximum(MIN_POINT_DISTANCE * np.maximum(widths, widths[chosen]), 1.0)
+        is_free &= distance >= min_distance
         nearest = np.minimum(nearest, distance)
         chosen = int(np.where(is_free, nearest, -1.0).argmax())
     return points
@@ -237,23 +252,27 @@ def area_points(area: Area | None) -> list[Point]:
 def _find_centre_line(cells: Area) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
     """Return row and column of every cell on a centre line of an area, [N,2], and half the area's width there, [N]."""
     depth = _depths(cells)
-    count, labels = cv2.connectedComponents(cells.astype(np.uint8))
-    deepest = np.zeros(count, np.float32)
-    np.maximum.at(deepest, labels.astype(np.intp), depth)
-    is_ridge = depth > cv2.dilate(depth, np.ones((3, 3), np.uint8)) - RIDGE_TOLERANCE
-    is_centre = cells & is_ridge & (depth >= MIN_WIDTH_RATIO * deepest[labels])
+    part_count, part = cv2.connectedComponents(cells.astype(np.uint8))
+    max_depth = np.zeros(part_count, np.float32)
+    np.maximum.at(max_depth, part.astype(np.intp), depth)
+    deepest_neighbour = cv2.dilate(depth, np.ones((3, 3), np.uint8))
+    is_ridge = depth > deepest_neighbour - RIDGE_TOLERANCE
+    is_centre = cells & is_ridge & (depth >= MIN_WIDTH_RATIO * max_depth[part])
     return np.argwhere(is_centre), depth[is_centre]
 
 
 def _find_deepest_pixel(inside: Area, cell: Sequence[int], cell_px: int) -> tuple[int, int]:
-    """Return the pixel of a cell (row, column) that is furthest from the pixels outside the area."""
-    row, column = cell
-    first = max(0, (row - 1) * cell_px), max(0, (column - 1) * cell_px)
-    depth = _depths(inside[first[0] : (row + 2) * cell_px, first[1] : (column + 2) * cell_px])
-    at = row * cell_px - first[0], column * cell_px - first[1]
-    depth = depth[at[0] : at[0] + cell_px, at[1] : at[1] + cell_px]
-    deepest = np.unravel_index(int(depth.argmax()), depth.shape)
-    return row * cell_px + int(deepest[0]), column * cell_px + int(deepest[1])
+    """Return the pixel (row, column) of a cell that is furthest from the pixels outside the area.
+
+    ``inside``: the area, bool [H,W]. ``cell``: row and column of the cell, which has ``cell_px`` x ``cell_px`` pixels.
+    Only the cell and its neighbours are considered.
+    """
+    top, left = cell[0] * cell_px, cell[1] * cell_px
+    around_top, around_left = max(0, top - cell_px), max(0, left - cell_px)
+    depth_around = _depths(inside[around_top : top + 2 * cell_px, around_left : left + 2 * cell_px])
+    depth = depth_around[top - around_top :, left - around_left :][:cell_px, :cell_px]
+    row, column = np.unravel_index(int(depth.argmax()), depth.shape)
+    return top + int(row), left + int(column)
 
 
 def _depths(area: Area) -> NDArray[np.float32]:

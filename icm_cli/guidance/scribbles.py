@@ -52,19 +52,19 @@ def _classify(stored: DecodedImage, path: Path) -> tuple[NDArray[np.bool_], NDAr
     """Return the pixels on the object and those off it, bool [H,W]. Raises UsageError for other colours."""
     pixels = np.clip(stored.pixels.astype(np.float32) / np.float32(stored.scale), 0, 1)
     colours = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
-    red, green, blue = (colours[..., channel] for channel in range(3))
-    opaque: Any = True if stored.alpha is None else stored.alpha > 0.5 * stored.scale
-    is_green = opaque & (green - np.maximum(red, blue) > MIN_CHROMA)
-    is_red = opaque & (red - np.maximum(green, blue) > MIN_CHROMA)
-    is_white = opaque & (colours.min(axis=-1) > BRIGHT)
-    is_black = opaque & (colours.max(axis=-1) < DARK)
-    is_other = opaque & (colours.max(axis=-1) - colours.min(axis=-1) > MIN_CHROMA) & ~is_green & ~is_red
-    flat = cv2.erode(
-        is_other.astype(np.uint8), np.ones((3, 3), np.uint8)
-    )  # ignores mixed colours at the edges of strokes
-    if flat.any():
-        row, column = np.unravel_index(int(flat.argmax()), flat.shape)
-        colour = "".join(f"{round(255 * float(each)):02x}" for each in colours[row, column])
+    red, green, blue = colours[..., 0], colours[..., 1], colours[..., 2]
+    darkest, brightest = colours.min(axis=-1), colours.max(axis=-1)
+    is_opaque: Any = True if stored.alpha is None else stored.alpha > 0.5 * stored.scale
+    is_green = is_opaque & (green - np.maximum(red, blue) > MIN_CHROMA)
+    is_red = is_opaque & (red - np.maximum(green, blue) > MIN_CHROMA)
+    is_white = is_opaque & (darkest > BRIGHT)
+    is_black = is_opaque & (brightest < DARK)
+    is_other = is_opaque & (brightest - darkest > MIN_CHROMA) & ~is_green & ~is_red
+    # Erosion removes the mixed colours at the edges of strokes, which are not an error.
+    other_stroke = cv2.erode(is_other.astype(np.uint8), np.ones((3, 3), np.uint8))
+    if other_stroke.any():
+        row, column = np.unravel_index(int(other_stroke.argmax()), other_stroke.shape)
+        colour = "".join(f"{round(255 * float(channel)):02x}" for channel in colours[row, column])
         raise UsageError(f"scribble {path} has the colour #{colour} at {column},{row}; {EXPECTED}")
     if (is_green.any() or is_red.any()) and max(is_white.mean(), is_black.mean()) > MAX_CANVAS_FRACTION:
         canvas = "white" if is_white.mean() > MAX_CANVAS_FRACTION else "black"
