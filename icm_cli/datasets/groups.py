@@ -17,7 +17,7 @@ GROUP_FIELDS = ("class", "sub_class", "HalfOrFull")
 """Metadata fields that form the name of a group. Null values are omitted."""
 CATEGORY_FIELDS = {"class": "class", "type": "type", "TransparentOrOpaque": "opacity", "source": "source"}
 """Metadata fields for which reports have a table, and the names of the tables."""
-GROUPS_SCHEMA = {"*": {"class": str, **{f"{key}?": (str, type(None)) for key in (*GROUP_FIELDS, *CATEGORY_FIELDS)}}}
+GROUPS_SCHEMA = {"*": {"class": str, **{f"{name}?": (str, type(None)) for name in (*GROUP_FIELDS, *CATEGORY_FIELDS)}}}
 EXPECTED_GROUPS = (
     'expected a JSON object such as {"cat_01": {"class": "cat", "sub_class": null, "HalfOrFull": "full", '
     '"type": "instance"}}; "type": "video" marks frames of a video'
@@ -50,7 +50,7 @@ class Sample:
 
 
 def group_samples(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
-    """Return the samples by group. Samples without a group are excluded."""
+    """Return group -> samples. Samples without a group are excluded."""
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         if sample.group:
@@ -78,30 +78,32 @@ class GroupMetadata:
         entries = read_json(path, "groups file", GROUPS_SCHEMA, EXPECTED_GROUPS)
         if not entries:
             raise UsageError(f"groups file {path} names no images; {EXPECTED_GROUPS}")
-        if without := [name for name, entry in entries.items() if not entry["class"]]:
-            raise UsageError(f"groups file {path}: {without[0]!r} has no class; {EXPECTED_GROUPS}")
+        for name, entry in entries.items():
+            if not entry["class"]:
+                raise UsageError(f"groups file {path}: {name!r} has no class; {EXPECTED_GROUPS}")
         return cls(f"groups file {path}", entries)
 
     def assign_groups(self, samples: Iterable[Sample]) -> tuple[list[Sample], list[Problem]]:
         """Return the samples with their groups and categories, and the problems found.
 
-        A sample that the metadata do not list is a problem, and so is an entry without a sample.
+        An entry lists a sample by its name, or by the last part of it. A sample that the metadata do not list is a
+        problem, and so is an entry without a sample.
         """
-        grouped, problems, used = [], [], set()
+        grouped, problems, listed_names = [], [], set()
         for sample in samples:
-            key = sample.name if sample.name in self.entries else Path(sample.name).name
-            entry = self.entries.get(key)
+            listed_name = sample.name if sample.name in self.entries else Path(sample.name).name
+            entry = self.entries.get(listed_name)
             if entry is None:
                 problems.append(Problem("no-group", sample.name, f"{sample.file} is not listed in {self.origin}"))
                 grouped.append(sample)
                 continue
-            used.add(key)
-            group = "-".join(str(entry[field]) for field in GROUP_FIELDS if entry.get(field))
-            categories = {name: str(entry[field]) for field, name in CATEGORY_FIELDS.items() if entry.get(field)}
+            listed_names.add(listed_name)
+            group = "-".join(str(entry[name]) for name in GROUP_FIELDS if entry.get(name))
+            categories = {table: str(entry[name]) for name, table in CATEGORY_FIELDS.items() if entry.get(name)}
             grouped.append(replace(sample, group=group, categories=categories))
         problems += [
             Problem("absent-file", name, f"{self.origin} lists {name}, but this image does not exist")
             for name in self.entries
-            if name not in used
+            if name not in listed_names
         ]
         return grouped, problems

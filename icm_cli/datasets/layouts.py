@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from icm_cli.datasets.groups import Sample
 from icm_cli.errors import Problem, UsageError
-from icm_cli.files import TEMPORARY_PREFIX, UNREADABLE, SkippedPaths, expand_glob, split_glob, walk_files
+from icm_cli.files import UNREADABLE, SkippedPaths, expand_glob, split_glob, walk_files
 from icm_cli.images.image_file import IMAGE_SUFFIXES
 from icm_cli.images.reading import CompositeSource
 
@@ -22,7 +22,10 @@ Files = dict[str, Path]
 
 @dataclass(frozen=True)
 class Layout:
-    """Folders of a dataset, relative to its root. ``trimaps`` is optional on disk."""
+    """Folders of a dataset, relative to its root. ``trimaps`` is optional on disk.
+
+    Image, alpha and trimap of a sample have the same key, which is found from their names.
+    """
 
     images: str
     alphas: str
@@ -30,21 +33,21 @@ class Layout:
     key_pattern: str = "(?s).+"
     """Matches the key of an image, alpha or trimap: the start of its path in its folder, without suffix."""
     alpha_suffix: str = "$"
-    """The key of an alpha without this pattern is the key of its image, for images with several alphas."""
+    """What is removed from the key of an alpha to get the key of its image, if images have several alphas."""
     parent_folder: str = ""
-    """A folder that contains all of these folders."""
+    """Folder that contains all of these folders."""
     backgrounds_per_foreground: int = 0
     """If above 0, ``images`` are foregrounds, each composited onto this many backgrounds."""
     lists: tuple[str, ...] = ()
     """Text files. The first that exists lists the images of the dataset, one image or folder of images per line."""
 
     def describe(self) -> str:
-        """Describe the layout for error messages."""
+        """Return the folders of the layout as text for error messages."""
         prefix = f"{self.parent_folder}/" if self.parent_folder else ""
-        listed = f", listed in {' or '.join(prefix + name for name in self.lists)}" if self.lists else ""
-        return f"{prefix}{self.images}/ and {prefix}{self.alphas}/{listed}" + (
-            f" (optionally {prefix}{self.trimaps}/)" if self.trimaps else ""
-        )
+        lists = " or ".join(prefix + name for name in self.lists)
+        listed = f", listed in {lists}" if lists else ""
+        trimaps = f" (optionally {prefix}{self.trimaps}/)" if self.trimaps else ""
+        return f"{prefix}{self.images}/ and {prefix}{self.alphas}/{listed}{trimaps}"
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,11 @@ class FileSets:
 
 
 def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layout, FileSets]:
-    """Return the first of the layouts that exists at ``root``, in a folder of it or around it, and its files.
+    """Return the first of the layouts that exists on disk, and its files. ``title``: name of the dataset.
 
-    The case of folder names is ignored. Raises UsageError, which lists the folders found and those expected.
+    Each layout is searched at ``root``, then in its subfolders, then in the three folders above it; above it, the
+    images must be inside ``root``. The case of folder names is ignored. Raises UsageError, which lists the folders
+    found and those expected.
     """
     if not root.is_dir():
         raise UsageError(f"data root {root} is not a folder; expected the folder of {title}")
@@ -73,21 +78,22 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
             f"data root {root} cannot be read: {error.strerror}; expected the folder of {title}"
         ) from error
     for layout in layouts:
-        if found := _layout_files(layout, root):
-            return layout, found
-        matches = {base: found for base in subfolders if (found := _layout_files(layout, base))}
+        if files := _layout_files(layout, root):
+            return layout, files
+        matches = {folder: files for folder in subfolders if (files := _layout_files(layout, folder))}
         if len(matches) > 1:
             raise UsageError(
                 f"{title} was found in {' and in '.join(map(str, matches))}; give one of them as data root"
             )
-        for found in matches.values():
-            return layout, found
-        for base in list(root.parents)[:3]:
-            if found := _layout_files(layout, base, inside=root):
-                return layout, found
-    folders = (folder for layout in layouts for folder in _layout_folders(layout, root) or () if folder)
-    if empty := next((folder for folder in folders if not list_images(folder)), None):
-        raise UsageError(f"data root {root} does not contain {title}: {empty} contains no images")
+        if matches:
+            return layout, next(iter(matches.values()))
+        for folder in list(root.parents)[:3]:
+            if files := _layout_files(layout, folder, inside=root):
+                return layout, files
+    for layout in layouts:
+        for existing in _layout_folders(layout, root) or ():
+            if existing and not list_images(existing):
+                raise UsageError(f"data root {root} does not contain {title}: {existing} contains no images")
     expected = "; or ".join(layout.describe() for layout in layouts)
     raise UsageError(f"data root {root} does not contain {title}: expected {expected}; found {_list_folder(root)}")
 
@@ -95,33 +101,39 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
 def find_file_sets(images: str, alphas: str, trimaps: str | None) -> FileSets:
     """Return the files of three folders or glob patterns. Raises UsageError if one has no images."""
     problems: list[Problem] = []
-    options = zip((images, alphas, trimaps), ("--images", "--alphas", "--trimaps"), strict=True)
-    found = [_find_matching(text, option, problems) if text else {} for text, option in options]
-    return FileSets(found[0], found[1], found[2], tuple(problems))
+    image_files = _find_matching(images, "--images", problems)
+    alpha_files = _find_matching(alphas, "--alphas", problems)
+    trimap_files = _find_matching(trimaps, "--trimaps", problems) if trimaps else {}
+    return FileSets(image_files, alpha_files, trimap_files, tuple(problems))
 
 
 def pair_files(layout: Layout, files: FileSets, backgrounds: Sequence[Path] = ()) -> tuple[list[Sample], list[Problem]]:
-    """Return the samples sorted by name, and a problem for every file without a counterpart."""
+    """Return the samples sorted by name, and a problem for every file without a counterpart.
+
+    ``backgrounds``: needed if the images of the layout are foregrounds. Consecutive foregrounds use consecutive
+    backgrounds, and start again with the first one after the last.
+    """
     problems = list(files.problems)
     samples: list[Sample] = []
-    used: set[str] = set()
+    used_images: set[str] = set()
+    composites = layout.backgrounds_per_foreground
     for number, (key, alpha) in enumerate(sorted(files.alphas.items())):
         image_key = re.sub(layout.alpha_suffix, "", key)
         image = files.images.get(image_key)
         if image is None:
             problems.append(Problem("missing-image", key, f"{alpha} has no image; expected one named {image_key}"))
             continue
-        used.add(image_key)
-        count = layout.backgrounds_per_foreground
-        samples += [] if count else [Sample(key, image, alpha, files.trimaps.get(key))]
-        for index in range(count):  # consecutive foregrounds use consecutive backgrounds
-            composite = CompositeSource(image, alpha, backgrounds[(number * count + index) % len(backgrounds)])
+        used_images.add(image_key)
+        if not composites:
+            samples.append(Sample(key, image, alpha, files.trimaps.get(key)))
+        for index in range(composites):
+            background = backgrounds[(number * composites + index) % len(backgrounds)]
             trimap = files.trimaps.get(f"{key}_{index}") or files.trimaps.get(key)
-            samples.append(Sample(f"{key}_{index}", composite, alpha, trimap))
+            samples.append(Sample(f"{key}_{index}", CompositeSource(image, alpha, background), alpha, trimap))
     problems += [
         Problem("missing-alpha", key, f"{image} has no alpha; expected one named {key}")
         for key, image in sorted(files.images.items())
-        if key not in used
+        if key not in used_images
     ]
     if files.trimaps:
         problems += [
@@ -138,27 +150,34 @@ def list_images(folder: Path) -> list[Path]:
     Raises UsageError if a folder cannot be read.
     """
     skipped: SkippedPaths = {}
-    found = sorted(path for path in walk_files(folder, skipped) if _is_image_file(path))
+    images = sorted(path for path in walk_files(folder, skipped) if _is_image_file(path))
     if unreadable := skipped.get(UNREADABLE):
         raise UsageError(
             f"{min(unreadable)} is {UNREADABLE}; without it the data would be incomplete; change its permissions"
         )
-    return found
+    return images
 
 
 def _layout_files(layout: Layout, base: Path, inside: Path | None = None) -> FileSets | None:
-    """Return the files of a layout at ``base``, whose images must be ``inside`` a folder if given; None without any."""
+    """Return the files of a layout whose folders are in ``base``; None if there are no images or no alphas.
+
+    ``inside``: the folder of the images must be this folder or in it.
+    """
     folders = _layout_folders(layout, base)
-    if folders is None or (inside and not folders[0].is_relative_to(inside)):
+    if folders is None:
+        return None
+    image_folder, alpha_folder, trimap_folder = folders
+    if inside and not image_folder.is_relative_to(inside):
         return None
     problems: list[Problem] = []
-    images, alphas, trimaps = (
-        _index_by_key(list_images(folder), folder, layout.key_pattern, problems) if folder else {} for folder in folders
-    )
-    found = FileSets(images, alphas, trimaps, tuple(problems))
+    pattern = layout.key_pattern
+    images = _index_by_key(list_images(image_folder), image_folder, pattern, problems)
+    alphas = _index_by_key(list_images(alpha_folder), alpha_folder, pattern, problems)
+    trimaps = _index_by_key(list_images(trimap_folder), trimap_folder, pattern, problems) if trimap_folder else {}
+    files = FileSets(images, alphas, trimaps, tuple(problems))
     if layout.lists:
-        found = _apply_list(layout, base, found)
-    return found if found.images and found.alphas else None
+        files = _apply_list(layout, base, files)
+    return files if files.images and files.alphas else None
 
 
 def _apply_list(layout: Layout, base: Path, files: FileSets) -> FileSets:
@@ -179,72 +198,96 @@ def _apply_list(layout: Layout, base: Path, files: FileSets) -> FileSets:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"list {path} cannot be read ({reason}); expected one image or folder per line") from error
     names = [name.strip("/").removeprefix(f"{layout.images}/") for name in names]
+    # With a slash, a name is the path of an image; without one, it is a folder.
     wanted = {str(PurePosixPath(name).with_suffix("")) if "/" in name else name for name in names}
-    absent = wanted - {name for key in {*files.images, *files.alphas} for name in (key, key.split("/")[0])}
-    problems = [Problem("absent-file", name, f"{path} lists {name}, but this image does not exist") for name in absent]
+    keys = {*files.images, *files.alphas}
+    absent = wanted - keys - {_top_folder(key) for key in keys}
+    problems = [
+        Problem("absent-file", name, f"{path} lists {name}, but this image does not exist") for name in sorted(absent)
+    ]
 
-    def listed_files(found: Files) -> Files:
-        return {key: file for key, file in found.items() if key in wanted or key.split("/")[0] in wanted}
+    def listed_files(files_by_key: Files) -> Files:
+        return {key: file for key, file in files_by_key.items() if key in wanted or _top_folder(key) in wanted}
 
     images, alphas, trimaps = map(listed_files, (files.images, files.alphas, files.trimaps))
-    return FileSets(images, alphas, trimaps, (*files.problems, *sorted(problems, key=lambda problem: problem.name)))
+    return FileSets(images, alphas, trimaps, (*files.problems, *problems))
+
+
+def _top_folder(key: str) -> str:
+    """Return the first folder in a key such as ``goat/00000``."""
+    return key.split("/")[0]
 
 
 def _layout_folders(layout: Layout, base: Path) -> tuple[Path, Path, Path | None] | None:
-    """Return the folders of a layout at ``base``, or None if they do not exist."""
+    """Return the folders of images, alphas and trimaps of a layout in ``base``.
+
+    Without trimaps, the last one is None. Returns None if one of the others does not exist.
+    """
     parent = _find_subfolder(base, layout.parent_folder)
-    images, alphas = (_find_subfolder(parent, folder) if parent else None for folder in (layout.images, layout.alphas))
-    if parent is None or images is None or alphas is None:
+    if parent is None:
+        return None
+    images, alphas = _find_subfolder(parent, layout.images), _find_subfolder(parent, layout.alphas)
+    if images is None or alphas is None:
         return None
     return images, alphas, _find_subfolder(parent, layout.trimaps) if layout.trimaps else None
 
 
 def _find_subfolder(base: Path, relative_path: str) -> Path | None:
-    """Return a subfolder, ignoring the case of its name, or None if it does not exist."""
+    """Return a folder below ``base``, ignoring the case of names, or None if it does not exist."""
+    folder = base
     try:
         for name in PurePosixPath(relative_path).parts:
-            path = base / name
-            if not path.is_dir():
-                path = next((folder for folder in base.iterdir() if folder.name.lower() == name.lower()), path)
-            if not path.is_dir():
+            exact = folder / name
+            if exact.is_dir():
+                folder = exact
+                continue
+            similar = [path for path in folder.iterdir() if path.name.lower() == name.lower()]
+            if not similar or not similar[0].is_dir():
                 return None
-            base = path
+            folder = similar[0]
     except OSError:  # no permission, such as lost+found next to the dataset
         return None
-    return base
+    return folder
 
 
 def _index_by_key(paths: Iterable[Path], root: Path, pattern: str, problems: list[Problem]) -> Files:
-    """Return the files by key. Files with the key of an earlier file are added to ``problems``."""
+    """Return key -> path, for files below ``root``. ``pattern``: see :attr:`Layout.key_pattern`.
+
+    Of several files with the same key, the first is used, and the others are added to ``problems``.
+    """
     files: Files = {}
     for path in paths:
         name = path.relative_to(root).with_suffix("").as_posix()
-        key = match[0] if (match := re.match(pattern, name)) else name
-        if (first := files.setdefault(key, path)) != path:
+        match = re.match(pattern, name)
+        key = match[0] if match else name
+        first = files.setdefault(key, path)
+        if first != path:
             problems.append(Problem("same-name", key, f"{first} and {path} have the same name; only the first is used"))
     return files
 
 
-def _find_matching(text: str, option: str, problems: list[Problem]) -> Files:
-    """Return the files of a folder or glob pattern by key. Raises UsageError if it contains no images."""
-    fixed, wildcards = split_glob(text)
+def _find_matching(pattern: str, option: str, problems: list[Problem]) -> Files:
+    """Return the images of a folder or glob pattern by key. Raises UsageError if there are none.
+
+    ``option``: the option that gives the pattern, for messages. ``problems``: see :func:`_index_by_key`.
+    """
+    fixed, wildcards = split_glob(pattern)
     if wildcards:
         root = Path(fixed)
-        paths = [path for path in sorted(expand_glob(text, skipped={})) if _is_image_file(path)]
+        paths = [path for path in sorted(expand_glob(pattern, skipped={})) if _is_image_file(path)]
     else:
-        root = Path(text)
+        root = Path(pattern)
         if not root.is_dir():
-            raise UsageError(f"{option} {text} is not a folder; expected a folder of images or a quoted glob")
+            raise UsageError(f"{option} {pattern} is not a folder; expected a folder of images or a quoted glob")
         paths = list_images(root)
     if not paths:
-        raise UsageError(f"{option} {text} contains no images; expected a folder of images or a quoted glob")
+        raise UsageError(f"{option} {pattern} contains no images; expected a folder of images or a quoted glob")
     return _index_by_key(paths, root, Layout.key_pattern, problems)
 
 
 def _is_image_file(path: Path) -> bool:
-    return (
-        path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith((".", TEMPORARY_PREFIX)) and path.is_file()
-    )
+    """Return whether a path is a file with the suffix of an image that is not hidden."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _list_folder(root: Path) -> str:

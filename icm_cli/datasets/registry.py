@@ -27,7 +27,10 @@ class ScoringConventions:
 
 @dataclass(frozen=True)
 class Dataset:
-    """File layouts, of which the first that exists on disk is used, groups and scoring conventions."""
+    """A published dataset: its file layouts, groups and scoring conventions.
+
+    ``test`` and ``train`` are the layouts of the two splits. The first that exists on disk is used.
+    """
 
     title: str
     test: tuple[Layout, ...]
@@ -42,7 +45,7 @@ class Dataset:
     has_detail_maps: bool = False
     """Whether the trimaps are detail maps, in which every pixel above 0 is unknown."""
     has_shots: bool = False
-    """Whether groups are shots with a given first frame, scored as DAVIS does. All palette indices are one object."""
+    """Whether groups are shots that are scored as DAVIS does. All palette indices above 0 are one object."""
 
     def group_by_name(self, name: str) -> str:
         """Return the group of an image, by its name."""
@@ -192,30 +195,36 @@ def find_dataset(
     if are_foregrounds:
         layout = replace(layout, backgrounds_per_foreground=0)
     background_files = _find_backgrounds(dataset, layout, backgrounds)
-    wanted = layout.backgrounds_per_foreground * len(files.alphas)
-    is_reused = len(background_files) < wanted
-    notes = [f"{len(background_files)} backgrounds are reused for {wanted} composites"] if is_reused else []
+    composite_count = layout.backgrounds_per_foreground * len(files.alphas)
+    notes = []
+    if len(background_files) < composite_count:
+        notes.append(f"{len(background_files)} backgrounds are reused for {composite_count} composites")
     samples, problems = pair_files(layout, files, background_files)
     if not samples:
         raise UsageError(
             f"no image of {dataset.title} has an alpha; expected files of equal names, but images "
             f"are like {min(files.images)} and alphas like {min(files.alphas)}"
         )
+    metadata = None
     if groups is not None:
         metadata = GroupMetadata.read_file(Path(groups))
     elif dataset.metadata:
         metadata = GroupMetadata.load_bundled(dataset.metadata)
+    if metadata is not None:
+        samples, group_problems = metadata.assign_groups(samples)
+        problems += group_problems
     else:
         samples = [replace(sample, group=dataset.group_by_name(sample.name)) for sample in samples]
-        return DatasetSamples(dataset, samples, problems, notes, are_foregrounds)
-    samples, group_problems = metadata.assign_groups(samples)
-    return DatasetSamples(dataset, samples, problems + group_problems, notes, are_foregrounds)
+    return DatasetSamples(dataset, samples, problems, notes, are_foregrounds)
 
 
 def _locate_files(
     name: str, dataset: Dataset, root: str | Path | None, split: Split, patterns: Sequence[str | None]
 ) -> tuple[Layout, FileSets]:
-    """Find the files of a dataset by its root, or by the patterns of images, alphas and trimaps. Raises UsageError."""
+    """Return layout and files of a dataset, from its root or from the patterns of images, alphas and trimaps.
+
+    Raises UsageError.
+    """
     images, alphas, trimaps = patterns
     if any(patterns) and name != "folder":
         raise UsageError(f"--images, --alphas and --trimaps are for --dataset folder; give --data-root for {name}")
@@ -243,9 +252,10 @@ def _find_backgrounds(dataset: Dataset, layout: Layout, folder: str | Path | Non
             f"{dataset.title} contains only foregrounds; give --backgrounds DIR (the published test set uses images of "
             f"PASCAL VOC); each foreground is composited onto {layout.backgrounds_per_foreground} of them"
         )
-    is_folder = Path(folder).is_dir()
-    backgrounds = list_images(Path(folder)) if is_folder else []
+    expected = "expected images to composite foregrounds onto"
+    if not Path(folder).is_dir():
+        raise UsageError(f"backgrounds folder {folder} does not exist; {expected}")
+    backgrounds = list_images(Path(folder))
     if not backgrounds:
-        state = "contains no images" if is_folder else "does not exist"
-        raise UsageError(f"backgrounds folder {folder} {state}; expected images to composite foregrounds onto")
+        raise UsageError(f"backgrounds folder {folder} contains no images; {expected}")
     return backgrounds
