@@ -78,24 +78,32 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
             f"data root {root} cannot be read: {error.strerror}; expected the folder of {title}"
         ) from error
     for layout in layouts:
-        if files := _layout_files(layout, root):
+        if files := _search_layout(layout, root, subfolders, title):
             return layout, files
-        matches = {folder: files for folder in subfolders if (files := _layout_files(layout, folder))}
-        if len(matches) > 1:
-            raise UsageError(
-                f"{title} was found in {' and in '.join(map(str, matches))}; give one of them as data root"
-            )
-        if matches:
-            return layout, next(iter(matches.values()))
-        for folder in list(root.parents)[:3]:
-            if files := _layout_files(layout, folder, inside=root):
-                return layout, files
     for layout in layouts:
         for existing in _layout_folders(layout, root) or ():
             if existing and not list_images(existing):
                 raise UsageError(f"data root {root} does not contain {title}: {existing} contains no images")
     expected = "; or ".join(layout.describe() for layout in layouts)
     raise UsageError(f"data root {root} does not contain {title}: expected {expected}; found {_list_folder(root)}")
+
+
+def _search_layout(layout: Layout, root: Path, subfolders: Sequence[Path], title: str) -> FileSets | None:
+    """Return the files of a layout, which is searched as :func:`find_files` describes; None without any.
+
+    Raises UsageError if several subfolders contain it.
+    """
+    if files := _layout_files(layout, root):
+        return files
+    matches = {folder: files for folder in subfolders if (files := _layout_files(layout, folder))}
+    if len(matches) > 1:
+        raise UsageError(f"{title} was found in {' and in '.join(map(str, matches))}; give one of them as data root")
+    if matches:
+        return next(iter(matches.values()))
+    for folder in list(root.parents)[:3]:
+        if files := _layout_files(layout, folder, inside=root):
+            return files
+    return None
 
 
 def find_file_sets(images: str, alphas: str, trimaps: str | None) -> FileSets:
