@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -83,20 +83,27 @@ def _find_dataset(options: EvaluateOptions) -> DatasetSamples:
     """Return the samples of the dataset, with video frames marked. Raises UsageError."""
     data = options.dataset
     assert data.dataset is not None
-    files = {name: getattr(data, name) for name in ("split", "images", "alphas", "trimaps", "groups", "backgrounds")}
-    dataset_samples = find_dataset(data.dataset, data.data_root, **files)
+    dataset_samples = find_dataset(
+        data.dataset,
+        data.data_root,
+        split=data.split,
+        images=data.images,
+        alphas=data.alphas,
+        trimaps=data.trimaps,
+        groups=data.groups,
+        backgrounds=data.backgrounds,
+    )
     if dataset_samples.dataset.has_shots:
         reason = f"the first frame of every shot of {dataset_samples.dataset.title} is its only reference"
         options.refuse_given(("rounds", "refs_per_group", "groups", "video"), reason)
         dataset_samples = _select_shot_frames(dataset_samples)
-    if options.matting.shot and not (dataset_samples.dataset.has_shots or data.video):
+    are_videos = dataset_samples.dataset.has_shots or data.video
+    if options.matting.shot and not are_videos:
         raise UsageError("--shot requires frames of shots; give --dataset davis16, or --video if the groups are videos")
-    if dataset_samples.dataset.has_shots or data.video:
-        frames = [
-            replace(sample, categories={**sample.categories, "type": "video"}) for sample in dataset_samples.samples
-        ]
-        dataset_samples = replace(dataset_samples, samples=frames)
-    return dataset_samples
+    if not are_videos:
+        return dataset_samples
+    frames = [replace(sample, categories={**sample.categories, "type": "video"}) for sample in dataset_samples.samples]
+    return replace(dataset_samples, samples=frames)
 
 
 def _select_shot_frames(dataset_samples: DatasetSamples) -> DatasetSamples:
@@ -104,26 +111,21 @@ def _select_shot_frames(dataset_samples: DatasetSamples) -> DatasetSamples:
 
     Raises UsageError if all shots are shorter.
     """
-    shots = group_samples(dataset_samples.samples)
-    lengths = {shot: len(frames) for shot, frames in shots.items()}
-    problems = [
-        Problem(
-            "lone-image",
-            shot,
-            f"shot {shot} has {format_count(length, 'frame')}; no frame is scored, because the first and last"
-            " never are",
-        )
-        for shot, length in lengths.items()
-        if length < MIN_SHOT_FRAMES
-    ]
-    if len(problems) == len(shots):
+    samples: list[Sample] = []
+    problems = list(dataset_samples.problems)
+    for shot, frames in group_samples(dataset_samples.samples).items():
+        if len(frames) >= MIN_SHOT_FRAMES:
+            samples += frames[:-1]
+            continue
+        length = format_count(len(frames), "frame")
+        reason = f"shot {shot} has {length}; no frame is scored, because the first and last never are"
+        problems.append(Problem("lone-image", shot, reason))
+    if not samples:
         raise UsageError(
             f"{dataset_samples.dataset.title} has no shot of three frames or more; the first and last frame "
             "of a shot are not scored, so give complete shots"
         )
-    samples = [frame for shot, frames in shots.items() if lengths[shot] >= MIN_SHOT_FRAMES for frame in frames[:-1]]
-    notes = [*dataset_samples.notes, SHOT_NOTE]
-    return replace(dataset_samples, samples=samples, notes=notes, problems=[*dataset_samples.problems, *problems])
+    return replace(dataset_samples, samples=samples, notes=[*dataset_samples.notes, SHOT_NOTE], problems=problems)
 
 
 def _make_rule(dataset_samples: DatasetSamples, options: EvaluateOptions) -> ScoringRule:
@@ -131,20 +133,23 @@ def _make_rule(dataset_samples: DatasetSamples, options: EvaluateOptions) -> Sco
 
     Images of the dataset ``folder`` with trimaps are scored over both regions by default.
     """
-    dataset, protocol, defaults = dataset_samples.dataset, options.protocol, dataset_samples.dataset.conventions
-    has_trimaps = options.dataset.dataset == "folder" and any(sample.trimap for sample in dataset_samples.samples)
-    regions = protocol.region or (REGIONS if has_trimaps else defaults.regions)
+    dataset, protocol = dataset_samples.dataset, options.protocol
+    defaults = dataset.conventions
+    default_regions = defaults.regions
+    if options.dataset.dataset == "folder" and any(sample.trimap for sample in dataset_samples.samples):
+        default_regions = REGIONS
+    regions = protocol.region or default_regions
     if protocol.trimap_kernel is not None and "unknown" not in regions:
         raise UsageError(
             "--trimap-kernel has no effect: the unknown region is not scored; remove it, or give --region unknown"
         )
     return ScoringRule(
-        tuple(region for region in REGIONS if region in regions),
-        protocol.size or defaults.size,
-        protocol.metric_variant or defaults.metric_variant,
-        protocol.trimap_kernel or ScoringRule.trimap_kernel_px,
-        dataset.has_detail_maps,
-        dataset.has_shots,
+        regions=tuple(region for region in REGIONS if region in regions),
+        scored_size=protocol.size or defaults.size,
+        metric_variant=protocol.metric_variant or defaults.metric_variant,
+        trimap_kernel_px=protocol.trimap_kernel or ScoringRule.trimap_kernel_px,
+        has_detail_maps=dataset.has_detail_maps,
+        has_shots=dataset.has_shots,
     )
 
 
@@ -159,20 +164,19 @@ def _score_predictions(evaluation: Evaluation, folder: Path) -> Report:
         references, problems = read_references_file(protocol.references, evaluation.groups)
     elif evaluation.rule.has_shots:
         references = [{shot: [frames[0].name] for shot, frames in evaluation.groups.items()}]
-    planned = [
-        result
-        for round_number, names in enumerate(references, 1)
-        for result in _plan_results(
-            evaluation, round_folder(folder, round_number, len(references)), round_number, names
-        )
-    ]
+    rounds = len(references)
+    planned: list[ImageResult] = []
+    for round_number, names_by_group in enumerate(references, 1):
+        alphas_folder = round_folder(folder, round_number, rounds)
+        planned += _plan_results(evaluation, alphas_folder, round_number, names_by_group)
     if not any(result.output for result in planned):
-        expected = f"{round_folder(folder, 1, len(references)) / evaluation.data.samples[0].name}.png"
-        has_rounds = (folder / "round-1").is_dir()
-        hint = "; it has several rounds, so give --references with the report of the run that made them"
+        expected = f"{round_folder(folder, 1, rounds) / evaluation.data.samples[0].name}.png"
+        hint = ""
+        if (folder / "round-1").is_dir():
+            hint = "; it has several rounds, so give --references with the report of the run that made them"
         raise UsageError(
             f"folder of predictions {folder} has no alpha of any image, or several of the same "
-            f"name; expected names like {expected}{hint if has_rounds else ''}"
+            f"name; expected names like {expected}{hint}"
         )
     evaluation.reports.check_no_overwrite([result.output for result in planned if result.output])
     evaluation.reports.check_writable()
@@ -185,8 +189,8 @@ def _score_predictions(evaluation: Evaluation, folder: Path) -> Report:
             if result.output:
                 collector.add(replace(result, status="done"))
                 continue
-            searched = round_folder(folder, result.round, len(references))
-            reason = f"{result.source} has no unique alpha in {searched}; expected a file named {result.name}"
+            alphas_folder = round_folder(folder, result.round, rounds)
+            reason = f"{result.source} has no unique alpha in {alphas_folder}; expected a file named {result.name}"
             collector.add_problem(Problem("missing-prediction", result.name, reason))
             collector.add(replace(result, status="unscored", reason=reason))
         evaluation.score_flicker(collector)
@@ -196,33 +200,47 @@ def _score_predictions(evaluation: Evaluation, folder: Path) -> Report:
 def _plan_results(
     evaluation: Evaluation, folder: Path, round_number: int, references: Mapping[str, list[str]]
 ) -> list[ImageResult]:
-    """Return a result for every target of a round, with the path of its alpha if there is one."""
+    """Return a result for every target of a round, with the path of its alpha if there is one.
+
+    ``references``: their names by group.
+    """
     samples = evaluation.data.samples
-    paths = list_images(folder) if folder.is_dir() else []
-    alphas = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
-    alpha_by_stem = _unique_stems({path: path.stem for path in alphas.values()})
-    unique_names = _unique_stems({sample.name: Path(sample.name).name for sample in samples})
-    targets = {
-        sample.name
-        for group, members in evaluation.groups.items()
-        for sample in select_targets(members, references.get(group, []))
-    } | {sample.name for sample in samples if not sample.group}
-
-    def find_alpha(sample: Sample) -> Path | str:
-        if sample.name in alphas:
-            return alphas[sample.name]
-        name = Path(sample.name).name
-        if unique_names.get(name) != sample.name:
-            return ""
-        stems = [name] if isinstance(sample.image, CompositeSource) else [name, sample.file.stem]
-        return next((alpha_by_stem[stem] for stem in stems if stem in alpha_by_stem), "")
-
+    targets = {sample.name for sample in samples if not sample.group}
+    for group, members in evaluation.groups.items():
+        targets |= {sample.name for sample in select_targets(members, references.get(group, []))}
+    alphas = _PredictedAlphas(folder, samples)
     return [
-        evaluation.plan_result(sample, find_alpha(sample), round_number) for sample in samples if sample.name in targets
+        evaluation.plan_result(sample, alphas.find(sample) or "", round_number)
+        for sample in samples
+        if sample.name in targets
     ]
 
 
-def _unique_stems(stems: Mapping[NamedT, str]) -> dict[str, NamedT]:
-    """Return stem -> key, for the stems that only one key has."""
-    counts = Counter(stems.values())
-    return {stem: key for key, stem in stems.items() if counts[stem] == 1}
+class _PredictedAlphas:
+    """The alphas in a folder of predictions, which are found by the names of their samples.
+
+    An alpha in another subfolder than expected is found by its stem, if no other alpha and no other sample has it.
+    """
+
+    def __init__(self, folder: Path, samples: Sequence[Sample]) -> None:
+        paths = list_images(folder) if folder.is_dir() else []
+        self._by_name = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+        self._by_stem = _invert_unique({path: path.stem for path in self._by_name.values()})
+        self._sample_by_stem = _invert_unique({sample.name: Path(sample.name).name for sample in samples})
+
+    def find(self, sample: Sample) -> Path | None:
+        """Return the path of the alpha of a sample; None if there is none, or if it is not clear which one it is."""
+        if sample.name in self._by_name:
+            return self._by_name[sample.name]
+        stem = Path(sample.name).name
+        if self._sample_by_stem.get(stem) != sample.name:
+            return None
+        if stem not in self._by_stem and not isinstance(sample.image, CompositeSource):
+            stem = sample.file.stem  # the file of the image may have another name than its alpha
+        return self._by_stem.get(stem)
+
+
+def _invert_unique(names: Mapping[NamedT, str]) -> dict[str, NamedT]:
+    """Return the inverse of a mapping, without the names that several keys have."""
+    counts = Counter(names.values())
+    return {name: key for key, name in names.items() if counts[name] == 1}

@@ -15,7 +15,7 @@ from icm_cli.files import read_json
 from icm_cli.reports.report import REFERENCES_SCHEMA
 
 ReferenceRounds = list[dict[str, list[str]]]
-"""For every round, the names of the references by group."""
+"""One dictionary per round: group -> names of its references."""
 
 EXPECTED_REFERENCES = (
     'expected {"references": [{"GROUP": ["NAME"]}]} with one object per round, or a JSON report of icm eval'
@@ -34,24 +34,26 @@ def choose_references(
 
     The samples of a group are sorted by the SHA-256 of their names, or left in their order if ``in_order``. Round n
     takes the usable samples from the n-th on and wraps around. At least one image of a group remains as a target.
+    ``is_usable``: reads a sample, so it is only called until enough samples are found.
     """
     chosen: ReferenceRounds = [{} for _ in range(rounds)]
     problems = []
     for group, samples in groups.items():
-        ordered = [sample.name for sample in samples]
+        names = [sample.name for sample in samples]
         if len({sample.image for sample in samples}) < 2:
             problems += [
                 Problem("lone-image", name, f"{name} is the only image of group {group} and has no reference")
-                for name in ordered
+                for name in names
             ]
             continue
         if not in_order:
-            ordered.sort(key=lambda name: hashlib.sha256(os.fsencode(name)).hexdigest())
-        for number, names in enumerate(chosen):
-            first = number % len(ordered)
-            candidates = filter(is_usable, (*ordered[first:], *ordered[:first]))
-            if references := list(islice(candidates, min(refs_per_group, len(ordered) - 1))):
-                names[group] = references
+            names.sort(key=lambda name: hashlib.sha256(os.fsencode(name)).hexdigest())
+        max_references = min(refs_per_group, len(names) - 1)
+        for number, references_by_group in enumerate(chosen):
+            first = number % len(names)
+            candidates = [*names[first:], *names[:first]]
+            if references := list(islice(filter(is_usable, candidates), max_references)):
+                references_by_group[group] = references
     return chosen, problems
 
 
@@ -60,23 +62,23 @@ def read_references_file(path: Path, groups: Mapping[str, Sequence[Sample]]) -> 
 
     Raises UsageError if the format is wrong or no name is known.
     """
-    problems: dict[str, Problem] = {}
+    problem_by_name: dict[str, Problem] = {}
     rounds: ReferenceRounds = []
-    schema = {"references": REFERENCES_SCHEMA}
-    for names_by_group in read_json(path, "references file", schema, EXPECTED_REFERENCES)["references"]:
+    content = read_json(path, "references file", {"references": REFERENCES_SCHEMA}, EXPECTED_REFERENCES)
+    for listed in content["references"]:
         references: dict[str, list[str]] = {}
-        for group, names in names_by_group.items():
+        for group, names in listed.items():
             group_names = {sample.name for sample in groups.get(group, ())}
-            if known_names := [name for name in dict.fromkeys(names) if name in group_names]:
-                references[group] = known_names
-            for name in names:
-                if name not in group_names:
+            for name in dict.fromkeys(names):
+                if name in group_names:
+                    references.setdefault(group, []).append(name)
+                else:
                     reason = f"{path} names {name} as a reference of group {group}, but this group has no such image"
-                    problems[name] = Problem("absent-file", name, reason)
+                    problem_by_name[name] = Problem("absent-file", name, reason)
         rounds.append(references)
     if not any(rounds):
         raise UsageError(f"references file {path} names no image of this dataset in its group; {EXPECTED_REFERENCES}")
-    return rounds, list(problems.values())
+    return rounds, list(problem_by_name.values())
 
 
 def describe_group_problems(groups: Mapping[str, Sequence[Sample]], rounds: int, refs_per_group: int) -> list[str]:
@@ -88,9 +90,9 @@ def describe_group_problems(groups: Mapping[str, Sequence[Sample]], rounds: int,
             "the dataset has no groups, so all images form one group and a reference may show a "
             "different object than its target; give --groups FILE to define groups"
         )
-    if small := [group for group, size in sizes.items() if size < rounds]:
+    if repeating := [group for group, size in sizes.items() if size < rounds]:
         notes.append(
-            f"fewer than {rounds} images in {format_count(len(small), 'group')}, such as {small[0]}: their "
+            f"fewer than {rounds} images in {format_count(len(repeating), 'group')}, such as {repeating[0]}: their "
             "references repeat in later rounds, and the standard deviation over rounds is too small"
         )
     if small := [group for group, size in sizes.items() if size <= refs_per_group]:
