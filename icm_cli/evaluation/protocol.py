@@ -26,7 +26,7 @@ from icm_cli.reports.report import PageImages, Report
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import ReportFiles
 from icm_cli.scoring.pool import Scorer, ScoringPool
-from icm_cli.scoring.task import FlickerTask, ScoreTask, ScoringRule
+from icm_cli.scoring.task import FlickerTask, FrameFiles, ScoreTask, ScoringRule
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Evaluation:
 
     @property
     def title(self) -> str:
-        """Title for reports; the location for the dataset ``folder``."""
+        """Title for reports: that of the dataset; the location for the dataset ``folder``."""
         return self.location if self.options.dataset.dataset == "folder" else self.data.dataset.title
 
     @property
@@ -74,13 +74,18 @@ class Evaluation:
         return set(map(os.path.realpath, files))
 
     def check_no_overwrite(self, alphas: Sequence[Path] = ()) -> None:
-        """Raise UsageError if an output would overwrite a file of the dataset or an input."""
+        """Raise UsageError if an output would overwrite a file of the dataset, an input or an alpha of another tool.
+
+        ``alphas``: the paths that the run writes.
+        """
         folders = {str(Path(path).parent) for path in self._dataset_files}
         for path in alphas:
             if os.path.realpath(path.parent) in folders:
                 raise UsageError(f"{path} is in a folder of the dataset; give --save-alphas another folder")
-        for path in {path.parent: path for path in alphas if path.exists()}.values():  # one existing alpha per folder
-            if (provenance := read_provenance(path)) is not None and DIGEST_KEY not in provenance:
+        existing_by_folder = {path.parent: path for path in alphas if path.exists()}
+        for path in existing_by_folder.values():  # one per folder is checked, because each must be read
+            provenance = read_provenance(path)
+            if provenance is not None and DIGEST_KEY not in provenance:
                 raise UsageError(f"{path} exists and was not made by icm; give --save-alphas another folder")
         inputs = filter(None, (self.options.dataset.groups, self.options.protocol.references))
         self.reports.check_no_overwrite([*self._dataset_files, *alphas, *inputs])
@@ -107,17 +112,22 @@ class Evaluation:
         notes: Sequence[str] = (),
         trained_on: frozenset[str] | None = None,
     ) -> ResultCollector:
-        """Return a collector that scores and reports results, with the problems of the dataset."""
+        """Return a collector that scores and reports results, with the problems of the dataset.
+
+        ``settings``: of the model, or the folder of predictions. ``trained_on``: digests of the images that the model
+        was trained on, if they are known.
+        """
         allowed = frozenset(self.options.protocol.allow)
         protocol = self._describe_protocol(planned, references, notes)
-        unused = [] if self.options.protocol.pred is None else self.options.matting_names()
+        is_external = self.options.protocol.pred is not None
+        unused_options = self.options.matting_names() if is_external else []
         report = Report(
             {
                 "title": protocol["title"],
                 "note": self.options.reports.note,
                 **environment_settings(),
                 "protocol": protocol,
-                **self.options.as_settings(unused),
+                **self.options.as_settings(unused_options),
                 **settings,
             },
             allowed=allowed,
@@ -135,7 +145,7 @@ class Evaluation:
                 trimap_path=sample.trimap,
                 image_path=sample.file,
                 needs_sha256=trained_on is not None,
-                is_external="predictions" in settings,
+                is_external=is_external,
                 allowed=allowed,
             )
 
@@ -165,10 +175,11 @@ class Evaluation:
         rounds = sorted({result.round for result in scored.values()})
         tasks = []
         for round_number, (before, frame) in itertools.product(rounds, pairs):
-            results = [scored.get((round_number, sample.name)) for sample in (frame, before)]
-            files = [(Path(result.output), Path(result.truth)) for result in results if result]
-            if len(files) == 2:
-                tasks.append(((round_number, frame.name), FlickerTask(files[0], files[1], self.rule)))
+            result = scored.get((round_number, frame.name))
+            result_before = scored.get((round_number, before.name))
+            if result and result_before:
+                task = FlickerTask(FrameFiles.of_result(result), FrameFiles.of_result(result_before), self.rule)
+                tasks.append((result.key, task))
         collector.add_flicker(tasks)
 
     def _describe_protocol(
@@ -213,22 +224,26 @@ class Evaluation:
 
 
 def round_folder(folder: Path, round_number: int, rounds: int) -> Path:
-    """Return the folder of the alphas of a round: ``folder`` if there is only one."""
+    """Return the folder of the alphas of a round: a subfolder of ``folder``, or ``folder`` if there is one round."""
     return folder / f"round-{round_number}" if rounds > 1 else folder
 
 
 def consecutive_frames(frames: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
-    """Return the pairs of frames whose names differ only in the number at the end, by one step of the shot.
+    """Return the pairs (before, frame) of frames whose names differ only in the number at the end, by one step.
 
     The step is the smallest difference between the numbers of a shot.
     """
-    shots: dict[str, dict[int, Sample]] = {}
+    shots: dict[str, dict[int, Sample]] = {}  # name without the number -> number -> frame
     for frame in frames:
         if match := re.fullmatch(r"(.*?)(\d+)", frame.name):
             shots.setdefault(match[1], {})[int(match[2])] = frame
     pairs = []
-    for shot in shots.values():
-        numbers = sorted(shot)
-        step = min((after - before for before, after in itertools.pairwise(numbers)), default=0)
-        pairs += [(shot[a], shot[b]) for a, b in itertools.pairwise(numbers) if b - a == step]
+    for frame_by_number in shots.values():
+        neighbours = list(itertools.pairwise(sorted(frame_by_number)))
+        step = min((number - before for before, number in neighbours), default=0)
+        pairs += [
+            (frame_by_number[before], frame_by_number[number])
+            for before, number in neighbours
+            if number - before == step
+        ]
     return pairs

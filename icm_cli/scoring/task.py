@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import cv2
 import numpy as np
@@ -16,7 +16,7 @@ from icm_cli.geometry import UNKNOWN, ImageU8, format_size, has_same_aspect
 from icm_cli.images.decoding import image_size
 from icm_cli.images.reading import GroundTruthAlpha, file_digest, read_alpha, read_ground_truth
 from icm_cli.options import MetricVariant, Region, ScoredSize
-from icm_cli.reports.result import ImageEvaluation
+from icm_cli.reports.result import ImageEvaluation, ImageResult
 from icm_cli.scoring.metrics import as_unit_range, compute_boundary_f, compute_dt_ssd, compute_jaccard, compute_scores
 
 ImageT = TypeVar("ImageT", ImageU8, NDArray[np.float64])
@@ -51,29 +51,34 @@ def resize_for_scoring(
     """Resize an alpha or trimap [h,w] to the size at which it is scored. Floats are not rounded to 8 bits.
 
     ``original`` is the size of the ground truth. ``long1024`` scales its long side to 1024 pixels. ``square768`` crops
-    the centre square and scales it to 768 x 768 pixels, like the code of In-Context Matting.
+    the centre square and scales it to 768 x 768 pixels, like the code of In-Context Matting. ``truth_shape``: height
+    and width of the ground truth.
     """
     height, width = truth_shape
     if size == "square768":
-        side = min(image.shape)
-        top, left = ((length - side) // 2 for length in image.shape)
+        own_height, own_width = image.shape
+        side = min(own_height, own_width)
+        top, left = (own_height - side) // 2, (own_width - side) // 2
         image = image[top : top + side, left : left + side]
         height = width = SQUARE_PX
     elif size == "long1024":
         scale = LONG_SIDE_PX / max(truth_shape)
-        height, width = (max(1, round(length * scale)) for length in truth_shape)
+        height, width = max(1, round(height * scale)), max(1, round(width * scale))
     if image.shape == (height, width):
         return image
     resized = cv2.resize(image, (width, height), interpolation=interpolation)
-    # OpenCV rounds to float32. Clipping keeps the value of constant images, and rounding that of constant regions.
+    # The interpolation is not exact. Clipping keeps the value of a constant image, rounding that of a constant region.
     return cast(ImageT, resized.clip(image.min(), image.max()).round(DECIMALS))
 
 
 def make_trimap(truth: ImageU8, kernel_px: int) -> ImageU8:
-    """Generate a trimap, uint8 [H,W] of 0, 128, 255: unknown is 0 < truth < 1, dilated by a square of ``kernel_px``."""
-    soft = ((truth > 0) & (truth < 255)).astype(np.uint8)
-    unknown = cv2.dilate(soft, np.ones((kernel_px, kernel_px), np.uint8)) > 0
-    return np.where(unknown, UNKNOWN, truth).astype(np.uint8)
+    """Generate a trimap, uint8 [H,W] of 0, 128 and 255, from a ground truth.
+
+    Unknown are its values between 0 and 255, dilated by a square of ``kernel_px``.
+    """
+    is_soft = ((truth > 0) & (truth < 255)).astype(np.uint8)
+    is_unknown = cv2.dilate(is_soft, np.ones((kernel_px, kernel_px), np.uint8)) > 0
+    return np.where(is_unknown, UNKNOWN, truth).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -111,9 +116,9 @@ class ScoreTask:
                 digest = file_digest(self.image_path)
             truth = read_ground_truth(self.truth_path, is_label_map=self.rule.has_shots)
             predicted = read_ground_truth(self.alpha_path, is_label_map=self.rule.has_shots)
-            problems = self._check_truth(truth) + (
-                self._check_values(self.alpha_path, predicted) if self.is_external else []
-            )
+            problems = self._check_truth(truth)
+            if self.is_external:
+                problems += self._check_values(self.alpha_path, predicted)
             if any(problem.kind != "16-bit-alpha" for problem in problems):
                 return ScoreResult(problems=tuple(problems), image_sha256=digest)
             alpha = predicted.alpha
@@ -129,16 +134,13 @@ class ScoreTask:
     def _score(self, alpha: ImageU8, truth: ImageU8) -> tuple[ImageEvaluation, list[Problem]]:
         """Return the scores of an alpha at the scored size, and the problems of the trimap."""
         trimap, problems = self._load_trimap(truth)
-        resized_truth, resized_alpha = (
-            resize_for_scoring(as_unit_range(image), truth.shape, self.rule.scored_size) for image in (truth, alpha)
-        )
+        resized_truth = resize_for_scoring(as_unit_range(truth), truth.shape, self.rule.scored_size)
+        resized_alpha = resize_for_scoring(as_unit_range(alpha), truth.shape, self.rule.scored_size)
         scores = compute_scores(resized_alpha, resized_truth, self.rule.metric_variant, trimap)
         if trimap is not None and "unknown" not in scores:
-            reason = (
-                f"trimap {self.trimap_path} has no unknown pixel; expected some pixels of value 128"
-                if self.trimap_path
-                else f"ground truth {self.truth_path} has only the values 0 and 255, so no pixel is unknown"
-            )
+            reason = f"ground truth {self.truth_path} has only the values 0 and 255, so no pixel is unknown"
+            if self.trimap_path:
+                reason = f"trimap {self.trimap_path} has no unknown pixel; expected some pixels of value 128"
             problems.append(Problem("no-unknown", self.name, reason))
         evaluation = ImageEvaluation(
             {region: scores[region] for region in self.rule.regions if region in scores},
@@ -163,7 +165,7 @@ class ScoreTask:
         return problems
 
     def _check_values(self, path: Path, alpha: GroundTruthAlpha) -> list[Problem]:
-        """Return the problem of an alpha with colour, or with values of 0 and 1 instead of 0 and 255."""
+        """Return at most one problem: the alpha has colour, or the values 0 and 1 instead of 0 and 255."""
         if alpha.has_colour:
             reason = f"{path} has colour; expected an alpha with a single grey channel"
             return [Problem("colour-alpha", self.name, reason)]
@@ -182,7 +184,8 @@ class ScoreTask:
             return None, []
         shape, size = truth.shape, self.rule.scored_size
         if self.trimap_path is None:
-            return make_trimap(resize_for_scoring(truth, shape, size), self.rule.trimap_kernel_px), []
+            scored_truth = resize_for_scoring(truth, shape, size)
+            return make_trimap(scored_truth, self.rule.trimap_kernel_px), []
         try:
             trimap = read_alpha(self.trimap_path)
         except ImageError as error:
@@ -200,15 +203,24 @@ class ScoreTask:
         return resize_for_scoring(trimap, shape, size, cv2.INTER_NEAREST), []
 
 
+class FrameFiles(NamedTuple):
+    """Paths of the alpha of a frame and of its ground truth."""
+
+    alpha: Path
+    truth: Path
+
+    @classmethod
+    def of_result(cls, result: ImageResult) -> FrameFiles:
+        """Return the files of a result of an evaluation."""
+        return cls(Path(result.output), Path(result.truth))
+
+
 @dataclass(frozen=True)
 class FlickerTask:
-    """Compute dtSSD between a frame and the frame before it.
+    """Compute dtSSD between a frame and the frame before it."""
 
-    ``frame`` and ``previous_frame`` are the paths of an alpha and its ground truth.
-    """
-
-    frame: tuple[Path, Path]
-    previous_frame: tuple[Path, Path]
+    frame: FrameFiles
+    previous_frame: FrameFiles
     rule: ScoringRule
 
     def run(self) -> float | None:
@@ -216,10 +228,12 @@ class FlickerTask:
         # The palette files of datasets with shots are label maps.
         read = partial(read_alpha, is_label_map=self.rule.has_shots)
         try:
-            alpha, truth, alpha_before, truth_before = map(read, (*self.frame, *self.previous_frame))
+            alpha, truth = read(self.frame.alpha), read(self.frame.truth)
+            alpha_before, truth_before = read(self.previous_frame.alpha), read(self.previous_frame.truth)
         except ImageError:
             return None
-        images = (alpha, alpha_before, truth, truth_before)
-        return compute_dt_ssd(
-            *(resize_for_scoring(as_unit_range(image), truth.shape, self.rule.scored_size) for image in images)
-        )
+
+        def resize(image: ImageU8) -> NDArray[np.float64]:
+            return resize_for_scoring(as_unit_range(image), truth.shape, self.rule.scored_size)
+
+        return compute_dt_ssd(resize(alpha), resize(alpha_before), resize(truth), resize(truth_before))
