@@ -60,8 +60,8 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
     references, problems = store.select_references(evaluation.options.protocol.rounds or 1, options.refs_per_group or 1)
     examples = [
         Example(round_number, group, names)
-        for round_number, groups in enumerate(references, 1)
-        for group, names in groups.items()
+        for round_number, names_by_group in enumerate(references, 1)
+        for group, names in names_by_group.items()
     ]
     if not examples:
         raise UsageError(
@@ -70,8 +70,7 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
         )
     steps = choice.resolve_learn_steps(options.learn_steps, is_shot=options.shot)
     digests = _example_digests(store, choice, examples, steps, is_shot=options.shot)
-    chosen = options.save_alphas
-    with contextlib.nullcontext(chosen) if chosen else _temporary_folder(_cache_folder(evaluation, digests)) as folder:
+    with _alphas_folder(evaluation, digests) as folder:
         jobs = _plan_jobs(evaluation, examples, folder, len(references))
         shot = store.plan_shot(jobs, examples) if options.shot else None
         evaluation.check_no_overwrite([job.output for job in jobs])
@@ -115,23 +114,24 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
 def _example_digests(
     store: ReferenceStore, choice: AnyModelChoice, examples: Sequence[Example], learn_steps: int, *, is_shot: bool
 ) -> list[str]:
-    """Return the digest of every example: everything that determines its alphas but the source."""
+    """Return a digest for every example of everything that determines its alphas, except the source images."""
     common: dict[str, str] = {str(name): value for name, value in choice.digest_parts().items()}
     common |= {str(name): value for name, value in sequence_digest_parts(learn_steps, is_shot=is_shot).items()}
     common["seed"] = str(choice.seed)
-    return [
-        alpha_digest({**common, "references": combined_digest(*(store.digests[name] for name in example.references))})
-        for example in examples
-    ]
+    digests = []
+    for example in examples:
+        references = combined_digest(*(store.digests[name] for name in example.references))
+        digests.append(alpha_digest({**common, "references": references}))
+    return digests
 
 
 def _plan_jobs(evaluation: Evaluation, examples: Sequence[Example], folder: Path, rounds: int) -> list[Job]:
-    """Return a job for every target of every example."""
+    """Return a job for every target of every example, with its alpha below ``folder``."""
     jobs = []
     for index, example in enumerate(examples):
-        round_path = round_folder(folder, example.round, rounds)
+        alphas = round_folder(folder, example.round, rounds)
         for sample in select_targets(evaluation.groups[example.group], example.references):
-            output = round_path / f"{sample.name}.png"
+            output = alphas / f"{sample.name}.png"
             planned = evaluation.plan_result(sample, output, example.round)
             jobs.append(Job(sample.image, Path(sample.name), output, planned, index))
     return jobs
@@ -153,8 +153,15 @@ def _make_collector(
 
 
 @contextlib.contextmanager
-def _temporary_folder(folder: Path) -> Iterator[Path]:
-    """Context that removes a folder at its end if the run succeeds and no other run uses the folder."""
+def _alphas_folder(evaluation: Evaluation, digests: Sequence[str]) -> Iterator[Path]:
+    """Context of the folder of the alphas: that of ``--save-alphas``, or one in the cache.
+
+    The folder in the cache is removed if the run succeeds and no other run uses it.
+    """
+    if evaluation.options.matting.save_alphas:
+        yield evaluation.options.matting.save_alphas
+        return
+    folder = _cache_folder(evaluation, digests)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.with_suffix(".lock").open("w")
@@ -164,14 +171,14 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_SH)
         yield folder
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # another run holds the lock, and so uses the folder
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
             folder.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def _cache_folder(evaluation: Evaluation, digests: Sequence[str]) -> Path:
-    """Return the cache folder of this evaluation, and remove old folders of other evaluations."""
+    """Return the cache folder of this evaluation, and remove folders of other evaluations that ended long ago."""
     root = cache_folder() / "eval"
     with contextlib.suppress(OSError):
         for lock in root.glob("*.lock"):
@@ -179,7 +186,7 @@ def _cache_folder(evaluation: Evaluation, digests: Sequence[str]) -> Path:
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink()
     files = [str(sample.file.resolve()) for sample in evaluation.data.samples]
-    return root / combined_digest(*digests, *(path.encode(errors="surrogateescape") for path in files))[:32]
+    return root / combined_digest(*digests, *files)[:32]
 
 
 @dataclass
@@ -188,7 +195,9 @@ class ReferenceStore:
 
     evaluation: Evaluation
     digests: dict[str, str] = field(default_factory=dict)
+    """Digests of the usable references that were read, by name."""
     _errors: dict[str, str] = field(default_factory=dict)
+    """Errors of the references that cannot be used, by name."""
 
     def select_references(self, rounds: int, refs_per_group: int) -> tuple[ReferenceRounds, list[Problem]]:
         """Return the references of every round, from the references file or chosen automatically, and the problems."""
@@ -199,11 +208,10 @@ class ReferenceStore:
             for names_by_group in listed:
                 usable = {group: list(filter(self._is_usable, names)) for group, names in names_by_group.items()}
                 references.append({group: names for group, names in usable.items() if names})
-            problems += [
-                Problem("bad-reference", group, f"{path} has no usable reference of group {group} in some round")
-                for group in groups
-                if not all(group in names_by_group for names_by_group in references)
-            ]
+            for group in groups:
+                if any(group not in names_by_group for names_by_group in references):
+                    reason = f"{path} has no usable reference of group {group} in some round"
+                    problems.append(Problem("bad-reference", group, reason))
         else:
             references, problems = choose_references(
                 groups,
@@ -218,15 +226,15 @@ class ReferenceStore:
 
     def plan_shot(self, jobs: Sequence[Job], examples: Sequence[Example]) -> Shot:
         """Return the order in which frames are matted, starting from their references."""
-        return Shot.from_examples(
-            (
-                [job for job in jobs if job.example_index == index],
-                [Keyframe(Path(name), partial(self.read_reference, name)) for name in example.references],
-            )
-            for index, example in enumerate(examples)
-        )
+        jobs_and_keyframes = []
+        for index, example in enumerate(examples):
+            example_jobs = [job for job in jobs if job.example_index == index]
+            keyframes = [Keyframe(Path(name), partial(self.read_reference, name)) for name in example.references]
+            jobs_and_keyframes.append((example_jobs, keyframes))
+        return Shot.from_examples(jobs_and_keyframes)
 
     def _is_usable(self, name: str) -> bool:
+        """Return whether a sample can be used as a reference. It is read once."""
         if name not in self.digests and name not in self._errors:
             try:
                 self.digests[name] = self.read_reference(name).digest
