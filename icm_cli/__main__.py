@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run the script; a Ctrl-C while Python starts is reported too."""
+    """Run the script. A Ctrl-C during the imports is reported in one line."""
     try:
         from icm_cli.cli import main as run
 

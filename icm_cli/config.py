@@ -151,11 +151,11 @@ def component_class(kind: ComponentKind, name: str) -> Any:
     except ImportError as error:
         problem = f"{module} cannot be imported ({error})"
     else:
-        missing = ", ".join(sorted(getattr(component, "__abstractmethods__", ())))
+        missing_methods = ", ".join(sorted(getattr(component, "__abstractmethods__", ())))
         if component is None:
             problem = f"{module} has no class {class_name!r}"
-        elif missing:
-            problem = f"the class does not define {missing}"
+        elif missing_methods:
+            problem = f"the class does not define {missing_methods}"
         elif not dataclasses.is_dataclass(getattr(component, "Config", None)):
             problem = "the class has no dataclass 'Config' for its settings"
         else:
@@ -187,7 +187,10 @@ def parse_model_config(mapping: object, where: str) -> ModelConfig:
 
 
 def load_model_config(model: str) -> ModelConfig:
-    """Load the configuration of a preset or YAML file. Raises UsageError or ConfigError."""
+    """Load the model of a preset or YAML file; the sections for training are ignored.
+
+    Raises UsageError or ConfigError.
+    """
     where, mapping = read_config_mapping(model)
     fields = require_mapping(mapping, where)
     reject_unknown_keys(fields, MODEL_KEYS, where)
@@ -224,9 +227,9 @@ def parse_yaml(text: str, where: str) -> object:
         raise ConfigError(f"{where} {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        position = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         expected = "expected lines 'key: value', indented by spaces, with all brackets and quotes closed"
-        raise ConfigError(f"{where} is not YAML{place}; {expected}") from error
+        raise ConfigError(f"{where} is not YAML{position}; {expected}") from error
 
 
 class _DuplicateKeyError(yaml.YAMLError):
@@ -288,16 +291,20 @@ def parse_dataclass(cls: type[T], mapping: object, where: str) -> T:
 
 
 def _convert_value(value: object, hint: Any, where: str) -> Any:
-    """Convert a value of YAML to the type of a field. Raises ConfigError."""
+    """Convert a value of YAML to the type hint of a field. Raises ConfigError.
+
+    A hint is a class, a Literal, a tuple of items of one type, or one of these or None.
+    """
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hints = typing.get_args(hint)
-        if value is None and type(None) in hints:
+        alternatives = typing.get_args(hint)
+        if value is None and type(None) in alternatives:
             return None
-        hint = next(h for h in hints if h is not type(None))
+        hint = next(alternative for alternative in alternatives if alternative is not type(None))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return parse_dataclass(hint, value, where)
     if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert_value(item, typing.get_args(hint)[0], f"{where} {n}") for n, item in enumerate(value, 1))
+        item_hint = typing.get_args(hint)[0]
+        return tuple(_convert_value(item, item_hint, f"{where} {number}") for number, item in enumerate(value, 1))
     if typing.get_origin(hint) is Literal:
         value = "no" if value is False else value  # YAML reads the word "no" as False
         if value in typing.get_args(hint):
@@ -320,19 +327,19 @@ def _describe_type(hint: Any) -> str:
 
 
 def check_setting(section: str, settings: Any, name: str, is_valid: bool, expected: str) -> None:
-    """Raise ConfigError if a setting of a section is not valid."""
+    """Raise ConfigError about a setting of a section, unless ``is_valid``. ``settings``: the section's dataclass."""
     if not is_valid:
         value = getattr(settings, name)
-        raise ConfigError(
-            f"{section} {name} is {list(value) if isinstance(value, tuple) else value}; expected {expected}"
-        )
+        shown = list(value) if isinstance(value, tuple) else value
+        raise ConfigError(f"{section} {name} is {shown}; expected {expected}")
 
 
 def require_mapping(value: object, where: str) -> Mapping[str, Any]:
     """Return a section of a configuration; raise ConfigError if it is not a mapping."""
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} is {'empty' if value is None else repr(value)}; expected keys with values")
-    return value
+    if isinstance(value, Mapping):
+        return value
+    shown = "empty" if value is None else repr(value)
+    raise ConfigError(f"{where} is {shown}; expected keys with values")
 
 
 def reject_unknown_keys(fields: Mapping[str, object], known: set[str], where: str) -> None:

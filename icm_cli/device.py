@@ -29,8 +29,10 @@ class Device:
     @property
     def dtype_name(self) -> str:
         """The dtypes as text, for example "float16" or "float32, transformers bfloat16"."""
-        name, transformers = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.transformer_dtype))
-        return name if name == transformers else f"{name}, transformers {transformers}"
+        name = str(self.dtype).removeprefix("torch.")
+        if self.transformer_dtype == self.dtype:
+            return name
+        return f"{name}, transformers {str(self.transformer_dtype).removeprefix('torch.')}"
 
     @property
     def auto_batch_size(self) -> int:
@@ -40,9 +42,9 @@ class Device:
     @property
     def description(self) -> str:
         """Device and dtypes as text, for example "cuda:0 (NVIDIA H200), float16"."""
-        is_gpu_here = self.torch_device.type == "cuda" and torch.cuda.is_available()
-        kind = f" ({torch.cuda.get_device_name(self.torch_device)})" if is_gpu_here else ""
-        return f"{self.torch_device}{kind}, {self.dtype_name}"
+        has_gpu = self.torch_device.type == "cuda" and torch.cuda.is_available()
+        gpu_name = f" ({torch.cuda.get_device_name(self.torch_device)})" if has_gpu else ""
+        return f"{self.torch_device}{gpu_name}, {self.dtype_name}"
 
     def peak_memory_bytes(self) -> int:
         """Return the peak memory so far, of the GPU on CUDA, else of the process."""
@@ -86,24 +88,26 @@ def device_errors(device: Device, action: str) -> Iterator[None]:
 
 
 def parse_devices(text: str) -> list[str]:
-    """Return the names of the devices in a list such as "cuda:0,cuda:1"; "cuda:all" selects every GPU, and "cpu,cpu"
-    two processes on the CPU.
+    """Return the names of the devices in a list such as "cuda:0,cuda:1".
+
+    "cuda:all" stands for every GPU. "cpu,cpu" means two processes on the CPU. A single name is not checked.
 
     Raises ConfigError if the machine has no such device, UsageError if the devices are of several types or a GPU is
     given twice.
     """
     if text == "cuda:all":
-        if not (count := torch.cuda.device_count()):
+        gpu_count = torch.cuda.device_count()
+        if gpu_count == 0:
             raise ConfigError(
                 "--device is 'cuda:all', but this machine has no GPU; available devices: "
                 f"{', '.join(available_devices())}"
             )
-        return [f"cuda:{number}" for number in range(count)]
+        return [f"cuda:{number}" for number in range(gpu_count)]
     names = [name.strip() for name in text.split(",")]
     if len(names) == 1:
         return names
     devices = [_named_device(name) for name in names]
-    if len({named.type for named in devices}) > 1:
+    if len({device.type for device in devices}) > 1:
         raise UsageError(
             f"--device {text} mixes types of devices, whose alphas differ slightly; give devices of one type"
         )
@@ -173,10 +177,10 @@ def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[An
         gradient_accumulation_steps=accumulation,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],  # the others wait while one validates
     )
-    target, dtype = accelerator.device, PRECISIONS[precision]
-    if target.type == "cpu" and dtype == torch.bfloat16:  # convolutions in bfloat16 are many times slower
-        return accelerator, Device(target, torch.float32, dtype)
-    return accelerator, Device(target, dtype, dtype)
+    dtype = PRECISIONS[precision]
+    # On a CPU, convolutions in bfloat16 are many times slower.
+    is_slow = accelerator.device.type == "cpu" and dtype == torch.bfloat16
+    return accelerator, Device(accelerator.device, torch.float32 if is_slow else dtype, dtype)
 
 
 def available_devices() -> list[str]:
@@ -188,8 +192,10 @@ def available_devices() -> list[str]:
 
 def is_device_lost(error: Exception) -> bool:
     """Return whether an error means that this process can no longer use the device."""
-    lost = getattr(torch, "AcceleratorError", None)
-    return (lost is not None and isinstance(error, lost)) or str(error).startswith("CUDA error")
+    accelerator_error = getattr(torch, "AcceleratorError", None)  # not in every version of torch
+    if accelerator_error is not None and isinstance(error, accelerator_error):
+        return True
+    return str(error).startswith("CUDA error")
 
 
 def release_memory(device: Device) -> None:
@@ -201,6 +207,7 @@ def release_memory(device: Device) -> None:
 
 
 def _best_device() -> torch.device:
+    """Return the first GPU (CUDA or MPS), or the CPU of a machine without one."""
     if torch.cuda.is_available():
         return torch.device("cuda:0")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -209,7 +216,7 @@ def _best_device() -> torch.device:
 def _named_device(name: str) -> torch.device:
     """Return the device of a name that the option allows. Raises ConfigError if the machine has none of this number."""
     kind, _, number = name.partition(":")
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if int(number or 0) >= counts.get(kind, 1):
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if int(number or 0) >= counts.get(kind, 0):
         raise ConfigError(f"this machine has no device {name!r}; available devices: {', '.join(available_devices())}")
     return torch.device("cuda:0") if name == "cuda" else torch.device(name)

@@ -45,9 +45,10 @@ def available_cores() -> int:
 
 def start_module(module: str, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     """Run a module of this package as a process, with options of ``subprocess.Popen``."""
-    home = str(Path(__file__).resolve().parents[1])
-    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    search_path = str(Path(__file__).resolve().parents[1])  # so that the process imports this copy of the package
+    if os.environ.get("PYTHONPATH"):
+        search_path += os.pathsep + os.environ["PYTHONPATH"]
+    environment = {**os.environ, "PYTHONPATH": search_path}
     return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment, **options)
 
 
@@ -77,11 +78,12 @@ class FreeMemory:
     size: float
     """In bytes; infinite if the system does not report it."""
     where: str
-    """What limits it, in words."""
+    """What limits it, such as "on this machine"."""
 
     def __str__(self) -> str:
-        is_known = not math.isinf(self.size)
-        return f"{format_gb(self.size)} are free {self.where}" if is_known else "the free memory is unknown"
+        if math.isinf(self.size):
+            return "the free memory is unknown"
+        return f"{format_gb(self.size)} are free {self.where}"
 
 
 def format_gb(size: float) -> str:
@@ -95,27 +97,35 @@ def free_memory() -> FreeMemory:
     It is the least of what is free on the machine, in every cgroup of the process, and within its resource limits
     (ulimit). Memory that caches files counts as free.
     """
-    found = [FreeMemory(math.inf, "")]
-    available = _read_table(ROOT / "proc/meminfo").get("MemAvailable:")
-    if available is not None:
-        found.append(FreeMemory(available * 1024, "on this machine"))
+    limits = [FreeMemory(math.inf, "")]
+    available_kb = _read_table(ROOT / "proc/meminfo").get("MemAvailable:")
+    if available_kb is not None:
+        limits.append(FreeMemory(available_kb * 1024, "on this machine"))
     for folder in cgroup_folders("memory"):
-        # In version 1 of cgroups, values with the prefix total_ include the cgroups below.
-        caches = _read_table(folder / "memory.stat")
-        cached = sum(caches.get(f"total_{name}", caches.get(name, 0)) for name in ("inactive_file", "active_file"))
-        limits = [_read_number(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
-        used = _read_number(folder / "memory.current") or _read_number(folder / "memory.usage_in_bytes") or 0
-        for limit in limits:
-            if limit is not None:
-                where = f"within the memory limit of {format_gb(limit)} of the container or cgroup"
-                found.append(FreeMemory(max(0, limit - used + min(cached, used)), where))
+        limits += _free_memory_of_cgroup(folder)
     status = _read_table(ROOT / "proc/self/status")
     for kind, used_name, flag in ((resource.RLIMIT_AS, "VmSize:", "-v"), (resource.RLIMIT_DATA, "VmData:", "-d")):
         limit = resource.getrlimit(kind)[0]
         if limit != resource.RLIM_INFINITY and used_name in status:
             where = f"within the limit of {format_gb(limit)} of ulimit {flag}"
-            found.append(FreeMemory(max(0, limit - status[used_name] * 1024), where))
-    return min(found, key=lambda memory: memory.size)
+            limits.append(FreeMemory(max(0, limit - status[used_name] * 1024), where))
+    return min(limits, key=lambda memory: memory.size)
+
+
+def _free_memory_of_cgroup(folder: Path) -> list[FreeMemory]:
+    """Return what is free within each memory limit of a cgroup, of version 1 or 2."""
+    statistics = _read_table(folder / "memory.stat")
+    # In version 1, values with the prefix total_ include the cgroups below.
+    cached = sum(statistics.get(f"total_{name}", statistics.get(name, 0)) for name in ("inactive_file", "active_file"))
+    used = _read_number(folder / "memory.current") or _read_number(folder / "memory.usage_in_bytes") or 0
+    used_without_cache = max(0, used - cached)
+    free = []
+    for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+        limit = _read_number(folder / name)
+        if limit is not None:
+            where = f"within the memory limit of {format_gb(limit)} of the container or cgroup"
+            free.append(FreeMemory(max(0, limit - used_without_cache), where))
+    return free
 
 
 def free_threads() -> float:
@@ -135,48 +145,56 @@ def cpu_quotas() -> list[float]:
     """Return the CPU quotas of all cgroups of this process, in cores."""
     quotas = []
     for folder in cgroup_folders("cpu"):
-        words = _read_text(folder / "cpu.max").split()
-        words = words or [_read_text(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
-        if all(word.strip().isdigit() for word in words) and int(words[1]):
+        words = _read_text(folder / "cpu.max").split()  # quota and period in version 2 of cgroups
+        if not words:
+            words = [_read_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+        if all(word.isdigit() for word in words) and int(words[1]):  # without a limit, the quota is "max" or -1
             quotas.append(int(words[0]) / int(words[1]))
     return quotas
 
 
 def cgroup_folders(controller: str) -> list[Path]:
     """Return the folders of the cgroups that may limit this process: its own and those above, of version 1 and 2."""
-    v1_path = v2_path = None  # the cgroup of this process
-    for line in _read_text(ROOT / "proc/self/cgroup").splitlines():
-        number, names, path = line.split(":", 2)
-        if number == "0":
-            v2_path = path
-        elif controller in names.split(","):
-            v1_path = path
+    v1_cgroup = v2_cgroup = None  # paths of the cgroups of this process in their hierarchies
+    for line in _read_text(ROOT / "proc/self/cgroup").splitlines():  # such as "4:memory:/user.slice"
+        hierarchy, controllers, path = line.split(":", 2)
+        if hierarchy == "0":
+            v2_cgroup = path
+        elif controller in controllers.split(","):
+            v1_cgroup = path
     folders: list[Path] = []
     for line in _read_text(ROOT / "proc/self/mountinfo").splitlines():
-        before, _, after = line.partition(" - ")
-        kind, _, options = after.split(" ", 2)
-        is_v1 = kind == "cgroup" and controller in options.split(",")
-        own = v1_path if is_v1 else v2_path
-        if own is None or not (is_v1 or kind == "cgroup2"):
+        mount, _, file_system = line.partition(" - ")
+        kind, _, options = file_system.split(" ", 2)
+        if kind == "cgroup2":
+            cgroup = v2_cgroup
+        elif kind == "cgroup" and controller in options.split(","):
+            cgroup = v1_cgroup
+        else:
             continue
-        top, mount = (part.encode().decode("unicode_escape") for part in before.split(" ")[3:5])
-        below = PurePosixPath(own)
-        inside = below.relative_to(top) if below.is_relative_to(top) else PurePosixPath()  # a cgroup namespace
-        folder = ROOT / mount.lstrip("/")
-        folders += [folder.joinpath(*inside.parts[:count]) for count in range(len(inside.parts), -1, -1)]
+        if cgroup is None:
+            continue
+        # The mount shows the part of the hierarchy below its root. In a cgroup namespace, the root may be elsewhere.
+        root, mount_point = (part.encode().decode("unicode_escape") for part in mount.split(" ")[3:5])
+        path_in_mount = PurePosixPath(cgroup)
+        parts = path_in_mount.relative_to(root).parts if path_in_mount.is_relative_to(root) else ()
+        folder = ROOT / mount_point.lstrip("/")
+        folders += [folder.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
     return folders
 
 
 def _count_threads_of_user() -> int:
-    count, own = 0, os.getuid()
+    """Return the number of threads of all processes of this user."""
+    count, user = 0, os.getuid()
     for entry in (ROOT / "proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if entry.stat().st_uid == own:
+            if entry.stat().st_uid == user:
                 count += len(list((entry / "task").iterdir()))
     return count
 
 
 def _read_text(path: Path) -> str:
+    """Return the content of a file; "" if it cannot be read."""
     try:
         return path.read_text()
     except OSError:
@@ -221,25 +239,28 @@ def check_not_forked(*, loads_model: bool = False) -> None:
 def limited_threads() -> Iterator[None]:
     """Context in which torch and OpenCV use at most as many threads as there are cores, and as this process may start.
 
-    If the environment sets the number (OMP_NUM_THREADS), only the second limit applies: torch ends the process if it
-    cannot start its threads.
+    If the environment sets the number (OMP_NUM_THREADS), only the second limit applies. It always applies, because
+    torch ends the process if it cannot start its threads.
     """
     import cv2
     import torch
 
     check_not_forked()
-    libraries = [(torch.set_num_threads, torch.get_num_threads()), (cv2.setNumThreads, cv2.getNumThreads())]
-    most = 1 + free_threads() // 3  # readers, writers and other processes need some too
+    max_threads = 1 + free_threads() // 3  # readers, writers and other processes need some too
     if "OMP_NUM_THREADS" not in os.environ:
-        most = min(most, available_cores())
-    lowered = [(set_threads, wanted) for set_threads, wanted in libraries if wanted > most]
-    for set_threads, _ in lowered:
-        set_threads(int(most))
+        max_threads = min(max_threads, available_cores())
+    torch_threads, opencv_threads = torch.get_num_threads(), cv2.getNumThreads()
+    if torch_threads > max_threads:
+        torch.set_num_threads(int(max_threads))
+    if opencv_threads > max_threads:
+        cv2.setNumThreads(int(max_threads))
     try:
         yield
     finally:
-        for set_threads, wanted in lowered:
-            set_threads(wanted)
+        if torch_threads > max_threads:
+            torch.set_num_threads(torch_threads)
+        if opencv_threads > max_threads:
+            cv2.setNumThreads(opencv_threads)
 
 
 OUT_OF_MEMORY = "needs more memory than could be allocated; {}; free memory, raise the limit or scale the image down"
@@ -257,10 +278,9 @@ _NO_THREADS = re.compile("can't start new thread|resource temporarily unavailabl
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Return whether an error of any library, or an error that led to it, means that memory ran out, on any device."""
     while error is not None:
-        is_memory_error = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # of torch
-        if isinstance(error, OSError) and error.errno is not None:
-            is_memory_error = error.errno == errno.ENOMEM
-        if is_memory_error or _NO_MEMORY.search(str(error).strip()):
+        is_of_torch = type(error).__name__ == "OutOfMemoryError"
+        is_of_system = getattr(error, "errno", None) == errno.ENOMEM
+        if isinstance(error, MemoryError) or is_of_torch or is_of_system or _NO_MEMORY.search(str(error).strip()):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -43,7 +43,10 @@ class OutputError(IcmError):
 
 
 class FileWriteError(OutputError):
-    """One output cannot be written; others may be (exit code 3 unless it is that of an image)."""
+    """One output cannot be written; others may be.
+
+    For the alpha of an image, the run continues (exit code 1). For another file, it ends (exit code 3).
+    """
 
 
 class ImageError(IcmError):
@@ -74,7 +77,7 @@ class TrainingError(IcmError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a sentence that suggests the most similar known name, or lists all known names."""
+    """Return a sentence for messages that suggests the most similar known name, or lists all known names."""
     names = sorted(known)
     nearest = get_close_matches(name, names, n=1, cutoff=0.6)
     return f"Did you mean {nearest[0]!r}?" if nearest else f"Known: {', '.join(names) or 'none'}."
@@ -86,9 +89,9 @@ def format_count(count: int, noun: str) -> str:
 
 
 def join_words(words: Iterable[str]) -> str:
-    """Return words as a sentence lists alternatives: "png, tiff or exr"."""
-    *first, last = words
-    return f"{', '.join(first)} or {last}" if first else last
+    """Return one or more words as a sentence lists alternatives: "png, tiff or exr"."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def quote_value(value: object) -> str:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def make_terminal(display: MatteDisplayOptions) -> Terminal:
     """Return the listener that prints a run in the form that ``--progress`` selects."""
-    kind = {"json": JsonTerminal, "openjd": OpenJdTerminal}.get(display.progress, Terminal)
-    return kind(
+    terminal_class = {"json": JsonTerminal, "openjd": OpenJdTerminal}.get(display.progress, Terminal)
+    return terminal_class(
         quiet=display.quiet,
         verbose=display.verbose,
         bar=display.progress == "auto",
@@ -47,15 +47,17 @@ def find_progress_mode(arguments: Sequence[str]) -> str:
 
     The command line may be invalid, so it is searched and not parsed.
     """
-    values = []
-    for argument, following in itertools.pairwise([*arguments, ""]):
-        name, equals, value = argument.partition("=")
-        if name == "--progress":
-            values.append(value if equals else following)
-    return values[-1] if values else ""
+    mode = ""
+    for argument, next_argument in itertools.pairwise([*arguments, ""]):
+        if argument == "--progress":
+            mode = next_argument
+        elif argument.startswith("--progress="):
+            mode = argument.removeprefix("--progress=")
+    return mode
 
 
 def _print_openjd(kind: str, text: str) -> None:
+    """Print a message of Open Job Description, whose text is a single line."""
     write_line(sys.stdout, f"{kind}: {' '.join(text.split())}")
 
 
@@ -96,13 +98,14 @@ class JsonTerminal(Terminal):
         super().on_image_end(result)
         values = result.as_dict()
         del values["signals"]
-        row = {name: value for name, value in values.items() if value not in (None, "", {}, ())}
-        _print_event("image", ended=self.ended, total=self.total, **row)
+        values_present = {name: value for name, value in values.items() if value not in (None, "", {}, ())}
+        _print_event("image", ended=self.ended, total=self.total, **values_present)
 
     def on_run_end(self, report: Report) -> None:
         """Print the totals.
 
-        If the run was interrupted, the exit code follows in the event "error".
+        If the run was interrupted, the exit code is null here, and follows in the event "error".
         """
-        code = report.exit_code or (0 if report.is_complete else None)
-        _print_event("finished", exit_code=code, **report.as_dict()["summary"])
+        is_interrupted = not report.exit_code and not report.is_complete
+        exit_code = None if is_interrupted else report.exit_code
+        _print_event("finished", exit_code=exit_code, **report.as_dict()["summary"])

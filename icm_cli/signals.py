@@ -19,7 +19,8 @@ def ignore_stop_signals() -> None:
 class StopSignals:
     """Context that delays a first signal: it is recorded, and raised again for the former handler at the end.
 
-    A second signal takes effect immediately. Outside the main thread, which receives no signals, it does nothing.
+    A second signal takes effect immediately. In other threads than the main one, which receives all signals, the
+    context does nothing.
     """
 
     def __init__(self) -> None:
@@ -28,13 +29,13 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if self._is_main:
-            self._before = {number: signal.signal(number, self._record_signal) for number in SIGNALS}
+            self._former_handlers = {number: signal.signal(number, self._record_signal) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *error: object) -> None:
         if self._is_main:
             self._restore_handlers()
-        if self.received is not None and kind is None:
+        if self.received is not None and error_type is None:
             signal.raise_signal(self.received)
 
     def _record_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
@@ -42,7 +43,7 @@ class StopSignals:
         self._restore_handlers()
 
     def _restore_handlers(self) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
 
 
@@ -63,17 +64,17 @@ class Interrupt:
         self._is_raised = False
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._receive_signal) for number in SIGNAL_EXIT_CODES}
+        self._former_handlers = {number: signal.signal(number, self._receive_signal) for number in SIGNAL_EXIT_CODES}
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
 
     def _receive_signal(self, number: int, frame: FrameType | None) -> None:
         if self._is_raised:
             return
-        if _is_importing(frame):
+        if _is_importing(frame):  # send the same signal again later
             main_thread = threading.main_thread().ident
             threading.Timer(IMPORT_POLL_S, signal.pthread_kill, [main_thread, number]).start()
             return
@@ -83,6 +84,9 @@ class Interrupt:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+    """Return whether a frame, or a frame that called it, belongs to Python's import system."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
