@@ -121,30 +121,30 @@ def retry_transient(operation: Callable[[], Result]) -> Result:
     Raises the last OSError. After a drive has failed for MAX_WASTED_S, operations are not repeated any more.
     """
     global _wasted_s
-    delays, waited = iter(RETRY_DELAYS_S), 0.0
+    delays, waited_s = iter(RETRY_DELAYS_S), 0.0
     while True:
         try:
             result = operation()
         except OSError as error:
-            delay = next(delays, None)
-            if delay is None or not is_transient(error) or _wasted_s + waited >= MAX_WASTED_S:
-                _wasted_s += waited
+            delay_s = next(delays, None)
+            if delay_s is None or not is_transient(error) or _wasted_s + waited_s >= MAX_WASTED_S:
+                _wasted_s += waited_s
                 raise
-            time.sleep(delay)
-            waited += delay
+            time.sleep(delay_s)
+            waited_s += delay_s
         else:
-            if waited:
+            if waited_s:
                 _wasted_s = 0.0
             return result
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, check: WriteCheck | None = None, *, is_synced: bool = True) -> Iterator[BinaryIO]:
-    """Open a hidden temporary file next to ``path``.
+    """Context of a hidden temporary file next to ``path``, which is open for writing and locked.
 
-    On success it is synced and renamed, on failure removed. It is locked while it is written. ``check`` is called
-    immediately before the rename, and raises an error to prevent it. No other process of icm writes ``path`` between
-    the two. A file that is not synced is written faster, and may be incomplete after a power failure.
+    On success it is renamed to ``path``, on failure removed. ``check`` is called immediately before the rename, and
+    raises an error to prevent it. No other process of icm writes ``path`` between the two. ``is_synced``: wait until
+    the content is on the disk. Without, writing is faster, and the file may be incomplete after a power failure.
 
     Raises OutputError if the disk is full, FileWriteError if this file cannot be written.
     """
@@ -208,10 +208,14 @@ def is_writable(folder: Path) -> bool:
 
 def check_would_be_writable(folder: Path) -> None:
     """Raise OutputError if a folder cannot be created or written. Writes nothing."""
-    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        number = errno.EACCES if nearest.is_dir() else errno.ENOTDIR
-        raise error_for_failed_write(folder, OSError(number, os.strerror(number)))
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        number = errno.ENOTDIR
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        number = errno.EACCES
+    else:
+        return
+    raise error_for_failed_write(folder, OSError(number, os.strerror(number)))
 
 
 def remove_stale_temporaries(folder: Path) -> int:
@@ -234,18 +238,20 @@ def _is_stale(path: Path) -> bool:
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        is_free = _lock(descriptor, is_shared=True)
+        is_unlocked = _lock(descriptor, is_shared=True)  # None if the drive has no locks
     finally:
         os.close(descriptor)
-    space, _, pid = path.name.removeprefix(TEMPORARY_PREFIX).rpartition("-")[0].rpartition("-")
-    is_local = space == process_space() and pid.isdigit()
-    if is_free is False:  # a process writes it
+    if is_unlocked is False:  # a process writes it
         return False
-    if is_local and not _is_running(int(pid)):
-        return True
-    if is_local and is_free is None:  # the drive has no locks, and the process is alive
-        return False
-    return time.time() - path.stat().st_mtime > STALE_AFTER_S and _age_on_drive_s(path) > STALE_AFTER_S
+    owner, _, _ = path.name.removeprefix(TEMPORARY_PREFIX).rpartition("-")  # see temporary_name
+    space, _, pid = owner.rpartition("-")
+    if space == process_space() and pid.isdigit():
+        if not _is_running(int(pid)):
+            return True
+        if is_unlocked is None:
+            return False
+    age_s = time.time() - path.stat().st_mtime
+    return age_s > STALE_AFTER_S and _age_on_drive_s(path) > STALE_AFTER_S
 
 
 def _age_on_drive_s(path: Path) -> float:
@@ -277,13 +283,17 @@ def _is_running(pid: int) -> bool:
 
 
 def _lock(descriptor: int, *, is_shared: bool = False, timeout_s: float = 0.0) -> bool | None:
-    """Lock an open file or folder; False if another process holds the lock, None if the drive has no locks."""
-    end = time.monotonic() + timeout_s
+    """Lock an open file or folder, and return True.
+
+    Returns False if another process still holds the lock after ``timeout_s``, and None if the drive has no locks.
+    """
+    kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() >= end:
+            if time.monotonic() >= deadline:
                 return False
             time.sleep(LOCK_INTERVAL_S)
         except OSError:
@@ -302,10 +312,10 @@ def _sync(descriptor: int) -> None:
 
 
 def _rename(temporary: Path, path: Path, check: WriteCheck | None) -> None:
-    """Rename a finished file; with a check, under a lock of the folder.
+    """Rename a finished temporary file to ``path``; with a check, under a lock of the folder.
 
-    If folders cannot be locked, a new file is created as a hard link, which cannot replace a file that another machine
-    has just written.
+    If folders cannot be locked, a new file is created as a hard link. A link cannot replace a file that another machine
+    has written since the check.
     """
     if check is None:
         retry_transient(lambda: temporary.replace(path))
@@ -316,12 +326,12 @@ def _rename(temporary: Path, path: Path, check: WriteCheck | None) -> None:
         if is_new and not is_locked:
             try:
                 os.link(temporary, path)
-            except FileExistsError:  # another machine has written it since the check
+            except FileExistsError:  # check what the other machine has written
                 check()
             except OSError:  # the drive has no hard links
                 pass
             else:
-                return
+                return  # the caller removes the temporary name
         retry_transient(lambda: temporary.replace(path))
 
 
@@ -377,7 +387,7 @@ def _locked_folder(folder: Path) -> Iterator[bool]:
 
 
 def combined_digest(*parts: bytes | str) -> str:
-    """Return the SHA-256 of the parts as hexadecimal digits. The boundaries between parts count."""
+    """Return the SHA-256 of the parts as hexadecimal digits. Parts that are divided differently have another digest."""
     hasher = hashlib.sha256()
     for part in parts:
         data = part.encode(errors="surrogateescape") if isinstance(part, str) else part
@@ -445,15 +455,15 @@ def read_json(path: Path, kind: str, schema: Any, expected: str, *, use: str = "
     """
     try:
         if not path.is_file():
-            raise UsageError(f"{kind} {path} {'is not a file' if path.exists() else 'does not exist'}; {expected}")
+            problem = "is not a file" if path.exists() else "does not exist"
+            raise UsageError(f"{kind} {path} {problem}; {expected}")
         content = json.loads(path.read_bytes())
         check_schema(content, schema, "")
     except RecursionError as error:
         raise UsageError(f"{kind} {path} cannot be {use}: it is nested too deeply; {expected}") from error
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{kind} {path} cannot be {use}: {getattr(error, 'strerror', 0) or error}; {expected}"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{kind} {path} cannot be {use}: {reason}; {expected}") from error
     return content
 
 
@@ -470,25 +480,30 @@ def check_schema(value: Any, schema: Any, name: str) -> None:
 
     >>> check_schema({"id": 1}, {"id": int, "label?": str}, "")
     """
-    kinds = schema if isinstance(schema, tuple) else (schema if isinstance(schema, type) else type(schema),)
-    if type(value) not in kinds:
-        types = " or ".join(JSON_TYPES[kind] for kind in kinds)
-        raise ValueError(f"{name or 'its content'} is {format_json(value)} instead of {types}")
+    if isinstance(schema, tuple):
+        types = schema
+    elif isinstance(schema, type):
+        types = (schema,)
+    else:
+        types = (type(schema),)
+    if type(value) not in types:
+        expected = " or ".join(JSON_TYPES[type_] for type_ in types)
+        raise ValueError(f"{name or 'its content'} is {format_json(value)} instead of {expected}")
     if isinstance(schema, list):
         for number, item in enumerate(value):
             check_schema(item, schema[0], f"{name}[{number}]")
-    for key, inner in schema.items() if isinstance(schema, dict) else ():
-        field = key.removesuffix("?")
-        is_required = key != "*" and key == field
-        if is_required and field not in value:
-            raise ValueError(f"{name}.{field}".lstrip(".") + " is missing")
-        present = value if key == "*" else {field} & set(value)
-        for found in present:
-            check_schema(value[found], inner, f"{name}.{found}".lstrip("."))
+    if isinstance(schema, dict):
+        for pattern, inner_schema in schema.items():
+            key = pattern.removesuffix("?")
+            is_optional = pattern == "*" or pattern.endswith("?")
+            if key not in value and not is_optional:
+                raise ValueError(f"{name}.{key}".lstrip(".") + " is missing")
+            for present in value if pattern == "*" else {key} & value.keys():
+                check_schema(value[present], inner_schema, f"{name}.{present}".lstrip("."))
 
 
 def shorten(text: str) -> str:
-    """Return the first ``MAX_SHOWN_CHARACTERS`` of a wrong value, for a message."""
+    """Return a wrong value for a message, cut off after ``MAX_SHOWN_CHARACTERS``."""
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
@@ -501,7 +516,9 @@ def special_file_kind(mode: int) -> str:
     """Return what a file with this mode is; "" for a regular file or folder."""
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return ""
-    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+    if stat.S_ISFIFO(mode):
+        return "a pipe"
+    return "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 def describe_obstacle(path: str | Path) -> str:
@@ -547,8 +564,8 @@ def walk_files(folder: Path, skipped: SkippedPaths, trees: Sequence[str] = ()) -
     """Yield every file below a folder that is not hidden, and add skipped paths to ``skipped``.
 
     A link to a folder outside the tree is followed. A link into a tree that is walked anyway is skipped, because its
-    files are found there. A link to a folder that contains it is skipped. ``trees``: the real folders of the links that
-    led here, outermost first.
+    files are found there. A link to a folder that contains it is skipped. ``trees``: used by the recursion; the real
+    folders whose walk led to this one through links, outermost first.
     """
     trees = (*trees, os.path.realpath(folder))
 
@@ -562,10 +579,9 @@ def walk_files(folder: Path, skipped: SkippedPaths, trees: Sequence[str] = ()) -
         for name in list(folders):
             path = Path(parent) / name
             if reason := _skip_reason(path, trees):
-                folders.remove(name)
-                skipped.setdefault(reason, []).extend(
-                    [path] if reason in (LINK_INTO_TREE, LINK_LOOP) else _files_below(path)
-                )
+                folders.remove(name)  # os.walk does not enter it
+                skipped_paths = [path] if reason in (LINK_INTO_TREE, LINK_LOOP) else _files_below(path)
+                skipped.setdefault(reason, []).extend(skipped_paths)
             elif path.is_symlink():
                 folders.remove(name)
                 yield from walk_files(path, skipped, trees)
@@ -581,16 +597,18 @@ def expand_glob(pattern: str, skipped: SkippedPaths) -> Iterator[Path]:
 
     A folder that exists is read literally, even with brackets in its name.
     """
-    fixed, rest = split_glob(pattern)
-    plain = rest[: rest.index("**")] if "**" in rest else rest
-    found = map(Path, glob.iglob(os.path.join(glob.escape(fixed), *plain)))  # noqa: PTH118
-    if plain == rest:
-        yield from (path for path in found if path.is_file())
+    fixed, parts = split_glob(pattern)
+    before_stars = parts[: parts.index("**")] if "**" in parts else parts
+    from_stars = parts[len(before_stars) :]
+    matches = map(Path, glob.iglob(os.path.join(glob.escape(fixed), *before_stars)))  # noqa: PTH118
+    if not from_stars:
+        yield from (path for path in matches if path.is_file())
         return
-    for folder in found if plain else [Path(fixed)]:
+    for folder in matches if before_stars else [Path(fixed)]:
         if folder.is_dir():
-            below = walk_files(folder, skipped)
-            yield from (path for path in below if _matches_parts(path.relative_to(folder).parts, rest[len(plain) :]))
+            for path in walk_files(folder, skipped):
+                if _matches_parts(path.relative_to(folder).parts, from_stars):
+                    yield path
 
 
 def split_glob(pattern: str) -> tuple[str, tuple[str, ...]]:
@@ -598,10 +616,10 @@ def split_glob(pattern: str) -> tuple[str, tuple[str, ...]]:
     parts = Path(pattern).parts
     fixed = ""
     for number, part in enumerate(parts):
-        longer = os.path.join(fixed, part)  # noqa: PTH118  a Path cannot be empty
-        if glob.has_magic(part) and not os.path.lexists(longer):
+        extended = os.path.join(fixed, part)  # noqa: PTH118  a Path cannot be empty
+        if glob.has_magic(part) and not os.path.lexists(extended):
             return fixed, parts[number:]
-        fixed = longer
+        fixed = extended
     return fixed, ()
 
 
@@ -615,7 +633,9 @@ def _skip_reason(path: Path, trees: Sequence[str]) -> str:
             return LINK_INTO_TREE
     if path.name.startswith("."):
         return HIDDEN
-    return f"in {path.name}, a folder that a storage server or archiver created" if path.name in SERVICE_FOLDERS else ""
+    if path.name in SERVICE_FOLDERS:
+        return f"in {path.name}, a folder that a storage server or archiver created"
+    return ""
 
 
 def _is_searched(parts: Iterable[str]) -> bool:
@@ -624,14 +644,17 @@ def _is_searched(parts: Iterable[str]) -> bool:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    found = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
-    return [path for path in found if not path.name.startswith(TEMPORARY_PREFIX)]
+    """Return all files below a folder, also hidden ones, except temporary files."""
+    paths = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
+    return [path for path in paths if not path.name.startswith(TEMPORARY_PREFIX)]
 
 
 def _matches_parts(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Return whether the parts of a path match the parts of a glob."""
+    """Return whether the parts of a path match the parts of a glob. ``**`` matches any number of parts."""
     if not patterns:
         return not names
     if patterns[0] == "**":
-        return any(_matches_parts(names[skipped:], patterns[1:]) for skipped in range(len(names) + 1))
-    return bool(names) and fnmatch.fnmatch(names[0], patterns[0]) and _matches_parts(names[1:], patterns[1:])
+        return any(_matches_parts(names[count:], patterns[1:]) for count in range(len(names) + 1))
+    if not names:
+        return False
+    return fnmatch.fnmatch(names[0], patterns[0]) and _matches_parts(names[1:], patterns[1:])

@@ -110,13 +110,15 @@ def print_plan(report: Report) -> None:
     """Print "source -> output" for every image, with the reason for a recompute; then the images that would fail."""
     for result in report.results:
         if result.status != "failed":
-            note = f" (recomputed: {result.reason})" if result.reason else " (kept)" if result.status == "kept" else ""
+            note = " (kept)" if result.status == "kept" else ""
+            if result.reason:
+                note = f" (recomputed: {result.reason})"
             write_line(sys.stdout, f"{result.source} -> {result.output}{note}")
-    for result in report.results:
-        if result.status == "failed":
-            reason = result.reason.removeprefix(result.source)
-            source = "" if reason == result.reason else _shown_source(result)
-            write_line(sys.stderr, f"icm: would fail: {source}{reason}")
+    for result in report.failures:
+        reason = result.reason
+        if reason.startswith(result.source):
+            reason = _shown_source(result) + reason.removeprefix(result.source)
+        write_line(sys.stderr, f"icm: would fail: {reason}")
 
 
 def print_models(models: Sequence[ListedModel]) -> None:
@@ -135,16 +137,20 @@ def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:
             name = f"{row.name} (round {row.round})" if row.round > 1 else row.name
             table.add_row(_escape_unprintable(name), *(f"{row.change(metric):+.5f}" for metric in METRICS))
         table.add_section()
-        means = comparison.means(region)
-        table.add_row(f"mean of {len(rows)}", *(f"{b - a:+.5f}" for a, b in means.values()))
-        table.add_row("before -> after", *(f"{a:.5f} -> {b:.5f}" for a, b in means.values()))
+        means = comparison.means(region).values()
+        table.add_row(
+            f"mean of {len(rows)}", *(f"{mean_after - mean_before:+.5f}" for mean_before, mean_after in means)
+        )
+        table.add_row(
+            "before -> after", *(f"{mean_before:.5f} -> {mean_after:.5f}" for mean_before, mean_after in means)
+        )
         _print_blocks(table)
     for warning in comparison.warnings:
         write_line(sys.stderr, f"icm: {warning}")
 
 
 def _source_text(result: ImageResult) -> str:
-    """Return the source, with its page if the file has several images."""
+    """Return the source for a message, with its page if the file has several images."""
     return f"{_shown_source(result)} page {result.page}" if result.page else _shown_source(result)
 
 
@@ -154,19 +160,23 @@ def _shown_source(result: ImageResult) -> str:
 
 
 def _format_result(result: ImageResult) -> str:
-    seconds = result.matting.seconds
-    parts = [f" {seconds:.2f} s" if result.status == "done" and seconds is not None else ""]
+    """Return the end of the line about an image: time, scores and quality, as far as they are known."""
+    text = ""
+    if result.status == "done" and result.matting.seconds is not None:
+        text += f" {result.matting.seconds:.2f} s"
     for region, scores in result.evaluation.scores.items():
-        parts.append(f", {region}: MSE {scores.mse:.4f}, SAD {scores.sad:.2f}")
+        text += f", {region}: MSE {scores.mse:.4f}, SAD {scores.sad:.2f}"
     if result.matting.not_found:
-        parts.append(", object not found")
+        text += ", object not found"
     if result.matting.quality is not None:
-        parts.append(f", quality {result.matting.quality:.2f}")
-    return "".join(parts)
+        text += f", quality {result.matting.quality:.2f}"
+    return text
 
 
 def _failure_text(result: ImageResult) -> str:
-    return f"failed: {_source_text(result)}: {result.reason.removeprefix(result.source).lstrip(': ')}"
+    """Return a failed source and the reason, in which the source is not repeated."""
+    reason = result.reason.removeprefix(result.source).lstrip(": ")
+    return f"failed: {_source_text(result)}: {reason}"
 
 
 def _make_table(first_column: str, number_columns: Sequence[str], title: str | None = None) -> Table:
@@ -210,6 +220,7 @@ def print_table(rows: Sequence[tuple[str, str]], *lines: str) -> None:
 
 
 def _print_summary(report: Report) -> None:
+    """Print the scores of an evaluation, and the counts and failures of a run."""
     if report.means:
         notes = comparison_caveats(report.protocol, report.means)
         _print_blocks(_scores_table(report), *(f"- {note}" for note in notes), "")
@@ -218,10 +229,10 @@ def _print_summary(report: Report) -> None:
         for shot, scores in report.shots.items():
             table.add_row(shot, f"{scores.frames}", *(f"{getattr(scores, name):.3f}" for name in SHOT_SCORE_TITLES))
         _print_blocks(table, "")
-    failures = [_failure_text(result) for result in report.failures]
-    if len(failures) > MAX_PRINTED:
-        failures[MAX_PRINTED:] = [f"... and {len(failures) - MAX_PRINTED} more failures"]
-    print_table(_summary_rows(report), *failures)
+    lines = [_failure_text(result) for result in report.failures[:MAX_PRINTED]]
+    if len(report.failures) > MAX_PRINTED:
+        lines.append(f"... and {len(report.failures) - MAX_PRINTED} more failures")
+    print_table(_summary_rows(report), *lines)
 
 
 def _scores_table(report: Report) -> Table:
@@ -259,33 +270,15 @@ def _protocol_line(protocol: Mapping[str, Any], note: str | None) -> str | None:
 
 
 def _summary_rows(report: Report) -> list[tuple[str, str]]:
-    """Return the rows of the summary: counts of images, time and memory."""
-    rate = f" ({report.images_per_second:.2f} images/s)" if report.count("done") else ""
-    rows = [
-        ("done", f"{report.count('done')}{rate}"),
-        ("kept", f"{report.count('kept')}"),
-        ("failed", f"{len(report.failures)}"),
-    ]
-    makers = Counter(result.matting.made_by for result in report.results if result.status == "kept")
-    rows[2:2] = [
-        (f"kept, made by icm {version}", f"{count}")
-        for version, count in sorted(makers.items())
-        if version not in ("", environment.__version__)
-    ]
-    if reviewed := sum(bool(result.matting.reviewed) for result in report.results):
-        rows.append(("reviewed", f"{reviewed}"))
-    rows += [(f"skipped file, {reason}", f"{count}") for reason, count in sorted(report.skipped_files.items())]
-    if unscored := report.count("unscored"):
-        rows.append(("unscored", f"{unscored}"))
-    if unreached := report.count("not reached"):
-        rows.append(("not reached", f"{unreached}"))
-    if missing := sum(bool(result.matting.not_found) for result in report.results):
-        rows.append(("object not found", f"{missing}"))
-    if (low := len(report.to_review)) and not report.is_evaluation:
+    """Return the rows of the summary: counts of images and problems, device, time and memory."""
+    rows = _image_count_rows(report)
+    if report.to_review and not report.is_evaluation:
         where = f"listed in {report.review_list}" if report.review_list else "--review-list FILE.txt lists them"
-        rows.append((f"quality below {report.review_below:g}", f"{low} of {len(report.by_quality)} alphas; {where}"))
+        counts = f"{len(report.to_review)} of {len(report.by_quality)} alphas"
+        rows.append((f"quality below {report.review_below:g}", f"{counts}; {where}"))
     for kind, count in sorted(Counter(problem.kind for problem in report.problems).items()):
-        rows.append((kind, f"{count}{' (allowed)' if kind in report.allowed else ''}"))
+        note = " (allowed)" if kind in report.allowed else ""
+        rows.append((kind, f"{count}{note}"))
     if resized := sum(result.evaluation.was_resized for result in report.results):
         rows.append(("resized for scoring", f"{resized}"))
     if seen := sum(bool(result.evaluation.is_seen) for result in report.results):
@@ -297,6 +290,25 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
     return rows
 
 
+def _image_count_rows(report: Report) -> list[tuple[str, str]]:
+    """Return the rows with the counts of images by their status. Most rows are omitted if the count is 0."""
+    rate = f" ({report.images_per_second:.2f} images/s)" if report.count("done") else ""
+    rows = [("done", f"{report.count('done')}{rate}"), ("kept", f"{report.count('kept')}")]
+    kept_by_version = Counter(result.matting.made_by for result in report.results if result.status == "kept")
+    for version, count in sorted(kept_by_version.items()):
+        if version not in ("", environment.__version__):
+            rows.append((f"kept, made by icm {version}", f"{count}"))
+    rows.append(("failed", f"{len(report.failures)}"))
+    counts = {
+        "reviewed": sum(bool(result.matting.reviewed) for result in report.results),
+        **{f"skipped file, {reason}": count for reason, count in sorted(report.skipped_files.items())},
+        "unscored": report.count("unscored"),
+        "not reached": report.count("not reached"),
+        "object not found": sum(bool(result.matting.not_found) for result in report.results),
+    }
+    return rows + [(name, f"{count}") for name, count in counts.items() if count]
+
+
 def write_line(stream: TextIO | None, text: str) -> None:
     """Print one line.
 
@@ -306,10 +318,10 @@ def write_line(stream: TextIO | None, text: str) -> None:
     """
     if stream is None:
         return
-    line = _escape_unprintable(text)
     encoding = stream.encoding or "utf-8"
+    encodable = _escape_unprintable(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
-        stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.write(encodable + "\n")
         stream.flush()
     except OSError:
         with contextlib.suppress(OSError, ValueError):
@@ -319,8 +331,7 @@ def write_line(stream: TextIO | None, text: str) -> None:
 
 
 def _escape_unprintable(line: str) -> str:
-    if line.isprintable():
-        return line
+    r"""Return a line with its control characters as escape sequences such as \n."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
         for character in line
@@ -342,11 +353,13 @@ class TrainingTerminal(Terminal, TrainingListener):
             self._bar.update(encoded - self._bar.n)
             return
         now = time.monotonic()
-        if self.quiet or (now - self._last_line < ENCODING_LINE_INTERVAL_S and encoded < self._images):
+        is_line_due = encoded == self._images or now - self._last_line >= ENCODING_LINE_INTERVAL_S
+        if self.quiet or not is_line_due:
             return
         self._last_line = now
-        seconds = (now - self._encoding_start) / max(1, encoded - self._stored) * (self._images - encoded)
-        left = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+        seconds_per_image = (now - self._encoding_start) / max(1, encoded - self._stored)
+        seconds_left = seconds_per_image * (self._images - encoded)
+        left = f"{seconds_left:.0f} s" if seconds_left < 90 else f"{seconds_left / 60:.0f} min"
         self._print(f"[{encoded}/{self._images}] images encoded, {left} left")
 
     def on_encoding_end(self) -> None:
@@ -377,7 +390,8 @@ class TrainingTerminal(Terminal, TrainingListener):
     def on_validation_end(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:
         scores = {name.removeprefix("validation_"): value for name, value in figures.items()}
         text = ", ".join(f"{METRIC_TITLES[name]} {format_metric(value, name)}" for name, value in scores.items())
-        self.on_notice(f"step {step}: validation {text}{' (best so far)' if is_best else ''}")
+        note = " (best so far)" if is_best else ""
+        self.on_notice(f"step {step}: validation {text}{note}")
 
     def on_steps_end(self) -> None:
         self._close_bar()
@@ -397,7 +411,9 @@ class TrainingTerminal(Terminal, TrainingListener):
 
 
 def _training_rows(summary: TrainingSummary) -> list[tuple[str, str]]:
-    best, statistics = "no validation; the result is the last model", summary.statistics
+    """Return the rows of the summary of a training run."""
+    statistics = summary.statistics
+    best = "no validation; the result is the last model"
     if summary.best is not None:
         best = f"{summary.best.step}, validation MSE {summary.best.mse:.5f}"
     rows = [
@@ -409,7 +425,9 @@ def _training_rows(summary: TrainingSummary) -> list[tuple[str, str]]:
         ("peak memory", f"{statistics.peak_memory_bytes / 1e6:.0f} MB"),
         ("folder", str(summary.folder)),
     ]
-    return rows + ([("unreadable", f"{statistics.skipped} samples were skipped")] if statistics.skipped else [])
+    if statistics.skipped:
+        rows.append(("unreadable", f"{statistics.skipped} samples were skipped"))
+    return rows
 
 
 class ReviewTerminal(Terminal, ReviewListener):
