@@ -35,9 +35,10 @@ class ReportingGroup(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[ARGUMENTS] = list(args)
         with _exit_codes(ctx):
-            given, words, _ = self.make_parser(ctx).parse_args(list(args))
-            if words and (exiting := given.keys() - {"help"}):
-                flag = exiting.pop().replace("_", "-")
+            options, words, _ = self.make_parser(ctx).parse_args(list(args))
+            options.pop("help", None)
+            if options and words:  # the options of the group itself, such as --version, print something and exit
+                flag = next(iter(options)).replace("_", "-")
                 raise UsageError(f"--{flag} exits at once, so {words[0]!r} has no effect; remove it")
             return super().parse_args(ctx, args)
 
@@ -52,11 +53,13 @@ class StrictCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if ctx.resilient_parsing:  # completion in a shell
             return super().parse_args(ctx, args)
-        given, words, _ = self.make_parser(ctx).parse_args(list(args))
-        missing = [_parameter_name(each) for each in self.params if each.required and given.get(each.name) is None]
-        if words and "help" not in given:
+        values, words, _ = self.make_parser(ctx).parse_args(list(args))
+        if words and "help" not in values:
             raise UsageError(f"unexpected words: {' '.join(words)}; {GLOB_HINT}")
-        if missing and not any(each.name in given and each.is_eager for each in self.get_params(ctx)):
+        required = [option for option in self.params if option.required]
+        missing = [_parameter_name(option) for option in required if values.get(option.name) is None]
+        exits_at_once = any(option.is_eager and option.name in values for option in self.get_params(ctx))
+        if missing and not exits_at_once:
             plural = "s" if len(missing) > 1 else ""
             raise UsageError(f"missing option{plural}: {', '.join(missing)}; see {ctx.command_path} --help")
         return super().parse_args(ctx, args)
@@ -69,7 +72,7 @@ def _parameter_name(parameter: Any) -> str:
 
 @contextlib.contextmanager
 def _exit_codes(ctx: Any) -> Iterator[None]:
-    """Turn interrupts and known errors into one message and an exit code."""
+    """Context that turns interrupts and known errors into one message and an exit code."""
     from icm_cli.progress import find_progress_mode, print_error, print_farm_error
 
     progress = find_progress_mode(ctx.meta[ARGUMENTS])
@@ -80,19 +83,19 @@ def _exit_codes(ctx: Any) -> Iterator[None]:
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
-            reruns = {"train": "with --resume to continue", "review": "again to continue the review"}
-            rerun = reruns.get(ctx.invoked_subcommand, "again to resume")
-            message, exit_code = f"interrupted; run the same command {rerun}", interrupt.exit_code
+            remedies = {"train": "with --resume to continue", "review": "again to continue the review"}
+            remedy = remedies.get(ctx.invoked_subcommand, "again to resume")
+            message, exit_code = f"interrupted; run the same command {remedy}", interrupt.exit_code
         except Exception as error:
             if type(error).__name__ == "NoArgsIsHelpError":
                 typer.echo(str(error), err=True, nl=False)
                 print_farm_error(progress, "no command was given", 2)
                 raise typer.Exit(2) from None
-            described = _describe_error(ctx, error)
-            if described is None:
+            message_and_code = _describe_error(ctx, error)
+            if message_and_code is None:
                 print_farm_error(progress, f"{type(error).__name__}: {error}", 1)
                 raise
-            message, exit_code = described
+            message, exit_code = message_and_code
             if ctx.meta.get(IS_VERBOSE) and exit_code != UsageError.exit_code:
                 import traceback
 
@@ -104,7 +107,7 @@ def _exit_codes(ctx: Any) -> Iterator[None]:
 
 
 def _describe_error(ctx: Any, error: Exception) -> tuple[str, int] | None:
-    """Return message and exit code of an error that is not a fault of icm."""
+    """Return message and exit code of an expected error; None for one that is a fault of icm."""
     if isinstance(error, IcmError):
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.filename and is_system_error(error):
@@ -137,23 +140,25 @@ def main() -> None:
 def _with_options(
     options_class: type[Options], callbacks: Mapping[str, Callback] | None = None
 ) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
-    """Decorate the function of a command, which takes one options object, so that Typer gives it the options.
+    """Return a decorator for the function of a command, which takes one options object.
 
-    ``callbacks``: flags that do something else and exit. Errors and signals become a message and an exit code.
+    It makes a function of it whose signature tells Typer about every option. ``callbacks``: by the name of a flag, a
+    function that does something else and exits.
     """
 
     def decorate(body: Callable[[Options], None]) -> Callable[..., None]:
         def command(ctx: typer.Context, **values: Any) -> None:
             ctx.meta[IS_VERBOSE] = values["verbose"]
             given = [name for name in values if _is_given(ctx, name)]
-            texts = {field.name: field.parse_text(values[field.name]) for field in options_class.option_fields()}
-            body(options_class.from_values(texts, given))
+            parsed = {field.name: field.parse_text(values[field.name]) for field in options_class.option_fields()}
+            body(options_class.from_values(parsed, given))
 
+        # Typer lists the options in this order, everyday options first.
         fields = sorted(options_class.option_fields(), key=lambda field: field.panel is not Panel.EVERYDAY)
-        parameters = [_typer_parameter(field, (callbacks or {}).get(field.name)) for field in fields]
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-        command.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
-        command.__annotations__ = {field.name: field.annotation for field in [context, *parameters]}
+        parameters = [context, *(_typer_parameter(field, (callbacks or {}).get(field.name)) for field in fields)]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         command.__name__, command.__doc__ = body.__name__, body.__doc__
         return command
 
@@ -161,38 +166,39 @@ def _with_options(
 
 
 def _typer_parameter(field: OptionField, callback: Callback | None) -> inspect.Parameter:
-    """Parameter of a Typer command for an option."""
+    """Return the parameter of a Typer command for an option. ``callback``: see :func:`_with_options`."""
     properties = field.properties
-    suggestions = properties.suggestions or ((lambda: field.choices) if field.choices else None)
-    default = inspect.Parameter.empty if field.is_required else None if field.is_repeatable else field.default
     if properties.is_positional:
-        argument = typer.Argument(help=properties.help, metavar=field.flag)
-        annotation = Annotated[_typer_type(field), argument]  # type: ignore[valid-type]
-        return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-    is_default_panel = field.panel is Panel.EVERYDAY
-    option = typer.Option(
-        *(properties.flags or (field.flag,)),
-        help=properties.help,
-        metavar=field.metavar or "|".join(field.choices) or None,
-        show_default=properties.shown_default or True,
-        rich_help_panel=None if is_default_panel else field.panel.value,
-        autocompletion=(lambda: list(suggestions())) if suggestions else None,
-        callback=callback,
-        is_eager=callback is not None,
-    )
-    hint = Annotated[_typer_type(field), option]  # type: ignore[valid-type]
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+        info: Any = typer.Argument(help=properties.help, metavar=field.flag)
+    else:
+        suggestions = properties.suggestions or ((lambda: field.choices) if field.choices else None)
+        info = typer.Option(
+            *(properties.flags or (field.flag,)),
+            help=properties.help,
+            metavar=field.metavar or "|".join(field.choices) or None,
+            show_default=properties.shown_default or True,
+            rich_help_panel=None if field.panel is Panel.EVERYDAY else field.panel.value,
+            autocompletion=(lambda: list(suggestions())) if suggestions else None,
+            callback=callback,
+            is_eager=callback is not None,
+        )
+    default = None if field.is_repeatable else field.default
+    if field.is_required:
+        default = inspect.Parameter.empty
+    annotation = Annotated[_typer_type(field), info]  # type: ignore[valid-type]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _typer_type(field: OptionField) -> Any:
-    """Return the type that Typer parses: text, which the option converts, so that its message is ours."""
-    one: Any = field.value_type if field.value_type in (bool, tuple[Path, Path]) else str
-    parsed: Any = list[one] if field.is_repeatable else one
-    return Optional[parsed] if field.default in (None, ()) else parsed
+    """Return the type that Typer parses. For most options it is text, which icm converts with its own messages."""
+    value_type: Any = field.value_type if field.value_type in (bool, tuple[Path, Path]) else str
+    if field.is_repeatable:
+        value_type = list[value_type]
+    return Optional[value_type] if field.default in (None, ()) else value_type
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:
-    """Return whether an option was given, rather than left at its default."""
+    """Return whether an option is on the command line."""
     source = ctx.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 

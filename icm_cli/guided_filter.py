@@ -71,11 +71,12 @@ def _fit_linear_model(guide: Float, alpha: Float, config: GuidedFilterConfig) ->
     covariance = mean(guide * alpha[..., None]) - mean_guide * mean_alpha[..., None]
     products = np.stack([guide[..., i] * guide[..., j] for i, j in _CHANNEL_PAIRS], axis=-1)
     moments = np.concatenate([mean(products[..., :3]), mean(products[..., 3:])], axis=-1)
+    # The variance of red, green and blue, a symmetric 3 x 3 matrix at every pixel.
     rr, rg, rb, gg, gb, bb = (
         moments[..., n] - mean_guide[..., i] * mean_guide[..., j] for n, (i, j) in enumerate(_CHANNEL_PAIRS)
     )
     rr, gg, bb = rr + config.epsilon, gg + config.epsilon, bb + config.epsilon
-    # The inverse of the symmetric 3 x 3 variance is written out: one solve per pixel is far slower.
+    # Its inverse is written out as cofactors (c_) and determinant: one solve per pixel is far slower.
     c_rr, c_rg, c_rb = gg * bb - gb * gb, gb * rb - rg * bb, rg * gb - gg * rb
     c_gg, c_gb, c_bb = rr * bb - rb * rb, rb * rg - rr * gb, rr * gg - rg * rg
     determinant = rr * c_rr + rg * c_rg + rb * c_rb
@@ -97,9 +98,10 @@ _CHANNEL_PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 
 
 def _upsample_rows(coefficients: Float, top: int, bottom: int, height: int, width: int) -> Float:
-    """Return rows top..bottom of the coefficients, enlarged bilinearly to height x width (pixel centres aligned)."""
+    """Return rows ``top`` to ``bottom`` (excluded) of the coefficients, enlarged bilinearly to height x width."""
     rows = coefficients.shape[0]
-    y = np.clip((np.arange(top, bottom, dtype=np.float32) + 0.5) * (rows / height) - 0.5, 0, rows - 1)
+    centres = np.arange(top, bottom, dtype=np.float32) + 0.5
+    y = np.clip(centres * (rows / height) - 0.5, 0, rows - 1)  # rows of the coefficients
     above = np.floor(y).astype(np.intp)
     below = np.minimum(above + 1, rows - 1)
     weight = (y - above)[:, None, None]
@@ -132,7 +134,7 @@ def align_to_edges(alpha: Tensor, image: Tensor, radius_fraction: float, epsilon
     variance = mean((guide[:, :, None] * guide[:, None]).flatten(1, 2)).unflatten(1, (3, 3))  # type: ignore[no-untyped-call]
     variance = variance - mean_guide[:, :, None] * mean_guide[:, None]
     variance = variance + epsilon * torch.eye(3, device=image.device)[..., None, None]
-    red, green, blue = variance.unbind(dim=1)
+    red, green, blue = variance.unbind(dim=1)  # the rows of the 3 x 3 matrix, whose inverse has their cross products
     inverse = torch.stack([_cross_product(green, blue), _cross_product(blue, red), _cross_product(red, green)], dim=1)
     determinant = (red * inverse[:, 0]).sum(dim=1, keepdim=True)
     a = (inverse * covariance[:, :, None]).sum(dim=1) / determinant

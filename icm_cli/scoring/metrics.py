@@ -56,7 +56,8 @@ def compute_scores(
 
     The error maps of GRAD and CONN always come from the whole image. Raises ValueError if the sizes differ.
     """
-    if not alpha.shape == truth.shape == (truth if trimap is None else trimap).shape:
+    has_one_size = alpha.shape == truth.shape and (trimap is None or trimap.shape == truth.shape)
+    if not has_one_size:
         raise ValueError(
             f"alpha is {alpha.shape} and ground truth {truth.shape}; expected alpha, truth and trimap of one size"
         )
@@ -74,8 +75,9 @@ def compute_dt_ssd(alpha: AnyAlpha, before: AnyAlpha, truth: AnyAlpha, truth_bef
     (Erofeev et al., "Perceptually Motivated Benchmark for Video Matting", BMVC 2015, scaled as in the code of Robust
     Video Matting).
     """
-    frame, earlier, true, true_earlier = map(as_unit_range, (alpha, before, truth, truth_before))
-    return 100 * math.sqrt(np.square((frame - earlier) - (true - true_earlier)).mean())
+    change = as_unit_range(alpha) - as_unit_range(before)
+    true_change = as_unit_range(truth) - as_unit_range(truth_before)
+    return 100 * math.sqrt(np.square(change - true_change).mean())
 
 
 def as_unit_range(alpha: AnyAlpha) -> FloatMap:
@@ -88,17 +90,17 @@ class _ErrorMaps:
 
     def __init__(self, alpha: FloatMap, truth: FloatMap, variant: MetricVariant) -> None:
         self.difference = np.abs(alpha - truth)
-        composition = variant == "composition"
-        gradient_magnitude = _composition_gradient if composition else _aim_gradient
+        is_composition = variant == "composition"
+        gradient_magnitude = _composition_gradient if is_composition else _aim_gradient
         self.gradient = np.square(gradient_magnitude(alpha) - gradient_magnitude(truth))
-        self.gradient_divisor = 1000 if composition else 10
+        self.gradient_divisor = 1000 if is_composition else 10
         self.connectivity = _connectivity_error(alpha, truth, variant)
 
     def scores(self, region: BoolMask | None = None) -> Scores:
         """Return the metrics over the pixels of ``region`` [H,W], or over all pixels."""
-        difference, gradient, connectivity = (
-            error if region is None else error[region] for error in (self.difference, self.gradient, self.connectivity)
-        )
+        selection = ... if region is None else region
+        difference, gradient = self.difference[selection], self.gradient[selection]
+        connectivity = self.connectivity[selection]
         absolute = float(difference.sum())
         return Scores(
             mse=float(np.square(difference).mean()),
@@ -111,28 +113,31 @@ class _ErrorMaps:
 
 def _composition_gradient(alpha: FloatMap) -> FloatMap:
     """Return the gradient magnitude, float64 [H,W]. Normalising both factors gives the filter unit energy."""
+    # At this distance, a Gaussian of unit area falls to SMALLEST_TAP.
     halfsize = math.ceil(SIGMA * math.sqrt(-2 * math.log(math.sqrt(2 * math.pi) * SIGMA * SMALLEST_TAP)))
     gauss, derivative = _gaussian_taps(halfsize)
-    gauss, derivative = (taps / np.linalg.norm(taps) for taps in (gauss, derivative))
+    gauss = gauss / np.linalg.norm(gauss)
+    derivative = derivative / np.linalg.norm(derivative)
     across = cv2.sepFilter2D(alpha, cv2.CV_64F, derivative, gauss, borderType=cv2.BORDER_REPLICATE)
     down = cv2.sepFilter2D(alpha, cv2.CV_64F, gauss, derivative, borderType=cv2.BORDER_REPLICATE)
     return cast(FloatMap, np.sqrt(across * across + down * down))  # cv2.magnitude depends on alignment
 
 
 def _aim_gradient(alpha: FloatMap) -> NDArray[np.float32]:
-    """Return the gradient magnitude, float32 [H,W]. Like SciPy, filter rows first and round after each pass."""
+    """Return the gradient magnitude, float32 [H,W]. Like SciPy, filter along axis 0 first and round after each pass."""
     gauss, derivative = _gaussian_taps(AIM_RADIUS_PX)
-    gauss, derivative = gauss / gauss.sum(), derivative / gauss.sum()
-    one = np.ones(1)
+    area = gauss.sum()
+    gauss, derivative = gauss / area, derivative / area
+    identity = np.ones(1)
 
-    def filter_rows_then_columns(image: NDArray[np.floating], rows: FloatMap, columns: FloatMap) -> NDArray[np.float32]:
-        for row_taps, column_taps in ((one, rows), (columns, one)):
-            filtered = cv2.sepFilter2D(image, cv2.CV_64F, row_taps, column_taps, borderType=cv2.BORDER_REFLECT)
-            image = filtered.astype(np.float32)
-        return cast(NDArray[np.float32], image)
+    def filter_twice(image: FloatMap, taps_down: FloatMap, taps_across: FloatMap) -> NDArray[np.float32]:
+        down = cv2.sepFilter2D(image, cv2.CV_64F, identity, taps_down, borderType=cv2.BORDER_REFLECT)
+        rounded = down.astype(np.float32)
+        both = cv2.sepFilter2D(rounded, cv2.CV_64F, taps_across, identity, borderType=cv2.BORDER_REFLECT)
+        return both.astype(np.float32)
 
-    across = filter_rows_then_columns(alpha, derivative, gauss)
-    down = filter_rows_then_columns(alpha, gauss, derivative)
+    down = filter_twice(alpha, taps_down=derivative, taps_across=gauss)
+    across = filter_twice(alpha, taps_down=gauss, taps_across=derivative)
     return cast(NDArray[np.float32], np.sqrt(across**2 + down**2))
 
 
@@ -158,8 +163,8 @@ def _connectivity_error(alpha: FloatMap, truth: FloatMap, variant: MetricVariant
     level = steps[_connectivity_levels(reached, variant)]
 
     def phi(image: FloatMap) -> FloatMap:
-        above = image - level
-        return 1 - above * (above >= SMALLEST_DROP)
+        drop = image - level
+        return 1 - drop * (drop >= SMALLEST_DROP)
 
     return np.abs(phi(alpha) - phi(truth))
 
@@ -186,20 +191,20 @@ def _largest_component(mask: BoolMask, *, with_background: bool) -> BoolMask:
 
     ``with_background`` adds the pixels outside the mask as one more component, which is considered first.
     """
-    _, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=4)
+    _, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=4)  # 0 is the background
     areas = np.bincount(labels.ravel())  # twice as fast as connectedComponentsWithStats
     if not with_background:
         areas[0] = 0
-    best = np.flatnonzero(areas == areas.max())
-    if len(best) > 1 and best[0] != 0:
-        first = np.isin(labels, best).argmax()
-        return cast(BoolMask, labels == labels.flat[first])
-    return cast(BoolMask, labels == best[0])
+    largest = np.flatnonzero(areas == areas.max())
+    if len(largest) > 1 and largest[0] != 0:  # labels are not in reading order
+        first_pixel = np.isin(labels, largest).argmax()
+        return cast(BoolMask, labels == labels.flat[first_pixel])
+    return cast(BoolMask, labels == largest[0])
 
 
 def compute_jaccard(alpha: AnyAlpha, truth: AnyAlpha) -> float:
     """Return J, 0..1: the intersection over union of two alphas above one half; 1 if both masks are empty."""
-    predicted, true = (as_unit_range(image) > 0.5 for image in (alpha, truth))
+    predicted, true = as_unit_range(alpha) > 0.5, as_unit_range(truth) > 0.5
     union = np.count_nonzero(predicted | true)
     return np.count_nonzero(predicted & true) / union if union else 1.0
 
@@ -210,9 +215,10 @@ def compute_boundary_f(alpha: AnyAlpha, truth: AnyAlpha) -> float:
     As in the tool of DAVIS, boundaries are one pixel wide, and match within 0.8 % of the image diagonal, rounded up. If
     neither mask has a boundary (each is empty or full), F is 1; if only one has a boundary, F is 0.
     """
-    predicted, true = (_boundary_pixels(as_unit_range(image) > 0.5) for image in (alpha, truth))
-    if not predicted.any() or not true.any():
-        return float(predicted.any() == true.any())
+    predicted = _boundary_pixels(as_unit_range(alpha) > 0.5)
+    true = _boundary_pixels(as_unit_range(truth) > 0.5)
+    if not (predicted.any() and true.any()):
+        return 0.0 if predicted.any() or true.any() else 1.0
     radius = math.ceil(BOUNDARY_TOLERANCE * math.hypot(*truth.shape))
     precision = np.count_nonzero(predicted & _dilate_by_disk(true, radius)) / np.count_nonzero(predicted)
     recall = np.count_nonzero(true & _dilate_by_disk(predicted, radius)) / np.count_nonzero(true)

@@ -33,7 +33,7 @@ class ScoringPool:
         self._threads = ThreadPoolExecutor(processes, "icm-score")
         self._idle: queue.LifoQueue[_ScoringProcess | None] = queue.LifoQueue()
         for _ in range(processes):
-            self._idle.put(None)
+            self._idle.put(None)  # a process that is started when a task needs it
         self._running: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
         self._max_pending = 4 * processes
 
