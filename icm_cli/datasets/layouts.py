@@ -89,10 +89,7 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
 
 
 def _search_layout(layout: Layout, root: Path, subfolders: Sequence[Path], title: str) -> FileSets | None:
-    """Return the files of a layout, which is searched as :func:`find_files` describes; None without any.
-
-    Raises UsageError if several subfolders contain it.
-    """
+    """Return the files of a layout, searched as in :func:`find_files`; None without any. Raises UsageError."""
     if files := _layout_files(layout, root):
         return files
     matches = {folder: files for folder in subfolders if (files := _layout_files(layout, folder))}
@@ -118,8 +115,7 @@ def find_file_sets(images: str, alphas: str, trimaps: str | None) -> FileSets:
 def pair_files(layout: Layout, files: FileSets, backgrounds: Sequence[Path] = ()) -> tuple[list[Sample], list[Problem]]:
     """Return the samples sorted by name, and a problem for every file without a counterpart.
 
-    ``backgrounds``: needed if the images of the layout are foregrounds. Consecutive foregrounds use consecutive
-    backgrounds, and start again with the first one after the last.
+    Consecutive foregrounds use consecutive ``backgrounds``, and the first one again after the last.
     """
     problems = list(files.problems)
     samples: list[Sample] = []
@@ -209,28 +205,20 @@ def _apply_list(layout: Layout, base: Path, files: FileSets) -> FileSets:
     # With a slash, a name is the path of an image; without one, it is a folder.
     wanted = {str(PurePosixPath(name).with_suffix("")) if "/" in name else name for name in names}
     keys = {*files.images, *files.alphas}
-    absent = wanted - keys - {_top_folder(key) for key in keys}
+    absent = wanted - keys - {key.split("/")[0] for key in keys}
     problems = [
         Problem("absent-file", name, f"{path} lists {name}, but this image does not exist") for name in sorted(absent)
     ]
 
     def listed_files(files_by_key: Files) -> Files:
-        return {key: file for key, file in files_by_key.items() if key in wanted or _top_folder(key) in wanted}
+        return {key: file for key, file in files_by_key.items() if key in wanted or key.split("/")[0] in wanted}
 
     images, alphas, trimaps = map(listed_files, (files.images, files.alphas, files.trimaps))
     return FileSets(images, alphas, trimaps, (*files.problems, *problems))
 
 
-def _top_folder(key: str) -> str:
-    """Return the first folder in a key such as ``goat/00000``."""
-    return key.split("/")[0]
-
-
 def _layout_folders(layout: Layout, base: Path) -> tuple[Path, Path, Path | None] | None:
-    """Return the folders of images, alphas and trimaps of a layout in ``base``.
-
-    Without trimaps, the last one is None. Returns None if one of the others does not exist.
-    """
+    """Return the folders of images, alphas and trimaps in ``base``; None without images or alphas."""
     parent = _find_subfolder(base, layout.parent_folder)
     if parent is None:
         return None
@@ -245,23 +233,19 @@ def _find_subfolder(base: Path, relative_path: str) -> Path | None:
     folder = base
     try:
         for name in PurePosixPath(relative_path).parts:
-            exact = folder / name
-            if exact.is_dir():
-                folder = exact
-                continue
-            similar = [path for path in folder.iterdir() if path.name.lower() == name.lower()]
-            if not similar or not similar[0].is_dir():
+            matches = [path for path in folder.iterdir() if path.name.lower() == name.lower() and path.is_dir()]
+            if not matches:
                 return None
-            folder = similar[0]
+            folder = min(matches, key=lambda path: path.name != name)  # one of exactly this name first
     except OSError:  # no permission, such as lost+found next to the dataset
         return None
     return folder
 
 
 def _index_by_key(paths: Iterable[Path], root: Path, pattern: str, problems: list[Problem]) -> Files:
-    """Return key -> path, for files below ``root``. ``pattern``: see :attr:`Layout.key_pattern`.
+    """Return key -> path, for files below ``root``. ``pattern``: as :attr:`Layout.key_pattern`.
 
-    Of several files with the same key, the first is used, and the others are added to ``problems``.
+    Of files with the same key, the first is used. The others are added to ``problems``.
     """
     files: Files = {}
     for path in paths:
@@ -275,10 +259,7 @@ def _index_by_key(paths: Iterable[Path], root: Path, pattern: str, problems: lis
 
 
 def _find_matching(pattern: str, option: str, problems: list[Problem]) -> Files:
-    """Return the images of a folder or glob pattern by key. Raises UsageError if there are none.
-
-    ``option``: the option that gives the pattern, for messages. ``problems``: see :func:`_index_by_key`.
-    """
+    """Return key -> path, for the images of a folder or glob pattern. Raises UsageError if there are none."""
     fixed, wildcards = split_glob(pattern)
     if wildcards:
         root = Path(fixed)
