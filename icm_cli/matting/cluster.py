@@ -38,7 +38,10 @@ MAX_RESTARTS = 3
 
 @dataclass(frozen=True)
 class ProcessContext:
-    """Working directory and $OCIO of the process that runs ``icm``. Relative paths and colours depend on them."""
+    """Working directory and $OCIO of the process that runs ``icm``.
+
+    An actor needs both, because relative paths and the conversion of colours depend on them.
+    """
 
     folder: str
     ocio: str
@@ -114,7 +117,7 @@ class RayCluster:
         return choice
 
     def describe(self) -> str:
-        return f"{format_count(self._actor_count, 'Ray actor')}"
+        return format_count(self._actor_count, "Ray actor")
 
     def create_runner(
         self, setup: EngineSetup, folder: Path, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]
@@ -124,21 +127,24 @@ class RayCluster:
         return RayRunner(setup, self._actor_count, self._resources, on_result, notice)
 
     def _check_nodes(self, folder: Path) -> None:
-        """Raise UsageError for a node with another icm or without the files, and ConfigError for one without icm."""
+        """Check that every node has the same icm and sees the files, by a probe file in the output folder.
+
+        Raises UsageError for a node with another icm or without the file, and ConfigError for one without icm.
+        """
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        probe, token = Path(os.path.abspath(folder)) / temporary_name(), secrets.token_hex()  # noqa: PTH100
+        probe = Path(os.path.abspath(folder)) / temporary_name()  # noqa: PTH100
+        token = secrets.token_hex()  # random, so that an older file of the same name is not accepted
         nodes = [node for node in ray.nodes() if node["Alive"]]
         try:
             probe.write_text(token)
             check = ray.remote(num_cpus=0)(_find_node_problem)
-            pending = [
-                check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                    ProcessContext.current(), str(probe), token, describe_build()
-                )
-                for node in nodes
-            ]
+            arguments = ProcessContext.current(), str(probe), token, describe_build()
+            pending = []
+            for node in nodes:
+                on_this_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                pending.append(check.options(scheduling_strategy=on_this_node).remote(*arguments))
             problems = ray.get(pending)
         except ray.exceptions.RayTaskError as error:
             raise ConfigError(
@@ -187,7 +193,10 @@ class RayRunner:
         return self._peak_memory_bytes
 
     def _message_rows(self, jobs: Sequence[Job]) -> Any:
-        """Return a dataset of the pickled messages of all actors. A call of an actor processes one block of jobs."""
+        """Return a dataset of the pickled messages of all actors. It is lazy: reading its rows runs the actors.
+
+        Each call of an actor processes one block of jobs.
+        """
         import ray.data
 
         context = ray.data.DataContext.get_current()

@@ -57,14 +57,16 @@ def crop_box(
     if not mask.any():
         return None
     display, at = (size, (0, 0)) if windows is None else (windows.display, windows.offset)
+    # First and last row of the object, then first and last column, each with the last one plus 1.
     extents = [np.flatnonzero(mask.any(axis=axis))[[0, -1]] + (0, 1) for axis in (1, 0)]
     margin = settings.margin * max(end - start for start, end in extents)
     sides = []
     for n, (start, end) in enumerate(extents):
-        centre, half = (start + end) / 2, max((end - start) / 2 + margin, settings.min_side * mask.shape[n] / 2)
+        centre = (start + end) / 2
+        half_side = max((end - start) / 2 + margin, settings.min_side * mask.shape[n] / 2)
         scale = display[n] / mask.shape[n]
-        low = max(0, math.floor((centre - half) * scale) - at[n])
-        high = min(size[n], math.ceil((centre + half) * scale) - at[n])
+        low = max(0, math.floor((centre - half_side) * scale) - at[n])
+        high = min(size[n], math.ceil((centre + half_side) * scale) - at[n])
         if low >= high:
             return None
         sides.append(slice(low, high))
@@ -73,13 +75,13 @@ def crop_box(
 
 def align_box(box: CropBox, size: tuple[int, int], cells: int) -> CropBox:
     """Return a box enlarged to whole cells of a grid, which has ``cells`` cells along the longer side of the frame."""
-    step = max(size) / cells
-    starts = (math.floor(math.floor(side.start / step) * step) for side in box.slices)
-    stops = (
-        min(length, math.ceil(math.ceil(side.stop / step) * step))
-        for side, length in zip(box.slices, size, strict=True)
-    )
-    return CropBox(*map(slice, starts, stops))
+    cell = max(size) / cells
+    sides = []
+    for side, length in zip(box.slices, size, strict=True):
+        start = math.floor(math.floor(side.start / cell) * cell)
+        stop = min(length, math.ceil(math.ceil(side.stop / cell) * cell))
+        sides.append(slice(start, stop))
+    return CropBox(*sides)
 
 
 def enlarge_box(box: CropBox, mask: NDArray[np.bool_], size: tuple[int, int], settings: CropSettings) -> CropBox:
@@ -87,8 +89,12 @@ def enlarge_box(box: CropBox, mask: NDArray[np.bool_], size: tuple[int, int], se
     sides = []
     for side, lines, length in zip(box.slices, (mask, mask.T), size, strict=True):
         growth = math.ceil(settings.growth * (side.stop - side.start))
-        cuts_first, cuts_last = (lines[edge].mean() >= settings.cut_fraction for edge in (0, -1))
-        sides.append(slice(max(0, side.start - growth * cuts_first), min(length, side.stop + growth * cuts_last)))
+        start, stop = side.start, side.stop
+        if lines[0].mean() >= settings.cut_fraction:  # the first row or column of the crop cuts the object
+            start = max(0, start - growth)
+        if lines[-1].mean() >= settings.cut_fraction:
+            stop = min(length, stop + growth)
+        sides.append(slice(start, stop))
     return CropBox(*sides)
 
 
@@ -104,9 +110,10 @@ def matte_in_crops(
     last crop; None if ``matte_crop`` returned None.
     """
     for number in range(1, settings.max_crops + 1):
-        if (found := matte_crop(box)) is None:
+        matted = matte_crop(box)
+        if matted is None:
             return None
-        result, alpha = found
+        result, alpha = matted
         larger = enlarge_box(box, (alpha > 0.5).numpy(force=True), size, settings)
         if larger == box or number == settings.max_crops:
             break

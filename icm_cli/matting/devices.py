@@ -98,7 +98,7 @@ class WorkerPool:
         try:
             for number, setup in enumerate(self._setups, 1):
                 self._workers.append(_WorkerProcess(number, setup.choice.device.torch_device, self._receive))
-            # Only after all have started, because it may block.
+            # Sent only when all processes have started, because sending may block until the process reads.
             for worker, setup in zip(self._workers, self._setups, strict=True):
                 worker.send(setup)
             while self._is_busy and not self._error:
@@ -164,7 +164,10 @@ class WorkerPool:
         self._has_message.set()
 
     def _handle_next_message(self) -> None:
-        """Wait for a message and handle it. After an interrupt a result may be handled twice, but none is lost."""
+        """Wait for a message and handle it.
+
+        A message is removed after it was handled. So after an interrupt it may be handled twice, but none is lost.
+        """
         while not self._messages:
             self._has_message.wait()
             self._has_message.clear()
@@ -179,8 +182,10 @@ class WorkerPool:
                 if message.status == "failed" and self._setups[0].options.fail_fast:
                     self._stop_workers()
             case WorkerMessage.REQUEST_JOB:
-                has_job = self._waiting and not self._is_stopped
-                worker.send(worker.take_job(self._waiting) if has_job else WorkerMessage.NO_JOBS_LEFT)
+                if self._waiting and not self._is_stopped:
+                    worker.send(worker.take_job(self._waiting))
+                else:
+                    worker.send(WorkerMessage.NO_JOBS_LEFT)
             case WorkerIdle():
                 worker.is_idle = True
                 worker.peak_memory_bytes = max(worker.peak_memory_bytes, message.peak_memory_bytes)
@@ -250,7 +255,7 @@ class _WorkerProcess:
     def take_job(self, waiting: deque[Job]) -> Job:
         """Move the first waiting job to this worker, and return it."""
         job = waiting[0]
-        self.jobs[job.planned.key] = job
+        self.jobs[job.planned.key] = job  # before it leaves the queue, so that an interrupt loses no job
         return waiting.popleft()
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""The digest of an alpha: a hash of everything but its source that decides its pixels.
+"""The digest of an alpha: a hash of everything that affects its pixels, except its source.
 
-It covers the version of icm, the source code of the modules that decide pixels, the configuration of all parts of the
-model, all weights, the references, and the options that their definition marks (:mod:`icm_cli.options`).
+It covers the version of icm, the source code of the modules that affect pixels, the configuration of all parts of the
+model, all weights, the references, and the options that are marked as part of it in :mod:`icm_cli.options`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ EXCLUDED = frozenset(
 
 
 def alpha_digest(values: Mapping[str, str]) -> str:
-    """Return the digest of alphas that the code of icm and ``values``, by name, decide."""
+    """Return the digest of alphas that depend on the code of icm and on ``values``: name -> value as text."""
     return combined_digest(__version__, code_fingerprint(), *(f"{name}={values[name]}" for name in sorted(values)))
 
 
@@ -60,13 +60,19 @@ def fingerprint_package(package: Traversable) -> str:
     """
     parts: list[bytes | str] = []
     for name in FINGERPRINTED:
-        files = sorted(_source_files(package.joinpath(name), name), key=lambda each: each[0])
-        parts += [part for path, source in files for part in (path, source)] or [f"{name} of {__version__}"]
+        files = sorted(_source_files(package.joinpath(name), name))
+        for path, source in files:
+            parts += [path, source]
+        if not files:
+            parts.append(f"{name} of {__version__}")
     return combined_digest(*parts)
 
 
 def _source_files(item: Traversable, path: str) -> Iterator[tuple[str, bytes]]:
-    """Yield path and text of every source file, with equal line ends on all systems."""
+    """Yield path and content of every source file below ``item``, whose path in the package is ``path``.
+
+    Line ends are the same on all systems.
+    """
     if item.is_dir():
         for child in item.iterdir():
             yield from _source_files(child, f"{path}/{child.name}")

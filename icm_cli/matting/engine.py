@@ -111,9 +111,13 @@ class EngineOptions:
         batch_size: Largest number of images per batch.
         workers: Number of reader threads, and of writer threads.
         overwrite: Matte images again even if their alphas exist.
+        keep_existing: Keep every alpha that icm made from the same source, whatever its digest.
         fail_fast: Stop after the first image that fails.
         output: Format of the files.
         shot: Order of the frames of a shot; None if the images are independent.
+        processes: Number of processes that share the memory of this machine.
+        decoder_digest: Digest of the object model that follows hints; "" if the model has its own, which ``digests``
+            covers.
     """
 
     digests: Sequence[str]
@@ -121,14 +125,11 @@ class EngineOptions:
     workers: int
     overwrite: bool = False
     keep_existing: bool = False
-    """Keep every alpha that icm made from the same source, whatever made it."""
     fail_fast: bool = False
     output: OutputFormat = DEFAULT_OUTPUT
     shot: Shot | None = None
     processes: int = 1
-    """Number of processes that share the memory of this machine."""
     decoder_digest: str = ""
-    """Digest of the object model that hints prompt; "" if the model has its own, which ``digests`` covers."""
 
     def hints_digest(self, job: Job) -> str:
         """Return the digest of the hints that decide the alpha of a job; "" if there are none."""
@@ -175,9 +176,9 @@ class MemoryBudget:
         Raises ImageMemoryError if the image is too large even when it is alone.
         """
         with self._condition:
-            if job in self._queue:  # else it is a further image of the same job
+            if job in self._queue:  # else it is a further image of the same job, for which nobody waits
                 self._condition.wait_for(lambda: self._is_closed or self._queue[0] is job)
-                self._is_waiting = True
+                self._is_waiting = True  # now wait_for() returns, so that earlier images are matted and released
                 self._condition.notify_all()
                 self._condition.wait_for(lambda: self._is_closed or not self._reserved or self._fits(needed))
                 self._is_waiting = False
@@ -195,7 +196,7 @@ class MemoryBudget:
         return sum(self._reserved.values()) + needed <= self._free.size
 
     def end_reading(self, job: Job) -> None:
-        """Remove a job from the queue, in case reading failed before it reserved memory, so that later jobs can."""
+        """Remove a job from the queue if reading failed before it reserved memory. Else later jobs would wait."""
         with self._condition:
             if job in self._queue:
                 self._queue.remove(job)
@@ -283,9 +284,9 @@ class Engine:
     def _limit_batch_size(self) -> None:
         """Reduce the batch size if the free memory is certainly too small for it."""
         free = free_memory()
-        most = max(1, free.size / self.options.processes // (2 * WORKING_BYTES))
-        if self.batch_size > most and self.predictor.device.torch_device.type == "cpu":
-            self.batch_size = int(most)
+        limit = max(1, free.size / self.options.processes // (2 * WORKING_BYTES))
+        if self.batch_size > limit and self.predictor.device.torch_device.type == "cpu":
+            self.batch_size = int(limit)
             self._notice(f"images are matted in batches of {self.batch_size}, because only {free}")
 
     def _free_memory(self) -> FreeMemory:
@@ -363,7 +364,7 @@ class Engine:
             earlier = find_kept_result(job, digest, keep_all=self.options.keep_existing)
             if earlier and (earlier.matting.reviewed or not self.matting.keeps_order):
                 return earlier
-        source, *origin = job.read_with_digest()
+        source, state, content_digest = job.read_with_digest()
         if source.alpha is not None:
             self._notice_once("alpha", f"{job.source} has an alpha of its own; alphas of sources are ignored")
         for sentence in source.notices:
@@ -379,7 +380,8 @@ class Engine:
             )
         frame = self.predictor.prepare_frame(source.rgb, stored.windows, hints, mattes)
         self._report_windows(job, source.windows)
-        return LoadedImage(job, frame, Origin(*origin), replaceable, source.space, stored, time.perf_counter() - start)
+        origin = Origin(state, content_digest)
+        return LoadedImage(job, frame, origin, replaceable, source.space, stored, time.perf_counter() - start)
 
     def _report_windows(self, job: Job, windows: ImageWindows) -> None:
         """Give a notice once if the output format cannot store the data and display windows of an EXR."""
@@ -413,14 +415,16 @@ class Engine:
                 continue
             group = item.job.example_index, item.frame.placement.canvas
             for other in list(waiting):
-                if other[0] != group[0] or (self.matting.keeps_order and other != group):
+                is_other_example = other[0] != group[0]
+                if is_other_example or (self.matting.keeps_order and other != group):
                     yield waiting.pop(other)
             images = waiting.setdefault(group, [])
             images.append(item)
             if len(images) >= self.batch_size:
                 yield waiting.pop(group)
             elif sum(map(len, waiting.values())) >= 2 * self.batch_size:
-                yield waiting.pop(max(waiting, key=lambda group: len(waiting[group])))
+                largest = max(waiting, key=lambda group: len(waiting[group]))
+                yield waiting.pop(largest)
         yield from waiting.values()
 
     def _matte_batch(self, images: list[LoadedImage]) -> Iterator[tuple[LoadedImage, FrameAlpha, float]]:
@@ -469,8 +473,9 @@ class Engine:
         except ImageError as error:
             return _failed_result(image.job, str(error))
         except OutputError as error:
-            if not isinstance(error, FileWriteError) or not is_writable(image.job.output_folder):
-                self._fatal = error
+            is_problem_of_one_file = isinstance(error, FileWriteError) and is_writable(image.job.output_folder)
+            if not is_problem_of_one_file:
+                self._fatal = error  # ends the run
             return _failed_result(image.job, str(error))
         except Exception as error:
             if not is_out_of_memory(error):
@@ -522,13 +527,15 @@ class Engine:
             colours = estimate_foreground(image.stored, alpha)
             self._report_clipping(image, colours)
             if not output.has_windows:
-                colours, alpha = (windows.move_pixels(each, windows.display_window) for each in (colours, alpha))
+                colours = windows.move_pixels(colours, windows.display_window)
+                alpha = windows.move_pixels(alpha, windows.display_window)
             config = job.colour.config
             write_foreground(
                 job.output, colours, alpha, provenance, output, image.stored, config, partial(check, job.output)
             )
         else:
-            alpha = alpha if output.has_windows else windows.move_pixels(alpha, windows.display_window)
+            if not output.has_windows:
+                alpha = windows.move_pixels(alpha, windows.display_window)
             write_alpha(job.output, alpha, provenance, output, image.stored, partial(check, job.output))
 
     def _report_clipping(self, image: LoadedImage, colours: Float) -> None:

@@ -94,8 +94,8 @@ class FramePattern:
 
         With four digits, 0001 and 10000 match, but 1 and 00001 do not.
         """
-        digits = r"\\d+" if self.digits == 1 else rf"(?:\\d{{{self.digits}}}|[1-9]\\d{{{self.digits},}})"
-        expression = self._compile_expression(digits)
+        number = r"\\d+" if self.digits == 1 else rf"(?:\\d{{{self.digits}}}|[1-9]\\d{{{self.digits},}})"
+        expression = self._compile_expression(number)
         return [name for name in names if expression.match(name)]
 
     def names_with_other_numbers(self, names: Iterable[str]) -> list[str]:
@@ -105,7 +105,10 @@ class FramePattern:
         return [name for name in names if name not in matching and expression.match(name)]
 
     def _compile_expression(self, number: str) -> re.Pattern[str]:
-        """Return the regular expression of this pattern. ``number``: the part for the number, for re.sub."""
+        """Return the regular expression of this pattern.
+
+        ``number``: the expression for the number, with doubled backslashes, because re.sub inserts it.
+        """
         expression = fnmatch.translate(self.before + _NUMBER_MARK + self.after)
         return re.compile(re.sub(r"\\?\x00", number, expression))
 
@@ -129,7 +132,7 @@ class FrameRanges:
     """Ascending ranges without common numbers."""
 
     def __contains__(self, number: int | None) -> bool:
-        return number is not None and any(number in each for each in self.ranges)
+        return number is not None and any(number in frames for frames in self.ranges)
 
     def __iter__(self) -> Iterator[int]:
         return itertools.chain.from_iterable(self.ranges)
@@ -137,19 +140,19 @@ class FrameRanges:
     @property
     def count(self) -> int:
         """Number of frames. It may be too large for len()."""
-        return sum((each.stop - each.start + each.step - 1) // each.step for each in self.ranges)
+        return sum((frames.stop - frames.start + frames.step - 1) // frames.step for frames in self.ranges)
 
     def without(self, numbers: Iterable[int]) -> FrameRanges:
         """Return the ranges without these numbers."""
         ordered = sorted(set(numbers))
-        return FrameRanges(tuple(part for each in self.ranges for part in _split_range(each, ordered)))
+        return FrameRanges(tuple(part for frames in self.ranges for part in _split_range(frames, ordered)))
 
     def __str__(self) -> str:
         """Return the numbers as text, such as ``1001-1003,1010``. Only the first of many ranges are listed."""
         if self.count <= MAX_EXPANDED_FRAMES:
             parts = str(frameset.FrameSet.framesToFrameRange(sorted(self))).split(",")
         else:
-            parts = [_format_range(each) for each in sorted(self.ranges, key=lambda each: each.start)]
+            parts = [_format_range(frames) for frames in sorted(self.ranges, key=lambda frames: frames.start)]
         more = f" and {len(parts) - MAX_LISTED_RANGES} more ranges" if len(parts) > MAX_LISTED_RANGES else ""
         return ",".join(parts[:MAX_LISTED_RANGES]) + more
 
@@ -159,19 +162,9 @@ def parse_frame_range(text: str) -> FrameRanges:
     ranges: list[range] = []
     shown = shorten(text)
     for part in filter(None, "".join(text.split()).split(",")):
-        match = _RANGE.fullmatch(part)
-        first, last = (int(match["first"]), int(match["last"] or match["first"])) if match else (0, 0)
-        step = int(match["step"] or 1) if match else 0
-        if match is None or step < 1:
-            raise UsageError(
-                f"--frames {shown!r} is not a frame range; expected a range such as 1001-1100 or 1001-1100x2"
-            )
-        every = chosen = range(min(first, last), max(first, last) + 1)
-        if match["mode"] in ("x", "y"):  # steps are counted from the first number, also in 10-1x3
-            chosen = every[::step] if first <= last else every[::-1][::step][::-1]
-        added = _subtract_range(every, chosen, shown) if match["mode"] == "y" else [chosen]
-        for other in tuple(ranges):
-            added = [rest for each in added for rest in _subtract_range(each, other, shown)]
+        added = _parse_range_part(part, shown)
+        for earlier in tuple(ranges):  # keep the ranges without common numbers
+            added = [rest for new in added for rest in _subtract_range(new, earlier, shown)]
         ranges += added
     if not text.strip(" ,"):
         raise UsageError(f"--frames {shown!r} has no frames; expected a range such as 1001-1100 or 1001-1100x2")
@@ -183,15 +176,32 @@ def parse_frame_range(text: str) -> FrameRanges:
     return frames
 
 
+def _parse_range_part(part: str, text: str) -> list[range]:
+    """Return the numbers of a part of the frame range ``text``, such as ``1001-1100x2``. Raises UsageError."""
+    match = _RANGE.fullmatch(part)
+    step = int(match["step"] or 1) if match else 0
+    if match is None or step < 1:
+        raise UsageError(f"--frames {text!r} is not a frame range; expected a range such as 1001-1100 or 1001-1100x2")
+    first = int(match["first"])
+    last = int(match["last"] or first)
+    full = range(min(first, last), max(first, last) + 1)
+    if match["mode"] not in ("x", "y"):
+        return [full]
+    # Steps are counted from the first number, also in 10-1x3, which is 10, 7, 4, 1.
+    stepped = full[::step] if first <= last else full[::-1][::step][::-1]
+    return [stepped] if match["mode"] == "x" else _subtract_range(full, stepped, text)
+
+
 def _split_range(frames: range, numbers: Sequence[int]) -> list[range]:
-    """Return a range without some of its numbers, which are in ascending order."""
+    """Return a range without some numbers, as ranges. ``numbers``: in ascending order; others are ignored."""
     parts, start = [], 0
     for number in numbers[bisect_left(numbers, frames.start) : bisect_right(numbers, frames[-1])]:
         if number in frames:
-            at = frames.index(number)
-            parts.append(frames[start:at])
-            start = at + 1
-    return [each for each in (*parts, frames[start:]) if each]
+            index = frames.index(number)
+            parts.append(frames[start:index])
+            start = index + 1
+    parts.append(frames[start:])
+    return [part for part in parts if part]
 
 
 def _subtract_range(frames: range, other: range, text: str) -> list[range]:
@@ -211,21 +221,21 @@ def _subtract_range(frames: range, other: range, text: str) -> list[range]:
     if count <= period:
         return _split_range(frames, list(common))
     between = [frames[start + offset : end : period] for offset in range(1, period)]
-    return [each for each in (frames[:start], *between, frames[end + 1 :]) if each]
+    return [part for part in (frames[:start], *between, frames[end + 1 :]) if part]
 
 
-def _common_frames(one: range, other: range) -> range:
+def _common_frames(frames: range, other: range) -> range:
     """Return the numbers that are in both ranges."""
-    divisor = math.gcd(one.step, other.step)
-    if (other.start - one.start) % divisor:
+    divisor = math.gcd(frames.step, other.step)
+    if (other.start - frames.start) % divisor:
         return range(0)
     # By the Chinese remainder theorem, the common numbers of both ranges without their ends are first + n * step.
     period = other.step // divisor
-    offset = (other.start - one.start) // divisor * pow(one.step // divisor, -1, period) % period
-    first, step = one.start + offset * one.step, one.step * period
-    missing = max(0, max(one.start, other.start) - first)
-    first += (missing + step - 1) // step * step
-    return range(first, min(one.stop, other.stop), step)
+    offset = (other.start - frames.start) // divisor * pow(frames.step // divisor, -1, period) % period
+    first, step = frames.start + offset * frames.step, frames.step * period
+    too_low = max(0, max(frames.start, other.start) - first)  # how far ``first`` is below the start of a range
+    first += (too_low + step - 1) // step * step
+    return range(first, min(frames.stop, other.stop), step)
 
 
 def _format_range(frames: range) -> str:
@@ -246,11 +256,13 @@ def missing_frames(
     existing: dict[FramePattern, set[int]] = {}
     for pattern, number in patterns.values():
         existing.setdefault(pattern, set()).add(number)
-    used: dict[FramePattern, list[int]] = {}
-    for pattern, number in (patterns[path] for path in paths if path in patterns):
-        used.setdefault(pattern, []).append(number)
+    numbers_of_paths: dict[FramePattern, list[int]] = {}
+    for path in paths:
+        if path in patterns:
+            pattern, number = patterns[path]
+            numbers_of_paths.setdefault(pattern, []).append(number)
     missing = {}
-    for pattern, numbers in used.items():
+    for pattern, numbers in numbers_of_paths.items():
         expected = FrameRanges((range(min(numbers), max(numbers) + 1),)) if wanted is None else wanted
         absent = expected.without(existing[pattern])
         if absent.ranges:
@@ -265,6 +277,7 @@ def _find_patterns(paths: Sequence[Path]) -> dict[Path, tuple[FramePattern, int]
     are one sequence, such as 9 and 10.
     """
     families: dict[tuple[str, str, str], list[tuple[Path, str]]] = {}
+    """Paths and their digits, by folder, text before the number and text after it."""
     for path in paths:
         name = FrameName.from_path(path)
         if name.number is not None:
@@ -273,17 +286,18 @@ def _find_patterns(paths: Sequence[Path]) -> dict[Path, tuple[FramePattern, int]
             families.setdefault((str(path.parent), before, path.suffix), []).append((path, digits))
     patterns = {}
     for family, members in families.items():
-        padded = {len(digits) for _, digits in members if digits.startswith("0")} - {1}
-        least = min(len(digits) for _, digits in members)
+        padded_widths = {len(digits) for _, digits in members if digits.startswith("0")} - {1}  # without the number 0
+        smallest_width = min(len(digits) for _, digits in members)
         for path, digits in members:
-            width = max((each for each in padded if each <= len(digits)), default=least)
-            patterns[path] = FramePattern(*family, width), int(digits)
+            fitting = [width for width in padded_widths if width <= len(digits)]
+            patterns[path] = FramePattern(*family, max(fitting, default=smallest_width)), int(digits)
     return patterns
 
 
 def _placeholder_rank(name: str, placeholder: re.Match[str]) -> tuple[bool, bool, int]:
     """Return a rank that is highest for the most plausible placeholder in a name."""
-    text, before, after = placeholder[0], name[: placeholder.start()][-1:], name[placeholder.end() :][:1]
-    is_separate = before in {"", ".", "_", "-"} and after in {"", ".", "_", "-"}
+    text = placeholder[0]
+    character_before, character_after = name[: placeholder.start()][-1:], name[placeholder.end() :][:1]
+    is_separate = {character_before, character_after} <= {"", ".", "_", "-"}
     is_explicit = text[0] in "%$"
     return is_explicit, is_separate, 0 if is_explicit else len(text)

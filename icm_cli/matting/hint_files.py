@@ -54,12 +54,14 @@ class ImageHints:
         hints = cls(image, tuple(sorted(paths, key=lambda path: (path.suffix.lower(), path))))
         digest = hints._content_digest()
         sizes = {path: hints._stated_size(path) for path in hints.paths}
-        known = {size for size in sizes.values() if size is not None}
-        parts = [hints._read_file(path, size) for path, size in sizes.items() if size is not None]
-        if len(known) == 1:
-            hints._merge(parts)
-        named = [(path, find_other_image(path, image)) for path in hints.paths if is_annotation(path)]
-        notices = [OTHER_IMAGE.format(path=path, name=name, image=image) for path, name in named if name]
+        known_sizes = {path: size for path, size in sizes.items() if size is not None}
+        parts = [hints._read_file(path, size) for path, size in known_sizes.items()]
+        if len(set(known_sizes.values())) == 1:
+            hints._merge(parts)  # raises UsageError for a contradiction
+        notices = []
+        for path in filter(is_annotation, hints.paths):
+            if other_image := find_other_image(path, image):
+                notices.append(OTHER_IMAGE.format(path=path, name=other_image, image=image))
         return cls(image, hints.paths, digest, tuple(notices))
 
     def read(self, windows: ImageWindows) -> Hints:
@@ -100,8 +102,10 @@ class ImageHints:
                 size = read_stored_pixels(path).values.shape[:2]
             except ImageError as error:
                 raise UsageError(f"hint cannot be used: {error}{self._painted_advice}") from error
-        height, width = (side if isinstance(side, int) and side > 0 else 0 for side in size)
-        return (height, width) if 0 < height * width <= MAX_CHECKED_PIXELS else None
+        height, width = size
+        if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
+            return None
+        return (height, width) if height * width <= MAX_CHECKED_PIXELS else None
 
     def _read_file(self, path: Path, size: tuple[int, int]) -> Hints:
         try:
@@ -140,7 +144,9 @@ class HintFiles:
     @classmethod
     def find(cls, where: str, skipped_files: SkippedFiles) -> HintFiles:
         """Find the files of a folder or frame pattern. Raises UsageError if there is neither."""
-        folder, files, others = Path(where), defaultdict[str | int, list[Path]](list), list[Path]()
+        folder = Path(where)
+        files: defaultdict[str | int, list[Path]] = defaultdict(list)
+        others: list[Path] = []
         is_folder = retry_transient(folder.is_dir)
         if is_folder:
             skipped: SkippedPaths = {}
@@ -184,8 +190,12 @@ class HintFiles:
         """
         if self.folder != real_path(root):
             return list(images)
-        owners = {*images, *(path.with_suffix("") for path in images if path.suffix.lower() != ".png")}
-        return [path for path in images if real_path(path) not in self.real_paths or path.with_suffix("") not in owners]
+        names_of_hints = {*images, *(path.with_suffix("") for path in images if path.suffix.lower() != ".png")}
+
+        def is_hint(path: Path) -> bool:
+            return path.with_suffix("") in names_of_hints and real_path(path) in self.real_paths
+
+        return [path for path in images if not is_hint(path)]
 
     def assign_files(
         self, images: Sequence[Path], sources: Sources, is_excluded: Callable[[Path], bool], skipped_files: SkippedFiles
@@ -199,28 +209,31 @@ class HintFiles:
             images: Names of the images that are matted.
             is_excluded: Returns whether a file is an image or an output itself.
         """
-        owners = defaultdict[str | int | None, list[Path]](list)
+        images_by_key: defaultdict[str | int | None, list[Path]] = defaultdict(list)
         for image in images if self.files else ():
             for key in self._keys(image):
-                owners[key].append(image)
-        files = sources.files if self.files else ()
-        # Keys of all sources. Some are not matted, and their hints are not reported.
-        known = {key for path in files for key in self._keys(name_below(path, sources.root))}
-        found, without_image = defaultdict[Path, list[Path]](list), list[Path]()
-        for key, given in self.files.items():
-            paths = [path for path in given if not is_excluded(path)]
-            own = [image for image in owners[key] if image.as_posix() == key] or owners[key]
-            if len(own) > 1 and paths:
-                remedy = f"name it {own[0].name}{paths[0].suffix}" if self.folder else "give --hints a folder"
-                raise UsageError(f"hint {paths[0]} may belong to {own[0]} or to {own[1]}; {remedy}")
-            if own:
-                found[own[0]] += paths
-            elif key not in known:
+                images_by_key[key].append(image)
+        all_sources = sources.files if self.files else ()
+        # Sources that are not matted are included, so that their hints are not reported.
+        source_keys = {key for path in all_sources for key in self._keys(name_below(path, sources.root))}
+        assigned: defaultdict[Path, list[Path]] = defaultdict(list)
+        without_image: list[Path] = []
+        for key, files in self.files.items():
+            paths = [path for path in files if not is_excluded(path)]
+            # a.jpg.json belongs to a.jpg only, a.json to each image with the stem a.
+            owners = [image for image in images_by_key[key] if image.as_posix() == key] or images_by_key[key]
+            if len(owners) > 1 and paths:
+                remedy = f"name it {owners[0].name}{paths[0].suffix}" if self.folder else "give --hints a folder"
+                raise UsageError(f"hint {paths[0]} may belong to {owners[0]} or to {owners[1]}; {remedy}")
+            if owners:
+                assigned[owners[0]] += paths
+            elif key not in source_keys:
                 without_image += paths
         skipped_files.add(sorted(without_image), WITHOUT_IMAGE)
-        if self.folder not in (real_root := real_path(sources.root), *real_root.parents):
+        real_root = real_path(sources.root)
+        if self.folder not in (real_root, *real_root.parents):
             skipped_files.add(sorted(self.others), NOT_A_HINT)
-        return {image: paths for image, paths in found.items() if paths}
+        return {image: paths for image, paths in assigned.items() if paths}
 
     def _keys(self, image: Path) -> set[str | int | None]:
         """Return the keys of ``files`` at which hints of an image may be. ``image``: its path below the root."""

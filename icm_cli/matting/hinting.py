@@ -57,12 +57,10 @@ def move_hints(hints: Hints, windows: ImageWindows) -> Hints:
         return [(x - left, y - top) for x, y in points]
 
     def clip_box(box: Box) -> Box:
-        (x0, x1), (y0, y1) = (
-            np.clip(sorted((box[n] - at, box[n + 2] - at)), 0, end).tolist()
-            for n, at, end in ((0, left, width), (1, top, height))
-        )
+        x0, x1 = np.clip(sorted((box[0] - left, box[2] - left)), 0, width).tolist()
+        y0, y1 = np.clip(sorted((box[1] - top, box[3] - top)), 0, height).tolist()
         if x0 >= x1 or y0 >= y1:
-            raise _outside_error(f"box {','.join(f'{each:g}' for each in box)}", windows)
+            raise _outside_error(f"box {','.join(f'{number:g}' for number in box)}", windows)
         return x0, y0, x1, y1
 
     points = move_points(list(hints.points))
@@ -137,13 +135,14 @@ def clip_to_boxes(alpha: Tensor, hints: Hints) -> Tensor:
         return alpha
     corners = np.reshape(hints.boxes, (-1, 2))
     start, end = corners.min(axis=0), corners.max(axis=0)
-    full, none = (margin * float((end - start).max()) for margin in BOX_MARGINS)
-    sides = []
+    fade_start, fade_end = (margin * float((end - start).max()) for margin in BOX_MARGINS)
+    weights = []
     for length, low, high, pixels in zip(alpha.shape, start[::-1], end[::-1], hints.size, strict=True):
         centres = (torch.arange(length, device=alpha.device) + 0.5) * (pixels / length)
-        outside = torch.maximum(low - centres, centres - high)
-        sides.append(((none - outside) / (none - full)).clamp(0, 1))
-    return alpha * sides[0][:, None] * sides[1]
+        distance = torch.maximum(low - centres, centres - high)  # negative inside the box
+        weights.append(((fade_end - distance) / (fade_end - fade_start)).clamp(0, 1))
+    weights_of_rows, weights_of_columns = weights
+    return alpha * weights_of_rows[:, None] * weights_of_columns
 
 
 def bind_alpha(alpha: Float, hints: Hints) -> Float:
@@ -156,14 +155,18 @@ def bind_alpha(alpha: Float, hints: Hints) -> Float:
     A pixel that does not follow the hints becomes 1 or 0. Other pixels change only if they are closer than
     ``BORDER_PX`` to such a pixel, or to ``keep`` or ``drop``.
     """
-    bound, (on, off, keep, drop) = alpha.copy(), _binding_areas(hints)
-    for side, other, is_on in ((on, off, True), (off, on, False)):
-        fade = np.where(other, 0, _fade(side & ~_follows(bound, is_on)))
-        bound = np.maximum(bound, fade) if is_on else np.minimum(bound, 1 - fade)
+    on, off, keep, drop = _binding_areas(hints)
+    bound = alpha.copy()
+    fade = np.where(off, 0, _fade(on & ~_follows(bound, True)))
+    bound = np.maximum(bound, fade)
+    fade = np.where(on, 0, _fade(off & ~_follows(bound, False)))
+    bound = np.minimum(bound, 1 - fade)
     bound = np.maximum(np.minimum(bound, 1 - _fade(drop)), _fade(keep))
-    for side, is_on in ((on, True), (off, False)):  # fading at the border of keep or drop may have changed it again
-        bound[side & ~_follows(bound, is_on)] = 0.5 + (2 if is_on else -2) * MIN_DIFFERENCE
-    bound[keep], bound[drop] = 1, 0
+    # The fading at the border of keep and drop may have moved pixels of hints to the wrong side of one half again.
+    bound[on & ~_follows(bound, True)] = 0.5 + 2 * MIN_DIFFERENCE
+    bound[off & ~_follows(bound, False)] = 0.5 - 2 * MIN_DIFFERENCE
+    bound[keep] = 1
+    bound[drop] = 0
     return bound
 
 
@@ -172,29 +175,31 @@ def bind_trimap(trimap: NDArray[np.uint8], hints: Hints) -> NDArray[np.uint8]:
 
     These are the pixels of :func:`bind_alpha`. Without this, those close to an edge would be unknown (128).
     """
-    bound, (on, off, keep, drop) = trimap.copy(), _binding_areas(hints)
-    bound[on | keep], bound[off | drop] = 255, 0
+    on, off, keep, drop = _binding_areas(hints)
+    bound = trimap.copy()
+    bound[on | keep] = 255
+    bound[off | drop] = 0
     return bound
 
 
 def _binding_areas(hints: Hints) -> tuple[Area, Area, Area, Area]:
     """Return the pixels on the object, off it, to keep and to drop, each bool [H,W]. No pixel is in two of them."""
-    none = np.zeros(hints.size, np.bool_)
-    named = (hints.object_area, hints.background_area, hints.keep, hints.drop)
-    on, off, keep, drop = (none if area is None else area for area in named)
+    nothing = np.zeros(hints.size, np.bool_)
+    areas = (hints.object_area, hints.background_area, hints.keep, hints.drop)
+    on, off, keep, drop = (nothing if area is None else area for area in areas)
     labelled_points = [(hints.points, True), (hints.not_points, False)]
     if hints.is_rough_mask:
         labelled_points = [(area_points(on), True), (area_points(off), False), *labelled_points]
-        on = off = none
-    # Background counts over object, points over areas, and keep and drop over both.
+        on = off = nothing
+    # Background takes precedence over object, points over areas, and keep and drop over both.
     on, off = on & ~off, off.copy()
     for points, is_on in labelled_points:
         for x, y in points:
             pixel = int(y), int(x)
-            on[pixel], off[pixel] = is_on, not is_on
-    for side in (on, off):
-        side &= ~(keep | drop)
-    return on, off, keep, drop
+            on[pixel] = is_on
+            off[pixel] = not is_on
+    is_free = ~(keep | drop)
+    return on & is_free, off & is_free, keep, drop
 
 
 def _follows(alpha: Float, is_on: bool) -> Area:

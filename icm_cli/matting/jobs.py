@@ -251,7 +251,7 @@ def plan_jobs(
         found = skipped_files.exclude(found, lambda path: real_out in resolve(path).parents, "in the output folder")
     protected = {resolve(path) for path in references}
     found = skipped_files.exclude(found, lambda path: resolve(path) in protected, "a reference or its mask")
-    matte_paths = [path for each in (garbage, keep) if each is not None for path in each.paths]
+    matte_paths = [*(garbage.paths if garbage else ()), *(keep.paths if keep else ())]
     real_mattes = {resolve(path) for path in matte_paths}
     found = skipped_files.exclude(found, lambda path: resolve(path) in real_mattes, "a garbage or keep matte")
     found = [path for path in found if not path.name.startswith(TEMPORARY_PREFIX)]
@@ -286,17 +286,18 @@ def plan_jobs(
     _check_collisions(jobs, layout)
 
     # Find the mattes and hints of every job.
-    mattes = assign_mattes([job.name for job in jobs], garbage, keep)
-    jobs = [replace(job, mattes=each) for job, each in zip(jobs, mattes, strict=True)]
+    names = [job.name for job in jobs]
+    mattes = assign_mattes(names, garbage, keep)
+    jobs = [replace(job, mattes=job_mattes) for job, job_mattes in zip(jobs, mattes, strict=True)]
     files: dict[Path, list[Path]] = {}
     if hint_files is not None:
-        excluded = protected.union(map(resolve, images))
-        files = hint_files.assign_files(
-            [job.name for job in jobs],
-            sources,
-            lambda path: (real := resolve(path)) in excluded or _is_output(real, real_out),
-            skipped_files,
-        )
+        inputs = protected.union(map(resolve, images))
+
+        def is_input_or_output(path: Path) -> bool:
+            real = resolve(path)
+            return real in inputs or _is_output(real, real_out)
+
+        files = hint_files.assign_files(names, sources, is_input_or_output, skipped_files)
         check_overwrites(jobs, [path for paths in files.values() for path in paths], "a hint", resolve)
     if source_filter.shard is not None:
         jobs = _select_shard(jobs, *source_filter.shard)
@@ -311,12 +312,14 @@ def _is_output(path: Path, folder: Path) -> bool:
 def _add_hints(jobs: Sequence[Job], files: Mapping[Path, Sequence[Path]], notice: Callable[[str], None]) -> list[Job]:
     """Return the jobs with their hint files. Raises UsageError for a file that cannot be used."""
     hints = check_image_hints({job.name: files[job.name] for job in jobs if job.name in files})
-    for sentence in (each for job in jobs if job.name in hints for each in hints[job.name].notices):
-        notice(sentence)
-    return [
-        replace(job, hints=hints[job.name], planned=replace(job.planned, has_hints=True)) if job.name in hints else job
-        for job in jobs
-    ]
+    jobs_with_hints = []
+    for job in jobs:
+        if job.name in hints:
+            for sentence in hints[job.name].notices:
+                notice(sentence)
+            job = replace(job, hints=hints[job.name], planned=replace(job.planned, has_hints=True))
+        jobs_with_hints.append(job)
+    return jobs_with_hints
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -336,9 +339,12 @@ def check_overwrites(
 ) -> None:
     """Raise UsageError if an output path is one of ``files``. ``what``: what these are, such as "a source image"."""
     protected = {resolve(path) for path in files}
-    for output in (output for job in jobs for output in job.outputs) if protected else ():
-        if resolve(output) in protected:
-            raise UsageError(f"{output} would be written over {what}; give --out another folder")
+    if not protected:
+        return
+    for job in jobs:
+        for output in job.outputs:
+            if resolve(output) in protected:
+                raise UsageError(f"{output} would be written over {what}; give --out another folder")
 
 
 def check_obstacles(jobs: Sequence[Job]) -> None:
@@ -355,11 +361,12 @@ def _select_shard(jobs: Sequence[Job], number: int, count: int) -> list[Job]:
 
     The hash of its name decides the shard of an image, so all machines agree, whatever other images they find.
     """
-    return [
-        job
-        for job in jobs
-        if int(hashlib.sha256(job.planned.name.encode(errors="surrogateescape")).hexdigest(), 16) % count == number - 1
-    ]
+
+    def shard_of(job: Job) -> int:
+        name = job.planned.name.encode(errors="surrogateescape")
+        return int(hashlib.sha256(name).hexdigest(), 16) % count + 1
+
+    return [job for job in jobs if shard_of(job) == number]
 
 
 def _plan_missing_frames(
@@ -378,8 +385,8 @@ def _plan_missing_frames(
     if not sources.is_sequence and source_filter.frames is None:
         return []
     present = [*found, *(path for path in sources.files if real_path(path) in protected)]
-    kept = set(present)
-    excluded = [path for path in sources.files if path not in kept]
+    present_set = set(present)
+    excluded = [path for path in sources.files if path not in present_set]
     files: list[Path] = []
     for pattern, frames in missing_frames(present, source_filter.frames, excluded).items():
         text = f"{pattern} has no frame {frames}"
@@ -423,13 +430,13 @@ def _earlier_alphas(pattern: FramePattern, frames: FrameRanges, root: Path, layo
 
 def _content_digest(file: ImageFile, state: str) -> str:
     """Return the content digest of an open file. It is cached, so that a file of many pages is read only once."""
-    key = file.path, state
+    path_and_state = file.path, state
     with _digests_lock:
-        digest = _digests.get(key)
+        digest = _digests.get(path_and_state)
     if digest is None:
         digest = file.content_digest()
         with _digests_lock:
-            _digests[key] = digest
+            _digests[path_and_state] = digest
     return digest
 
 
@@ -498,9 +505,9 @@ def _check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
         writers.setdefault(job.output, []).append(str(job.source))
         if job.has_trimap:
             writers.setdefault(job.trimap, []).append(f"the trimap of {job.source}")
-    shared = {output: found for output, found in writers.items() if len(found) > 1}
+    shared = {output: sources for output, sources in writers.items() if len(sources) > 1}
     if shared:
-        lines = [f"{' and '.join(found)} to {output}" for output, found in list(shared.items())[:MAX_LISTED_FILES]]
+        lines = [f"{' and '.join(sources)} to {output}" for output, sources in list(shared.items())[:MAX_LISTED_FILES]]
         more = f"; and {len(shared) - MAX_LISTED_FILES} more" if len(shared) > MAX_LISTED_FILES else ""
         remedy = "give --keep-suffix (a.jpg.png, a.png.png)"
         if layout.pattern is not None:
@@ -538,8 +545,10 @@ def _check_similar_names(writers: Mapping[Path, str], folder: Path) -> None:
     is_same_name = functools.cache(functools.partial(_is_same_name, folder))
     with contextlib.suppress(OSError), _existing_folder(folder):  # the run reports a folder that cannot be created
         for output, other in similar:
-            pairs = [pair for pair in zip(output.parts, other.parts, strict=True) if pair[0] != pair[1]]
-            if all(is_same_name(*pair) for pair in pairs):
+            if all(
+                name == other_name or is_same_name(name, other_name)
+                for name, other_name in zip(output.parts, other.parts, strict=True)
+            ):
                 raise UsageError(
                     f"{writers[output]} and {writers[other]} would be written to the same file: {folder} does not "
                     f"distinguish {output} from {other}, whose names differ only by case or by the encoding of "

@@ -127,9 +127,9 @@ def _orient_mask(
     size = stored.values.shape[:2]
     upright = placement.size
     as_stored = upright[::-1] if placement.orientation in TRANSPOSING_ORIENTATIONS else upright
-    fits = [size == each for each in (upright, as_stored)]
+    fits = [size == candidate for candidate in (upright, as_stored)]
     if not any(fits):
-        fits = [has_same_aspect(size, each) for each in (upright, as_stored)]
+        fits = [has_same_aspect(size, candidate) for candidate in (upright, as_stored)]
     if fits == [False, True]:
         notice(
             f"mask {path} has the orientation of its reference's stored pixels; the EXIF "
@@ -152,8 +152,9 @@ def _mask_from_alpha(stored: DecodedImage, path: Path, notice: Callable[[str], N
     is_visible, values = stored.alpha > 0, stored.values
     visible, hidden = values[is_visible], values[~is_visible]
     # No notice if the colours cannot contradict the alpha: one colour on transparent black, or the same everywhere.
-    is_uniform = not (visible != visible[0]).any()
-    if not is_uniform or ((hidden != visible[0]).any() and hidden.max() > 0.5 * visible.max()):
+    has_visible_differences = (visible != visible[0]).any()
+    has_bright_hidden_colour = (hidden != visible[0]).any() and hidden.max() > 0.5 * visible.max()
+    if has_visible_differences or has_bright_hidden_colour:
         notice(f"mask {path} has an alpha and colours that vary; its alpha is used and its colours are ignored")
     return _mask_without_unknown(stored.alpha > 0.5 * stored.scale)
 
@@ -164,8 +165,8 @@ def _check_transparency(stored: DecodedImage, path: Path) -> None:
     opaque = stored.alpha > 0.5 * stored.scale
     brightness = stored.values if stored.values.ndim == 2 else stored.values.max(axis=-1)
     visible, hidden = brightness[opaque], brightness[~opaque]
-    half, low = 0.5 * stored.scale, END_TOLERANCE * stored.scale
-    if visible.size and visible.max() <= half and np.median(visible) <= low and (hidden > half).any():
+    half, black = 0.5 * stored.scale, END_TOLERANCE * stored.scale
+    if visible.size and visible.max() <= half and np.median(visible) <= black and (hidden > half).any():
         raise UsageError(
             f"mask {path} has transparent white and opaque black, so that its colours and its transparency mark "
             "opposite areas; expected the object in white; save the mask without transparency"
@@ -182,31 +183,31 @@ def _mask_from_indices(stored: DecodedImage, opaque: NDArray[np.bool_] | None, p
     background = indices == 0
     if is_black.any() and not is_black.all() and not is_black[background].any():
         background = is_black
-    background = background if opaque is None else background | ~opaque
-    labels = [int(each) for each in np.unique(indices[~background]) if each != VOID]
+    if opaque is not None:
+        background = background | ~opaque
+    labels = [int(label) for label in np.unique(indices[~background]) if label != VOID]
     if len(labels) > 1:
-        raise AmbiguousMaskError(path, {str(each): float((indices == each).mean()) for each in labels}, labels[0])
+        raise AmbiguousMaskError(path, {str(label): float((indices == label).mean()) for label in labels}, labels[0])
     inside = (indices == (labels[0] if labels else VOID)) & ~background
     return Mask(inside, (indices == VOID) & ~inside & ~background)
 
 
 def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
     """Return the mask of a file with one colour on black. Raises AmbiguousMaskError for several colours."""
-    packed = _pack_colours(values, scale)
-    every = _merge_noise(_flat_fractions(packed), path)
-    flat = {each: fraction for each, fraction in every.items() if _max_channel(each) > END_TOLERANCE * 255} or every
-    if near_black := [f"#{int(each):06x}" for each in every if each not in flat]:
+    all_colours = _merge_noise(_flat_fractions(_pack_colours(values, scale)), path)
+    bright = {colour: part for colour, part in all_colours.items() if _max_channel(colour) > END_TOLERANCE * 255}
+    labels = bright or all_colours
+    if near_black := [f"#{int(colour):06x}" for colour in all_colours if colour not in labels]:
         notice(
             f"mask {path} has areas of {', '.join(near_black[:MAX_LISTED_LABELS])} next to brighter ones; they are "
             "used as black; give --mask-label if they are labels"
         )
-    if len(flat) > 1:
-        raise AmbiguousMaskError(
-            path, {f"#{int(each):06x}": fraction for each, fraction in flat.items()}, f"'#{next(iter(flat)):06x}'"
-        )
-    top = max((_max_channel(each) for each in flat), default=255)
-    brightest = (values.max(axis=-1).astype(np.float32) * (255.0 / scale) + 0.5).astype(np.uint32)
-    return _mask_without_unknown(brightest > 0.5 * top)
+    if len(labels) > 1:
+        named = {f"#{int(colour):06x}": fraction for colour, fraction in labels.items()}
+        raise AmbiguousMaskError(path, named, f"'{next(iter(named))}'")
+    object_channel = max((_max_channel(colour) for colour in labels), default=255)
+    brightness = (values.max(axis=-1).astype(np.float32) * (255.0 / scale) + 0.5).astype(np.uint32)
+    return _mask_without_unknown(brightness > 0.5 * object_channel)
 
 
 def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
@@ -226,25 +227,28 @@ def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Cal
         return Mask(values > high, (values > low) & (values <= high))
     if len(present) > MAX_LABELS:
         return _mask_from_soft_values(values, scale, path)
-    if present[0] > low:  # without black
+    has_black = present[0] <= low
+    if not has_black:
         return _mask_without_unknown(values > 0.5 * scale)
-    flat = _merge_noise(_flat_fractions(values), path)
-    if present[-1] >= high and (near_black := [f"{each:g}" for each in flat if each <= low]):
+    labels = _merge_noise(_flat_fractions(values), path)
+    if present[-1] >= high and (near_black := [f"{value:g}" for value in labels if value <= low]):
         notice(
             f"mask {path} has areas of {', '.join(near_black[:MAX_LISTED_LABELS])} of {scale:g} "
             "next to black and white; they are used as black; give --mask-label if they are labels"
         )
-        flat = {each: fraction for each, fraction in flat.items() if each > low}
-    if not any(each < high for each in flat) or present[0] == present[-1] < 0:
+        labels = {value: fraction for value, fraction in labels.items() if value > low}
+    is_binary = all(value >= high for value in labels)
+    is_one_negative_value = present[0] == present[-1] < 0
+    if is_binary or is_one_negative_value:
         return _mask_without_unknown(values > 0.5 * scale)
-    if len(flat) == 1 and next(iter(flat)) > 0:
-        (only,) = flat
-        notice(f"mask {path} has one label, {_label_text(only)} of {scale:.10g}; it is used as the object")
-        return _mask_without_unknown(values > 0.5 * float(only))
-    labels = {_label_text(each): fraction for each, fraction in flat.items()}
+    if len(labels) == 1 and next(iter(labels)) > 0:
+        (label,) = labels
+        notice(f"mask {path} has one label, {_label_text(label)} of {scale:.10g}; it is used as the object")
+        return _mask_without_unknown(values > 0.5 * float(label))
+    named = {_label_text(value): fraction for value, fraction in labels.items()}
     if present[0] < 0 and (values == 0).any():  # 0 may be an object on a negative background
-        labels["0"] = float((values == 0).mean())
-    raise AmbiguousMaskError(path, labels, "0" if len(flat) == 1 and "0" in labels else next(iter(labels)))
+        named["0"] = float((values == 0).mean())
+    raise AmbiguousMaskError(path, named, "0" if len(labels) == 1 and "0" in named else next(iter(named)))
 
 
 def _mask_from_soft_values(values: NDArray[Any], scale: float, path: Path) -> Mask:
@@ -252,11 +256,8 @@ def _mask_from_soft_values(values: NDArray[Any], scale: float, path: Path) -> Ma
     if values.dtype.kind in "iu" and _has_label_areas(values, (1.0 - END_TOLERANCE) * scale):
         labels = _merge_noise(_flat_fractions(values), path)
         if len(labels) > 1:
-            raise AmbiguousMaskError(
-                path,
-                {_label_text(each): fraction for each, fraction in labels.items()},
-                _label_text(next(iter(labels))),
-            )
+            named = {_label_text(value): fraction for value, fraction in labels.items()}
+            raise AmbiguousMaskError(path, named, next(iter(named)))
     inside = values > 0.5 * scale
     if not inside.any():
         raise UsageError(
@@ -271,7 +272,7 @@ def _is_trimap(present: NDArray[Any], scale: float) -> bool:
     """Return whether the sorted values of an image are black, one half and white."""
     if len(present) != 3:
         return False
-    low, middle, high = (float(each) / scale for each in present)
+    low, middle, high = (float(value) / scale for value in present)
     return abs(low) <= END_TOLERANCE and abs(middle - 0.5) < END_TOLERANCE and abs(high - 1.0) <= END_TOLERANCE
 
 
@@ -310,9 +311,9 @@ def _all_labels(stored: DecodedImage) -> dict[str, float]:
     """Return all labels, as text for --mask-label, each with its fraction of the image."""
     values = stored.indices if stored.indices is not None and stored.has_label_palette else stored.values
     if values.ndim == 2:
-        return {_label_text(each): fraction for each, fraction in _value_fractions(values).items()}
+        return {_label_text(value): fraction for value, fraction in _value_fractions(values).items()}
     packed = _pack_colours(values, stored.scale)
-    return {f"#{int(each):06x}": fraction for each, fraction in _value_fractions(packed).items()}
+    return {f"#{int(colour):06x}": fraction for colour, fraction in _value_fractions(packed).items()}
 
 
 def _pack_colours(values: NDArray[Any], scale: float) -> NDArray[np.uint32]:
@@ -331,8 +332,9 @@ def _flat_fractions(values: NDArray[Any]) -> dict[Any, float]:
 
     Values that occur only in antialiased edges fill no areas.
     """
-    in_areas, everywhere = _value_fractions(values[_is_flat(values)], values.size), _value_fractions(values)
-    return {each: everywhere[each] for each, part in in_areas.items() if each != 0 and part >= MIN_FLAT_FRACTION}
+    in_areas = _value_fractions(values[_is_flat(values)], values.size)
+    everywhere = _value_fractions(values)
+    return {value: everywhere[value] for value, part in in_areas.items() if value != 0 and part >= MIN_FLAT_FRACTION}
 
 
 def _merge_noise(labels: dict[Any, float], path: Path) -> dict[Any, float]:
@@ -344,14 +346,15 @@ def _merge_noise(labels: dict[Any, float], path: Path) -> dict[Any, float]:
         return labels
     merged: dict[Any, float] = {0: 0.0}
     for label, fraction in labels.items():
-        near = next((each for each in merged if _differs_by_noise(int(each), int(label))), label)
-        merged[near] = merged.get(near, 0.0) + fraction
-    del merged[0]
+        similar = next((other for other in merged if _differs_by_noise(int(other), int(label))), label)
+        merged[similar] = merged.get(similar, 0.0) + fraction
+    del merged[0]  # labels that were merged into black
     return merged or labels
 
 
-def _differs_by_noise(one: int, other: int) -> bool:
-    return all(abs((one >> shift & 255) - (other >> shift & 255)) <= GREY_TOLERANCE for shift in (0, 8, 16))
+def _differs_by_noise(label: int, other: int) -> bool:
+    """Return whether two labels, as in :func:`_merge_noise`, differ by at most ``GREY_TOLERANCE`` in each channel."""
+    return all(abs((label >> shift & 255) - (other >> shift & 255)) <= GREY_TOLERANCE for shift in (0, 8, 16))
 
 
 def _is_lossy(path: Path) -> bool:
@@ -370,19 +373,25 @@ def _has_label_areas(values: NDArray[Any], white: float) -> bool:
 
     In a soft mask they form gradients instead.
     """
-    is_flat, is_between = _is_flat(values), (values != 0) & (values < white)
+    is_between = (values != 0) & (values < white)
+    if not is_between.any() or _is_flat(values)[is_between].mean() <= 0.5:
+        return False
     steps = np.abs(np.diff(values.astype(np.float64), axis=1))
-    return bool(is_between.any() and is_flat[is_between].mean() > 0.5 and np.median(steps[steps > 0]) > MAX_SOFT_STEP)
+    return bool(np.median(steps[steps > 0]) > MAX_SOFT_STEP)
 
 
 def _value_fractions(values: NDArray[Any], total: int | None = None) -> dict[Any, float]:
-    """Return the fraction of pixels of each value, the most frequent first."""
-    found, counts = np.unique(values, return_counts=True)
+    """Return the fraction of pixels of each value, the most frequent first.
+
+    ``total``: number of pixels that is 1; None for all of ``values``.
+    """
+    distinct, counts = np.unique(values, return_counts=True)
     order = np.argsort(-counts)
-    return {found[at]: float(counts[at]) / (total or values.size) for at in order}
+    return {distinct[index]: float(counts[index]) / (total or values.size) for index in order}
 
 
 def _max_channel(packed: Any) -> int:
+    """Return the largest channel, 0 to 255, of a colour 0xrrggbb."""
     return max(int(packed) >> 16, int(packed) >> 8 & 255, int(packed) & 255)
 
 

@@ -122,20 +122,21 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
 
     Raises UsageError.
     """
-    given, sequences = options.references, options.sequences
+    reference_options, sequences = options.references, options.sequences
     report_files = ReportFiles(
         options.reports.report,
         options.reports.contact_sheet,
-        mask=given.save_mask,
+        mask=reference_options.save_mask,
         review_list=options.reports.review_list,
     )
     output, layout = choose_output(options.output)
     if options.reports.gt is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; omit --invert and --trimap instead")
     colour, _ = choose_colour_settings(options.colour)
-    protected, skipped_files = given.files, SkippedFiles(listener.on_notice)
+    protected = reference_options.files
+    skipped_files = SkippedFiles(listener.on_notice)
     remedy = None if options.output.overwrite else "give another name, or --overwrite to replace it"
-    ReportFiles(mask=given.save_mask).check_no_overwrite(protected, remedy)  # before a model makes the mask
+    ReportFiles(mask=reference_options.save_mask).check_no_overwrite(protected, remedy)  # before a model makes the mask
     references = read_all_references(options, listener.on_notice)
     images = plan_images(options, layout, colour, skipped_files, listener.on_notice)
     jobs = images.jobs
@@ -144,7 +145,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
         protected += [path for job in jobs if job.hints for path in job.hints.paths]
     shot = None
     if sequences.shot:
-        jobs, shot = order_as_shot(jobs, given.ref, references, sequences.shard)
+        jobs, shot = order_as_shot(jobs, reference_options.ref, references, sequences.shard)
     truths: list[Path] = []
     if options.reports.gt is not None:
         jobs, truths = _add_ground_truth(jobs, options.reports.gt)
@@ -152,27 +153,28 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
         shot = shot and shot.with_jobs(jobs)
     files = [path for job in jobs for path in (job.source, *job.outputs)]
     check_obstacles(jobs)
-    check_overwrites(jobs, given.not_ref, "a negative reference")
-    protected += [*given.not_ref, *images.mattes]
+    check_overwrites(jobs, reference_options.not_ref, "a negative reference")
+    protected += [*reference_options.not_ref, *images.mattes]
     report_files.check_no_overwrite([*protected, options.sources.src, *truths, *map(str, files)], remedy)
     return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths)
 
 
 def read_all_references(options: MatteOptions, notice: Callable[[str], None]) -> list[Reference]:
     """Return the references of a run with their masks, and then its negative references. Raises UsageError."""
-    given, (_, colour) = options.references, choose_colour_settings(options.colour)
+    reference_options = options.references
+    _, colour = choose_colour_settings(options.colour)
     masks = MaskMaker(lambda: resolve_device(parse_devices(options.model.device)[0]))
     references = read_references(
-        given.ref,
-        given.mask,
+        reference_options.ref,
+        reference_options.mask,
         notice,
-        given.mask_label,
+        reference_options.mask_label,
         colour,
-        given.mask_orientation,
-        prompts=given,
+        reference_options.mask_orientation,
+        prompts=reference_options,
         make_mask=masks.make_mask,
     )
-    references += read_negatives(given.not_ref, given.not_mask, notice, colour, masks.make_mask)
+    references += read_negatives(reference_options.not_ref, reference_options.not_mask, notice, colour, masks.make_mask)
     check_negatives(references)
     return references
 
@@ -189,7 +191,10 @@ class _MattingRun:
     _listener: Listener
 
     def matte_all(self, start: float) -> Report:
-        """Keep the alphas that are up to date, and matte the other images. ``start``: time.perf_counter() before."""
+        """Keep the alphas that are up to date, and matte the other images.
+
+        ``start``: time.perf_counter() at the start of the run.
+        """
         plan, listener = self._plan, self._listener
         collector = self._make_collector(start)
         listener.on_run_start(len(plan.jobs))
@@ -205,19 +210,19 @@ class _MattingRun:
     def preview(self) -> Report:
         """Return what the run would do (``--dry-run``), and give a notice with the counts. Raises UsageError."""
         plan = self._plan
-        current: list[ImageResult] = []
-        reasons: dict[Path, str] = {}
+        kept_results: list[ImageResult] = []
+        reasons: dict[Path, str] = {}  # output -> why it is recomputed
         options = self._setups[0].options  # setups differ only in their device
 
         def add_reason(job: Job, existing: ExistingAlpha) -> None:
             reasons[job.output] = existing.outdated_reason(job, options.job_digest(job), options.hints_digest(job))
 
-        remaining = self._select_remaining(current.append, add_reason)
-        kept = {Path(result.output): result for result in current}
-        default = "--overwrite" if options.overwrite else "its alpha is damaged or incomplete"
+        remaining = self._select_remaining(kept_results.append, add_reason)
+        kept = {Path(result.output): result for result in kept_results}
+        other_reason = "--overwrite" if options.overwrite else "its alpha is damaged or incomplete"
         for job in remaining:
             if os.path.lexists(job.output):
-                reasons.setdefault(job.output, default)
+                reasons.setdefault(job.output, other_reason)
         results = [kept.get(job.output) or _planned_result(job, reasons.get(job.output, "")) for job in plan.jobs]
         failing = {result.output for result in results if result.status == "failed"}
         planned = [job for job in remaining if str(job.output) not in failing]
@@ -271,8 +276,8 @@ class _MattingRun:
             rounds = {"rounds": 1, "refs_per_group": len(self._options.references.ref)}
             settings["protocol"] = {"title": settings["title"], **rule.as_protocol(), **rounds}
         references = [
-            (one.rgb, one.selected, NEGATIVE_CAPTION if one.is_negative else REFERENCE_CAPTION)
-            for one in plan.references
+            (reference.rgb, reference.selected, NEGATIVE_CAPTION if reference.is_negative else REFERENCE_CAPTION)
+            for reference in plan.references
         ]
         page_images = PageImages(references_with_masks=references, colour=plan.colour)
         report = Report(
@@ -321,7 +326,7 @@ def run_digest(
     learn_steps = choice.resolve_learn_steps(options.sequences.learn_steps, is_shot=options.sequences.shot)
     parts = {
         **choice.digest_parts(),
-        DigestPart.REFERENCES: combined_digest(*(one.digest for one in references)),
+        DigestPart.REFERENCES: combined_digest(*(reference.digest for reference in references)),
         **sequence_digest_parts(learn_steps, is_shot=options.sequences.shot),
         DigestPart.FORMAT: output.format,
         DigestPart.IMAGE: "",
@@ -377,10 +382,12 @@ def _add_ground_truth(jobs: Sequence[Job], where: str) -> tuple[list[Job], list[
     ``where``: a folder with the same layout as the sources, or a frame pattern with the same frame numbers. Raises
     UsageError if no ground truth belongs to any image.
     """
-    folder, truths = Path(where), dict[Any, Path]()
+    folder = Path(where)
+    truths: dict[Path | int | None, Path] = {}
     has_numbers = not folder.is_dir() and FramePattern.parse(where) is not None
 
     def key_of(name: Path) -> Path | int | None:
+        """Return what an image and its ground truth have in common: the frame number, or the path without suffix."""
         return FrameName.from_path(name).number if has_numbers else name.with_suffix("")
 
     if has_numbers:
@@ -394,14 +401,14 @@ def _add_ground_truth(jobs: Sequence[Job], where: str) -> tuple[list[Job], list[
     else:
         problem = f"{folder} is a file" if folder.exists() else f"folder {folder} does not exist"
         raise UsageError(f"ground truth {problem}; expected a folder of alphas with the names of the images")
-    found = []
+    jobs_with_truth = []
     for job in jobs:
         truth = truths.get(key_of(job.name))
-        found.append(replace(job, planned=replace(job.planned, truth=str(truth or ""))))
-    if jobs and not any(job.planned.truth for job in found):
+        jobs_with_truth.append(replace(job, planned=replace(job.planned, truth=str(truth or ""))))
+    if jobs and not any(job.planned.truth for job in jobs_with_truth):
         name = jobs[0].name
         raise UsageError(f"ground truth {where} {lacking.format(name, name.with_suffix('.png'))}; check the path")
-    return found, list(truths.values())
+    return jobs_with_truth, list(truths.values())
 
 
 def _make_scorer(processes: int) -> tuple[Scorer, ScoringRule]:

@@ -36,7 +36,7 @@ class Mattes:
 
     def crop(self, box: CropBox) -> Mattes:
         """Return the mattes of a crop of the image."""
-        return Mattes(*(None if each is None else box.crop(each) for each in (self.garbage, self.keep)))
+        return Mattes(*(None if matte is None else box.crop(matte) for matte in (self.garbage, self.keep)))
 
     def hide_garbage(self, rgb: ImageU8) -> ImageU8:
         """Return the image [H,W,3] with its garbage area filled with the mean colour of the other pixels."""
@@ -44,9 +44,9 @@ class Mattes:
             return rgb
         weight = 1.0 - self.garbage
         total = float(weight.sum(dtype=np.float64))
-        colour = (
-            np.einsum("hwc,hw->c", rgb, weight, dtype=np.float64) / total if total >= 1.0 else np.full(3, HIDDEN_GREY)
-        )
+        colour = np.full(3, HIDDEN_GREY, np.float64)
+        if total >= 1.0:
+            colour = np.einsum("hwc,hw->c", rgb, weight, dtype=np.float64) / total
         return round_to_u8(rgb * weight[..., None] + colour.astype(np.float32) * self.garbage[..., None])
 
     def apply_to_alpha(self, alpha: Float) -> Float:
@@ -96,16 +96,16 @@ class ImageMattes:
     @property
     def problem(self) -> str:
         """Why a file is missing; "" if none is."""
-        return next((each.problem for each in (self.garbage, self.keep) if each is not None and each.problem), "")
+        return next((file.problem for file in (self.garbage, self.keep) if file is not None and file.problem), "")
 
     @functools.cached_property
     def digest(self) -> str:
         """Hash of the content of the files."""
-        return combined_digest(*("" if each is None else each.digest for each in (self.garbage, self.keep)))
+        return combined_digest(*("" if file is None else file.digest for file in (self.garbage, self.keep)))
 
     def read(self, windows: ImageWindows) -> Mattes:
         """Read the mattes for an image with these windows. Raises ImageError."""
-        return Mattes(*(None if each is None else each.read(windows) for each in (self.garbage, self.keep)))
+        return Mattes(*(None if file is None else file.read(windows) for file in (self.garbage, self.keep)))
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class MatteFiles:
         path = Path(where)
         if not path.is_file() and FramePattern.parse(where) is not None:
             found = find_sources(where, None, SkippedFiles(notice)).files
-            return cls(flag, where, {FrameName.from_path(each).number: MatteFile(each) for each in found})
+            return cls(flag, where, {FrameName.from_path(frame).number: MatteFile(frame) for frame in found})
         if not path.is_file():
             problem = "is a folder" if path.is_dir() else "does not exist"
             raise UsageError(f"{flag} {where} {problem}; expected an image, or frames such as matte.####.exr")
@@ -158,29 +158,27 @@ class MatteFiles:
 def assign_mattes(
     names: Sequence[Path], garbage: MatteFiles | None, keep: MatteFiles | None
 ) -> list[ImageMattes | None]:
-    """Return the mattes of each image, by names; only None if neither option is given.
+    """Return the mattes of each image of ``names``, in order; only None if neither option is given.
 
     Raises UsageError if the frames of an option belong to none of the images.
     """
-    given = [each for each in (garbage, keep) if each is not None]
-    for each in given:
-        if names and all(each.find_file(name).problem for name in names):
-            raise UsageError(
-                f"{each.flag} {each.where} has {format_count(len(each.files), 'frame')}, none with the frame number of "
-                f"an image, such as that of {names[0]}; expected the same frame numbers"
-            )
-    if not given:
+    if garbage is None and keep is None:
         return [None] * len(names)
-    return [
-        ImageMattes(*(None if each is None else each.find_file(name) for each in (garbage, keep))) for name in names
-    ]
+    for files in (garbage, keep):
+        if files is not None and names and all(files.find_file(name).problem for name in names):
+            raise UsageError(
+                f"{files.flag} {files.where} has {format_count(len(files.files), 'frame')}, none with the frame number "
+                f"of an image, such as that of {names[0]}; expected the same frame numbers"
+            )
+    return [ImageMattes(garbage and garbage.find_file(name), keep and keep.find_file(name)) for name in names]
 
 
 def read_matte(path: Path, windows: ImageWindows | None) -> Float:
     """Read the matte of an image as float32 [H,W] in 0..1. Raises ImageError.
 
     It is the alpha channel of the file if that varies, else the maximum of the channels. It is resized to the display
-    window of the image and cropped to its data window (``windows``; None: returned as it is stored).
+    window of the image and cropped to its data window. ``windows``: those of the image; None to return the matte as it
+    is stored.
     """
     stored = read_stored_pixels(path, windows)
     if any(NOT_FINITE in sentence for sentence in stored.notices):

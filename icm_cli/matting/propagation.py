@@ -153,8 +153,10 @@ class FlowField:
             evidence *= 1 + (config.correction_weight - 1) * correction / np.float32(255)
         weighted = np.asarray(_warp(evidence, self.flow) * self.agreement, np.float32)
         added = torch.from_numpy(self._resize_to_frame(weighted, (coarse.shape[0], coarse.shape[1]))).to(coarse.device)
-        margin = config.min_alpha * added.abs().clamp(max=1.0)  # the logits of 0 and 1 are infinite
+        # Alphas of 0 and 1 have infinite logits, which no evidence could change. They are first moved inwards.
+        margin = config.min_alpha * added.abs().clamp(max=1.0)
         alpha = torch.minimum(torch.maximum(coarse, margin), 1.0 - margin)
+        # This is sigmoid(logit(alpha) + added), computed without logits.
         foreground = alpha * added.exp()
         return (foreground / (foreground + 1.0 - alpha)).clamp(max=1.0)
 
@@ -183,15 +185,14 @@ class FlowField:
         windows = self.windows
         if windows is None or windows.is_full:
             return resize(values, size)
-        # Pixel centres of the result, in pixels of ``values``.
-        rows, columns = (
-            ((np.arange(size[n]) + 0.5) * windows.size[n] / size[n] + windows.offset[n])
-            * values.shape[n]
-            / windows.display[n]
-            - 0.5
-            for n in (0, 1)
-        )
-        x, y = np.meshgrid(columns.astype(np.float32), rows.astype(np.float32))
+
+        def positions(axis: int) -> NDArray[np.float32]:
+            """Pixel centres of the result along an axis, in pixels of ``values``."""
+            in_frame = (np.arange(size[axis]) + 0.5) * windows.size[axis] / size[axis]
+            in_values = (in_frame + windows.offset[axis]) * values.shape[axis] / windows.display[axis] - 0.5
+            return in_values.astype(np.float32)
+
+        x, y = np.meshgrid(positions(1), positions(0))
         return np.asarray(cv2.remap(values, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), np.float32)
 
 
@@ -234,8 +235,11 @@ class FlowPropagator:
             references = self._references(jobs[0].example_index)
             if isinstance(references, TrackingReferences):
                 return [self._matte_frame(job, frame, references) for job, frame in zip(jobs, frames, strict=True)]
-            coarse = self._predictor.coarse_alphas(frames, references)
-            return [self._matte_frame(*each) for each in zip(jobs, frames, coarse, strict=True)]
+            coarse_alphas = self._predictor.coarse_alphas(frames, references)
+            return [
+                self._matte_frame(job, frame, coarse)
+                for job, frame, coarse in zip(jobs, frames, coarse_alphas, strict=True)
+            ]
         except Exception:
             self._memories = memories
             raise
@@ -276,10 +280,11 @@ class FlowPropagator:
             before = FrameMemory.from_frame(frame.rgb, coarse.alpha.numpy(force=True), self._config, frame.windows)
             memory = replace(memory, correction=_find_correction(before.alpha, memory.alpha))
             # Alphas are propagated from this frame forward, and later backward, so it is kept for longer.
-            self._memories, self._start = {}, job.output
+            self._memories = {}
+            self._start = job.output
         self._memories[job.output] = memory
-        recent = [output for output in self._memories if output != self._start]
-        for output in recent[: -self._config.max_frames_back]:
+        deletable = [output for output in self._memories if output != self._start]
+        for output in deletable[: -self._config.max_frames_back]:
             del self._memories[output]
         provenance = {PROPAGATED_KEY: encode_alpha(memory.alpha)}
         if memory.correction is not None:
@@ -294,7 +299,8 @@ class FlowPropagator:
         source, mismatched = job.source, list[str]()
         memory: FrameMemory | None
         for _ in range(self._config.max_frames_back):
-            keyframe, previous = self._shot.keyframes.get(job.output), self._shot.previous.get(job.output)
+            keyframe = self._shot.keyframes.get(job.output)
+            previous = self._shot.previous.get(job.output)
             if keyframe is not None:
                 name, memory = keyframe.name, self._reference_memory(keyframe.read())
             elif previous is not None:
@@ -381,9 +387,9 @@ class TrackingReferences:
             (coarse,) = predictor.coarse_alphas([crop], self.cropped)
             return coarse, resize_alpha(coarse.alpha, crop.size)
 
-        found = matte_in_crops(box, frame.size, matte_crop, config.crop)
-        assert found is not None  # matte_crop never returns None
-        coarse, alpha, box = found
+        matted = matte_in_crops(box, frame.size, matte_crop, config.crop)
+        assert matted is not None  # matte_crop never returns None
+        coarse, alpha, box = matted
         pasted = paste_crop(alpha, box, frame.size)
         return replace(coarse, alpha=resize_alpha(pasted, frame.placement.content))
 
@@ -407,7 +413,7 @@ def prepare_references(
     report = _LearningProgress(notice)
     if not is_shot:
         return predictor.reference(references, learn_steps=learn_steps, on_progress=report)
-    crops = [crop_reference(each, TrackingConfig().crop) for each in references]
+    crops = [crop_reference(reference, TrackingConfig().crop) for reference in references]
     cropped = predictor.reference(crops, learn_steps=learn_steps, on_progress=report)
     return TrackingReferences(predictor.reference(references), cropped)
 
@@ -463,7 +469,7 @@ def decode_alpha(text: str) -> ImageU8 | None:
 def _find_correction(before: ImageU8, after: ImageU8) -> ImageU8 | None:
     """Return how much an alpha was corrected, uint8 [h,w]: 0 for changes of up to one half, 255 for a change of 255.
 
-    None if it was corrected nowhere. ``before`` and ``after``: the alpha before and after, uint8 [h,w].
+    Returns None if it was corrected nowhere. ``before`` and ``after``: the alpha, uint8 [h,w].
     """
     change = cv2.absdiff(before, after).astype(np.float32)
     correction = np.asarray(np.clip(2 * change - 255, 0, 255), np.uint8)
@@ -486,8 +492,8 @@ def _compute_flow(now: ImageU8, earlier: ImageU8, config: PropagationConfig) -> 
     height, width = now.shape[:2]
     below, right = max(0, config.min_flow_px - height), max(0, config.min_flow_px - width)
     grey = [
-        cv2.copyMakeBorder(cv2.cvtColor(each, cv2.COLOR_RGB2GRAY), 0, below, 0, right, cv2.BORDER_REPLICATE)
-        for each in (now, earlier)
+        cv2.copyMakeBorder(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), 0, below, 0, right, cv2.BORDER_REPLICATE)
+        for image in (now, earlier)
     ]
     flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey, None)  # type: ignore[call-overload]
     return np.asarray(flow[:height, :width], np.float32)

@@ -29,7 +29,7 @@ FOREGROUND_THRESHOLD = 0.5
 MAX_CONTRADICTION = 0.5
 """Largest fraction of the object of a reference that a negative reference of the same image may mark."""
 INVERTED_FRACTION, INVERTED_BORDER = 0.6, 0.95
-"""Fractions of the image, and of its border, above which a white area is probably the background."""
+"""Above the first fraction of the image and the second of its border, a white area is probably the background."""
 
 MakeMask: TypeAlias = Callable[[ImageU8, Hints], NDArray[np.bool_]]
 """Function that returns the mask, bool [H,W], of the object that hints mark in an image, sRGB uint8 [H,W,3]."""
@@ -60,7 +60,7 @@ class Reference:
 
     @property
     def is_negative(self) -> bool:
-        """Whether this is a negative reference: no pixel is of the object, and none but unknown ones may be."""
+        """Whether this is a negative reference: no pixel is marked as the object."""
         return not self.guidance.any()
 
     @property
@@ -164,16 +164,17 @@ def check_negatives(references: Sequence[Reference]) -> None:
 
     That is so if both have the same image, and the negative covers more than ``MAX_CONTRADICTION`` of the object.
     """
-    objects = [each for each in references if not each.is_negative]
-    for number, negative in enumerate((each for each in references if each.is_negative), 1):
-        for reference in objects:
-            if np.array_equal(negative.rgb, reference.rgb):
-                marked = float(negative.selected[reference.guidance].mean())
-                if marked > MAX_CONTRADICTION:
-                    raise UsageError(
-                        f"negative reference {number} (--not-ref) is also the image of a reference, and marks "
-                        f"{marked:.0%} of its object as not the object; give a mask (--not-mask) without the object"
-                    )
+    positives = [reference for reference in references if not reference.is_negative]
+    negatives = [reference for reference in references if reference.is_negative]
+    for (number, negative), positive in itertools.product(enumerate(negatives, 1), positives):
+        if not np.array_equal(negative.rgb, positive.rgb):
+            continue
+        marked = float(negative.selected[positive.guidance].mean())
+        if marked > MAX_CONTRADICTION:
+            raise UsageError(
+                f"negative reference {number} (--not-ref) is also the image of a reference, and marks "
+                f"{marked:.0%} of its object as not the object; give a mask (--not-mask) without the object"
+            )
 
 
 def make_guidance(mask: ImageU8, windows: ImageWindows, name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
@@ -259,8 +260,8 @@ def _read_reference(
             height, width = image.rgb.shape[:2]
             stored = image.stored
             placement = MaskPlacement((height, width), stored.orientation, orientation) if stored else None
-            found = read_mask(mask, label, notice, placement, image.windows)
-            return _make_reference(image, found, f"mask {mask}", notice, may_be_full=not needs_mask)
+            file_mask = read_mask(mask, label, notice, placement, image.windows)
+            return _make_reference(image, file_mask, f"mask {mask}", notice, may_be_full=not needs_mask)
         if image.alpha is not None and image.alpha.min() != image.alpha.max():
             name = f"the alpha of reference {ref}"
             guidance = make_guidance(image.alpha, image.windows, name, notice)

@@ -65,8 +65,8 @@ class ResultCollector:
         """Add a result of the engine. If it is to be scored, it is reported when it has its scores."""
         if result.status == "done" and "predictions" not in self.report.settings:
             result = replace(result, matting=replace(result.matting, made_by=environment.__version__))
-        is_named = result.output in result.reason  # the reason already says what happens to the file
-        if result.status == "failed" and result.output and not is_named and is_file(result.output):
+        reason_names_output = result.output in result.reason  # it already says what happens to the file
+        if result.status == "failed" and result.output and not reason_names_output and is_file(result.output):
             earlier = f"the earlier alpha {result.output} is kept, although its source or settings have changed"
             result = replace(result, reason=f"{result.reason}; {earlier}")
         task = self._scoring.task_for(result) if self._scoring and result.status in ("done", "kept") else None
@@ -82,9 +82,9 @@ class ResultCollector:
 
     def add_flicker(self, tasks: Sequence[tuple[tuple[int, str], FlickerTask]]) -> None:
         """Measure the flicker of results. ``tasks``: pairs of the key of a result and its task."""
-        numbers = {result.key: number for number, result in enumerate(self.report.results)}
+        positions = {result.key: position for position, result in enumerate(self.report.results)}
         for key, task in tasks:
-            self._submit_task(task, partial(self._add_flicker_score, numbers[key]))
+            self._submit_task(task, partial(self._add_flicker_score, positions[key]))
 
     def add_problem(self, problem: Problem) -> None:
         """Add a problem of the data, and report it."""
@@ -125,10 +125,11 @@ class ResultCollector:
             )
         )
 
-    def _add_flicker_score(self, number: int, scored: Any) -> None:
-        if isinstance(scored, float):
-            result = self.report.results[number]
-            self.report.results[number] = replace(result, evaluation=replace(result.evaluation, dt_ssd=scored))
+    def _add_flicker_score(self, position: int, score: Any) -> None:
+        """Add a flicker score to the result at a position of the report; None is ignored."""
+        if isinstance(score, float):
+            result = self.report.results[position]
+            self.report.results[position] = replace(result, evaluation=replace(result.evaluation, dt_ssd=score))
 
     def _report_result(self, result: ImageResult) -> None:
         """Add a result to the report and notify the listener, unless that was done before."""

@@ -87,7 +87,10 @@ class ExistingAlpha:
         return made_by == (__version__, code_fingerprint())
 
     def can_be_kept(self, job: Job, digest: str, *, keep_all: bool) -> bool:
-        """Return whether the alpha is kept: if it is reviewed, up to date, or with ``keep_all`` of the same source."""
+        """Return whether the alpha is kept: if it is reviewed or up to date, or if its source is the same.
+
+        The last reason counts only with ``keep_all``, which is ``--keep-existing``.
+        """
         if keep_all and not self.is_reviewed:
             return self._has_content_of(job)
         return self.is_reviewed or (self.is_of_same_state and self.provenance[DIGEST_KEY] == digest)
@@ -101,16 +104,22 @@ class ExistingAlpha:
 
     def outdated_reason(self, job: Job, digest: str, hints_digest: str) -> str:
         """Return why the alpha is recomputed. Arguments are those of :func:`make_provenance`."""
-        recorded = self.provenance.get(HINTS_KEY, "")
+        earlier_hints = self.provenance.get(HINTS_KEY, "")
         if not self.is_of_this_icm:
             return "another version of icm made its alpha"
-        if recorded != hints_digest:
-            return f"its hints {'are new' if not recorded else 'changed' if hints_digest else 'were removed'}"
+        if not earlier_hints and hints_digest:
+            return "its hints are new"
+        if earlier_hints and not hints_digest:
+            return "its hints were removed"
+        if earlier_hints != hints_digest:
+            return "its hints changed"
         if not self._has_content_of(job):
             return "its source changed"
         if self.provenance[DIGEST_KEY] != digest:
             return "settings, references or mattes changed"
-        return "the time of its source changed" if not self.is_of_same_state else "an earlier frame is recomputed"
+        if not self.is_of_same_state:
+            return "the time of its source changed"
+        return "an earlier frame is recomputed"
 
 
 def make_provenance(
@@ -218,6 +227,7 @@ def keep_existing_alphas(
     """
 
     def inspect(job: Job) -> tuple[ExistingAlpha | OtherSourceError | None, bool]:
+        """Return the existing alpha, or the error if it conflicts with this run; and whether it can be kept."""
         try:
             existing = read_existing_alpha(job)
             return existing, existing is not None and existing.can_be_kept(job, digest_for(job), keep_all=keep_all)
@@ -238,7 +248,8 @@ def keep_existing_alphas(
     if conflicts:
         more = f"; and {len(conflicts) - MAX_LISTED_FILES} more" if len(conflicts) > MAX_LISTED_FILES else ""
         raise UsageError("; ".join(map(str, conflicts[:MAX_LISTED_FILES])) + more)
-    _report_kept([each for each in alphas if each[0].output in kept], digest_for, on_result, notice)
+    kept_alphas = [(job, existing) for job, existing in alphas if job.output in kept]
+    _report_kept(kept_alphas, digest_for, on_result, notice)
     _count_versions([existing for _, existing in outdated], "recomputing", hint, notice)
     if on_outdated is not None:
         for job, existing in outdated:
@@ -277,7 +288,7 @@ def _report_kept(
 def _count_versions(alphas: Sequence[ExistingAlpha], action: str, hint: str, notice: Callable[[str], None]) -> None:
     """Give a notice that counts the alphas of other versions of icm. ``action``: "kept" or "recomputing"."""
     others = [existing.result.matting.made_by for existing in alphas if not existing.is_of_this_icm]
-    versions = Counter(f"{one} with other code" if one == __version__ else one for one in others)
+    versions = Counter(f"{maker} with other code" if maker == __version__ else maker for maker in others)
     if versions:
         counts = ", ".join(f"{version}: {count}" for version, count in sorted(versions.items()))
         notice(f"{action} {format_count(len(others), 'alpha')} made by another version of icm ({counts}){hint}")
@@ -295,17 +306,16 @@ def read_existing_alpha(job: Job) -> ExistingAlpha | None:
         (path for path, provenance in provenances.items() if provenance and has_changed_pixels(path, provenance)), None
     )
     provenance = provenances[job.output]
-    if not (all(provenances.values()) or REVIEWED_KEY in provenance):
+    is_complete = all(provenances.values())
+    if not is_complete and REVIEWED_KEY not in provenance:
         if retouched is not None:
             raise _retouched_error(retouched, job)
         return None
+    result = replace(job.planned, status="kept", matting=recorded_details(provenance))
+    # Below another root the state may differ, and _read_own_provenance() has compared the content.
     is_same_root = provenance.get(ROOT_KEY) == escape_name(job.root)
-    return ExistingAlpha(
-        replace(job.planned, status="kept", matting=recorded_details(provenance)),
-        provenance,
-        not is_same_root or provenance.get(SOURCE_KEY) == job.state(),  # under another root the content was compared
-        retouched,
-    )
+    is_of_same_state = not is_same_root or provenance.get(SOURCE_KEY) == job.state()
+    return ExistingAlpha(result, provenance, is_of_same_state, retouched)
 
 
 def _retouched_error(path: Path, job: Job) -> OtherSourceError:
@@ -337,11 +347,11 @@ def recorded_details(provenance: Mapping[str, str]) -> MattingDetails:
 
 
 def _check_ranges(recorded: Mapping[str, Any]) -> None:
-    """Raise ValueError for recorded values that are not finite or not in 0..1."""
+    """Raise ValueError for a recorded fraction that is not in 0..1, or a signal that is not finite."""
     fractions = [recorded[name] for name in ("foreground", "quality") if recorded.get(name) is not None]
-    if not all(0 <= value <= 1 for value in fractions) or not all(
-        map(math.isfinite, recorded.get("signals", {}).values())
-    ):
+    are_fractions_valid = all(0 <= value <= 1 for value in fractions)
+    are_signals_finite = all(map(math.isfinite, recorded.get("signals", {}).values()))
+    if not (are_fractions_valid and are_signals_finite):
         raise ValueError
 
 
@@ -355,7 +365,7 @@ def _read_own_provenance(path: Path, job: Job) -> dict[str, str]:
     if not is_file(path):
         return {}
     provenance = read_provenance(path)
-    is_foreign = DIGEST_KEY not in provenance if provenance is not None else _is_foreign_file(path)
+    is_foreign = _is_foreign_file(path) if provenance is None else DIGEST_KEY not in provenance
     if is_foreign:
         raise OtherSourceError(f"{path} was not made by icm and would be overwritten; {_keep_advice(job)}")
     if not provenance or NAME_KEY not in provenance:
@@ -371,7 +381,7 @@ def _read_own_provenance(path: Path, job: Job) -> dict[str, str]:
 
 
 def _is_foreign_file(path: Path) -> bool:
-    """Return whether another program wrote a file, by its first bytes. An empty file is not foreign.
+    """Return whether another program wrote a file without provenance, by its first bytes. An empty file is not foreign.
 
     Raises ImageError.
     """

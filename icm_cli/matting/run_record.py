@@ -88,24 +88,25 @@ def command_line(options: MatteOptions) -> str:
     for field in options.option_fields():
         if field.name not in options.given:
             continue
-        value = options.get_value(field.name)
-        for one in value if field.is_repeatable else [value]:
+        values = options.get_value(field.name) if field.is_repeatable else [options.get_value(field.name)]
+        for value in values:
             if field.value_type is bool:
-                words += [field.flag] if one else []
+                words += [field.flag] if value else []
+            elif isinstance(value, tuple):
+                words += [field.flag, ",".join(f"{number:g}" for number in value)]
             else:
-                text = ",".join(f"{number:g}" for number in one) if isinstance(one, tuple) else str(one)
-                words += [field.flag, text]
+                words += [field.flag, str(value)]
     return shlex.join(words)
 
 
 def _to_recorded(field: OptionField, value: Any) -> Any:
     """Return the value of an option as JSON."""
     if field.is_repeatable:
-        return [_to_recorded_one(field, one) for one in value]
-    return _to_recorded_one(field, value)
+        return [_to_recorded_item(field, item) for item in value]
+    return _to_recorded_item(field, value)
 
 
-def _to_recorded_one(field: OptionField, value: Any) -> Any:
+def _to_recorded_item(field: OptionField, value: Any) -> Any:
     """Return one value as JSON. Paths become absolute. A value that may be a name is a path only if that exists."""
     if isinstance(value, tuple):
         return list(value)

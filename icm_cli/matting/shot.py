@@ -63,11 +63,13 @@ class Shot:
             frames: list[Job | Keyframe] = sorted([*jobs, *keys], key=lambda frame: natural_sort_key(frame.name))
             names += (frame.name for frame in frames)
             starts = [index for index, frame in enumerate(frames) if isinstance(frame, Keyframe) or frame.hints] or [0]
-            lasts = [*((first + second) // 2 for first, second in itertools.pairwise(starts)), len(frames) - 1]
-            firsts = [0, *(last + 1 for last in lasts[:-1])]  # frames first..last belong to a start
+            # The frames first..last belong to a start. Between two starts, the border is in the middle.
+            lasts = [*((start + next_start) // 2 for start, next_start in itertools.pairwise(starts)), len(frames) - 1]
+            firsts = [0, *(last + 1 for last in lasts[:-1])]
             for start, first, last in zip(starts, firsts, lasts, strict=True):
                 order += (frame for frame in frames[start : start + 1] if isinstance(frame, Job))
-                for run in (frames[start : last + 1], frames[first : start + 1][::-1]):
+                forward, backward = frames[start : last + 1], frames[first : start + 1][::-1]
+                for run in (forward, backward):
                     for before, frame in itertools.pairwise(run):
                         assert isinstance(frame, Job)  # every keyframe is a start
                         order.append(frame)
@@ -107,9 +109,9 @@ class Shot:
         hints: dict[Path, ImageHints] = {}
         for job in self.order:
             previous = self.previous.get(job.output)
-            found = job.hints or (hints.get(previous.output) if previous else None)
-            if found is not None:
-                hints[job.output] = found
+            job_hints = job.hints or (hints.get(previous.output) if previous else None)
+            if job_hints is not None:
+                hints[job.output] = job_hints
         return hints
 
     def matte_digest(self, job: Job) -> str:
@@ -120,8 +122,10 @@ class Shot:
     def _matte_digests(self) -> dict[Path, str]:
         digests: dict[Path, str] = {}
         for job in self.order:
-            own, previous = job.mattes.digest if job.mattes else "", self.previous.get(job.output)
-            digests[job.output] = combined_digest(own, digests[previous.output] if previous else "")
+            previous = self.previous.get(job.output)
+            own_digest = job.mattes.digest if job.mattes else ""
+            previous_digest = digests[previous.output] if previous else ""
+            digests[job.output] = combined_digest(own_digest, previous_digest)
         return digests
 
     def with_jobs(self, jobs: Sequence[Job]) -> Shot:
@@ -147,20 +151,21 @@ class Shot:
 def split_shots(jobs: Sequence[Job], keys: Sequence[Keyframe]) -> list[tuple[list[Job], list[Keyframe]]]:
     """Split frames and keyframes into shots.
 
-    A folder is one shot. It is one shot for each prefix before the frame number, such as a.0001.png and b.0001.png, if
-    each prefix has at least ``MIN_FRAMES`` frames or only keyframes.
+    A folder is one shot. But if its files have several prefixes before the frame number, as a.0001.png and b.0001.png
+    have, each prefix is a shot. This requires that each prefix has at least ``MIN_FRAMES`` files, or only keyframes.
     """
     folders: dict[Path, dict[str, list[Job | Keyframe]]] = {}
     frames: list[Job | Keyframe] = [*jobs, *keys]
-    for each in frames:
-        prefix = FrameName.from_path(each.name).stem
-        folders.setdefault(each.name.parent, {}).setdefault(prefix, []).append(each)
+    for frame in frames:
+        prefix = FrameName.from_path(frame.name).stem
+        folders.setdefault(frame.name.parent, {}).setdefault(prefix, []).append(frame)
     shots = []
     for frames_by_prefix in folders.values():
-        parts = list(frames_by_prefix.values())  # in each, keyframes follow the jobs
+        parts = list(frames_by_prefix.values())
+        # In each part, keyframes follow the jobs: if the first is a keyframe, all are.
         are_shots = all(len(part) >= MIN_FRAMES or isinstance(part[0], Keyframe) for part in parts)
-        shots += parts if are_shots else [[each for part in parts for each in part]]
+        shots += parts if are_shots else [list(itertools.chain(*parts))]
     return [
-        ([each for each in shot if isinstance(each, Job)], [each for each in shot if isinstance(each, Keyframe)])
+        ([frame for frame in shot if isinstance(frame, Job)], [frame for frame in shot if isinstance(frame, Keyframe)])
         for shot in shots
     ]

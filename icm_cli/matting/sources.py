@@ -162,8 +162,11 @@ def _natural_name_key(name: str) -> list[tuple[int, int, str, str]]:
     """Return the sort key of one part of a path. It is cached, because many files have the same folders."""
     keys = []
     for part in filter(None, re.split("([0-9]+)", name)):
-        digits = part.lstrip("0") if part[0] in "0123456789" else None  # compared by their length, then as text
-        keys.append((1, 0, part, "") if digits is None else (0, len(digits), digits, part))
+        if part[0] in "0123456789":  # numbers are compared by their number of digits, then as text
+            digits = part.lstrip("0")
+            keys.append((0, len(digits), digits, part))
+        else:
+            keys.append((1, 0, part, ""))
     return keys
 
 
@@ -213,7 +216,8 @@ def _find_files(src: str | Path, skipped_files: SkippedFiles, is_ignored: Callab
         return _keep_images(path, files, skipped, skipped_files)
     if path.is_file():
         return _read_file(path, skipped_files)
-    if kind := special_file_kind(path.stat().st_mode) if path.exists() else "":
+    kind = special_file_kind(path.stat().st_mode) if path.exists() else ""
+    if kind:
         raise UsageError(f"source {text} is {kind}; {EXPECTED_SOURCE}")
     files = list(expand_glob(text, skipped)) if glob.has_magic(text) else []
     if files:
@@ -250,8 +254,8 @@ def _keep_images(root: Path, paths: Sequence[Path], skipped: SkippedPaths, skipp
     inspected = {path: SourceFile.inspect(path) for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES}
     reasons = {path: _reason_to_skip(file) for path, file in inspected.items()}
     for reason in (UNREADABLE_FILE, A_MOVIE, NOT_AN_IMAGE):
-        excluded = {path for path in paths if reasons.get(path) == reason}
-        paths = skipped_files.exclude(paths, excluded.__contains__, reason)
+        paths_to_skip = {path for path in paths if reasons.get(path) == reason}
+        paths = skipped_files.exclude(paths, paths_to_skip.__contains__, reason)
     return Sources(root, paths, inspected={path: inspected[path] for path in paths if path in inspected})
 
 
@@ -274,16 +278,16 @@ def _find_sequence(pattern: FramePattern, text: str, skipped_files: SkippedFiles
         names.setdefault(path.name, []).append(path)
     if not pattern.matching_names(names) and pattern.escape_wildcards().matching_names(names):
         pattern = pattern.escape_wildcards()
-    found = [path for name in pattern.matching_names(names) for path in names[name] if path.is_file()]
+    matching = [path for name in pattern.matching_names(names) for path in names[name] if path.is_file()]
     others = [path for name in pattern.names_with_other_numbers(names) for path in names[name] if path.is_file()]
     skipped_files.add(others, f"its number does not match {Path(text).name}, by its sign or its digits")
     skipped_files.add_skipped_paths(skipped)
-    if not found:
+    if not matching:
         raise UsageError(
             f"no file matches {text}; its name was read as a frame pattern with {pattern.digits} "
             "or more digits; check the path and the number of digits"
         )
-    return Sources(Path(split_glob(pattern.folder)[0]), found, is_sequence=True)
+    return Sources(Path(split_glob(pattern.folder)[0]), matching, is_sequence=True)
 
 
 def _read_list(data: bytes, where: str, skipped_files: SkippedFiles) -> Sources:
@@ -313,8 +317,8 @@ def _find_list_root(lines: Sequence[str], where: str) -> Path:
 
     Raises UsageError for different roots.
     """
-    given = [line.rpartition(ROOT_MARK)[0] for line in lines if ROOT_MARK in line]
-    roots = sorted({os.path.abspath(root or "/") for root in given})  # noqa: PTH100
+    marked_roots = [line.rpartition(ROOT_MARK)[0] for line in lines if ROOT_MARK in line]
+    roots = sorted({os.path.abspath(root or "/") for root in marked_roots})  # noqa: PTH100
     if len(roots) > 1:
         raise UsageError(
             f"{where} has lines of {len(roots)} roots, such as {roots[0]} and {roots[1]}, and output paths are "
