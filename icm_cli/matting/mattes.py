@@ -170,7 +170,13 @@ def assign_mattes(
                 f"{files.flag} {files.where} has {format_count(len(files.files), 'frame')}, none with the frame number "
                 f"of an image, such as that of {names[0]}; expected the same frame numbers"
             )
-    return [ImageMattes(garbage and garbage.find_file(name), keep and keep.find_file(name)) for name in names]
+
+    def find_mattes(name: Path) -> ImageMattes:
+        return ImageMattes(
+            None if garbage is None else garbage.find_file(name), None if keep is None else keep.find_file(name)
+        )
+
+    return [find_mattes(name) for name in names]
 
 
 def read_matte(path: Path, windows: ImageWindows | None) -> Float:
