@@ -56,7 +56,7 @@ def crop_box(
     """
     if not mask.any():
         return None
-    display, at = (size, (0, 0)) if windows is None else (windows.display, windows.offset)
+    display, offset = (size, (0, 0)) if windows is None else (windows.display, windows.offset)
     # First and last row of the object, then first and last column, each with the last one plus 1.
     extents = [np.flatnonzero(mask.any(axis=axis))[[0, -1]] + (0, 1) for axis in (1, 0)]
     margin = settings.margin * max(end - start for start, end in extents)
@@ -65,8 +65,8 @@ def crop_box(
         centre = (start + end) / 2
         half_side = max((end - start) / 2 + margin, settings.min_side * mask.shape[n] / 2)
         scale = display[n] / mask.shape[n]
-        low = max(0, math.floor((centre - half_side) * scale) - at[n])
-        high = min(size[n], math.ceil((centre + half_side) * scale) - at[n])
+        low = max(0, math.floor((centre - half_side) * scale) - offset[n])
+        high = min(size[n], math.ceil((centre + half_side) * scale) - offset[n])
         if low >= high:
             return None
         sides.append(slice(low, high))
