@@ -16,6 +16,7 @@ from icm_cli.options import (
     GuidanceRule,
     ImageFormat,
     MaskOrientation,
+    MatchRule,
     MetricVariant,
     MissingPolicy,
     Region,
@@ -63,6 +64,7 @@ def matte(
     model: str | None = None,
     checkpoint: str | Path | None = None,
     weights: str | None = None,
+    match: MatchRule | None = None,
     edges: EdgeMethod = "model",
     edges_weights: str | None = None,
     device: str = "auto",
@@ -157,6 +159,9 @@ def matte(
         model: Model: a name that icm matte --list-models prints, such as lite, or a .yaml file.
         checkpoint: Trained weights: the published .ckpt, or a .safetensors file of icm.
         weights: Weights of the backbone: a folder, or a repository of the Hugging Face hub.
+        match: Objects that are matted: kind (of the kind of the reference's object, such as any
+            dog), or same (only those that look like the very same thing: the same species, model or
+            individual).
         edges: How the coarse alpha is refined at edges: by the model's own method, closed-form
             matting or ViTMatte.
         edges_weights: Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.
@@ -227,6 +232,7 @@ def evaluate(
     model: str | None = None,
     checkpoint: str | Path | None = None,
     weights: str | None = None,
+    match: MatchRule | None = None,
     edges: EdgeMethod = "model",
     edges_weights: str | None = None,
     device: str = "auto",
@@ -273,6 +279,9 @@ def evaluate(
         model: Model: a name that icm matte --list-models prints, such as lite, or a .yaml file.
         checkpoint: Trained weights: the published .ckpt, or a .safetensors file of icm.
         weights: Weights of the backbone: a folder, or a repository of the Hugging Face hub.
+        match: Objects that are matted: kind (of the kind of the reference's object, such as any
+            dog), or same (only those that look like the very same thing: the same species, model or
+            individual).
         edges: How the coarse alpha is refined at edges: by the model's own method, closed-form
             matting or ViTMatte.
         edges_weights: Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.
@@ -334,6 +343,7 @@ def load(
     *,
     checkpoint: str | Path | None = None,
     weights: str | None = None,
+    match: MatchRule | None = None,
     edges: EdgeMethod = "model",
     edges_weights: str | None = None,
     device: str = "auto",
@@ -347,6 +357,9 @@ def load(
         model: Model: a name that icm matte --list-models prints, such as lite, or a .yaml file.
         checkpoint: Trained weights: the published .ckpt, or a .safetensors file of icm.
         weights: Weights of the backbone: a folder, or a repository of the Hugging Face hub.
+        match: Objects that are matted: kind (of the kind of the reference's object, such as any
+            dog), or same (only those that look like the very same thing: the same species, model or
+            individual).
         edges: How the coarse alpha is refined at edges: by the model's own method, closed-form
             matting or ViTMatte.
         edges_weights: Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.

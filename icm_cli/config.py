@@ -17,12 +17,13 @@ import yaml
 from icm_cli.errors import ConfigError, UsageError, did_you_mean, quote_value
 
 ComponentKind = Literal["backbone", "head", "objects", "edges"]
+MatchRule = Literal["kind", "same"]
 T = TypeVar("T")
 TRAINING_KEYS = ("train", "data")
 """Sections of a configuration file that only ``icm train`` reads."""
 COMPONENT_KEYS: tuple[ComponentKind, ...] = ("backbone", "head", "objects", "edges")
 """Sections of a configuration file that define the model."""
-PASS_KEYS = ("second_pass", "guided_filter")
+PASS_KEYS = ("second_pass", "match", "guided_filter")
 """Optional sections of a configuration file for the passes around the components."""
 MODEL_SECTIONS = (*COMPONENT_KEYS, *PASS_KEYS)
 """Sections of a configuration file that :func:`parse_model_config` reads."""
@@ -93,6 +94,19 @@ class SecondPassConfig:
 
 
 @dataclass(frozen=True)
+class MatchConfig:
+    """How similar an object must be to that of the references."""
+
+    rule: MatchRule = "kind"
+    """``kind``: objects of the same kind are matted. ``same``: of these, only objects that look like the very same
+    thing: the same species, model or individual. It needs a head with ``can_compare_objects``."""
+    min_similarity: float = 0.7
+    """For ``same``: smallest similarity to a reference, see ``icm_cli.model.contracts.ObjectTokens``."""
+    max_difference: float = 0.1
+    """For ``same``: largest difference from the most similar object in the image."""
+
+
+@dataclass(frozen=True)
 class GuidedFilterConfig:
     """Guided filter that enlarges alphas to the size of their source, along the edges of the image."""
 
@@ -114,6 +128,8 @@ class ModelConfig:
     """Component that completes the objects of a coarse alpha before their edges are refined."""
     second_pass: SecondPassConfig = SecondPassConfig()
     """Second pass where the presence of the object is uncertain; used by models with edges."""
+    match: MatchConfig = MatchConfig()
+    """Which of the completed objects are kept."""
     guided_filter: GuidedFilterConfig = GuidedFilterConfig()
     """Enlarges the head's alpha to the size of the source; used by models without edges."""
 
@@ -182,6 +198,7 @@ def parse_model_config(mapping: object, where: str) -> ModelConfig:
         edges=None if edges is None else _parse_component("edges", edges, f"{where}: edges"),
         objects=None if objects is None else _parse_component("objects", objects, f"{where}: objects"),
         second_pass=parse_dataclass(SecondPassConfig, fields.get("second_pass", {}), f"{where}: second_pass"),
+        match=parse_dataclass(MatchConfig, fields.get("match", {}), f"{where}: match"),
         guided_filter=parse_dataclass(GuidedFilterConfig, fields.get("guided_filter", {}), f"{where}: guided_filter"),
     )
 

@@ -35,7 +35,7 @@ from icm_cli.options.definition import DigestPart
 
 PACKAGE = Path(digest_module.__file__).parents[1]
 COMPONENTS = ("backbone", "head", "objects", "edges")
-PASSES = ("second_pass", "guided_filter")
+PASSES = ("second_pass", "match", "guided_filter")
 
 
 @pytest.fixture
@@ -389,6 +389,7 @@ def pixel_options(scene: Path, folder: Path) -> dict[str, tuple[dict[str, Any], 
         "model": ({}, "lite-training-free"),
         "checkpoint": ({"model": "lite"}, folder / "other.safetensors"),
         "weights": ({"model": folder / "dino.yaml", "weights": folder / "dino1"}, folder / "dino2"),
+        "match": ({"model": "lite"}, "same"),
         "edges": ({}, "closed-form"),
         "edges_weights": ({"edges": "vitmatte", "edges_weights": folder / "vitmatte1"}, folder / "vitmatte2"),
         "dtype": ({}, "bfloat16"),

@@ -68,6 +68,8 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
             f"{evaluation.title} has no group with two usable images, so there are no references; give --groups FILE "
             "to define groups, or --pred DIR to score existing alphas"
         )
+    if options.shot:
+        choice.check_shot()
     steps = choice.resolve_learn_steps(options.learn_steps, is_shot=options.shot)
     digests = _example_digests(store, choice, examples, steps, is_shot=options.shot)
     with _alphas_folder(evaluation, digests) as folder:

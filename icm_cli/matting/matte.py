@@ -353,6 +353,8 @@ def _make_setups(options: MatteOptions, plan: MattingPlan, choices: Sequence[Mod
         decoder_digest=choices[0].decoder_digest() if any(job.hints for job in plan.jobs) else "",
     )
     choices[0].check_guidance(plan.references)
+    if options.sequences.shot:
+        choices[0].check_shot()
     steps = choices[0].resolve_learn_steps(options.sequences.learn_steps, is_shot=options.sequences.shot)
     return [EngineSetup(choice, plan.references, steps, engine) for choice in choices]
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from icm_cli.config import ModelConfig, component_class
+from icm_cli.config import MatchConfig, ModelConfig, component_class
 from icm_cli.device import Device
 from icm_cli.environment import check_not_forked
+from icm_cli.errors import UsageError
 from icm_cli.matting.predictor import Predictor, check_guidance, check_learn_steps
 from icm_cli.matting.propagation import PropagationConfig
 from icm_cli.matting.references import Reference
@@ -22,6 +23,7 @@ from icm_cli.model.loading import (
     load_model,
     model_digest,
     override_edges,
+    override_match,
     resolve_model,
     select_device,
 )
@@ -51,6 +53,7 @@ class ModelChoice:
         """
         config, path = resolve_model(options.model, options.checkpoint)
         config = override_edges(config, options.edges, options.edges_weights)
+        config = override_match(config, options.match)
         selected = select_device(config, device or options.device, options.dtype)
         resolved_batch_size = selected.auto_batch_size if batch_size == "auto" else batch_size
         return cls(config, path, options.weights, options.offline, options.seed, selected, resolved_batch_size)
@@ -77,6 +80,10 @@ class ModelChoice:
         The default is ``DEFAULT_STEPS`` in a shot, if the head can be fine-tuned, and 0 otherwise. Raises UsageError.
         """
         return _resolve_learn_steps(requested, component_class("head", self.config.head.name), is_shot=is_shot)
+
+    def check_shot(self) -> None:
+        """Raise UsageError if this model cannot matte shots."""
+        _check_shot(self.config.match)
 
     def check_guidance(self, references: Sequence[Reference]) -> None:
         """Raise UsageError for references that the head of this model cannot use."""
@@ -134,6 +141,10 @@ class LoadedModel:
         """As in :class:`ModelChoice`."""
         return _resolve_learn_steps(requested, type(self.predictor.model.head), is_shot=is_shot)
 
+    def check_shot(self) -> None:
+        """As in :class:`ModelChoice`."""
+        _check_shot(self.predictor.model.match)
+
     def load_predictor(self) -> Predictor:
         """Return the loaded model."""
         return self.predictor
@@ -167,6 +178,14 @@ def _resolve_learn_steps(requested: int | None, head: type[Head], *, is_shot: bo
         return DEFAULT_STEPS if is_shot and head.can_learn_references else 0
     check_learn_steps(requested, head)
     return requested
+
+
+def _check_shot(match: MatchConfig) -> None:
+    if match.rule == "same":
+        raise UsageError(
+            "--match same decides about the objects in single images, and --shot follows one object through all "
+            "frames; omit one of the two"
+        )
 
 
 @keyword_arguments(LoadOptions)

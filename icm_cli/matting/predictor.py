@@ -25,11 +25,12 @@ from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
 from icm_cli.matting.hinting import bind_alpha, edit_coarse_alpha, make_prompts, says_present
 from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.mattes import Mattes
+from icm_cli.matting.object_match import keep_same_objects
 from icm_cli.matting.prompting import ImageEmbedder, complete_by_prompts
 from icm_cli.matting.quality_signals import measure_signals
 from icm_cli.matting.references import MakeMask, Reference, check_negatives, make_guidance, mask_from_hints
 from icm_cli.model.alphas import apply_in_batches, max_batch_size, resize_alpha
-from icm_cli.model.contracts import Head, Matte, Objects, PreparedReferences, ignore_progress
+from icm_cli.model.contracts import Head, Matte, Objects, ObjectTokens, PreparedReferences, ignore_progress
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import FOUND_FRACTION, confidence_and_found
 from icm_cli.options import MAX_LEARN_STEPS, MatteOptions
@@ -89,6 +90,7 @@ class CoarseAlpha:
         alpha_if_present: Alpha under the assumption that the object is in the frame; None if that is certain or if the
             head has no such output.
         is_completed: Whether the object model has already completed ``alpha``.
+        object_tokens: What whole objects are compared by; None if the head cannot compare them.
     """
 
     alpha: Tensor
@@ -97,6 +99,7 @@ class CoarseAlpha:
     presence_logit: float = float("inf")
     alpha_if_present: Tensor | None = None
     is_completed: bool = False
+    object_tokens: ObjectTokens | None = None
 
     @property
     def area(self) -> float:
@@ -263,7 +266,7 @@ class Predictor:
             matte = self.infer([frame], reference)
 
             def decide_alpha(frame: Frame) -> CoarseAlpha:
-                return self.decide_presence(frame, _coarse_alpha_of(matte, 0, frame), reference)
+                return self.decide_objects(frame, _coarse_alpha_of(matte, 0, frame), reference)
 
             return Session(self, frame, decide_alpha)
 
@@ -298,7 +301,7 @@ class Predictor:
     def matte_frames(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[FrameAlpha]:
         """Matte a batch of frames independently of each other."""
         coarse = self.coarse_alphas(frames, reference)
-        decided = [self.decide_presence(frame, each, reference) for frame, each in zip(frames, coarse, strict=True)]
+        decided = [self.decide_objects(frame, each, reference) for frame, each in zip(frames, coarse, strict=True)]
         return self.refine_alphas(frames, decided)
 
     @torch.inference_mode()
@@ -424,7 +427,26 @@ class Predictor:
         return objects.complete_alphas(images, coarse)
 
     @torch.inference_mode()
-    def decide_presence(self, frame: Frame, coarse: CoarseAlpha, reference: PreparedReferences) -> CoarseAlpha:
+    def decide_objects(self, frame: Frame, coarse: CoarseAlpha, reference: PreparedReferences) -> CoarseAlpha:
+        """Decide whether the object is in the frame, and which of the objects that were found are kept (``--match``).
+
+        If a hint marks the object, all are kept.
+        """
+        decided = self._decide_presence(frame, coarse, reference)
+        tokens = coarse.object_tokens
+        if self.model.match.rule == "kind" or tokens is None or frame.shows_object:
+            return decided
+        alpha = decided.alpha
+        if not alpha.isfinite().all():
+            return decided
+        if not decided.is_completed:
+            (alpha,) = self._complete_objects([frame], [alpha])
+        alpha, similarity = keep_same_objects(alpha, tokens, frame.placement.content, self.model.match)
+        signals = decided.signals if similarity is None else {**decided.signals, "object_similarity": similarity}
+        found = decided.found and bool((alpha > 0.5).any())
+        return replace(decided, alpha=alpha, found=found, signals=signals, is_completed=True)
+
+    def _decide_presence(self, frame: Frame, coarse: CoarseAlpha, reference: PreparedReferences) -> CoarseAlpha:
         """Decide by a second pass, on a crop, whether an object whose presence is uncertain is in the frame.
 
         The presence logits of the two passes are averaged. The alpha of the more confident pass is used, multiplied by
@@ -519,7 +541,8 @@ def _coarse_alpha_of(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
     signals = {"confidence": float(matte.confidence[index])}
     if matte.similarity is not None:
         signals |= dict(zip(("similarity", "background_similarity"), matte.similarity[index].tolist(), strict=True))
-    coarse = CoarseAlpha(alpha, bool(matte.found[index]), signals)
+    object_tokens = None if matte.object_tokens is None else matte.object_tokens[index]
+    coarse = CoarseAlpha(alpha, bool(matte.found[index]), signals, object_tokens=object_tokens)
     presence = matte.presence
     if frame.shows_object:
         if presence is not None:

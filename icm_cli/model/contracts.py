@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeAlias, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError, UsageError
@@ -105,6 +106,42 @@ class Matte:
     The values are the means, over the tokens of the object, of the similarity to the tokens inside and outside the
     guidance. The object is assumed to be present.
     """
+    object_tokens: Sequence[ObjectTokens] | None = None
+    """For each target, what whole objects are compared by; None if the head has no ``can_compare_objects``."""
+
+
+@dataclass(frozen=True)
+class ObjectTokens:
+    """Tokens of one target, and what its objects are compared with: the mean tokens of the objects of the references.
+
+    The similarity of two objects is the cosine of their mean tokens, averaged over the layers of the features: -1..1.
+    """
+
+    tokens: Tensor
+    """float32 [layers,C,h,w]: one token per cell of the canvas."""
+    references: Sequence[Tensor]
+    """Mean tokens of the references, each float32 [layers,C]."""
+    negatives: Sequence[Tensor]
+    """Mean tokens of the negative references, if any."""
+    cell_px: int
+    """Side of a cell, in px of the canvas."""
+
+    def compare_object(self, alpha: Tensor, content: tuple[int, int]) -> tuple[float, float]:
+        """Return the largest similarity of an object to a reference, and to a negative reference (-1 without one).
+
+        ``alpha``: of this object only, float32 [h',w'] in 0..1; it covers exactly the frame, whose height and width on
+        the canvas, in px, are ``content``.
+        """
+        canvas = [side * self.cell_px for side in self.tokens.shape[-2:]]
+        on_canvas = F.interpolate(alpha[None, None].float(), content, mode="bilinear", align_corners=False)
+        padded = F.pad(on_canvas, (0, canvas[1] - content[1], 0, canvas[0] - content[0]))
+        weight = F.avg_pool2d(padded, self.cell_px)[0, 0]
+        mean = (self.tokens * weight).sum(dim=(2, 3))
+        to_references, to_negatives = (
+            [float(F.cosine_similarity(mean, other, dim=-1).mean()) for other in others]
+            for others in (self.references, self.negatives)
+        )
+        return max(to_references), max(to_negatives, default=-1.0)
 
 
 @dataclass(frozen=True)
@@ -241,6 +278,8 @@ class Head(Component):
     """Long side of the only canvas on which it works, if its weights are for absolute positions."""
     can_learn_references: ClassVar[bool] = False
     """Whether :meth:`learn_references` is implemented."""
+    can_compare_objects: ClassVar[bool] = False
+    """Whether its results have ``Matte.object_tokens``."""
 
     def disable_edge_refinement(self) -> None:
         """Compute only coarse alphas from now on, because a later component refines their edges."""

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from icm_cli.config import GuidedFilterConfig, SecondPassConfig
+from icm_cli.config import GuidedFilterConfig, MatchConfig, SecondPassConfig
 from icm_cli.errors import ConfigError
 from icm_cli.model.contracts import (
     Backbone,
@@ -83,6 +83,7 @@ class InContextMatting(nn.Module):
         objects: Objects | None = None,
         *,
         second_pass: SecondPassConfig | None = None,
+        match: MatchConfig | None = None,
         guided_filter: GuidedFilterConfig | None = None,
     ) -> None:
         super().__init__()
@@ -92,6 +93,7 @@ class InContextMatting(nn.Module):
         self.objects = objects
         self.edges = edges
         self.second_pass = second_pass or SecondPassConfig()
+        self.match = match or MatchConfig()
         self.guided_filter = guided_filter or GuidedFilterConfig()
         if edges is not None:
             head.disable_edge_refinement()

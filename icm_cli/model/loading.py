@@ -16,6 +16,7 @@ from icm_cli.config import (
     COMPONENT_KEYS,
     ComponentConfig,
     ComponentKind,
+    MatchRule,
     ModelConfig,
     component_class,
     load_model_config,
@@ -88,6 +89,21 @@ def override_edges(config: ModelConfig, edges: str, weights: str | None) -> Mode
         raise UsageError(f"the model has no edges, so --edges-weights {weights!r} has no effect; give --edges vitmatte")
     settings = component_class("edges", chosen.name).with_weights(chosen.settings, weights)
     return replace(config, edges=ComponentConfig(chosen.name, settings))
+
+
+def override_match(config: ModelConfig, rule: MatchRule | None) -> ModelConfig:
+    """Return the configuration with the rule of ``--match``; None: that of the configuration.
+
+    Raises UsageError if the head cannot compare objects.
+    """
+    if rule is None:
+        return config
+    if rule == "same" and not component_class("head", config.head.name).can_compare_objects:
+        raise UsageError(
+            f"--match same compares whole objects, which the head {config.head.name!r} cannot do; omit it, or choose a "
+            "model with the token-match head, such as lite"
+        )
+    return replace(config, match=replace(config.match, rule=rule))
 
 
 def select_device(config: ModelConfig, device: str, dtype: str) -> Device:
@@ -208,7 +224,13 @@ def build_model(
         objects = objects_class(settings) if tensors["objects"] else objects_class.load(settings)
         objects.eval()
     model = InContextMatting(
-        backbone, head, edges, objects, second_pass=config.second_pass, guided_filter=config.guided_filter
+        backbone,
+        head,
+        edges,
+        objects,
+        second_pass=config.second_pass,
+        match=config.match,
+        guided_filter=config.guided_filter,
     )
     for kind in COMPONENT_KEYS:
         component = getattr(model, kind)

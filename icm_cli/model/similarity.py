@@ -141,6 +141,10 @@ class ReferenceTokens:
     """Tokens outside the guidance, [M,C]; M may be 0."""
     negative: Tensor | None = None
     """Tokens of negative references, [L,C]; None if there are none."""
+    object_means: tuple[Tensor, ...] = ()
+    """Mean foreground token of each reference, [C]."""
+    negative_means: tuple[Tensor, ...] = ()
+    """Mean token of each negative reference, [C]."""
     notices: list[str] = field(default_factory=list)
     """Notices for the user about unsuitable references."""
 
@@ -167,7 +171,10 @@ def split_reference_tokens(
             foregrounds.append(tokens[selected.flatten(1)])
             backgrounds.append(tokens[outside.flatten(1)])
     negative = torch.cat(negatives) if negatives else None
-    return ReferenceTokens(torch.cat(foregrounds), torch.cat(backgrounds), negative, notices)
+    object_means, negative_means = (tuple(one.mean(dim=0) for one in tokens) for tokens in (foregrounds, negatives))
+    return ReferenceTokens(
+        torch.cat(foregrounds), torch.cat(backgrounds), negative, object_means, negative_means, notices
+    )
 
 
 def is_negative(guidance: Tensor) -> bool:

@@ -19,6 +19,7 @@ __all__ = ["EvaluateOptions", "LoadOptions", "MatteOptions", "ReviewOptions", "T
 
 MaskOrientation = Literal["auto", "upright", "stored"]
 GuidanceRule = Literal["mask", "paper"]
+MatchRule = Literal["kind", "same"]
 EdgeMethod = Literal["model", "closed-form", "vitmatte"]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 ImageFormat = Literal["png", "tiff", "exr"]
@@ -349,6 +350,13 @@ class ModelOptions(OptionGroup):
         None, help="Trained weights: the published .ckpt, or a .safetensors file of icm.", digest=DigestPart.MODEL
     )
     weights: str | None = option(None, WEIGHTS)
+    match: MatchRule | None = option(
+        None,
+        help="Objects that are matted: kind (of the kind of the reference's object, such as any dog), or same (only "
+        "those that look like the very same thing: the same species, model or individual).",
+        shown_default="that of the model: kind",
+        digest=DigestPart.MODEL,
+    )
     edges: EdgeMethod = option(
         "model",
         help="How the coarse alpha is refined at edges: by the model's own method, closed-form matting or ViTMatte.",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from icm_cli.config import check_setting
 from icm_cli.errors import ConfigError
 from icm_cli.guided_filter import align_to_edges
-from icm_cli.model.contracts import Features, Matte, Presence, ReferenceFeatures
+from icm_cli.model.contracts import Features, Matte, ObjectTokens, Presence, ReferenceFeatures
 from icm_cli.model.decoding import ConvNormReLU, confidence_and_found, make_alpha_layers, resize_bilinear, upsample_2x
 from icm_cli.model.lite.finetuning import FinetunableHead, MatchPrediction
 from icm_cli.model.similarity import (
@@ -134,6 +134,7 @@ class TokenMatchHead(FinetunableHead):
     """Compares the tokens of a target with those of the references, and decodes an alpha from the result."""
 
     Config = TokenMatchConfig
+    can_compare_objects = True
 
     def __init__(self, config: TokenMatchConfig) -> None:
         super().__init__()
@@ -210,7 +211,24 @@ class TokenMatchHead(FinetunableHead):
         final = self._stretch_contrast(alpha * torch.sigmoid(sharpened)[:, None, None, None])
         is_uncertain = presence_logit.abs() < config.presence_margin
         presence = Presence(sharpened, self._stretch_contrast(alpha), is_uncertain)
-        return Matte(final, *confidence_and_found(final, valid), presence, similarity)
+        objects = self._object_tokens(projected, target.valid, references, image.shape[-1] // target.valid.shape[-1])
+        return Matte(final, *confidence_and_found(final, valid), presence, similarity, objects)
+
+    def _object_tokens(
+        self, projected: Tensor, valid: Tensor, references: Sequence[ReferenceTokens], cell_px: int
+    ) -> list[ObjectTokens]:
+        """Return for each target what whole objects are compared by. ``cell_px``: side of a token on the canvas."""
+        layers = len(self.config.feature_channels), self.config.width
+        grids = projected.transpose(1, 2).unflatten(1, layers).unflatten(3, valid.shape[1:])
+        return [
+            ObjectTokens(
+                grid,
+                [mean.unflatten(0, layers) for mean in reference.object_means],
+                [mean.unflatten(0, layers) for mean in reference.negative_means],
+                cell_px,
+            )
+            for grid, reference in zip(grids, references, strict=True)
+        ]
 
     def _object_similarity(self, alpha: Tensor, evidence: Tensor, valid: Tensor) -> Tensor:
         """Return ``Matte.similarity`` for alphas [B,1,H,W], from the comparison of all layers together."""

@@ -1,0 +1,56 @@
+"""``--match same``: of the objects in an alpha, only those that look like the object of the references are kept."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from icm_cli.config import MatchConfig
+from icm_cli.geometry import Float
+from icm_cli.model.contracts import ObjectTokens
+
+
+def keep_same_objects(
+    alpha: Tensor, tokens: ObjectTokens, content: tuple[int, int], config: MatchConfig
+) -> tuple[Tensor, float | None]:
+    """Set an alpha, float32 [h,w] in 0..1, to 0 where it shows other objects than that of the references.
+
+    An object is a connected region of foreground; regions smaller than a token belong to the nearest larger one. It is
+    kept if it is more similar to a reference than to every negative reference, and if its similarity is at least
+    ``min_similarity`` and at most ``max_difference`` below the largest one. ``content``: height and width of the frame
+    on the canvas, in px.
+
+    Returns the alpha and the similarity of the most similar object; None without any foreground.
+    """
+    values: Float = alpha.numpy(force=True)
+    owners = _nearest_objects(values > 0.5, values.size * tokens.cell_px**2 / (content[0] * content[1]))
+    if owners is None:
+        return alpha, None
+    numbers = [int(number) for number in np.unique(owners[values > 0.5])]
+    areas = [torch.from_numpy(owners == number).to(alpha.device) for number in numbers]
+    similarities = [tokens.compare_object(alpha * area, content) for area in areas]
+    largest = max(to_references for to_references, _ in similarities)
+    smallest_kept = max(config.min_similarity, largest - config.max_difference)
+    kept = torch.zeros_like(alpha, dtype=torch.bool)
+    for area, (to_references, to_negatives) in zip(areas, similarities, strict=True):
+        if to_references >= smallest_kept and to_references > to_negatives:
+            kept |= area
+    return alpha * kept, largest
+
+
+def _nearest_objects(foreground: np.ndarray, min_area: float) -> np.ndarray | None:
+    """Return the number of the object that is nearest to each pixel, int32 [h,w]; None without foreground.
+
+    Objects are the connected regions of ``foreground``, bool [h,w], with at least ``min_area`` pixels; if there are
+    none, the largest region.
+    """
+    count, labels, statistics, _ = cv2.connectedComponentsWithStats(foreground.astype(np.uint8))
+    if count == 1:
+        return None
+    areas = statistics[1:, cv2.CC_STAT_AREA]
+    large = 1 + np.flatnonzero(areas >= min(min_area, areas.max()))
+    outside = (~np.isin(labels, large)).astype(np.uint8)
+    _, owners = cv2.distanceTransformWithLabels(outside, cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_CCOMP)
+    return np.asarray(owners)

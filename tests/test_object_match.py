@@ -1,0 +1,143 @@
+"""``--match same``: objects are compared with those of the references, and others are removed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import Icm
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+import icm_cli
+from icm_cli.config import MatchConfig
+from icm_cli.errors import UsageError
+from icm_cli.matting.object_match import keep_same_objects
+from icm_cli.model.contracts import ObjectTokens
+
+CELL_PX = 4
+SAME = MatchConfig("same", min_similarity=0.7, max_difference=0.1)
+
+
+def unit(degrees: float) -> torch.Tensor:
+    """One layer of a token, [1,2]: its cosine to ``unit(0)`` is that of the angle."""
+    angle = np.radians(degrees)
+    return torch.tensor([[np.cos(angle), np.sin(angle)]], dtype=torch.float32)
+
+
+def make_tokens(*degrees: float, negatives: tuple[float, ...] = ()) -> ObjectTokens:
+    """Tokens of a canvas that is one cell high, at these angles from the reference."""
+    row = torch.cat([unit(each) for each in degrees]).T  # [2,w]
+    return ObjectTokens(row[None, :, None], [unit(0)], [unit(each) for each in negatives], CELL_PX)
+
+
+def alpha_of(*cells: float) -> torch.Tensor:
+    """An alpha with a square in each cell whose value is not 0, separated by background."""
+    alpha = torch.zeros(CELL_PX, CELL_PX * len(cells))
+    for index, value in enumerate(cells):
+        alpha[:, CELL_PX * index : CELL_PX * (index + 1) - 1] = value
+    return alpha
+
+
+def keep(alpha: torch.Tensor, tokens: ObjectTokens, config: MatchConfig = SAME) -> tuple[torch.Tensor, float | None]:
+    return keep_same_objects(alpha, tokens, (alpha.shape[0], alpha.shape[1]), config)
+
+
+def test_similarity_is_the_mean_cosine_of_the_layers() -> None:
+    tokens = torch.stack([unit(0)[0], unit(60)[0]])[:, :, None, None]
+    references = [torch.cat([unit(90), unit(60)]), torch.cat([unit(0), unit(120)])]
+    compared = ObjectTokens(tokens, references, [torch.cat([unit(90), unit(150)])], CELL_PX)
+    similarity = compared.compare_object(torch.ones(2, 2), (CELL_PX, CELL_PX))
+    assert similarity == pytest.approx((0.75, 0.0), abs=1e-6)
+
+
+def test_padding_of_the_canvas_does_not_count() -> None:
+    tokens = make_tokens(0, 90)
+    left, _ = tokens.compare_object(torch.ones(5, 5), (CELL_PX, CELL_PX))
+    both, none = tokens.compare_object(torch.ones(5, 5), (CELL_PX, 2 * CELL_PX))
+    assert left == pytest.approx(1)
+    assert both == pytest.approx(np.sqrt(0.5))
+    assert none == -1
+
+
+def test_other_objects_are_removed_with_their_soft_edges() -> None:
+    alpha = alpha_of(1, 1)
+    alpha[:, CELL_PX - 1] = 0.4  # the edge of the left object
+    alpha[:, -1] = 0.3
+    result, similarity = keep(alpha, make_tokens(0, 80))
+    assert similarity == pytest.approx(1, abs=0.02)
+    assert torch.equal(result[:, : CELL_PX - 1], alpha[:, : CELL_PX - 1])
+    assert not result[:, CELL_PX:].any()
+
+
+def test_similar_objects_are_all_kept() -> None:
+    alpha = alpha_of(1, 0, 1)
+    result, _ = keep(alpha, make_tokens(10, 80, 20))
+    assert torch.equal(result, alpha)
+
+
+def test_an_object_that_is_much_less_similar_than_another_one_is_removed() -> None:
+    alpha, tokens = alpha_of(1, 0, 1), make_tokens(0, 80, 40)  # the cosine of 40 degrees is 0.77
+    result, _ = keep(alpha, tokens)
+    assert not result[:, 2 * CELL_PX :].any()
+    result, _ = keep(alpha, tokens, MatchConfig("same", 0.7, max_difference=0.3))
+    assert torch.equal(result, alpha)
+
+
+def test_nothing_is_kept_if_no_object_is_similar_enough() -> None:
+    result, similarity = keep(alpha_of(1, 0, 1), make_tokens(60, 0, 50))
+    assert not result.any()
+    assert similarity == pytest.approx(np.cos(np.radians(50)))
+
+
+def test_an_object_that_is_more_similar_to_a_negative_reference_is_removed() -> None:
+    alpha = alpha_of(1, 0, 1)
+    result, _ = keep(alpha, make_tokens(5, 0, 15, negatives=(20,)))
+    assert torch.equal(result[:, :CELL_PX], alpha[:, :CELL_PX])
+    assert not result[:, CELL_PX:].any()
+
+
+def test_small_regions_belong_to_the_nearest_object() -> None:
+    alpha = alpha_of(1, 0, 0, 0, 1)
+    alpha[0, CELL_PX + 1] = 1  # next to the left object, on tokens that are not similar
+    alpha[0, 4 * CELL_PX - 2] = 1
+    result, _ = keep(alpha, make_tokens(0, 90, 90, 90, 60))
+    assert result[0, CELL_PX + 1] == 1
+    assert not result[:, 2 * CELL_PX :].any()
+
+
+def test_an_alpha_without_foreground_is_not_changed() -> None:
+    alpha = alpha_of(0.4, 0.2)
+    result, similarity = keep(alpha, make_tokens(0, 0))
+    assert torch.equal(result, alpha)
+    assert similarity is None
+
+
+@given(
+    arrays(np.float32, (6, 20), elements=st.sampled_from([0.0, 0.3, 0.6, 1.0])),
+    st.lists(st.integers(0, 180), min_size=5, max_size=5),
+)
+def test_values_are_kept_or_become_zero(values: np.ndarray, degrees: list[int]) -> None:
+    alpha = torch.from_numpy(values)
+    result, _ = keep_same_objects(alpha, make_tokens(*degrees), (CELL_PX, 5 * CELL_PX), SAME)
+    assert ((result == alpha) | (result == 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "message"),
+    [
+        ({"match": "same"}, [], "the head 'training-free' cannot do; omit it"),
+        ({"match": "same", "model": "lite"}, ["--shot"], "--match same decides about the objects in single images"),
+        ({"match": "species"}, [], "--match is 'species'; expected kind or same"),
+    ],
+)
+def test_conflicts_are_refused(icm: Icm, options: dict[str, str], flags: list[str], message: str) -> None:
+    ended = icm(*flags, **options)
+    assert ended.exit_code == 2
+    assert message in " ".join(ended.stderr.split())
+
+
+def test_load_refuses_a_head_that_cannot_compare_objects() -> None:
+    with pytest.raises(UsageError, match="cannot do"):
+        icm_cli.load("lite-training-free", match="same")
