@@ -65,6 +65,7 @@ def matte(
     checkpoint: str | Path | None = None,
     weights: str | None = None,
     match: MatchRule | None = None,
+    min_similarity: float | None = None,
     edges: EdgeMethod = "model",
     edges_weights: str | None = None,
     device: str = "auto",
@@ -162,6 +163,8 @@ def matte(
         match: Objects that are matted: kind (of the kind of the reference's object, such as any
             dog), or same (only those that look like the very same thing: the same species, model or
             individual).
+        min_similarity: With --match same: smallest similarity of an object to that of a reference,
+            at which it is kept. Reports state it as object_similarity.
         edges: How the coarse alpha is refined at edges: by the model's own method, closed-form
             matting or ViTMatte.
         edges_weights: Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.
@@ -233,6 +236,7 @@ def evaluate(
     checkpoint: str | Path | None = None,
     weights: str | None = None,
     match: MatchRule | None = None,
+    min_similarity: float | None = None,
     edges: EdgeMethod = "model",
     edges_weights: str | None = None,
     device: str = "auto",
@@ -282,6 +286,8 @@ def evaluate(
         match: Objects that are matted: kind (of the kind of the reference's object, such as any
             dog), or same (only those that look like the very same thing: the same species, model or
             individual).
+        min_similarity: With --match same: smallest similarity of an object to that of a reference,
+            at which it is kept. Reports state it as object_similarity.
         edges: How the coarse alpha is refined at edges: by the model's own method, closed-form
             matting or ViTMatte.
         edges_weights: Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.
@@ -344,6 +350,7 @@ def load(
     checkpoint: str | Path | None = None,
     weights: str | None = None,
     match: MatchRule | None = None,
+    min_similarity: float | None = None,
     edges: EdgeMethod = "model",
     edges_weights: str | None = None,
     device: str = "auto",
@@ -360,6 +367,8 @@ def load(
         match: Objects that are matted: kind (of the kind of the reference's object, such as any
             dog), or same (only those that look like the very same thing: the same species, model or
             individual).
+        min_similarity: With --match same: smallest similarity of an object to that of a reference,
+            at which it is kept. Reports state it as object_similarity.
         edges: How the coarse alpha is refined at edges: by the model's own method, closed-form
             matting or ViTMatte.
         edges_weights: Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -16,6 +20,7 @@ from icm_cli.errors import UsageError
 from icm_cli.matting.object_match import keep_same_objects
 from icm_cli.model.contracts import ObjectTokens
 
+DEMO = Path(__file__).parent / "demo"
 CELL_PX = 4
 SAME = MatchConfig("same", min_similarity=0.7, max_difference=0.1)
 
@@ -129,6 +134,7 @@ def test_values_are_kept_or_become_zero(values: np.ndarray, degrees: list[int]) 
     [
         ({"match": "same"}, [], "the head 'training-free' cannot do; omit it"),
         ({"match": "same", "model": "lite"}, ["--shot"], "--match same decides about the objects in single images"),
+        ({"model": "lite", "min_similarity": "0.5"}, [], "has no effect without --match same; add it"),
         ({"match": "species"}, [], "--match is 'species'; expected kind or same"),
     ],
 )
@@ -141,3 +147,26 @@ def test_conflicts_are_refused(icm: Icm, options: dict[str, str], flags: list[st
 def test_load_refuses_a_head_that_cannot_compare_objects() -> None:
     with pytest.raises(UsageError, match="cannot do"):
         icm_cli.load("lite-training-free", match="same")
+
+
+@pytest.mark.slow
+def test_a_thing_of_another_colour_is_left_out(icm: Icm, tmp_path: Path) -> None:
+    """The robot of the demo next to another robot, which is red. The default mattes both."""
+    white, other = (cv2.resize(cv2.imread(str(DEMO / "imgs" / name)), (384, 384)) for name in ("01.jpg", "03.jpg"))
+    red = (other * np.array([0.3, 0.35, 1.0])).astype(np.uint8)  # BGR
+    (tmp_path / "src").mkdir()
+    cv2.imwrite(str(tmp_path / "src" / "robots.png"), np.hstack([white, red]))
+    means, similarities = {}, {}
+    for rule in ("kind", "same"):
+        out, report = tmp_path / rule, tmp_path / f"{rule}.json"
+        given = {"ref": DEMO / "ref.jpg", "mask": DEMO / "mask.png", "src": tmp_path / "src", "model": "lite"}
+        assert icm(**given, match=rule, out=out, report=report).exit_code == 0
+        alpha = cv2.imread(str(out / "robots.png"), cv2.IMREAD_UNCHANGED) / 255
+        means[rule] = alpha[:, :384].mean(), alpha[:, 384:].mean()
+        similarities[rule] = json.loads(report.read_text())["images"][0]["signals"].get("object_similarity")
+    assert means["kind"][1] > 0.15
+    assert means["same"][1] == 0
+    assert means["same"][0] == pytest.approx(means["kind"][0], abs=0.005)
+    assert means["same"][0] > 0.2
+    assert similarities["kind"] is None
+    assert 0.7 < similarities["same"] <= 1

@@ -53,7 +53,7 @@ class ModelChoice:
         """
         config, path = resolve_model(options.model, options.checkpoint)
         config = override_edges(config, options.edges, options.edges_weights)
-        config = override_match(config, options.match)
+        config = override_match(config, options.match, options.min_similarity)
         selected = select_device(config, device or options.device, options.dtype)
         resolved_batch_size = selected.auto_batch_size if batch_size == "auto" else batch_size
         return cls(config, path, options.weights, options.offline, options.seed, selected, resolved_batch_size)

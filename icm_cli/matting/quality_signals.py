@@ -38,7 +38,8 @@ def measure_signals(
     - ``confidence``: confidence of the head;
     - ``presence``: logit of the probability that the object is in the image. Missing if the head does not predict it,
       or if a hint marks the object;
-    - ``similarity``, ``background_similarity``: see :class:`icm_cli.model.contracts.Matte`.
+    - ``similarity``, ``background_similarity``: see :class:`icm_cli.model.contracts.Matte`;
+    - ``object_similarity``: with ``--match same``, the similarity of the best object before others were removed.
 
     Signals that are measured here. If the alpha is empty (nowhere above one half), those from ``soft_interior`` on are
     missing:

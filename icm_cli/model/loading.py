@@ -91,19 +91,24 @@ def override_edges(config: ModelConfig, edges: str, weights: str | None) -> Mode
     return replace(config, edges=ComponentConfig(chosen.name, settings))
 
 
-def override_match(config: ModelConfig, rule: MatchRule | None) -> ModelConfig:
-    """Return the configuration with the rule of ``--match``; None: that of the configuration.
+def override_match(config: ModelConfig, rule: MatchRule | None, min_similarity: float | None) -> ModelConfig:
+    """Return the configuration with the rule of ``--match`` and its ``--min-similarity``, if they are given.
 
-    Raises UsageError if the head cannot compare objects.
+    Raises UsageError if the head cannot compare objects, or if the rule does not use the similarity.
     """
-    if rule is None:
-        return config
-    if rule == "same" and not component_class("head", config.head.name).can_compare_objects:
+    match = config.match
+    if rule is not None:
+        match = replace(match, rule=rule)
+    if min_similarity is not None:
+        match = replace(match, min_similarity=min_similarity)
+        if match.rule != "same":
+            raise UsageError(f"--min-similarity {min_similarity:g} has no effect without --match same; add it")
+    if match.rule == "same" and not component_class("head", config.head.name).can_compare_objects:
         raise UsageError(
             f"--match same compares whole objects, which the head {config.head.name!r} cannot do; omit it, or choose a "
             "model with the token-match head, such as lite"
         )
-    return replace(config, match=replace(config.match, rule=rule))
+    return replace(config, match=match)
 
 
 def select_device(config: ModelConfig, device: str, dtype: str) -> Device:

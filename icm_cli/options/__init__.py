@@ -357,6 +357,16 @@ class ModelOptions(OptionGroup):
         shown_default="that of the model: kind",
         digest=DigestPart.MODEL,
     )
+    min_similarity: float | None = option(
+        None,
+        help="With --match same: smallest similarity of an object to that of a reference, at which it is kept. Reports "
+        "state it as object_similarity.",
+        metavar="VALUE",
+        minimum=-1,
+        maximum=1,
+        shown_default="that of the model: 0.7",
+        digest=DigestPart.MODEL,
+    )
     edges: EdgeMethod = option(
         "model",
         help="How the coarse alpha is refined at edges: by the model's own method, closed-form matting or ViTMatte.",
