@@ -275,7 +275,7 @@ VALUES = {
         ("--rounds", "--refs-per-group", "--trimap-kernel", "--batch-size", "--seed", "--workers", "--learn-steps"), "2"
     ),
     **{"--region": "whole", "--size": "original", "--metric-variant": "aim", "--split": "test", "--dtype": "auto"},
-    "--edges": "vitmatte",
+    **{"--edges": "vitmatte", "--match": "kind", "--min-similarity": "0.5"},
     **{"--device": "auto", "--allow": "empty-alpha", "--dataset": "folder"},
 }
 FLAGS = {"--video", "--offline", "--quiet", "--shot"}

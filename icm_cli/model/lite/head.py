@@ -219,12 +219,12 @@ class TokenMatchHead(FinetunableHead):
     ) -> list[ObjectTokens]:
         """Return for each target what whole objects are compared by. ``cell_px``: side of a token on the canvas."""
         layers = len(self.config.feature_channels), self.config.width
-        grids = projected.transpose(1, 2).unflatten(1, layers).unflatten(3, valid.shape[1:])
+        grids = projected.reshape(*valid.shape, *layers).permute(0, 3, 4, 1, 2)
         return [
             ObjectTokens(
                 grid,
-                [mean.unflatten(0, layers) for mean in reference.object_means],
-                [mean.unflatten(0, layers) for mean in reference.negative_means],
+                [mean.reshape(layers) for mean in reference.object_means],
+                [mean.reshape(layers) for mean in reference.negative_means],
                 cell_px,
             )
             for grid, reference in zip(grids, references, strict=True)
