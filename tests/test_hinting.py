@@ -29,7 +29,7 @@ from icm_cli.matting.hinting import (
     says_present,
 )
 from icm_cli.matting.predictor import Frame, Predictor
-from icm_cli.matting.prompting import MAX_CROP_SIDE, find_zoom_box
+from icm_cli.matting.prompting import MAX_CROP_FRACTION, find_zoom_box
 from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import Matte, Presence
 
@@ -226,7 +226,7 @@ def test_a_crop_contains_what_is_on_the_object(case: tuple[Hints, Float], thresh
     box = find_zoom_box(found, large)
     if box is None:
         return
-    assert max(box.size) <= MAX_CROP_SIDE * max(large.size)
+    assert max(box.size) <= MAX_CROP_FRACTION * max(large.size)
     moved = move_hints(large, ImageWindows(box.size, (box.rows.start, box.columns.start), large.size))
     assert len(moved.points) == len(large.points)
     inside = np.zeros(large.size, np.bool_)

@@ -116,7 +116,7 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
 def _example_digests(
     store: ReferenceStore, choice: AnyModelChoice, examples: Sequence[Example], learn_steps: int, *, is_shot: bool
 ) -> list[str]:
-    """Return a digest for every example of everything that determines its alphas, except the source images."""
+    """Return, for every example, a digest of everything that determines its alphas, except the source images."""
     common: dict[str, str] = {str(name): value for name, value in choice.digest_parts().items()}
     common |= {str(name): value for name, value in sequence_digest_parts(learn_steps, is_shot=is_shot).items()}
     common["seed"] = str(choice.seed)

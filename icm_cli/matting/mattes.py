@@ -144,21 +144,23 @@ class MatteFiles:
         return [file.path for file in self.files.values()]
 
     def find_file(self, name: Path) -> MatteFile:
-        """Return the file for the image with this name."""
+        """Return the file for the image with this name; without one, a file that states the problem."""
         if None in self.files:
             return self.files[None]
         number = FrameName.from_path(name).number
+        if number in self.files:
+            return self.files[number]
         if number is None:
             problem = f"{name} has no frame number, which {self.flag} {self.where} needs; rename it, or give one matte"
         else:
             problem = f"{self.flag} {self.where} has no frame {number}, which {name} needs; add this matte"
-        return self.files.get(number) or MatteFile(Path(self.where), problem)
+        return MatteFile(Path(self.where), problem)
 
 
 def assign_mattes(
     names: Sequence[Path], garbage: MatteFiles | None, keep: MatteFiles | None
 ) -> list[ImageMattes | None]:
-    """Return the mattes of each image of ``names``, in order; only None if neither option is given.
+    """Return the mattes of each image of ``names``, in order. If neither option is given, every entry is None.
 
     Raises UsageError if the frames of an option belong to none of the images.
     """

@@ -17,7 +17,7 @@ from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import EmbeddedImage, Objects, PointPrompts
 
 ZOOM = CropSettings(margin=0.3, min_side=0.15)
-MAX_CROP_SIDE = 0.6
+MAX_CROP_FRACTION = 0.6
 """An object is small if the longer side of its crop is at most this fraction of the longer side of the image."""
 GRID_CELLS = 16
 """Crops are aligned to a grid of this many cells along the longer side.
@@ -103,7 +103,7 @@ def find_zoom_box(alpha: Tensor, hints: Hints) -> CropBox | None:
     The object is the foreground of an alpha, float32 [h,w], together with everything that the hints mark on it.
     """
     mask = (alpha > 0.5).numpy(force=True)
-    scale = np.array(mask.shape[::-1]) / hints.size[::-1]
+    scale = np.array(mask.shape[::-1]) / hints.size[::-1]  # of x and y: pixels of the mask per pixel of the image
     corners = np.concatenate(
         [np.reshape(each, (-1, 2)) for each in (hints.points, hints.boxes) if each] or [np.empty((0, 2))]
     )
@@ -116,4 +116,4 @@ def find_zoom_box(alpha: Tensor, hints: Hints) -> CropBox | None:
     if box is None:
         return None
     box = align_box(box, hints.size, GRID_CELLS)
-    return box if max(box.size) <= MAX_CROP_SIDE * max(hints.size) else None
+    return box if max(box.size) <= MAX_CROP_FRACTION * max(hints.size) else None

@@ -296,28 +296,29 @@ class FlowPropagator:
 
         A notice is given if earlier frames have another size.
         """
-        source, mismatched = job.source, list[str]()
+        current, mismatched = job, list[str]()
         memory: FrameMemory | None
         for _ in range(self._config.max_frames_back):
-            keyframe = self._shot.keyframes.get(job.output)
-            previous = self._shot.previous.get(job.output)
+            keyframe = self._shot.keyframes.get(current.output)  # directly before the current frame
+            previous = self._shot.previous.get(current.output)
             if keyframe is not None:
-                name, memory = keyframe.name, self._reference_memory(keyframe.read())
+                path, memory = keyframe.name, self._reference_memory(keyframe.read())
             elif previous is not None:
-                job, name = previous, previous.name
-                is_planned = job.output in self._planned
-                memory = self._memories.get(job.output) if is_planned else self._read_existing(job)
+                current, path = previous, previous.name
+                is_in_run = current.output in self._planned  # else its alpha is on the disk
+                memory = self._memories.get(current.output) if is_in_run else self._read_existing(current)
             else:
                 break
             if memory is not None:
                 if memory.rgb.shape == size:
                     return memory
-                mismatched.append(name.name)
+                mismatched.append(path.name)
             if keyframe is not None:
                 break
         if mismatched:
             self._notice(
-                f"{source} has another size or aspect ratio than {mismatched[0]}, whose alpha is not propagated to it"
+                f"{job.source} has another size or aspect ratio than {mismatched[0]}, whose alpha is not propagated "
+                "to it"
             )
         return None
 

@@ -93,7 +93,9 @@ def write_taught_mask(path: Path, alpha: ImageU8, kind: Kind) -> None:
 def add_taught(run: ReviewRun, states: Mapping[str, ImageState]) -> MatteOptions:
     """Return the options of a run with the taught images as further references and negatives.
 
-    They are in the order of the run's images, and follow the references of the run.
+    They are in the order of the run's images, and follow the references of the run. Taught negatives come before the
+    run's negatives without a mask. The options that made the masks of the run's own references, such as a box, are
+    dropped: its record has these masks as files.
     """
     sources: dict[Kind, list[Path]] = {kind: [] for kind in KINDS}
     masks: dict[Kind, list[Path]] = {kind: [] for kind in KINDS}

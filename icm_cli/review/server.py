@@ -166,11 +166,12 @@ class ReviewApp:
         self.corrections = Corrections(run, state, device, notice)
         self.teaching = Teaching(run, state, self.corrections, notice)
         self._lock = threading.Lock()
+        """Guards the time and the timer below."""
         self._next_scan = 0.0
         """Earliest time, by the monotonic clock, of the next scan of the alphas for changes by other processes."""
-        self._load_timer = self._start_load_timer(IDLE_DELAY_S)
+        self._model_load_timer = self._start_model_load_timer(IDLE_DELAY_S)
 
-    def _start_load_timer(self, delay_s: float) -> threading.Timer:
+    def _start_model_load_timer(self, delay_s: float) -> threading.Timer:
         """Return a running timer. When it ends, the model begins to load."""
         timer = threading.Timer(delay_s, lambda: self.corrections.load_model())
         timer.daemon = True
@@ -179,7 +180,7 @@ class ReviewApp:
 
     def close(self) -> None:
         """Stop all threads and processes."""
-        self._load_timer.cancel()
+        self._model_load_timer.cancel()
         self._thumbnails.close()
         self.teaching.close()
         self.corrections.close()
@@ -247,9 +248,9 @@ class ReviewApp:
         revision, states = self.state.read_all()
         images = [self.run.item(id, states.get(name, ImageState())) for id, name in enumerate(self.run.names)]
         with self._lock:
-            if self._load_timer.interval != MODEL_DELAY_S:  # this is the first list
-                self._load_timer.cancel()
-                self._load_timer = self._start_load_timer(MODEL_DELAY_S)
+            if self._model_load_timer.interval != MODEL_DELAY_S:  # this is the first list
+                self._model_load_timer.cancel()
+                self._model_load_timer = self._start_model_load_timer(MODEL_DELAY_S)
         return {"revision": revision, "files": files, "images": images}
 
     def _list_changes(self, since: int, since_files: int | None) -> dict[str, Any]:

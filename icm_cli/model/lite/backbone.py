@@ -152,13 +152,14 @@ class DinoV2Lite(Backbone):
 def _resize_to_grid(feature: Tensor, grid: Sequence[int]) -> Tensor:
     """Resize features [B,C,h,w] of the convolutions to the grid (rows, columns) of the tokens.
 
-    The cells of both begin at the top left corner of the canvas. The last cells of the features may extend beyond it.
+    Both grids begin at the top left corner of the canvas. The last row and column of the features may extend beyond its
+    bottom and right edges.
     """
     height, width = feature.shape[-2:]
-    rows_per_cell, columns_per_cell = math.ceil(grid[0] / height), math.ceil(grid[1] / width)
-    if rows_per_cell == columns_per_cell == 1:
+    token_rows, token_columns = math.ceil(grid[0] / height), math.ceil(grid[1] / width)  # of one cell of the features
+    if token_rows == token_columns == 1:
         return feature
-    size = [height * rows_per_cell, width * columns_per_cell]
+    size = [height * token_rows, width * token_columns]
     return F.interpolate(feature, size=size, mode="bilinear", align_corners=False)[..., : grid[0], : grid[1]]
 
 

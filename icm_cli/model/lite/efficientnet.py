@@ -244,7 +244,7 @@ def _package_weights_path(weights: str | None) -> Path:
 
 
 def _published_name(name: str) -> str:
-    """Return the name in the package's file of a tensor, such as blocks.3.expand.conv.weight."""
+    """Return the published name of a tensor: _blocks.3._expand_conv.weight for blocks.3.expand.conv.weight."""
     if name.startswith("stem."):
         return name.replace("stem.conv", "_conv_stem").replace("stem.norm", "_bn0")
     _, number, layer, kind, field = name.split(".")

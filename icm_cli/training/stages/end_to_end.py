@@ -79,7 +79,8 @@ class SceneMosaicMaker(BatchMaker[SceneBatch]):
                     skipped.append(str(error))
                     return None
 
-            return ImageSource(maker.pool, {item: [item] for item in maker.pool}, make_scene)
+            views = {item: [item] for item in maker.pool}  # every image has one view: a new one whenever it is drawn
+            return ImageSource(maker.pool, views, make_scene)
 
         large = None if self._large is None else make_source(self._large)
         return draw_mosaics(self._config, make_source(self._small), large, len(counters), rng), skipped

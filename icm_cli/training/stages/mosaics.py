@@ -473,7 +473,7 @@ class MosaicStage(Stage[BatchT]):
         """Draw the mosaics of a batch, with images instead of tokens."""
 
     def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
-        """Return the references, the mosaic and its true alpha of a sample of the training.
+        """Return the name of the training sample ``counter`` and its images: references, mosaic and true alpha.
 
         All mosaics of a batch are drawn together, as in the training, because each depends on those before it.
         """
