@@ -165,9 +165,9 @@ def trimap_from_coarse(coarse: Float, size: tuple[int, int], band_fraction: floa
     alpha = resize(coarse, size)
     band_px = max(1.0, band_fraction * max(size))
     trimap = np.full(size, 0.5, np.float32)
-    trimap[_distance_inside(alpha < COARSE_TOLERANCE) > band_px] = 0.0
+    trimap[distance_inside(alpha < COARSE_TOLERANCE) > band_px] = 0.0
     foreground = alpha > 1.0 - COARSE_TOLERANCE
-    depth = _distance_inside(foreground)
+    depth = distance_inside(foreground)
     region_count, labels = cv2.connectedComponents(foreground.astype(np.uint8))
     region = labels.astype(np.intp)  # of every pixel
     max_depth = np.zeros(region_count, np.float32)
@@ -183,8 +183,8 @@ def trimap_from_alpha(alpha: Float, band_px: int) -> NDArray[np.uint8]:
     A pixel is background or foreground if all pixels within ``band_px`` are too. Otherwise it is unknown.
     """
     trimap = np.full(alpha.shape, UNKNOWN, np.uint8)
-    trimap[_distance_inside(alpha > 1.0 - ALPHA_TOLERANCE) > band_px] = 255
-    trimap[_distance_inside(alpha < ALPHA_TOLERANCE) > band_px] = 0
+    trimap[distance_inside(alpha > 1.0 - ALPHA_TOLERANCE) > band_px] = 255
+    trimap[distance_inside(alpha < ALPHA_TOLERANCE) > band_px] = 0
     return trimap
 
 
@@ -193,11 +193,16 @@ def _round_up(value: int, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple
 
 
-def _distance_inside(inside: NDArray[np.bool_]) -> Float:
-    """Return the distance in px of every pixel of ``inside`` [H,W] to the nearest pixel outside it.
+def distance_inside(inside: NDArray[np.bool_]) -> Float:
+    """Return the distance in px of every pixel of ``inside`` [H,W] to the nearest pixel outside it, float32 [H,W].
 
-    Pixels beyond the image count as inside.
+    Pixels beyond the image count as inside. The distances are infinite if there is no pixel outside.
     """
     if inside.all():
         return np.full(inside.shape, np.inf, np.float32)
-    return cast(Float, cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE))
+    uses_ipp = cv2.ipp.useIPP()
+    cv2.ipp.setUseIPP(False)  # the last bits of IPP's distances depend on the memory address of its output
+    try:
+        return cast(Float, cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE))
+    finally:
+        cv2.ipp.setUseIPP(uses_ipp)

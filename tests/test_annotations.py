@@ -381,6 +381,28 @@ def test_points_are_spread_over_a_long_stroke() -> None:
     assert all(wide[int(y), int(x)] >= 1.9 for x, y in points)  # on the centre line
 
 
+@pytest.mark.parametrize("seed", [137, 150, 240])
+def test_points_of_an_area_do_not_depend_on_memory_addresses(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = cv2.distanceTransform
+    area = np.zeros((150, 200), np.uint8)
+    line = np.random.default_rng(seed).integers(0, (200, 150), (4, 2), np.int32)
+    cv2.polylines(area, [line], isClosed=False, color=1, thickness=9)
+
+    def points(offset: int) -> list[tuple[float, float]]:
+        """Return the points if the output of the transform is ``offset`` bytes after a multiple of 64."""
+
+        def transform_to_offset(mask: np.ndarray, *options: int) -> np.ndarray:
+            memory = np.zeros(4 * mask.size + 128, np.uint8)
+            start = -memory.ctypes.data % 64 + offset
+            output = memory[start:][: 4 * mask.size].view(np.float32).reshape(mask.shape)
+            return transform(mask, *options, dst=output)
+
+        monkeypatch.setattr(cv2, "distanceTransform", transform_to_offset)
+        return area_points(area > 0)
+
+    assert points(0) == points(16) == points(32) == points(48)
+
+
 GREY, CLEAR = (128, 128, 128, 255), (0, 0, 0, 0)
 COLOURS = {"white": (255, 255, 255, 255), "green": (0, 255, 0, 255), "black": (0, 0, 0, 255), "red": (255, 0, 0, 255)}
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icm_cli.config import GuidedFilterConfig
-from icm_cli.geometry import CanvasRule, Float, ImageU8, Placement, alpha_to_u8, resize
+from icm_cli.geometry import CanvasRule, Float, ImageU8, Placement, alpha_to_u8, distance_inside, resize
 from icm_cli.guided_filter import alpha_at_source, guided_upsample
 
 SIDES = st.integers(1, 6000)
@@ -97,3 +97,20 @@ def test_processing_in_strips_has_no_effect(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_placement_equals_the_published_code() -> None:
     assert CanvasRule(768, 768, square=True).placement(1080, 1920) == Placement((1080, 1920), (432, 768), (768, 768))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [(100, 120), (400, 300)])
+def test_distances_are_exact(size: tuple[int, int], threads: int) -> None:
+    outside = np.random.default_rng(0).integers(0, size, (9, 2))
+    inside = np.ones(size, np.bool_)
+    inside[tuple(outside.T)] = False
+    offsets = np.indices(size) - outside[:, :, None, None]
+    exact = np.sqrt((offsets**2).sum(axis=1).min(axis=0)).astype(np.float32)
+    opencv_threads, uses_ipp = cv2.getNumThreads(), cv2.ipp.useIPP()
+    cv2.setNumThreads(threads)
+    try:
+        assert np.array_equal(distance_inside(inside), exact)
+    finally:
+        cv2.setNumThreads(opencv_threads)
+    assert cv2.ipp.useIPP() == uses_ipp

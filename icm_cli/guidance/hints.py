@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from icm_cli.errors import UsageError
 from icm_cli.files import combined_digest, shorten
-from icm_cli.geometry import format_size
+from icm_cli.geometry import distance_inside, format_size
 
 Point: TypeAlias = tuple[float, float]
 """x and y in pixels of the displayed image: from its top left corner, x to the right and y down."""
@@ -277,5 +277,4 @@ def _find_deepest_pixel(inside: Area, cell: Sequence[int], cell_px: int) -> tupl
 
 def _depths(area: Area) -> NDArray[np.float32]:
     """Return the distance of every pixel to the nearest one outside the area or the array, float32 [H,W]."""
-    padded = np.pad(area.astype(np.uint8), 1)
-    return np.asarray(cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1], np.float32)
+    return distance_inside(np.pad(area, 1))[1:-1, 1:-1]

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from icm_cli.geometry import Float
+from icm_cli.geometry import Float, distance_inside
 from icm_cli.guidance.hints import Area, Hints, Point
 from icm_cli.matting.hinting import OFF_OBJECT, ON_OBJECT
 from icm_cli.model.contracts import EmbeddedImage, Objects, PointPrompts
@@ -107,8 +107,7 @@ def _is_marked(area: Area, cell: Cell, on_cells: list[Cell]) -> bool:
     """Return whether a cell is in the middle of an area that has no point on the object."""
     if not area[cell] or any(area[each] for each in on_cells):
         return False
-    padded = np.pad(area.astype(np.uint8), 1)
-    distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    distance = distance_inside(np.pad(area, 1))[1:-1, 1:-1]
     return bool(distance[cell] >= MIN_DEPTH * distance.max())
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from icm_cli.errors import UsageError
-from icm_cli.geometry import Float, resize
+from icm_cli.geometry import Float, distance_inside, resize
 from icm_cli.guidance.hints import Area, Box, Hints, Point, area_points
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.model.contracts import PointPrompts
@@ -209,7 +208,4 @@ def _follows(alpha: Float, is_on: bool) -> Area:
 
 def _fade(area: Area) -> Float:
     """Return 1 in an area, falling to 0 over ``BORDER_PX`` outside of it, float32 [H,W]."""
-    if not area.any():
-        return np.zeros(area.shape, np.float32)
-    distance = cv2.distanceTransform((~area).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return np.asarray(np.clip(1 - distance / BORDER_PX, 0, 1), np.float32)
+    return np.asarray(np.clip(1 - distance_inside(~area) / BORDER_PX, 0, 1), np.float32)

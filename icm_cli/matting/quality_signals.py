@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.geometry import Float, ImageU8, downscaled_size, resize
+from icm_cli.geometry import Float, ImageU8, distance_inside, downscaled_size, resize
 
 LONG_SIDE_PX = 256
 """Alphas whose long side is larger are reduced to this before signals are measured."""
@@ -84,7 +84,7 @@ def _soft_iou(one: Float, other: Float) -> float:
 def _measure_interior(mask: NDArray[np.bool_], is_soft: NDArray[np.bool_]) -> dict[str, float]:
     """Return the fraction of the interior of a mask that is soft or a hole."""
     filled = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((9, 9), np.uint8))
-    depth = cv2.distanceTransform(filled, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    depth = distance_inside(filled > 0)
     interior = depth > min(INTERIOR_PX, float(depth.max()) / 2)
     return {"soft_interior": float((is_soft | ~mask)[interior].mean())}
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from icm_cli.geometry import distance_inside
 from icm_cli.training.settings import ClickConfig
 
 Mask: TypeAlias = NDArray[np.bool_]
@@ -141,6 +142,4 @@ def _draw_in_area(area: Mask, truth: Mask, rng: np.random.Generator) -> Click:
 
 def _distance_to_border(area: Mask) -> NDArray[np.float32]:
     """Return the distance of each pixel of an area to the nearest pixel outside it or outside the image."""
-    padded = np.pad(area.astype(np.uint8), 1)
-    distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return np.asarray(distance[1:-1, 1:-1], np.float32)
+    return distance_inside(np.pad(area, 1))[1:-1, 1:-1]
