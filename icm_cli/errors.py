@@ -117,7 +117,7 @@ PROBLEM_KINDS: Mapping[str, str] = {
     "bad-trimap": "a trimap has values other than 0, 128 and 255",
     "16-bit-alpha": "a true alpha has 16 bits; it is rounded to 8 bits before scoring",
     "empty-alpha": "a true alpha has no foreground",
-    "no-unknown": "a trimap has no unknown pixels, so that this region has no score",
+    "no-unknown": "a trimap has no unknown pixels, so there is no score of the unknown region",
 }
 """All kinds of problems with input data, and what they mean.
 

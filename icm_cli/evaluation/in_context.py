@@ -227,7 +227,7 @@ class ReferenceStore:
         return references, problems
 
     def plan_shot(self, jobs: Sequence[Job], examples: Sequence[Example]) -> Shot:
-        """Return the order in which frames are matted, starting from their references."""
+        """Return the shot of the jobs. The references of an example become keyframes, from which its frames start."""
         jobs_and_keyframes = []
         for index, example in enumerate(examples):
             example_jobs = [job for job in jobs if job.example_index == index]

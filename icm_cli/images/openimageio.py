@@ -417,7 +417,12 @@ def _layers_of_part(part: int, part_name: str, channels: tuple[str, ...]) -> lis
 
 
 def _grey_layer(parts: Parts, path: Path) -> ImageLayer:
-    """Return the single channel, the luminance or the alpha of a file without colours. Raises ImageError."""
+    """Return the single channel, the luminance or the alpha of a file without colours. Raises ImageError.
+
+    ``parts``: those with flat pixels. Parts with only data, such as depth or normals, are tried last.
+    """
+    if not parts:
+        raise ImageError(f"{path} has only deep pixels; expected flat ones; flatten it")
     parts_with_data_last = sorted(parts, key=lambda part: _hold_only_data([part]))
     for part, channels in parts_with_data_last:
         names = [channel.upper() for channel in channels]
@@ -427,8 +432,6 @@ def _grey_layer(parts: Parts, path: Path) -> ImageLayer:
             return ImageLayer(part, (names.index("Y"),), names.index("A") if "A" in names else None)
         if "A" in names:
             return ImageLayer(part, (names.index("A"),), None)
-    if not parts:
-        raise ImageError(f"{path} has only deep pixels; expected flat ones; flatten it")
     if _hold_only_data(parts):
         raise _data_error(parts, path)
     listed = ", ".join(_channels_of(parts))

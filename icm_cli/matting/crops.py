@@ -76,26 +76,26 @@ def crop_box(
 def align_box(box: CropBox, size: tuple[int, int], cells: int) -> CropBox:
     """Return a box enlarged to whole cells of a grid, which has ``cells`` cells along the longer side of the frame."""
     cell = max(size) / cells
-    sides = []
-    for side, length in zip(box.slices, size, strict=True):
-        start = math.floor(math.floor(side.start / cell) * cell)
-        stop = min(length, math.ceil(math.ceil(side.stop / cell) * cell))
-        sides.append(slice(start, stop))
-    return CropBox(*sides)
+    spans = []
+    for span, length in zip(box.slices, size, strict=True):
+        start = math.floor(math.floor(span.start / cell) * cell)
+        stop = min(length, math.ceil(math.ceil(span.stop / cell) * cell))
+        spans.append(slice(start, stop))
+    return CropBox(*spans)
 
 
 def enlarge_box(box: CropBox, mask: NDArray[np.bool_], size: tuple[int, int], settings: CropSettings) -> CropBox:
     """Return a box enlarged at each side that cuts the object. ``mask``: the object in the crop, bool [h,w]."""
-    sides = []
-    for side, lines, length in zip(box.slices, (mask, mask.T), size, strict=True):
-        growth = math.ceil(settings.growth * (side.stop - side.start))
-        start, stop = side.start, side.stop
+    spans = []
+    for span, lines, length in zip(box.slices, (mask, mask.T), size, strict=True):
+        growth = math.ceil(settings.growth * (span.stop - span.start))
+        start, stop = span.start, span.stop
         if lines[0].mean() >= settings.cut_fraction:  # the first row or column of the crop cuts the object
             start = max(0, start - growth)
         if lines[-1].mean() >= settings.cut_fraction:
             stop = min(length, stop + growth)
-        sides.append(slice(start, stop))
-    return CropBox(*sides)
+        spans.append(slice(start, stop))
+    return CropBox(*spans)
 
 
 def matte_in_crops(

@@ -142,7 +142,8 @@ class EngineOptions:
         if hints := self.hints_digest(job):
             digest = combined_digest(digest, hints, self.decoder_digest)
         if job.mattes is not None:
-            digest = combined_digest(digest, self.shot.matte_digest(job) if self.shot else job.mattes.digest)
+            mattes_digest = self.shot.matte_digest(job) if self.shot else job.mattes.digest
+            digest = combined_digest(digest, mattes_digest)
         return self.shot.job_digest(job, digest) if self.shot else digest
 
 

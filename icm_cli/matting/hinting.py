@@ -84,7 +84,10 @@ def _move_area(area: Area | None, windows: ImageWindows) -> Area | None:
 
 
 def _move_object_area(area: Area | None, windows: ImageWindows, what: str) -> Area | None:
-    """Move an area to the data window. Raises UsageError if it is completely outside of it."""
+    """Convert an area of the display window to the data window. ``what``: its name in messages.
+
+    Raises UsageError if no pixel of the area is inside.
+    """
     moved = _move_area(area, windows)
     if area is not None and area.any() and not np.any(moved):
         row, column = np.argwhere(area)[0]

@@ -171,7 +171,8 @@ def split_reference_tokens(
             foregrounds.append(tokens[selected.flatten(1)])
             backgrounds.append(tokens[outside.flatten(1)])
     negative = torch.cat(negatives) if negatives else None
-    object_means, negative_means = (tuple(one.mean(dim=0) for one in tokens) for tokens in (foregrounds, negatives))
+    object_means = tuple(tokens.mean(dim=0) for tokens in foregrounds)
+    negative_means = tuple(tokens.mean(dim=0) for tokens in negatives)
     return ReferenceTokens(
         torch.cat(foregrounds), torch.cat(backgrounds), negative, object_means, negative_means, notices
     )
@@ -240,8 +241,8 @@ def foreground_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> tuple
 def background_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> Tensor:
     """Return which tokens are background, bool [1,h,w]; possibly none. Arguments as in :func:`foreground_token_mask`.
 
-    The cell of such a token contains a pixel of the frame and no foreground, and less than half of the part that is in
-    the frame is unknown.
+    The cell of such a token has pixels in the frame; none of them is foreground, and fewer than half of them are
+    unknown.
     """
     has_foreground = F.max_pool2d((guidance * valid[:, None]).float(), stride)[:, 0] > 0.75
     is_unknown = ((guidance - 0.5).abs() < 0.25) & valid[:, None]

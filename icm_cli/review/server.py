@@ -254,7 +254,10 @@ class ReviewApp:
         return {"revision": revision, "files": files, "images": images}
 
     def _list_changes(self, since: int, since_files: int | None) -> dict[str, Any]:
-        """Return the images changed after the revisions ``since`` (decisions) and ``since_files`` (alphas)."""
+        """Return the images changed after the revisions ``since`` (decisions) and ``since_files`` (alphas).
+
+        ``since_files`` None: the page has no list of alphas yet, so no change of alphas is returned.
+        """
         self._scan_if_due()
         revision, states = self.state.read_all()
         decided = set()

@@ -90,7 +90,7 @@ class MatteStage(Stage[PairBatch]):
         head = learner.model.head
         assert isinstance(head, TrainedHead)
         few = batch.first_samples(PANEL_ROWS)
-        pairs = few.to_pairs(fixed_noise=self._cache is not None)
+        pairs = few.to_pairs(fixed_noise=self._cache is not None)  # the same noise as in training
         features = learner.model.extract_features(pairs)
         prepared = learner.model.prepare_pair_references(pairs, features)
         predicted = head(features.target, prepared, pairs.image, pairs.valid).alpha
