@@ -13,7 +13,7 @@ import torch
 from conftest import DEMO
 
 import icm_cli
-from icm_cli.config import SecondPassConfig
+from icm_cli.config import MatchConfig, SecondPassConfig
 from icm_cli.geometry import CanvasRule
 from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor
@@ -48,6 +48,7 @@ class ColourPredictor(Predictor):
             edges=edges if self.has_edges else None,
             backbone=SimpleNamespace(canvas=CanvasRule(160, 32, square=False)),
             second_pass=SecondPassConfig(),
+            match=MatchConfig(),
         )
 
     def coarse_alphas(self, frames: Sequence[Frame], reference: Any) -> list[CoarseAlpha]:  # noqa: ARG002
