@@ -163,8 +163,8 @@ def matte(
         match: Objects that are matted: kind (of the kind of the reference's object, such as any
             dog), or same (only those that look like the very same thing: the same species, model or
             individual).
-        min_similarity: With --match same: smallest similarity of an object to that of a reference,
-            at which it is kept. Reports state it as object_similarity.
+        min_similarity: With --match same: smallest similarity, -1 to 1, at which an object is kept.
+            The JSON report has that of the most similar object of each image (object_similarity).
         edges: How the coarse alpha is refined at edges: by the model's own method, closed-form
             matting or ViTMatte.
         edges_weights: Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.
@@ -286,8 +286,8 @@ def evaluate(
         match: Objects that are matted: kind (of the kind of the reference's object, such as any
             dog), or same (only those that look like the very same thing: the same species, model or
             individual).
-        min_similarity: With --match same: smallest similarity of an object to that of a reference,
-            at which it is kept. Reports state it as object_similarity.
+        min_similarity: With --match same: smallest similarity, -1 to 1, at which an object is kept.
+            The JSON report has that of the most similar object of each image (object_similarity).
         edges: How the coarse alpha is refined at edges: by the model's own method, closed-form
             matting or ViTMatte.
         edges_weights: Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.
@@ -367,8 +367,8 @@ def load(
         match: Objects that are matted: kind (of the kind of the reference's object, such as any
             dog), or same (only those that look like the very same thing: the same species, model or
             individual).
-        min_similarity: With --match same: smallest similarity of an object to that of a reference,
-            at which it is kept. Reports state it as object_similarity.
+        min_similarity: With --match same: smallest similarity, -1 to 1, at which an object is kept.
+            The JSON report has that of the most similar object of each image (object_similarity).
         edges: How the coarse alpha is refined at edges: by the model's own method, closed-form
             matting or ViTMatte.
         edges_weights: Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.

@@ -56,6 +56,29 @@ A new component is a module there with a subclass of its contract (see ``icm_cli
 """
 
 
+def check_setting(section: str, settings: Any, name: str, is_valid: bool, expected: str) -> None:
+    """Raise ConfigError about a setting of a section, unless ``is_valid``. ``settings``: the section's dataclass."""
+    if not is_valid:
+        value = getattr(settings, name)
+        shown = list(value) if isinstance(value, tuple) else value
+        raise ConfigError(f"{section} {name} is {shown}; expected {expected}")
+
+
+def require_mapping(value: object, where: str) -> Mapping[str, Any]:
+    """Return a section of a configuration; raise ConfigError if it is not a mapping."""
+    if isinstance(value, Mapping):
+        return value
+    shown = "empty" if value is None else repr(value)
+    raise ConfigError(f"{where} is {shown}; expected keys with values")
+
+
+def reject_unknown_keys(fields: Mapping[str, object], known: set[str], where: str) -> None:
+    """Raise ConfigError for the first key that is not in ``known``, and suggest the nearest known key."""
+    for key in fields:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), known)}")
+
+
 @dataclass(frozen=True)
 class ComponentConfig:
     """A component of the model: a backbone, head, objects or edges."""
@@ -104,6 +127,10 @@ class MatchConfig:
     """For ``same``: smallest similarity to a reference, see ``icm_cli.model.contracts.ObjectTokens``."""
     max_difference: float = 0.1
     """For ``same``: largest difference from the most similar object in the image."""
+
+    def __post_init__(self) -> None:
+        check_setting("match", self, "min_similarity", -1 <= self.min_similarity <= 1, "-1 to 1")
+        check_setting("match", self, "max_difference", 0 <= self.max_difference <= 2, "0 to 2")
 
 
 @dataclass(frozen=True)
@@ -341,26 +368,3 @@ def _describe_type(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return "a list"
     return {int: "an integer", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
-
-
-def check_setting(section: str, settings: Any, name: str, is_valid: bool, expected: str) -> None:
-    """Raise ConfigError about a setting of a section, unless ``is_valid``. ``settings``: the section's dataclass."""
-    if not is_valid:
-        value = getattr(settings, name)
-        shown = list(value) if isinstance(value, tuple) else value
-        raise ConfigError(f"{section} {name} is {shown}; expected {expected}")
-
-
-def require_mapping(value: object, where: str) -> Mapping[str, Any]:
-    """Return a section of a configuration; raise ConfigError if it is not a mapping."""
-    if isinstance(value, Mapping):
-        return value
-    shown = "empty" if value is None else repr(value)
-    raise ConfigError(f"{where} is {shown}; expected keys with values")
-
-
-def reject_unknown_keys(fields: Mapping[str, object], known: set[str], where: str) -> None:
-    """Raise ConfigError for the first key that is not in ``known``, and suggest the nearest known key."""
-    for key in fields:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), known)}")

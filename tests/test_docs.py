@@ -131,7 +131,8 @@ def test_every_module_is_in_the_file_map() -> None:
 def test_docs_explain_every_reason() -> None:
     from icm_cli.quality import batch, estimate
 
-    reasons = {estimate.NOTHING_FOUND, *json.loads(estimate.WEIGHTS_PATH.read_text())["reasons"], batch.JUMP}
+    constants = estimate.NOTHING_FOUND, estimate.NOT_THE_SAME, estimate.MAYBE_ANOTHER
+    reasons = {*constants, *json.loads(estimate.WEIGHTS_PATH.read_text())["reasons"], batch.JUMP}
     reasons |= {f"{measure} unlike the others" for measure in batch.MIN_STD}
     text = (ROOT / "docs" / "quality.md").read_text()
     table = "".join(line.split("|")[1] for line in text.split("## Reasons")[1].splitlines() if line.startswith("| `"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,9 +17,12 @@ from hypothesis.extra.numpy import arrays
 
 import icm_cli
 from icm_cli.config import MatchConfig
-from icm_cli.errors import UsageError
+from icm_cli.errors import ConfigError, UsageError
+from icm_cli.guidance.hints import Hints
+from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.matting.object_match import keep_same_objects
 from icm_cli.model.contracts import ObjectTokens
+from icm_cli.quality.estimate import MAYBE_ANOTHER, NOT_THE_SAME, NOTHING_FOUND, estimate_quality
 
 DEMO = Path(__file__).parent / "demo"
 CELL_PX = 4
@@ -112,6 +116,43 @@ def test_small_regions_belong_to_the_nearest_object() -> None:
     assert not result[:, 2 * CELL_PX :].any()
 
 
+def test_objects_that_hints_mark_are_kept_and_others_are_compared() -> None:
+    alpha, tokens = alpha_of(1, 0, 1, 0, 1), make_tokens(0, 90, 60, 90, 70)
+    size = (10 * CELL_PX, 50 * CELL_PX)  # of the image, ten times as large
+
+    def kept_cells(**marks: Any) -> list[int]:
+        result, _ = keep_same_objects(alpha, tokens, (CELL_PX, 5 * CELL_PX), SAME, Hints(size=size, **marks))
+        return [cell for cell in (0, 2, 4) if result[0, CELL_PX * cell] > 0]
+
+    area = np.zeros(size, bool)
+    area[5:10, 170:175] = True
+    assert kept_cells() == [0]
+    assert kept_cells(points=[(15, 20)]) == [0]  # on the first object, which is similar anyway
+    assert kept_cells(points=[(85, 20)]) == [0, 2]
+    assert kept_cells(not_points=[(85, 20)]) == [0]
+    assert kept_cells(boxes=[(70, 0, 130, 40)]) == [0, 2]
+    assert kept_cells(boxes=[(100, 0, 130, 40)]) == [0]  # less than half of the second object
+    assert kept_cells(object_area=area) == [0, 4]
+    assert kept_cells(keep=area) == [0, 4]
+
+
+def test_the_quality_says_that_objects_were_removed_or_may_be_others() -> None:
+    removed = estimate_quality({"presence": 90.0, "object_similarity": 0.6})
+    assert removed.reasons == (NOTHING_FOUND, NOT_THE_SAME)
+    assert removed.quality > 0.75
+    assert estimate_quality({"presence": 90.0}).reasons == (NOTHING_FOUND,)
+    shown = {"largest_component": 1.0, "presence": 90.0}
+    assert estimate_quality(shown).quality > 1.8 * estimate_quality({**shown, "object_similarity": 0.7}).quality
+    assert MAYBE_ANOTHER in estimate_quality({**shown, "object_similarity": 0.84}).reasons
+    assert MAYBE_ANOTHER not in estimate_quality({**shown, "object_similarity": 0.86}).reasons
+
+
+@pytest.mark.parametrize("settings", [{"min_similarity": 9.0}, {"max_difference": -3.0}])
+def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"match (min_similarity|max_difference) is"):
+        MatchConfig(**settings)
+
+
 def test_an_alpha_without_foreground_is_not_changed() -> None:
     alpha = alpha_of(0.4, 0.2)
     result, similarity = keep(alpha, make_tokens(0, 0))
@@ -170,3 +211,19 @@ def test_a_thing_of_another_colour_is_left_out(icm: Icm, tmp_path: Path) -> None
     assert means["same"][0] > 0.2
     assert similarities["kind"] is None
     assert 0.7 < similarities["same"] <= 1
+
+
+@pytest.mark.slow
+def test_a_hint_on_the_object_does_not_bring_others_back() -> None:
+    white, other = (cv2.resize(read_image(DEMO / "imgs" / name).rgb, (384, 384)) for name in ("01.jpg", "03.jpg"))
+    image = np.hstack([white, (other * np.array([1.0, 0.35, 0.3])).astype(np.uint8)])
+    predictor = icm_cli.load(device="cpu", match="same")
+    reference = predictor.reference([(read_image(DEMO / "ref.jpg").rgb, read_alpha(DEMO / "mask.png"))])
+    session = predictor.session(image, reference)
+    for point, is_red_shown in (((190, 200), False), ((384 + 190, 230), True)):
+        hints = Hints(size=image.shape[:2], points=[point])
+        alpha = session.matte(hints)
+        assert np.array_equal(alpha, predictor.matte(image, reference, hints))
+        for each in (alpha, session.coarse(hints)):
+            assert (each[:, :384] > 127).mean() > 0.2
+            assert ((each[:, 384:] > 127).mean() > 0.1) == is_red_shown

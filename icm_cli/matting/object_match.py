@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from icm_cli.config import MatchConfig
-from icm_cli.geometry import Float
+from icm_cli.geometry import Float, resize
+from icm_cli.guidance.hints import Area, Hints
 from icm_cli.model.contracts import ObjectTokens
 
 
 def keep_same_objects(
-    alpha: Tensor, tokens: ObjectTokens, content: tuple[int, int], config: MatchConfig
+    alpha: Tensor, tokens: ObjectTokens, content: tuple[int, int], config: MatchConfig, hints: Hints | None = None
 ) -> tuple[Tensor, float | None]:
     """Set an alpha, float32 [h,w] in 0..1, to 0 where it shows other objects than that of the references.
 
     An object is a connected region of foreground; regions smaller than a token belong to the nearest larger one. It is
     kept if it is more similar to a reference than to every negative reference, and if its similarity is at least
-    ``min_similarity`` and at most ``max_difference`` below the largest one. ``content``: height and width of the frame
-    on the canvas, in px.
+    ``min_similarity`` and at most ``max_difference`` below the largest one. It is also kept if hints mark it.
+    ``content``: height and width of the frame on the canvas, in px.
 
     Returns the alpha and the similarity of the most similar object; None without any foreground.
     """
@@ -34,10 +35,25 @@ def keep_same_objects(
     largest = max(to_references for to_references, _ in similarities)
     smallest_kept = max(config.min_similarity, largest - config.max_difference)
     kept = torch.zeros_like(alpha, dtype=torch.bool)
-    for area, (to_references, to_negatives) in zip(areas, similarities, strict=True):
-        if to_references >= smallest_kept and to_references > to_negatives:
+    for number, area, (to_references, to_negatives) in zip(numbers, areas, similarities, strict=True):
+        is_same = to_references >= smallest_kept and to_references > to_negatives
+        if is_same or (hints is not None and _is_marked((values > 0.5) & (owners == number), hints)):
             kept |= area
     return alpha * kept, largest
+
+
+def _is_marked(area: Area, hints: Hints) -> bool:
+    """Return whether hints mark an object, bool [h,w]: by a point or area on it, or a box around most of it."""
+    height, width = area.shape
+    scale_y, scale_x = height / hints.size[0], width / hints.size[1]
+    if any(area[min(height - 1, int(y * scale_y)), min(width - 1, int(x * scale_x))] for x, y in hints.points):
+        return True
+    for marked in (hints.object_area, hints.keep):
+        if marked is not None and (area & (resize(marked.astype(np.float32), (height, width)) > 0)).any():
+            return True
+    rows, columns = np.nonzero(area)
+    y, x = rows / scale_y, columns / scale_x
+    return any(np.mean((x >= x0) & (x < x1) & (y >= y0) & (y < y1)) > 0.5 for x0, y0, x1, y1 in hints.boxes)
 
 
 def _nearest_objects(foreground: np.ndarray, min_area: float) -> np.ndarray | None:

@@ -146,7 +146,8 @@ class Session:
         """Return the alpha without refined edges, uint8 [H,W]. It follows the hints, and takes less time."""
         predictor, frame = self._predictor, self._frame_with_hints(hints)
         with device_errors(predictor.device, "an image was matted"):
-            (completed,) = predictor.complete_alphas([frame], [self._coarse_alpha(frame)], embeds_crops=False)
+            coarse = predictor.select_objects(frame, self._coarse_alpha(frame))
+            (completed,) = predictor.complete_alphas([frame], [coarse], embeds_crops=False)
             alpha = resize_alpha(completed, frame.size).numpy(force=True)
             return alpha_to_u8(_follow_corrections(alpha, frame))
 
@@ -266,7 +267,7 @@ class Predictor:
             matte = self.infer([frame], reference)
 
             def decide_alpha(frame: Frame) -> CoarseAlpha:
-                return self.decide_objects(frame, _coarse_alpha_of(matte, 0, frame), reference)
+                return self.decide_presence(frame, _coarse_alpha_of(matte, 0, frame), reference)
 
             return Session(self, frame, decide_alpha)
 
@@ -301,7 +302,7 @@ class Predictor:
     def matte_frames(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[FrameAlpha]:
         """Matte a batch of frames independently of each other."""
         coarse = self.coarse_alphas(frames, reference)
-        decided = [self.decide_objects(frame, each, reference) for frame, each in zip(frames, coarse, strict=True)]
+        decided = [self.decide_presence(frame, each, reference) for frame, each in zip(frames, coarse, strict=True)]
         return self.refine_alphas(frames, decided)
 
     @torch.inference_mode()
@@ -332,11 +333,12 @@ class Predictor:
     ) -> list[FrameAlpha]:
         """Return the final alphas of frames from their coarse alphas, in these steps:
 
-        1. Complete the objects and refine the edges, if the model has these components. Alphas with values that are
-           not finite are left as they are.
+        1. Select the objects (:meth:`select_objects`), complete them, and refine the edges, if the model has these
+           components. Alphas with values that are not finite are left as they are.
         2. Apply ``stabilise`` to every alpha.
         3. Apply the mattes and hints of the frames.
         """
+        coarse = [self.select_objects(frame, each) for frame, each in zip(frames, coarse, strict=True)]
         alphas = self.complete_alphas(frames, coarse)
         completed = list(alphas)
         if self.model.edges is not None:
@@ -349,6 +351,21 @@ class Predictor:
         if stabilise is not None:
             final = list(map(stabilise, final))
         return [self._make_result(*each) for each in zip(frames, coarse, completed, final, strict=True)]
+
+    @torch.inference_mode()
+    def select_objects(self, frame: Frame, coarse: CoarseAlpha) -> CoarseAlpha:
+        """Keep only objects that are the same thing as that of the references, with the rule ``same`` (``--match``).
+
+        The result is completed. With the rule ``kind``, nothing changes. See :func:`keep_same_objects`.
+        """
+        tokens, alpha = coarse.object_tokens, coarse.alpha
+        if self.model.match.rule == "kind" or tokens is None or not alpha.isfinite().all():
+            return coarse
+        if not coarse.is_completed:
+            (alpha,) = self._complete_objects([frame], [alpha])
+        alpha, similarity = keep_same_objects(alpha, tokens, frame.placement.content, self.model.match, frame.hints)
+        signals = coarse.signals if similarity is None else {**coarse.signals, "object_similarity": similarity}
+        return replace(coarse, alpha=alpha, signals=signals, is_completed=True)
 
     @torch.inference_mode()
     def complete_alphas(
@@ -427,26 +444,7 @@ class Predictor:
         return objects.complete_alphas(images, coarse)
 
     @torch.inference_mode()
-    def decide_objects(self, frame: Frame, coarse: CoarseAlpha, reference: PreparedReferences) -> CoarseAlpha:
-        """Decide whether the object is in the frame, and which of the objects that were found are kept (``--match``).
-
-        If a hint marks the object, all are kept.
-        """
-        decided = self._decide_presence(frame, coarse, reference)
-        tokens = coarse.object_tokens
-        if self.model.match.rule == "kind" or tokens is None or frame.shows_object:
-            return decided
-        alpha = decided.alpha
-        if not alpha.isfinite().all():
-            return decided
-        if not decided.is_completed:
-            (alpha,) = self._complete_objects([frame], [alpha])
-        alpha, similarity = keep_same_objects(alpha, tokens, frame.placement.content, self.model.match)
-        signals = decided.signals if similarity is None else {**decided.signals, "object_similarity": similarity}
-        found = decided.found and bool((alpha > 0.5).any())
-        return replace(decided, alpha=alpha, found=found, signals=signals, is_completed=True)
-
-    def _decide_presence(self, frame: Frame, coarse: CoarseAlpha, reference: PreparedReferences) -> CoarseAlpha:
+    def decide_presence(self, frame: Frame, coarse: CoarseAlpha, reference: PreparedReferences) -> CoarseAlpha:
         """Decide by a second pass, on a crop, whether an object whose presence is uncertain is in the frame.
 
         The presence logits of the two passes are averaged. The alpha of the more confident pass is used, multiplied by
@@ -466,7 +464,7 @@ class Predictor:
         everywhere = torch.ones_like(alpha, dtype=torch.bool)
         confidence, found = confidence_and_found(alpha[None, None], everywhere[None])
         signals = {**coarse.signals, "confidence": float(confidence), "presence": logit}
-        return CoarseAlpha(alpha, bool(found), signals, is_completed=True)
+        return replace(coarse, alpha=alpha, found=bool(found), signals=signals, is_completed=True)
 
     def _coarse_alpha_from_crop(
         self, frame: Frame, alpha: Tensor, reference: PreparedReferences
@@ -548,7 +546,7 @@ def _coarse_alpha_of(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
         if presence is not None:
             alpha = presence.alpha_if_present[index, 0, :height, :width].float().contiguous()
         confidence = float(confidence_and_found(alpha[None, None], torch.ones_like(alpha[None]).bool())[0])
-        coarse = CoarseAlpha(alpha, True, {**signals, "confidence": confidence})
+        coarse = replace(coarse, alpha=alpha, found=True, signals={**signals, "confidence": confidence})
     elif presence is not None:
         logit = float(presence.logit[index])
         coarse = replace(coarse, presence_logit=logit, signals={**signals, "presence": logit})

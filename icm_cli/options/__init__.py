@@ -354,17 +354,17 @@ class ModelOptions(OptionGroup):
         None,
         help="Objects that are matted: kind (of the kind of the reference's object, such as any dog), or same (only "
         "those that look like the very same thing: the same species, model or individual).",
-        shown_default="that of the model: kind",
+        shown_default="kind",
         digest=DigestPart.MODEL,
     )
     min_similarity: float | None = option(
         None,
-        help="With --match same: smallest similarity of an object to that of a reference, at which it is kept. Reports "
-        "state it as object_similarity.",
+        help="With --match same: smallest similarity, -1 to 1, at which an object is kept. The JSON report has that of "
+        "the most similar object of each image (object_similarity).",
         metavar="VALUE",
         minimum=-1,
         maximum=1,
-        shown_default="that of the model: 0.7",
+        shown_default="0.7",
         digest=DigestPart.MODEL,
     )
     edges: EdgeMethod = option(

@@ -17,6 +17,13 @@ from typing import Any
 WEIGHTS_PATH = Path(__file__).with_name("weights.json")
 DIGITS = 4
 NOTHING_FOUND = "nothing found"
+NOT_THE_SAME = "not the same thing"
+"""Reason: ``--match same`` removed all objects."""
+MAYBE_ANOTHER = "maybe another thing"
+"""Reason: the most similar object that ``--match same`` kept has a similarity below SURELY_SAME."""
+SURELY_SAME = 0.85
+SAME_OFFSET, SAME_SLOPE = -10.19, 14.64
+"""Logistic regression of ``tests/benchmarks/calibrate_match.py``."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,23 @@ def estimate_quality(signals: Mapping[str, float]) -> Estimate:
     have the part that measures them, or if a hint overrides it. Signals are clipped to the range of the calibration.
     """
     weights = _read_weights()
+    similarity = signals.get("object_similarity")  # only with --match same
     if "largest_component" not in signals:
-        return Estimate(_predict(weights["empty"], signals), (NOTHING_FOUND,))
+        if similarity is None:
+            return Estimate(_predict(weights["empty"], signals), (NOTHING_FOUND,))
+        return Estimate(round(1 - _same_probability(similarity), DIGITS), (NOTHING_FOUND, NOT_THE_SAME))
+    quality = _predict(weights["shown"], signals)
     reasons = [reason for reason, threshold in weights["reasons"].items() if _is_beyond(threshold, signals)]
-    return Estimate(_predict(weights["shown"], signals), tuple(reasons))
+    if similarity is not None:
+        quality = round(quality * _same_probability(similarity), DIGITS)
+        if similarity < SURELY_SAME:
+            reasons.insert(0, MAYBE_ANOTHER)
+    return Estimate(quality, tuple(reasons))
+
+
+def _same_probability(similarity: float) -> float:
+    """Return the probability that an object of this similarity is the same thing as that of the reference."""
+    return 1 / (1 + math.exp(-(SAME_OFFSET + SAME_SLOPE * similarity)))
 
 
 def _predict(model: Mapping[str, Any], signals: Mapping[str, float]) -> float:

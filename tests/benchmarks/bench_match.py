@@ -52,7 +52,7 @@ def score(alpha: np.ndarray, truth: np.ndarray, part: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--targets", type=int, default=2, help="targets per group")
+    parser.add_argument("--targets", type=int, default=1, help="targets per group")
     parser.add_argument("--min-similarity", type=float, help="instead of that of the model")
     arguments = parser.parse_args()
     predictor = icm_cli.load()
