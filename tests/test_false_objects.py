@@ -77,6 +77,19 @@ def test_a_selected_part_of_a_region_is_false() -> None:
     np.testing.assert_allclose(found.remove_from(torch.from_numpy(whole)).numpy(), whole - 0.75 * RIGHT)
 
 
+@pytest.mark.parametrize("left", [5, 45], ids=["the larger piece", "the smaller piece"])
+def test_only_the_connected_piece_of_a_selection_at_the_point_is_false(left: int) -> None:
+    whole, pieces = rectangle(10, 5, 30, 75), {5: rectangle(10, 5, 30, 35), 45: rectangle(12, 45, 17, 50)}
+    points = {5: (40, 40), 45: (95, 29)}
+    selection = np.maximum(0.4 * whole, sum(pieces.values()))
+    found: FalseObjects = find(whole, selection, points[left], (140, 40))
+    assert not found.regions.any()
+    remaining = found.remove_from(torch.from_numpy(whole)).numpy()
+    assert (remaining[pieces[left] > 0] == 0).all()
+    margin = cv2.dilate(pieces[left], np.ones((5, 5), np.uint8)) > 0
+    assert np.array_equal(remaining[~margin], whole[~margin])
+
+
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
     return model_choice("lite").load_predictor()

@@ -20,9 +20,12 @@ Cell: TypeAlias = tuple[int, int]
 """Row and column of a pixel of an alpha."""
 REGION_THRESHOLD = 0.3
 """Connected pixels above this alpha are one region."""
-MIN_DEPTH = 0.5
-"""A point marks a whole area if its distance to the border of the area is at least this fraction of the largest one. A
-point closer to the border corrects the border."""
+MIN_REGION_DEPTH = 0.5
+"""A point marks a whole region if its distance to the border of the region is at least this fraction of the largest
+one. A point closer to the border corrects the border."""
+MIN_PART_DEPTH = 0.8
+"""The same for a selected part of a region. The decoder often selects more than the error at a point, and then the
+point is rarely in the middle of the selection."""
 MIN_REMAINING = 0.3
 """A region can be false as a whole if the rest of the foreground has at least this fraction of its area."""
 MIN_SELECTED = 0.5
@@ -54,31 +57,32 @@ def find_false_objects(objects: Objects, image: EmbeddedImage, alpha: Tensor, hi
     """Return the false objects that points off the object mark in a completed alpha, float32 [h,w]; None if there are
     none.
 
-    The decoder selects what is at each of these points. If this is most of a connected region, and other foreground
-    remains, the region is false. Otherwise the selection is, unless it is most of the foreground. Nothing that contains
-    a point on the object is false.
+    The decoder selects what is at each of these points. Only the pixels of the selection that are connected to the
+    point count. If they are most of a connected region, and other foreground remains, the region is false. Otherwise
+    they are a false part, unless they are most of the foreground. Nothing that contains a point on the object is false.
     """
     values: Float = alpha.numpy(force=True)
     on_cells = [_find_cell(point, hints, values) for point in hints.points]
     foreground = values > 0.5
     regions, parts = np.zeros_like(values), np.zeros_like(values)
-    _, labels = cv2.connectedComponents((values > REGION_THRESHOLD).astype(np.uint8), connectivity=4)
     for point in hints.not_points:
         cell = _find_cell(point, hints, values)
-        if not labels[cell]:
+        region = _find_connected(values > REGION_THRESHOLD, cell)
+        if not region.any():
             continue
-        region: Area = labels == labels[cell]
         selection = _select_object(objects, image, point, hints)
-        selected = region & (selection > 0.5)
+        selected = _find_connected(region & (selection > 0.5), cell)
         remaining = (foreground & ~region).sum()
         if (
             remaining >= MIN_REMAINING * (foreground & region).sum()
             and selected.sum() >= MIN_SELECTED * region.sum()
-            and _is_marked(region, cell, on_cells)
+            and _is_marked(region, cell, on_cells, MIN_REGION_DEPTH)
         ):
             regions[_grow(region)] = 1
-        elif (selected & foreground).sum() <= MAX_PART * foreground.sum() and _is_marked(selected, cell, on_cells):
-            parts = np.maximum(parts, selection)
+        elif (selected & foreground).sum() <= MAX_PART * foreground.sum() and _is_marked(
+            selected, cell, on_cells, MIN_PART_DEPTH
+        ):
+            parts = np.maximum(parts, np.where(_grow(selected), selection, 0))
     if not (regions.any() or parts.any()):
         return None
     return FalseObjects(torch.from_numpy(regions).to(alpha), torch.from_numpy(parts).to(alpha))
@@ -93,6 +97,12 @@ def _find_cell(point: Point, hints: Hints, alpha: Float) -> Cell:
     return row, column
 
 
+def _find_connected(area: Area, cell: Cell) -> Area:
+    """Return the pixels of an area [h,w] that are connected to a cell; none if the cell is not in the area."""
+    _, labels = cv2.connectedComponents(area.astype(np.uint8), connectivity=4)
+    return np.asarray(area & (labels == labels[cell]))
+
+
 def _select_object(objects: Objects, image: EmbeddedImage, point: Point, hints: Hints) -> Float:
     """Return the alpha [h,w] of what is at a point, if it is selected instead of the object."""
     coordinates = np.array([point, *hints.points]) / hints.size[::-1]
@@ -103,12 +113,12 @@ def _select_object(objects: Objects, image: EmbeddedImage, point: Point, hints: 
     return selection
 
 
-def _is_marked(area: Area, cell: Cell, on_cells: list[Cell]) -> bool:
+def _is_marked(area: Area, cell: Cell, on_cells: list[Cell], min_depth: float) -> bool:
     """Return whether a cell is in the middle of an area that has no point on the object."""
     if not area[cell] or any(area[each] for each in on_cells):
         return False
     distance = distance_inside(np.pad(area, 1))[1:-1, 1:-1]
-    return bool(distance[cell] >= MIN_DEPTH * distance.max())
+    return bool(distance[cell] >= min_depth * distance.max())
 
 
 def _grow(area: Area) -> NDArray[np.bool_]:
