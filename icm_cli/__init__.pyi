@@ -120,7 +120,7 @@ def matte(
             paper (an area that the self-attention of the model extends, as in the paper; for
             icm-sd21).
         save_mask: Write the mask of the only --ref to this .png file, also with --dry-run.
-        not_ref: Image of what is not the object, such as a similar thing that was taken for it,
+        not_ref: Image of what is not the object, such as a similar object that was taken for it,
             repeatable.
         not_mask: Mask of a --not-ref, repeatable: white on what is not the object. The first one
             belongs to the first --not-ref, and so on. A --not-ref without one is negative as a
@@ -161,7 +161,7 @@ def matte(
         checkpoint: Trained weights: the published .ckpt, or a .safetensors file of icm.
         weights: Weights of the backbone: a folder, or a repository of the Hugging Face hub.
         match: Objects that are matted: kind (of the kind of the reference's object, such as any
-            dog), or same (only those that look like the very same thing: the same species, model or
+            dog), or same (only those that look like the same instance: the same species, model or
             individual).
         min_similarity: With --match same: smallest similarity, -1 to 1, at which an object is kept.
             The JSON report has that of the most similar object of each image (object_similarity).
@@ -284,7 +284,7 @@ def evaluate(
         checkpoint: Trained weights: the published .ckpt, or a .safetensors file of icm.
         weights: Weights of the backbone: a folder, or a repository of the Hugging Face hub.
         match: Objects that are matted: kind (of the kind of the reference's object, such as any
-            dog), or same (only those that look like the very same thing: the same species, model or
+            dog), or same (only those that look like the same instance: the same species, model or
             individual).
         min_similarity: With --match same: smallest similarity, -1 to 1, at which an object is kept.
             The JSON report has that of the most similar object of each image (object_similarity).
@@ -365,7 +365,7 @@ def load(
         checkpoint: Trained weights: the published .ckpt, or a .safetensors file of icm.
         weights: Weights of the backbone: a folder, or a repository of the Hugging Face hub.
         match: Objects that are matted: kind (of the kind of the reference's object, such as any
-            dog), or same (only those that look like the very same thing: the same species, model or
+            dog), or same (only those that look like the same instance: the same species, model or
             individual).
         min_similarity: With --match same: smallest similarity, -1 to 1, at which an object is kept.
             The JSON report has that of the most similar object of each image (object_similarity).

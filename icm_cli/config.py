@@ -17,7 +17,6 @@ import yaml
 from icm_cli.errors import ConfigError, UsageError, did_you_mean, quote_value
 
 ComponentKind = Literal["backbone", "head", "objects", "edges"]
-MatchRule = Literal["kind", "same"]
 T = TypeVar("T")
 TRAINING_KEYS = ("train", "data")
 """Sections of a configuration file that only ``icm train`` reads."""
@@ -120,9 +119,9 @@ class SecondPassConfig:
 class MatchConfig:
     """How similar an object must be to that of the references."""
 
-    rule: MatchRule = "kind"
-    """``kind``: objects of the same kind are matted. ``same``: of these, only objects that look like the very same
-    thing: the same species, model or individual. It needs a head with ``can_compare_objects``."""
+    rule: Literal["kind", "same"] = "kind"
+    """``kind``: objects of the same kind are matted. ``same``: of these, only objects that look like the same
+    instance: the same species, model or individual. It needs a head with ``can_compare_objects``."""
     min_similarity: float = 0.7
     """For ``same``: smallest similarity to a reference, see ``icm_cli.model.contracts.ObjectTokens``."""
     max_difference: float = 0.1

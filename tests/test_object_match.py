@@ -107,6 +107,14 @@ def test_an_object_that_is_more_similar_to_a_negative_reference_is_removed() -> 
     assert not result[:, CELL_PX:].any()
 
 
+def test_an_object_like_a_negative_reference_does_not_raise_the_limit_for_others() -> None:
+    alpha, tokens = alpha_of(1, 0, 1), make_tokens(-15, 90, 40, negatives=(-20,))
+    result, similarity = keep(alpha, tokens)
+    assert torch.equal(result[:, 2 * CELL_PX :], alpha[:, 2 * CELL_PX :])
+    assert not result[:, :CELL_PX].any()
+    assert similarity == pytest.approx(np.cos(np.radians(40)), abs=0.01)
+
+
 def test_small_regions_belong_to_the_nearest_object() -> None:
     alpha = alpha_of(1, 0, 0, 0, 1)
     alpha[0, CELL_PX + 1] = 1  # next to the left object, on tokens that are not similar
@@ -141,6 +149,8 @@ def test_the_quality_says_that_objects_were_removed_or_may_be_others() -> None:
     assert removed.reasons == (NOTHING_FOUND, NOT_THE_SAME)
     assert removed.quality > 0.75
     assert estimate_quality({"presence": 90.0}).reasons == (NOTHING_FOUND,)
+    kept_but_empty = {"presence": 90.0, "object_similarity": 0.9, "completed_confidence": 0.4}
+    assert estimate_quality(kept_but_empty).reasons == (NOTHING_FOUND,)
     shown = {"largest_component": 1.0, "presence": 90.0}
     assert estimate_quality(shown).quality > 1.8 * estimate_quality({**shown, "object_similarity": 0.7}).quality
     assert MAYBE_ANOTHER in estimate_quality({**shown, "object_similarity": 0.84}).reasons
@@ -191,7 +201,7 @@ def test_load_refuses_a_head_that_cannot_compare_objects() -> None:
 
 
 @pytest.mark.slow
-def test_a_thing_of_another_colour_is_left_out(icm: Icm, tmp_path: Path) -> None:
+def test_an_object_of_another_colour_is_left_out(icm: Icm, tmp_path: Path) -> None:
     """The robot of the demo next to another robot, which is red. The default mattes both."""
     white, other = (cv2.resize(cv2.imread(str(DEMO / "imgs" / name)), (384, 384)) for name in ("01.jpg", "03.jpg"))
     red = (other * np.array([0.3, 0.35, 1.0])).astype(np.uint8)  # BGR

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import cv2
 import numpy as np
@@ -13,11 +12,9 @@ from torch import Tensor
 
 from icm_cli.geometry import Float, distance_inside
 from icm_cli.guidance.hints import Area, Hints, Point
-from icm_cli.matting.hinting import OFF_OBJECT, ON_OBJECT
+from icm_cli.matting.hinting import OFF_OBJECT, ON_OBJECT, Cell, find_cell
 from icm_cli.model.contracts import EmbeddedImage, Objects, PointPrompts
 
-Cell: TypeAlias = tuple[int, int]
-"""Row and column of a pixel of an alpha."""
 REGION_THRESHOLD = 0.3
 """Connected pixels above this alpha are one region."""
 MIN_REGION_DEPTH = 0.5
@@ -62,11 +59,11 @@ def find_false_objects(objects: Objects, image: EmbeddedImage, alpha: Tensor, hi
     they are a false part, unless they are most of the foreground. Nothing that contains a point on the object is false.
     """
     values: Float = alpha.numpy(force=True)
-    on_cells = [_find_cell(point, hints, values) for point in hints.points]
+    on_cells = [find_cell(point, hints.size, values.shape) for point in hints.points]
     foreground = values > 0.5
     regions, parts = np.zeros_like(values), np.zeros_like(values)
     for point in hints.not_points:
-        cell = _find_cell(point, hints, values)
+        cell = find_cell(point, hints.size, values.shape)
         region = _find_connected(values > REGION_THRESHOLD, cell)
         if not region.any():
             continue
@@ -86,15 +83,6 @@ def find_false_objects(objects: Objects, image: EmbeddedImage, alpha: Tensor, hi
     if not (regions.any() or parts.any()):
         return None
     return FalseObjects(torch.from_numpy(regions).to(alpha), torch.from_numpy(parts).to(alpha))
-
-
-def _find_cell(point: Point, hints: Hints, alpha: Float) -> Cell:
-    """Return the pixel of an alpha [h,w] at a point of hints."""
-    row, column = (
-        min(count - 1, int(position / length * count))
-        for position, length, count in zip(point[::-1], hints.size, alpha.shape, strict=True)
-    )
-    return row, column
 
 
 def _find_connected(area: Area, cell: Cell) -> Area:

@@ -7,6 +7,7 @@ alpha.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -30,12 +31,23 @@ MIN_DIFFERENCE = 1 / 255
 """A pixel follows a hint if its alpha is at least this far above or below one half, so that rounding keeps the side."""
 OFF_OBJECT, ON_OBJECT, BOX_START, BOX_END = range(4)
 """Labels of :class:`~icm_cli.model.contracts.PointPrompts`."""
+Cell: TypeAlias = tuple[int, int]
+"""Row and column of a pixel of an alpha."""
 
 
 def says_present(hints: Hints) -> bool:
     """Return whether hints mark a part of the object, so that it must be in the image."""
     areas = (hints.object_area, hints.keep)
     return bool(hints.points or hints.boxes) or any(area is not None and bool(area.any()) for area in areas)
+
+
+def find_cell(point: Point, size: tuple[int, int], shape: tuple[int, ...]) -> Cell:
+    """Return the pixel of an alpha of this shape [h,w] at a point of an image of this size (height, width)."""
+    row, column = (
+        min(count - 1, int(position / length * count))
+        for position, length, count in zip(point[::-1], size, shape, strict=True)
+    )
+    return row, column
 
 
 def move_hints(hints: Hints, windows: ImageWindows) -> Hints:

@@ -10,7 +10,11 @@ from torch import Tensor
 from icm_cli.config import MatchConfig
 from icm_cli.geometry import Float, resize
 from icm_cli.guidance.hints import Area, Hints
+from icm_cli.matting.hinting import find_cell
 from icm_cli.model.contracts import ObjectTokens
+
+LIKE_NEGATIVE = -1.0
+"""Similarity of an object that is at least as similar to a negative reference as to every reference."""
 
 
 def keep_same_objects(
@@ -20,39 +24,47 @@ def keep_same_objects(
 
     An object is a connected region of foreground; regions smaller than a token belong to the nearest larger one. It is
     kept if it is more similar to a reference than to every negative reference, and if its similarity is at least
-    ``min_similarity`` and at most ``max_difference`` below the largest one. It is also kept if hints mark it.
-    ``content``: height and width of the frame on the canvas, in px.
+    ``min_similarity`` and at most ``max_difference`` below the largest one. Objects that are more similar to a negative
+    reference do not count for the largest one. An object is also kept if hints mark it. ``content``: height and width
+    of the frame on the canvas, in px.
 
-    Returns the alpha and the similarity of the most similar object; None without any foreground.
+    Returns the alpha and the largest similarity (LIKE_NEGATIVE if all objects resemble a negative reference); None
+    without any foreground.
     """
     values: Float = alpha.numpy(force=True)
     owners = _nearest_objects(values > 0.5, values.size * tokens.cell_px**2 / (content[0] * content[1]))
     if owners is None:
         return alpha, None
     numbers = [int(number) for number in np.unique(owners[values > 0.5])]
-    areas = [torch.from_numpy(owners == number).to(alpha.device) for number in numbers]
-    similarities = [tokens.compare_object(alpha * area, content) for area in areas]
-    largest = max(to_references for to_references, _ in similarities)
+    similarities = [
+        _compare_object(alpha * torch.from_numpy(owners == number).to(alpha), tokens, content) for number in numbers
+    ]
+    largest = max(similarities)
     smallest_kept = max(config.min_similarity, largest - config.max_difference)
-    kept = torch.zeros_like(alpha, dtype=torch.bool)
-    for number, area, (to_references, to_negatives) in zip(numbers, areas, similarities, strict=True):
-        is_same = to_references >= smallest_kept and to_references > to_negatives
-        if is_same or (hints is not None and _is_marked((values > 0.5) & (owners == number), hints)):
-            kept |= area
-    return alpha * kept, largest
+    kept = [
+        number
+        for number, similarity in zip(numbers, similarities, strict=True)
+        if (similarity >= smallest_kept and similarity != LIKE_NEGATIVE)
+        or (hints is not None and _has_mark((values > 0.5) & (owners == number), hints))
+    ]
+    return alpha * torch.from_numpy(np.isin(owners, kept)).to(alpha), largest
 
 
-def _is_marked(area: Area, hints: Hints) -> bool:
+def _compare_object(alpha: Tensor, tokens: ObjectTokens, content: tuple[int, int]) -> float:
+    """Return the largest similarity of an object, given by its alpha [h,w], to a reference; or LIKE_NEGATIVE."""
+    to_references, to_negatives = tokens.compare_object(alpha, content)
+    return to_references if to_references > to_negatives else LIKE_NEGATIVE
+
+
+def _has_mark(area: Area, hints: Hints) -> bool:
     """Return whether hints mark an object, bool [h,w]: by a point or area on it, or a box around most of it."""
-    height, width = area.shape
-    scale_y, scale_x = height / hints.size[0], width / hints.size[1]
-    if any(area[min(height - 1, int(y * scale_y)), min(width - 1, int(x * scale_x))] for x, y in hints.points):
+    if any(area[find_cell(point, hints.size, area.shape)] for point in hints.points):
         return True
     for marked in (hints.object_area, hints.keep):
-        if marked is not None and (area & (resize(marked.astype(np.float32), (height, width)) > 0)).any():
+        if marked is not None and (area & (resize(marked.astype(np.float32), area.shape) > 0)).any():
             return True
     rows, columns = np.nonzero(area)
-    y, x = rows / scale_y, columns / scale_x
+    y, x = rows * hints.size[0] / area.shape[0], columns * hints.size[1] / area.shape[1]
     return any(np.mean((x >= x0) & (x < x1) & (y >= y0) & (y < y1)) > 0.5 for x0, y0, x1, y1 in hints.boxes)
 
 

@@ -354,7 +354,7 @@ class Predictor:
 
     @torch.inference_mode()
     def select_objects(self, frame: Frame, coarse: CoarseAlpha) -> CoarseAlpha:
-        """Keep only objects that are the same thing as that of the references, with the rule ``same`` (``--match``).
+        """Keep only objects that are the same instance as that of the references, with ``--match same``.
 
         The result is completed. With the rule ``kind``, nothing changes. See :func:`keep_same_objects`.
         """
@@ -364,7 +364,9 @@ class Predictor:
         if not coarse.is_completed:
             (alpha,) = self._complete_objects([frame], [alpha])
         alpha, similarity = keep_same_objects(alpha, tokens, frame.placement.content, self.model.match, frame.hints)
-        signals = coarse.signals if similarity is None else {**coarse.signals, "object_similarity": similarity}
+        signals = coarse.signals
+        if similarity is not None and not frame.shows_object:
+            signals = {**signals, "object_similarity": similarity}
         return replace(coarse, alpha=alpha, signals=signals, is_completed=True)
 
     @torch.inference_mode()

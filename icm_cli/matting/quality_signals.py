@@ -40,6 +40,7 @@ def measure_signals(
       or if a hint marks the object;
     - ``similarity``, ``background_similarity``: see :class:`icm_cli.model.contracts.Matte`;
     - ``object_similarity``: with ``--match same``, the similarity of the best object before others were removed.
+      Missing if a hint marks the object.
 
     Signals that are measured here. If the alpha is empty (nowhere above one half), those from ``soft_interior`` on are
     missing:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError, UsageError
 from icm_cli.files import cached_file_digest, combined_digest
 from icm_cli.geometry import CanvasRule, ImageU8
+from icm_cli.model.alphas import resize_alpha
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of red, green and blue in ImageNet, on the scale 0..1. Many backbones normalise images by it."""
@@ -133,9 +134,8 @@ class ObjectTokens:
         the canvas, in px, are ``content``.
         """
         canvas = [side * self.cell_px for side in self.tokens.shape[-2:]]
-        on_canvas = F.interpolate(alpha[None, None].float(), content, mode="bilinear", align_corners=False)
-        padded = F.pad(on_canvas, (0, canvas[1] - content[1], 0, canvas[0] - content[0]))
-        weight = F.avg_pool2d(padded, self.cell_px)[0, 0]
+        on_canvas = F.pad(resize_alpha(alpha, content), (0, canvas[1] - content[1], 0, canvas[0] - content[0]))
+        weight = F.avg_pool2d(on_canvas[None], self.cell_px)[0]
         mean = (self.tokens * weight).sum(dim=(2, 3))
         to_references, to_negatives = (
             [float(F.cosine_similarity(mean, other, dim=-1).mean()) for other in others]

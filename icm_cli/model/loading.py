@@ -16,7 +16,6 @@ from icm_cli.config import (
     COMPONENT_KEYS,
     ComponentConfig,
     ComponentKind,
-    MatchRule,
     ModelConfig,
     component_class,
     load_model_config,
@@ -36,6 +35,7 @@ from icm_cli.model.contracts import Backbone, Component, Edges, Objects
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.hub.catalogue import packed_checkpoint
 from icm_cli.model.hub.folders import WeightsNotFoundError
+from icm_cli.options import MatchRule
 
 DEFAULT_MODEL = "lite"
 PUBLISHED_MODEL = "icm-sd21"

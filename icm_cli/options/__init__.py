@@ -150,7 +150,7 @@ class ReferenceOptions(OptionGroup):
     )
     not_ref: tuple[Path, ...] = option(
         (),
-        help="Image of what is not the object, such as a similar thing that was taken for it, repeatable.",
+        help="Image of what is not the object, such as a similar object that was taken for it, repeatable.",
         digest=DigestPart.REFERENCES,
     )
     not_mask: tuple[Path, ...] = option(
@@ -353,7 +353,7 @@ class ModelOptions(OptionGroup):
     match: MatchRule | None = option(
         None,
         help="Objects that are matted: kind (of the kind of the reference's object, such as any dog), or same (only "
-        "those that look like the very same thing: the same species, model or individual).",
+        "those that look like the same instance: the same species, model or individual).",
         shown_default="kind",
         digest=DigestPart.MODEL,
     )

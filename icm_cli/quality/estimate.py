@@ -17,9 +17,9 @@ from typing import Any
 WEIGHTS_PATH = Path(__file__).with_name("weights.json")
 DIGITS = 4
 NOTHING_FOUND = "nothing found"
-NOT_THE_SAME = "not the same thing"
+NOT_THE_SAME = "not the same instance"
 """Reason: ``--match same`` removed all objects."""
-MAYBE_ANOTHER = "maybe another thing"
+MAYBE_ANOTHER = "maybe another instance"
 """Reason: the most similar object that ``--match same`` kept has a similarity below SURELY_SAME."""
 SURELY_SAME = 0.85
 SAME_OFFSET, SAME_SLOPE = -10.19, 14.64
@@ -48,7 +48,8 @@ def estimate_quality(signals: Mapping[str, float]) -> Estimate:
     weights = _read_weights()
     similarity = signals.get("object_similarity")  # only with --match same
     if "largest_component" not in signals:
-        if similarity is None:
+        # The edges, or a matte, can also make an alpha empty from which --match same removed nothing.
+        if similarity is None or signals.get("completed_confidence", 0) > 0:
             return Estimate(_predict(weights["empty"], signals), (NOTHING_FOUND,))
         return Estimate(round(1 - _same_probability(similarity), DIGITS), (NOTHING_FOUND, NOT_THE_SAME))
     quality = _predict(weights["shown"], signals)
@@ -61,7 +62,7 @@ def estimate_quality(signals: Mapping[str, float]) -> Estimate:
 
 
 def _same_probability(similarity: float) -> float:
-    """Return the probability that an object of this similarity is the same thing as that of the reference."""
+    """Return the probability that an object of this similarity is the same instance as that of the reference."""
     return 1 / (1 + math.exp(-(SAME_OFFSET + SAME_SLOPE * similarity)))
 
 

@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_match.py ../shared/data
 
 Each group, such as one dog, has a reference and one or more targets. Every target is matted as it is ("plain"), next to
-a photograph of another group of the same kind ("beside"), and such a photograph is matted alone ("absent"). The script
-prints the mean IoU at 0.5 of "plain" and "beside", and the fraction of "absent" images with a mean alpha of at most
+a photograph of another group of the same kind ("next"), and such a photograph is matted alone ("absent"). The script
+prints the mean IoU at 0.5 of "plain" and "next", and the fraction of "absent" images with a mean alpha of at most
 0.01, for each rule.
 """
 
@@ -32,13 +32,13 @@ SHOWN_MEAN = 0.01
 def draw_samples(
     groups: list[list[Path]], index: int, targets: int, rng: np.random.Generator
 ) -> list[tuple[str, Sample]]:
-    """Return the targets of a group with their part: "plain", "beside" or "absent"."""
+    """Return the targets of a group with their part: "plain", "next" or "absent"."""
     others = [path for number, paths in enumerate(groups) for path in paths if number != index]
     samples = []
     for path in groups[index][1 : 1 + targets]:
         target, other = read_sample(path), read_sample(others[rng.integers(len(others))])
         absent = other[0], np.zeros_like(other[1])
-        samples += [("plain", target), ("beside", put_next_to(target, other, rng)), ("absent", absent)]
+        samples += [("plain", target), ("next", put_next_to(target, other, rng)), ("absent", absent)]
     return samples
 
 
@@ -72,7 +72,7 @@ def main() -> None:
                     scores[part, rule].append(score(predictor.matte(image, reference), truth, part))
         results = "; ".join(
             f"{part} {np.mean(scores[part, 'kind']):.3f} -> {np.mean(scores[part, 'same']):.3f}"
-            for part in ("plain", "beside", "absent")
+            for part in ("plain", "next", "absent")
         )
         print(f"{kind}, {len(groups)} groups: kind -> same: {results}", flush=True)
 

@@ -1,8 +1,8 @@
-"""Fit the probability that two objects are the same thing to their similarity (``--match same``).
+"""Fit the probability that two objects are the same instance to their similarity (``--match same``).
 
     python tests/benchmarks/calibrate_match.py ../shared/data
 
-Objects of one group, such as one dog, one tool or one species, are the same thing. Objects of
+Objects of one group, such as one dog, one tool or one species, count as the same instance. Objects of
 different groups of one source are not. The script prints the constants of
 ``icm_cli/quality/estimate.py``: offset and slope of a logistic regression, in which both kinds of
 pairs of each source have the same weight.
@@ -30,12 +30,10 @@ SOURCES = {
     "subjects": "groups/icoseg/*",
     "tools": "groups/rmgc_bin_objects/*",
     "parts": "groups/workpieces/*",
-    "small things": "groups/class5segment/*",
+    "small objects": "groups/class5segment/*",
     "food": "groups/indonesian_food/*",
 }
 LIMIT = 0.7
-CENTRE = 0.75
-"""Similarity that is subtracted, so that the penalty of the regression hardly acts on the offset."""
 
 
 def main() -> None:
@@ -69,11 +67,11 @@ def main() -> None:
         for label in (True, False):  # each kind of pair gets the same weight: 1000 draws
             values = np.array(similarity)[is_same == label]
             drawn = np.random.default_rng(0).choice(values, 1000)
-            similarities.append(drawn - CENTRE)
+            similarities.append(drawn)
             targets.append(np.full(1000, float(label)))
         counts.append(len(pairs))
     offset, slope = fit_logistic(np.concatenate(similarities)[:, None], np.concatenate(targets))
-    print(f"{sum(counts)} pairs: offset {offset - slope * CENTRE:.2f}, slope {slope:.2f}")
+    print(f"{sum(counts)} pairs: offset {offset:.2f}, slope {slope:.2f}")
 
 
 if __name__ == "__main__":
