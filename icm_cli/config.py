@@ -165,6 +165,10 @@ class ModelConfig:
         parts = (self.backbone, self.head, self.objects, self.edges)
         return " + ".join(part.name for part in parts if part is not None)
 
+    def has_components_of(self, other: ModelConfig) -> bool:
+        """Return whether weights of ``other`` fit: its components are equal. The sections PASS_KEYS may differ."""
+        return all(getattr(self, kind) == getattr(other, kind) for kind in COMPONENT_KEYS)
+
     def as_dict(self) -> dict[str, Any]:
         """Return a mapping that :func:`parse_model_config` converts back to an equal configuration."""
         components = {

@@ -61,3 +61,10 @@ def test_other_alphas_of_a_reference_image_are_no_targets() -> None:
     assert [each.name for each in select_targets(samples, ["street_1"])] == ["park_0"]
     _, problems = choose_references({"g": samples[:2]}, rounds=1, refs_per_group=1, is_usable=lambda _: True)
     assert [problem.kind for problem in problems] == ["lone-image", "lone-image"]
+
+
+def test_one_image_remains_as_a_target_if_images_have_several_samples() -> None:
+    samples = [sample("street_0", image="street.jpg"), sample("street_1", image="street.jpg"), sample("park_0")]
+    chosen, problems = choose_references({"g": samples}, rounds=3, refs_per_group=2, is_usable=lambda _: True)
+    assert problems == []
+    assert all(select_targets(samples, references["g"]) for references in chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import nn
 from train_data import MODEL
 
 import icm_cli
-from icm_cli.config import parse_model_config
+from icm_cli.config import MatchConfig, load_model_config, parse_model_config, preset_paths
 from icm_cli.errors import ConfigError
 from icm_cli.model.checkpoint import has_component, read_checkpoint, save_checkpoint
 from icm_cli.model.hub import catalogue
@@ -185,3 +186,19 @@ def test_preset_uses_the_weights_in_the_package(files: tuple[Path, Path], monkey
     assert resolve_model("lite-training-free", None)[1] is None
     with pytest.raises(ConfigError, match="use a model without trained weights"):
         resolve_model("icm-sd21", None)
+
+
+def test_yaml_file_with_the_components_of_a_preset_uses_its_weights(tmp_path: Path) -> None:
+    text = preset_paths()["lite"].read_text()
+    same, other = tmp_path / "same.yaml", tmp_path / "other.yaml"
+    same.write_text(f"match: {{rule: same, min_similarity: 0.8}}\n{text}")
+    other.write_text(text.replace("presence_threshold: 0.6", "presence_threshold: 0.5"))
+    packed = packed_checkpoint("lite")
+    for checkpoint in (None, packed):
+        config, path = resolve_model(str(same), checkpoint)
+        assert path == packed
+        assert config == replace(load_model_config("lite"), match=MatchConfig("same", 0.8))
+    with pytest.raises(ConfigError, match=r"its head has presence_threshold 0\.6, not 0\.5"):
+        resolve_model(str(other), packed)
+    with pytest.raises(ConfigError, match="needs trained weights"):
+        resolve_model(str(other), None)

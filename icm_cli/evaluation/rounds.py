@@ -33,14 +33,16 @@ def choose_references(
     """Choose the references of every group and round, and return the problems of groups with a single image.
 
     The samples of a group are sorted by the SHA-256 of their names, or left in their order if ``in_order``. Round n
-    takes the usable samples from the n-th on and wraps around. At least one image of a group remains as a target.
+    takes the first ``refs_per_group`` usable samples from the n-th on and wraps around. At least one image of a group
+    remains as a target.
     ``is_usable``: reads a sample, so it is only called until enough samples are found.
     """
     chosen: ReferenceRounds = [{} for _ in range(rounds)]
     problems = []
     for group, samples in groups.items():
         names = [sample.name for sample in samples]
-        if len({sample.image for sample in samples}) < 2:
+        image_count = len({sample.image for sample in samples})
+        if image_count < 2:
             problems += [
                 Problem("lone-image", name, f"{name} is the only image of group {group} and has no reference")
                 for name in names
@@ -48,7 +50,7 @@ def choose_references(
             continue
         if not in_order:
             names.sort(key=lambda name: hashlib.sha256(os.fsencode(name)).hexdigest())
-        max_references = min(refs_per_group, len(names) - 1)
+        max_references = min(refs_per_group, image_count - 1)
         for number, references_by_group in enumerate(chosen):
             first = number % len(names)
             candidates = [*names[first:], *names[:first]]

@@ -199,7 +199,8 @@ def to_scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]
     """Convert colours [H,W,3] on the scale 0..1 to a scene-linear space; return them with its name.
 
     sRGB becomes linear Rec.709, which has the same primaries. Other spaces with a transfer curve are converted to the
-    role ``scene_linear`` of the configuration. Linear spaces and data are not changed.
+    role ``scene_linear`` of the configuration. Linear spaces, data and spaces that the configuration lacks are not
+    changed.
     """
     if space == SRGB:
         return _convert_colours(pixels, BUILT_IN, "srgb_rec709_scene", LINEAR), LINEAR

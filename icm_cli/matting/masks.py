@@ -383,7 +383,7 @@ def _has_label_areas(values: NDArray[Any], white: float) -> bool:
 def _value_fractions(values: NDArray[Any], total: int | None = None) -> dict[Any, float]:
     """Return the fraction of pixels of each value, the most frequent first.
 
-    ``total``: number of pixels that is 1; None for all of ``values``.
+    ``total``: number of pixels by which counts are divided; None for that of ``values``.
     """
     distinct, counts = np.unique(values, return_counts=True)
     order = np.argsort(-counts)

@@ -19,6 +19,7 @@ from icm_cli.config import (
     ModelConfig,
     component_class,
     load_model_config,
+    preset_paths,
 )
 from icm_cli.device import Device, resolve_device
 from icm_cli.errors import ConfigError, UsageError
@@ -48,7 +49,7 @@ def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConf
 
     ``model``: name of a preset or path of a YAML file. None selects the configuration in the checkpoint, the preset of
     the published checkpoint, or :data:`DEFAULT_MODEL` if there is no checkpoint. ``checkpoint``: None selects the file
-    that the package contains for the preset, if there is one.
+    that the package contains for the preset, or for a preset with the components of the YAML file, if there is one.
 
     The weights are not read. Raises ConfigError if model and checkpoint do not belong together, or there is no
     checkpoint for a head that needs one.
@@ -56,23 +57,34 @@ def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConf
     if checkpoint is None:
         name = model or DEFAULT_MODEL
         config, packed = load_model_config(name), packed_checkpoint(name)
+        if packed is None and name not in preset_paths():
+            packed = _find_packed_checkpoint(config)
         if packed is None:
             _check_needs_no_checkpoint(config)
         return config, packed
     requested = None if model is None else load_model_config(model)
     stored = read_config(checkpoint)  # None for the published checkpoint
-    if stored is not None and requested is not None and stored != requested:
+    if stored is not None and requested is not None and not stored.has_components_of(requested):
         raise ConfigError(
             f"checkpoint {checkpoint} has another configuration than --model {model}: "
             f"{_describe_difference(stored, requested)}; omit --model to use the configuration in the checkpoint"
         )
-    config = stored or requested or load_model_config(PUBLISHED_MODEL)
+    config = requested or stored or load_model_config(PUBLISHED_MODEL)
     if not component_class("head", config.head.name).is_trained:
         raise ConfigError(
             f"--checkpoint {checkpoint} cannot be used with model {model!r}, because its head "
             f"{config.head.name!r} has no weights; omit --checkpoint"
         )
     return config, checkpoint
+
+
+def _find_packed_checkpoint(config: ModelConfig) -> Path | None:
+    """Return the checkpoint in the package for a preset with the components of a configuration; None without any."""
+    for name in preset_paths():
+        path = packed_checkpoint(name)
+        if path is not None and load_model_config(name).has_components_of(config):
+            return path
+    return None
 
 
 def override_edges(config: ModelConfig, edges: str, weights: str | None) -> ModelConfig:

@@ -217,7 +217,8 @@ def draw_mosaics(
 ) -> list[Mosaic[Image]]:
     """Draw mosaics of the same layout and number of references. Raises TrainingError.
 
-    ``large``: images of LARGE_FACTOR times the size, for mosaics of one image and for half of the references.
+    ``large``: images of LARGE_FACTOR times the size. They are the targets if the layout is one image, and in half of
+    the calls the references.
     """
     rows, columns = LAYOUTS[draw_index(config.layout_weights, rng)]
     reference_count = draw_index(config.reference_count_weights, rng) + 1

@@ -192,7 +192,7 @@ class ViewEncoder:
                 if is_start:
                     self._listener.on_encoding_progress(encoded)
                 if len(views_of_file) == len(file.items):
-                    views[file] = self._store_file(file, views_of_file)
+                    views[file] = self._store_views(file, views_of_file)
                     views_of_file = []
         return {file: views[file] for file in files}
 
@@ -237,8 +237,11 @@ class ViewEncoder:
             return None
         return [None if view is None else View(*view) for view in stored["views"]]
 
-    def _store_file(self, file: ViewFile, views: Views) -> Views:
-        """Write views to the run's folder, and return them memory-mapped, so that they need not stay in memory."""
+    def _store_views(self, file: ViewFile, views: Views) -> Views:
+        """Write views to a file of the run, and return them memory-mapped, so that they need not stay in memory.
+
+        Only the main process writes them. The others return ``views``.
+        """
         if not self._learner.is_main:
             return views
         tensors = [None if view is None else tuple(view) for view in views]
