@@ -77,7 +77,7 @@ def device_errors(device: Device, action: str) -> Iterator[None]:
         yield
     except Exception as error:
         if environment.is_out_of_memory(error):
-            free = "" if device.torch_device.type == "cuda" else f"; {environment.free_memory()}"
+            free = "" if device.torch_device.type == "cuda" else f"; {environment.measure_free_memory()}"
             raise ConfigError(
                 f"memory ran out on {device.description} while {action}{free}; end other programs on it, or choose "
                 "another --device, a smaller --dtype or a smaller model"

@@ -91,7 +91,7 @@ def format_gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e9:.3f} GB"
 
 
-def free_memory() -> FreeMemory:
+def measure_free_memory() -> FreeMemory:
     """Return the memory that this process can still allocate.
 
     It is the least of what is free on the machine, in every cgroup of the process, and within its resource limits
@@ -296,7 +296,8 @@ def resource_errors() -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise ResourceError(
-                f"memory ran out; {free_memory()}; raise the limit, end other programs, or choose a smaller model"
+                f"memory ran out; {measure_free_memory()}; raise the memory limit of the process, end other programs, "
+                "or choose a smaller model"
             ) from error
         if getattr(error, "errno", None) == errno.EAGAIN or _NO_THREADS.search(str(error)):
             raise ResourceError(

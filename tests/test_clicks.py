@@ -15,10 +15,10 @@ from icm_cli.errors import ConfigError
 from icm_cli.training.settings import ClickConfig
 from icm_cli.training.stages.clicks import (
     Click,
+    click_on_largest_error,
     corrupt_alpha,
     draw_box,
     draw_click,
-    find_largest_error,
     select_truth,
 )
 
@@ -38,16 +38,16 @@ class TestLargestError:
         truth, found = np.zeros((40, 60), bool), np.zeros((40, 60), bool)
         truth[10:31, 20:41] = True
         found[2:6, 2:6] = True
-        assert find_largest_error(found, truth) == Click(20, 30, 1)
-        assert find_largest_error(truth | found, truth) in {
+        assert click_on_largest_error(found, truth) == Click(20, 30, 1)
+        assert click_on_largest_error(truth | found, truth) in {
             Click(row, column, 0) for row in (3, 4) for column in (3, 4)
         }
-        assert find_largest_error(truth, truth) is None
+        assert click_on_largest_error(truth, truth) is None
 
     @given(sizes, seeds)
     def test_click_is_in_an_error(self, size: tuple[int, int], seed: int) -> None:
         found, truth, _ = random_masks(size, seed)
-        click = find_largest_error(found, truth)
+        click = click_on_largest_error(found, truth)
         if click is None:
             assert np.array_equal(found, truth)
         else:
@@ -65,7 +65,7 @@ class TestDrawnClicks:
     @given(sizes, seeds)
     def test_displaced_click_stays_in_the_image(self, size: tuple[int, int], seed: int) -> None:
         found, truth, rng = random_masks(size, seed)
-        click = draw_click(found, truth, replace(EXACT, jitter=0.5, edge_probability=1), rng)
+        click = draw_click(found, truth, replace(EXACT, jitter=0.5, miss_probability=1), rng)
         assert 0 <= click.row < size[0]
         assert 0 <= click.column < size[1]
         if not np.array_equal(found, truth):  # the label is that of the error, wherever the click is
@@ -74,13 +74,13 @@ class TestDrawnClicks:
     @given(sizes, seeds)
     def test_displaced_click_does_not_cross_an_edge_unless_it_may(self, size: tuple[int, int], seed: int) -> None:
         found, truth, rng = random_masks(size, seed)
-        click = draw_click(found, truth, replace(EXACT, jitter=0.2, edge_probability=0), rng)
+        click = draw_click(found, truth, replace(EXACT, jitter=0.2, miss_probability=0), rng)
         assert truth[click.row, click.column] == bool(click.label)
 
     def test_some_clicks_are_on_the_wrong_side_of_an_edge(self) -> None:
         truth = np.zeros((30, 30), bool)
         truth[10:13] = True
-        config = replace(EXACT, jitter=0.1, edge_probability=0.5)
+        config = replace(EXACT, jitter=0.1, miss_probability=0.5)
         rng = np.random.default_rng(0)
         clicks = [draw_click(np.zeros_like(truth), truth, config, rng) for _ in range(200)]
         assert {click.label for click in clicks} == {1}

@@ -482,7 +482,7 @@ def test_white_option_scales_sources_and_references(icm: Icm, scene: Path) -> No
 
 
 def test_image_larger_than_memory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("icm_cli.images.pixels.free_memory", lambda: FreeMemory(1000, "on this machine"))
+    monkeypatch.setattr("icm_cli.images.pixels.measure_free_memory", lambda: FreeMemory(1000, "on this machine"))
     Image.fromarray(RGB).save(tmp_path / "a.png")
     with pytest.raises(ImageError, match="48x48, which needs about"):
         read_image(tmp_path / "a.png")

@@ -18,10 +18,10 @@ from icm_cli.environment import (
     FreeMemory,
     available_cores,
     cpu_quotas,
-    free_memory,
     free_threads,
     is_out_of_memory,
     limited_threads,
+    measure_free_memory,
     resource_errors,
 )
 from icm_cli.errors import ResourceError
@@ -57,7 +57,7 @@ def mount_v2(root: Path, own: str, top: str = "/") -> Path:
 class TestFreeMemory:
     @pytest.mark.usefixtures("root")
     def test_of_machine(self) -> None:
-        assert free_memory() == FreeMemory(8_000_000 * 1024, "on this machine")
+        assert measure_free_memory() == FreeMemory(8_000_000 * 1024, "on this machine")
 
     def test_smallest_limit_of_nested_cgroups(self, root: Path) -> None:
         folder = mount_v2(root, "/job/step")
@@ -66,11 +66,11 @@ class TestFreeMemory:
         write(folder / "job/memory.stat", "anon 5\ninactive_file 100000000\nactive_file 200000000\n")
         write(folder / "job/step/memory.max", "max\n")
         write(folder / "job/step/memory.current", f"{GB}\n")
-        free = free_memory()
+        free = measure_free_memory()
         assert free.size == 2 * GB - GB + 300_000_000
         assert str(free) == "1.3 GB are free within the memory limit of 2.0 GB of the container or cgroup"
         write(folder / "job/step/memory.high", f"{GB + 5}\n")
-        assert free_memory().size == 5
+        assert measure_free_memory().size == 5
 
     def test_version_1_in_a_container(self, root: Path) -> None:
         """The mount shows the cgroup of the container as its top folder."""
@@ -79,13 +79,13 @@ class TestFreeMemory:
         write(root / "sys/fs/cgroup/memory/memory.limit_in_bytes", f"{GB}\n")
         write(root / "sys/fs/cgroup/memory/memory.usage_in_bytes", f"{GB // 2}\n")
         write(root / "sys/fs/cgroup/memory/memory.stat", "inactive_file 1\ntotal_inactive_file 1000\n")
-        assert free_memory().size == GB // 2 + 1000
+        assert measure_free_memory().size == GB // 2 + 1000
 
     @pytest.mark.parametrize(("kind", "flag"), [("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d")])
     def test_resource_limit(self, kind: str, flag: str) -> None:
         code = (
             f"import resource; resource.setrlimit(resource.{kind}, (900_000_000, resource.RLIM_INFINITY))\n"
-            "from icm_cli.environment import free_memory; print(free_memory())"
+            "from icm_cli.environment import measure_free_memory; print(measure_free_memory())"
         )
         text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         assert text.strip().endswith(f"within the limit of 0.9 GB of ulimit {flag}")
@@ -164,7 +164,7 @@ class TestRuns:
     def few(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The free memory is enough for one image of the scene, not for two."""
         monkeypatch.setattr(engine, "WORKING_BYTES", 1)
-        monkeypatch.setattr(engine, "free_memory", lambda: FreeMemory(200 * 150 * BYTES_PER_PIXEL, "in a test"))
+        monkeypatch.setattr(engine, "measure_free_memory", lambda: FreeMemory(200 * 150 * BYTES_PER_PIXEL, "in a test"))
 
     @pytest.mark.usefixtures("few")
     @pytest.mark.parametrize("batch_size", ["1", "4"])

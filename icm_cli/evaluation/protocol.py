@@ -74,17 +74,19 @@ class Evaluation:
         return set(map(os.path.realpath, files))
 
     def check_no_overwrite(self, alphas: Sequence[Path] = ()) -> None:
-        """Raise UsageError if an output would overwrite a file of the dataset, an input or an alpha of another tool.
+        """Raise UsageError if an output would overwrite an input, or a file of the dataset or of another tool.
 
-        ``alphas``: the paths that the run writes.
+        ``alphas``: the paths that the run writes. They may not be in a folder of the dataset. Of the alphas that exist
+        in a folder, only one is read to find out which tool made it.
         """
         folders = {str(Path(path).parent) for path in self._dataset_files}
         for path in alphas:
             if os.path.realpath(path.parent) in folders:
                 raise UsageError(f"{path} is in a folder of the dataset; give --save-alphas another folder")
         existing_by_folder = {path.parent: path for path in alphas if path.exists()}
-        for path in existing_by_folder.values():  # one per folder is checked, because each must be read
+        for path in existing_by_folder.values():
             provenance = read_provenance(path)
+            # None: the file is not readable, for example after an interrupted run
             if provenance is not None and DIGEST_KEY not in provenance:
                 raise UsageError(f"{path} exists and was not made by icm; give --save-alphas another folder")
         inputs = filter(None, (self.options.dataset.groups, self.options.protocol.references))

@@ -112,8 +112,8 @@ DEFAULT_COLOUR = ColourSettings()
 def to_display_srgb(pixels: NDArray[Any], scale: float, space: str, colour: ColourSettings) -> ImageU8:
     """Convert pixels [H,W,1] or [H,W,3] to sRGB uint8 [H,W,3] as the model sees them.
 
-    ``scale``: the value of white; floats may exceed it. Pixels that are sRGB are only rounded. Exposure and view apply
-    to other colour spaces.
+    ``scale``: the value of white; floats may exceed it. ``space``: the colour space of the pixels, which counts instead
+    of ``colour.space``. sRGB pixels are only scaled to 8 bits; exposure and view apply to other colour spaces.
     """
     if pixels.shape[-1] == 1:
         pixels = np.repeat(pixels, 3, axis=-1)

@@ -23,7 +23,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from icm_cli.environment import OUT_OF_MEMORY, free_memory, is_out_of_memory
+from icm_cli.environment import OUT_OF_MEMORY, is_out_of_memory, measure_free_memory
 from icm_cli.errors import FileAccessError, ImageError, ImageMemoryError
 from icm_cli.files import describe_os_error, is_system_error, is_transient
 from icm_cli.images import colour, containers, openimageio
@@ -252,7 +252,7 @@ def as_image_errors(path: Path, file_type: FileType = UNKNOWN_TYPE) -> Iterator[
         raise ImageError(f"{path} {_describe_undecodable_file(path, file_type)}") from None
     except Exception as error:  # noqa: BLE001  decoders raise anything
         if is_out_of_memory(error):
-            raise ImageMemoryError(f"{path} {OUT_OF_MEMORY.format(free_memory())}") from None
+            raise ImageMemoryError(f"{path} {OUT_OF_MEMORY.format(measure_free_memory())}") from None
         if isinstance(error, OSError) and is_system_error(error):
             failure = FileAccessError(f"{path} cannot be read: {describe_os_error(error)}")
             failure.is_transient = is_transient(error)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.environment import FreeMemory, format_gb, free_memory
+from icm_cli.environment import FreeMemory, format_gb, measure_free_memory
 from icm_cli.errors import ImageMemoryError
 from icm_cli.geometry import format_size
 
@@ -216,7 +216,7 @@ def check_memory(path: Path, width: int, height: int, sample_bytes: int = 1) -> 
     if reserve := reserve_memory.get():
         reserve(path, size, needed)
         return
-    free = free_memory()
+    free = measure_free_memory()
     if needed > free.size:
         raise ImageMemoryError(too_large_message(path, size, needed, free))
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from icm_cli.device import is_device_lost, release_memory
-from icm_cli.environment import OUT_OF_MEMORY, FreeMemory, free_memory, free_threads, is_out_of_memory
+from icm_cli.environment import OUT_OF_MEMORY, FreeMemory, free_threads, is_out_of_memory, measure_free_memory
 from icm_cli.errors import DeviceError, FileWriteError, ImageError, ImageMemoryError, OutputError
 from icm_cli.files import FileIdentity, combined_digest, is_writable
 from icm_cli.geometry import Float, alpha_to_u8, trimap_from_alpha
@@ -284,7 +284,7 @@ class Engine:
 
     def _limit_batch_size(self) -> None:
         """Reduce the batch size if the free memory is certainly too small for it."""
-        free = free_memory()
+        free = measure_free_memory()
         limit = max(1, free.size / self.options.processes // (2 * WORKING_BYTES))
         if self.batch_size > limit and self.predictor.device.torch_device.type == "cpu":
             self.batch_size = int(limit)
@@ -292,7 +292,7 @@ class Engine:
 
     def _free_memory(self) -> FreeMemory:
         """Return the memory that is free for images, without the memory that the model needs to run."""
-        free = free_memory()
+        free = measure_free_memory()
         working = WORKING_BYTES * self.batch_size if self.predictor.device.torch_device.type == "cpu" else 0
         return FreeMemory(max(0.0, free.size / self.options.processes - working), free.where)
 
@@ -350,7 +350,7 @@ class Engine:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            result = _failed_result(job, f"{job.source} {OUT_OF_MEMORY.format(free_memory())}")
+            result = _failed_result(job, f"{job.source} {OUT_OF_MEMORY.format(measure_free_memory())}")
         self._memory.end_reading(job)
         if isinstance(result, ImageResult):
             self._memory.release(job)
@@ -450,7 +450,7 @@ class Engine:
                 self._notice(f"out of memory with batches of {len(batch)} images; continuing with {self.batch_size}")
             else:
                 device, job = self.predictor.device, batch[0].job
-                free = f"; {free_memory()}" if device.torch_device.type == "cpu" else ""
+                free = f"; {measure_free_memory()}" if device.torch_device.type == "cpu" else ""
                 self._report(_failed_result(job, f"{job.source} ran out of memory on {device.description}{free}"))
                 self._memory.release(job)
                 images = images[1:]
@@ -481,7 +481,7 @@ class Engine:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            return _failed_result(image.job, f"{image.job.source} {OUT_OF_MEMORY.format(free_memory())}")
+            return _failed_result(image.job, f"{image.job.source} {OUT_OF_MEMORY.format(measure_free_memory())}")
         finally:
             self._memory.release(image.job)
 

@@ -271,10 +271,10 @@ def missing_frames(
 
 
 def _find_patterns(paths: Sequence[Path]) -> dict[Path, tuple[FramePattern, int]]:
-    """Return the sequence and the number of each path that has a number.
+    """Return the pattern and the frame number of each path that has a frame number.
 
-    Leading zeros fix the number of digits: 09 and 10 are a sequence of two digits. Without them, numbers of any length
-    are one sequence, such as 9 and 10.
+    Leading zeros fix the smallest count of digits: 09, 10 and 100 have one pattern, of at least two digits. Without
+    leading zeros, the shortest number fixes it: 9 and 10 have one pattern, of at least one digit.
     """
     families: dict[tuple[str, str, str], list[tuple[Path, str]]] = {}
     """Paths and their digits, by folder, text before the number and text after it."""
@@ -286,7 +286,9 @@ def _find_patterns(paths: Sequence[Path]) -> dict[Path, tuple[FramePattern, int]
             families.setdefault((str(path.parent), before, path.suffix), []).append((path, digits))
     patterns = {}
     for family, members in families.items():
-        padded_widths = {len(digits) for _, digits in members if digits.startswith("0")} - {1}  # without the number 0
+        padded_widths = {len(digits) for _, digits in members if digits.startswith("0")} - {
+            1
+        }  # a single 0 is not padded
         smallest_width = min(len(digits) for _, digits in members)
         for path, digits in members:
             fitting = [width for width in padded_widths if width <= len(digits)]

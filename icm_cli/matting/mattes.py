@@ -184,9 +184,9 @@ def assign_mattes(
 def read_matte(path: Path, windows: ImageWindows | None) -> Float:
     """Read the matte of an image as float32 [H,W] in 0..1. Raises ImageError.
 
-    It is the alpha channel of the file if that varies, else the maximum of the channels. It is resized to the display
-    window of the image and cropped to its data window. ``windows``: those of the image; None to return the matte as it
-    is stored.
+    It is the alpha channel of the file if that varies, else the maximum of the channels. A matte of the size of the
+    data window is used as it is. Any other matte is resized to the display window of the image, and cropped to its data
+    window. ``windows``: those of the image; None to keep the stored size.
     """
     stored = read_stored_pixels(path, windows)
     if any(NOT_FINITE in sentence for sentence in stored.notices):

@@ -143,7 +143,7 @@ class Session:
         self._decided: dict[bool, CoarseAlpha] = {}
 
     def coarse(self, hints: Hints | None = None) -> ImageU8:
-        """Return the alpha without refined edges, uint8 [H,W]. It follows the hints, and takes less time."""
+        """Return the alpha with these hints, but without refined edges, uint8 [H,W]; faster than :meth:`matte`."""
         predictor, frame = self._predictor, self._frame_with_hints(hints)
         with device_errors(predictor.device, "an image was matted"):
             coarse = predictor.select_objects(frame, self._coarse_alpha(frame))

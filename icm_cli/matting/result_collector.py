@@ -52,7 +52,7 @@ class ResultCollector:
         self._scoring = scoring
         self._trained_on = trained_on
         self._add_reasons = add_reasons
-        self._reported: set[tuple[int, str]] = set()
+        self._reported: set[tuple[int, str]] = set()  # keys of results
 
     def __enter__(self) -> Self:
         return self
@@ -62,10 +62,11 @@ class ResultCollector:
             self._scoring.pool.close()
 
     def add(self, result: ImageResult) -> None:
-        """Add a result of the engine. If it is to be scored, it is reported when it has its scores."""
-        if result.status == "done" and "predictions" not in self.report.settings:
+        """Complete a result of the engine, and report it; if it is to be scored, when it has its scores."""
+        is_made_by_icm = "predictions" not in self.report.settings  # with --pred, alphas of other tools are scored
+        if result.status == "done" and is_made_by_icm:
             result = replace(result, matting=replace(result.matting, made_by=environment.__version__))
-        reason_names_output = result.output in result.reason  # it already says what happens to the file
+        reason_names_output = result.output in result.reason  # then the reason says what happens to the file
         if result.status == "failed" and result.output and not reason_names_output and is_file(result.output):
             earlier = f"the earlier alpha {result.output} is kept, although its source or settings have changed"
             result = replace(result, reason=f"{result.reason}; {earlier}")

@@ -157,11 +157,13 @@ def _merge_metadata(checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
 
 def main(
     out: Annotated[Path, typer.Argument(help="File to write, .safetensors.")],
-    heads: Annotated[list[Path], typer.Argument(help="Checkpoints of one head. The mean of their weights is used.")],
+    heads: Annotated[
+        list[Path], typer.Argument(help="Checkpoints of the same head. The mean of their weights is used.")
+    ],
     objects: Annotated[
-        Optional[list[Path]], typer.Option(help="Checkpoint with trained objects. Repeat for the mean of several.")
+        Optional[list[Path]], typer.Option(help="Checkpoint of the stage objects. Repeat for the mean of several.")
     ] = None,
-    edges: Annotated[Optional[Path], typer.Option(help="Checkpoint with trained edges.")] = None,
+    edges: Annotated[Optional[Path], typer.Option(help="Checkpoint of the stage refine.")] = None,
     model: Annotated[
         Optional[str], typer.Option(help="Preset or YAML file with the settings of the packed model.")
     ] = None,

@@ -359,31 +359,32 @@ Options = TypeVar("Options", bound=CommandOptions)
 
 
 def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., Returned]], Callable[..., Returned]]:
-    """Decorate a function of an options object, so that it takes every option as its own argument.
+    """Decorate a function whose first argument is an options object, so that it takes each option as an argument.
 
-    The options object itself is accepted too, as the only positional argument. Other keyword-only parameters
-    of the function stay as they are. Messages of errors name the arguments, not the flags of the command.
+    The options object itself is accepted too, as the only positional argument. Other keyword-only parameters of the
+    function stay as they are. If options are given as arguments, messages of errors name the arguments, not the flags
+    of the command.
     """
 
     def decorate(function: Callable[..., Returned]) -> Callable[..., Returned]:
         all_parameters = inspect.signature(function).parameters.values()
-        own_parameters = [parameter for parameter in all_parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        other_parameters = [parameter for parameter in all_parameters if parameter.kind is parameter.KEYWORD_ONLY]
         option_parameters = [
             _signature_parameter(field, is_positional=field.name in options_class.positional)
             for field in options_class.api_fields()
         ]
         result_type = function.__annotations__.get("return")
-        signature = inspect.Signature([*option_parameters, *own_parameters], return_annotation=result_type)
+        signature = inspect.Signature([*option_parameters, *other_parameters], return_annotation=result_type)
 
         @functools.wraps(function)
         def call(*arguments: Any, **keywords: Any) -> Returned:
             if len(arguments) == 1 and isinstance(arguments[0], options_class):
                 return function(*arguments, **keywords)
             values = signature.bind(*arguments, **keywords).arguments
-            own_names = [parameter.name for parameter in own_parameters]
-            own_values = {name: values.pop(name) for name in own_names if name in values}
+            other_names = [parameter.name for parameter in other_parameters]
+            other_values = {name: values.pop(name) for name in other_names if name in values}
             with argument_names(options_class), resource_errors(), warnings.catch_warnings(), _restore_environment():
-                return function(options_class.from_values(values), **own_values)
+                return function(options_class.from_values(values), **other_values)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
         call.__doc__ = f"{inspect.getdoc(function)}\n\n{describe_arguments(options_class)}"

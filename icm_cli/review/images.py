@@ -99,7 +99,7 @@ class DisplayImages:
         alpha = Image.fromarray(shrink_image(self.read_alpha(id), THUMBNAIL_PX))
         if view == "alpha":
             return alpha
-        rgb = self._draw_source(id, is_cached=True)
+        rgb = self._draw_source(id, use_cache=True)
         if alpha.size != rgb.size:
             raise ImageError(f"{self._run.jobs[id].output} has another size than its source; run icm matte again")
         if view == "cutout":
@@ -107,18 +107,18 @@ class DisplayImages:
         tinted = Image.blend(rgb, Image.new("RGB", rgb.size, OVERLAY_COLOUR), OVERLAY_OPACITY)
         return Image.composite(tinted, rgb, alpha)
 
-    def _draw_source(self, id: int, *, is_cached: bool = False) -> Image.Image:
+    def _draw_source(self, id: int, *, use_cache: bool = False) -> Image.Image:
         """Return the source at the size of a thumbnail.
 
-        ``is_cached``: take it from its cached thumbnail, which is made if it is missing. A JPEG is always decoded,
-        because decoding at a reduced size is as fast.
+        ``use_cache``: return the cached thumbnail, and make it first if it is missing. A JPEG in the default colour
+        space is decoded instead, because decoding at a reduced size is as fast.
         """
         job = self._run.jobs[id]
         if id not in self._run.errors and isinstance(job.source, Path) and job.colour.space == "auto":
             with open_image(job.source) as file:
                 if file.type.name == "jpeg":
                     return Image.fromarray(shrink_image(_decode_small_jpeg(file.stream), THUMBNAIL_PX))
-        if is_cached:
+        if use_cache:
             with Image.open(io.BytesIO(self.thumbnail(id, "source"))) as image:
                 return image.convert("RGB")
         return Image.fromarray(shrink_image(self._read_source(id), THUMBNAIL_PX))

@@ -118,10 +118,11 @@ class RunModel:
         return image.windows.move_pixels(alpha, image.windows.display_window)
 
     def correct(self, id: int, shapes: Shapes, stamp: str, begin_writing: Callable[[Annotation | None], None]) -> None:
-        """Matte an image with new hints, and write its alpha with the stamp ``icm-reviewed``, by the engine of a run.
+        """Matte an image with ``shapes`` as its hints, as a run does, and write its alpha with a stamp.
 
-        ``begin_writing`` is called before any file is replaced. Its argument is the content of the new hint file; None
-        if there are no hints. Raises IcmError if the image fails.
+        ``stamp`` is the value of ``icm-reviewed`` in the metadata of the alpha. ``begin_writing`` is called before any
+        file is replaced. Its argument is the content of the new hint file; None if there are no hints. Raises IcmError
+        if the image fails.
         """
         image = self.open_image(id)
         display = image.windows.display

@@ -82,7 +82,10 @@ def _as_shape(label: str, points: list[list[float]], shape_type: str | None, mas
 
 
 def _clean_mask(shape: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
-    """Return a shape of type mask with its pixels as a grey PNG; None if it covers no pixel. Raises ValueError."""
+    """Return a shape of type mask with its pixels as a grey PNG; None if it covers no pixel.
+
+    ``size``: height and width of the image. Raises ValueError if the corners or the pixels are not valid.
+    """
     corners = shape["points"]
     if len(corners) != 2 or any(len(corner) != 2 for corner in corners):
         raise ValueError(f"a mask has the points {corners}; expected two corners")
@@ -91,11 +94,13 @@ def _clean_mask(shape: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] 
         data = base64.b64decode(shape.get("mask") or "", validate=True)
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             if image.height > size[0] or image.width > size[1]:
-                raise ValueError(f"it is {image.width}x{image.height}")
+                raise ValueError(f"it has {image.width}x{image.height} pixels, the image only {size[1]}x{size[0]}")
             grey = image.getchannel("A") if "A" in image.getbands() else image.convert("L")
             inside = np.asarray(grey) > 0
     except Exception as error:  # decoders raise anything
-        raise ValueError(f"a mask is no PNG in base64 within the image ({error}); paint it again") from error
+        raise ValueError(
+            f"the pixels of a mask are not a PNG in base64 that fits into the image ({error}); paint it again"
+        ) from error
     return {**shape, **_mask_at(inside, left, top)} if inside.any() else None
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias
 
-from icm_cli.environment import DEFAULT_WORKERS, free_memory
+from icm_cli.environment import DEFAULT_WORKERS, measure_free_memory
 from icm_cli.errors import ImageMemoryError
 from icm_cli.images.decoding import library_settings
 from icm_cli.images.pixels import reserve_memory, too_large_message
@@ -104,6 +104,6 @@ def _check_large_image(path: Path, size: str, needed: int) -> None:
     """Raise ImageMemoryError for a large image that does not fit into the free memory."""
     if needed <= SMALL_IMAGE_BYTES:
         return
-    free = free_memory()
+    free = measure_free_memory()
     if needed > free.size:
         raise ImageMemoryError(too_large_message(path, size, needed, free))

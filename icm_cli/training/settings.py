@@ -372,8 +372,8 @@ class ClickConfig(Section, title="train: clicks"):
     """Probability that a click is where the alpha is right already."""
     jitter: float = limited(0.01)
     """Standard deviation of a click's displacement, as a fraction of the long side."""
-    edge_probability: float = limited(0.2, 0, 1)
-    """Probability that a displaced click may leave the error that it corrects, to the wrong side of an edge."""
+    miss_probability: float = limited(0.2, 0, 1)
+    """Probability that a displaced click may miss the error that it corrects. It keeps its label."""
     stroke_probability: float = limited(0.15, 0, 1)
     """Probability that there is a stroke in place of a click: several points in the errors of the same prediction."""
     iou_weight: float = limited(0.5)
@@ -563,9 +563,11 @@ def _apply_override(fields: Mapping[str, Any], override: str) -> dict[str, Any]:
     if not equals or not all([*sections, name]):
         raise ConfigError(f"--set {override} cannot be parsed; expected key=value, as in --set train.steps=500")
     value = parse_yaml(text, f"--set {override}: the value")
-    if isinstance(value, str) and value.isascii():
+    if (
+        isinstance(value, str) and value.isascii()
+    ):  # YAML reads 1e-3 as text; float() also reads digits of other scripts
         with contextlib.suppress(ValueError):
-            value = float(value)  # YAML reads 1e-3 as text
+            value = float(value)
     changed: dict[str, Any] = dict(fields)
     target = changed
     for section in sections:

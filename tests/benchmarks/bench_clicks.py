@@ -35,7 +35,7 @@ from icm_cli.matting.predictor import Predictor
 from icm_cli.matting.prompting import ImageEmbedder, complete_by_prompts
 from icm_cli.model.checkpoint import read_checkpoint
 from icm_cli.model.contracts import EmbeddedImage, Objects
-from icm_cli.training.stages.clicks import Click, find_largest_error
+from icm_cli.training.stages.clicks import Click, click_on_largest_error
 
 TRUTH_PX = 512
 """Long side of the masks on which errors are searched."""
@@ -258,7 +258,7 @@ def click_through(
     clicks: list[Click] = []
     ious = [overlap(found, case.truth)]
     for _ in range(count):
-        click = find_largest_error(found > 0.5, case.truth)
+        click = click_on_largest_error(found > 0.5, case.truth)
         if click is not None:  # otherwise the alpha is perfect and stays so
             clicks.append(click)
             scale = case.size[0] / case.truth.shape[0], case.size[1] / case.truth.shape[1]

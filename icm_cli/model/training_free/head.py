@@ -139,7 +139,7 @@ class TrainingFree(Head):
                     evidence.contrast[None, None], scale_factor=stride, mode="bicubic", align_corners=False
                 )[0, 0, :height, :width]
                 content = image[index, :, :height, :width]
-                alpha[index, 0, :height, :width] = self._solve_alpha(contrast.cpu(), content.cpu())
+                alpha[index, 0, :height, :width] = self._alpha_or_trimap(contrast.cpu(), content.cpu())
         confidence = alpha.new_tensor([evidence.similarity for evidence in evidences]).clamp(0, 1)
         return Matte(alpha, confidence, torch.tensor(is_found, device=alpha.device))
 
@@ -186,21 +186,21 @@ class TrainingFree(Head):
         self_similarity = soft_max_similarity(foreground, foreground, self.config.presence_temperature).mean()
         return contrast, float(agreement.max() / self_similarity)
 
-    def _solve_alpha(self, contrast: Tensor, image: Tensor) -> Tensor:
+    def _alpha_or_trimap(self, contrast: Tensor, image: Tensor) -> Tensor:
         """Compute the alpha [H,W] of one frame from its contrast [H,W] and its sRGB image [3,H,W], on the CPU.
 
         If a later component refines the edges, the result is the trimap instead.
         """
         size = downscaled_size(image.shape[1:], self.config.solve_long_side_px)
         small = F.interpolate(torch.cat([image, contrast[None]])[None], size=size, mode="area")[0]
-        rgb, evidence = small[:3].permute(1, 2, 0), small[3]
+        small_rgb, small_contrast = small[:3].permute(1, 2, 0), small[3]
         if self.config.rule == "clusters":
-            trimap = torch.from_numpy(trimap_from_coarse(evidence.numpy(), size, self.config.edge_band))
+            trimap = torch.from_numpy(trimap_from_coarse(small_contrast.numpy(), size, self.config.edge_band))
         else:
-            trimap = self.make_trimap(evidence)
+            trimap = self.make_trimap(small_contrast)
         alpha = trimap
         if self._solves_alpha:
-            alpha = torch.from_numpy(solve_alpha(rgb.double().numpy(), trimap.double().numpy())).float()
+            alpha = torch.from_numpy(solve_alpha(small_rgb.double().numpy(), trimap.double().numpy())).float()
         return F.interpolate(alpha[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
 
     def make_trimap(self, contrast: Tensor) -> Tensor:

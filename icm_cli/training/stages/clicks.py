@@ -36,7 +36,7 @@ class Click:
     """1 on the object, 0 off it; see :class:`~icm_cli.model.contracts.PointPrompts`."""
 
 
-def find_largest_error(predicted: Mask, truth: Mask) -> Click | None:
+def click_on_largest_error(predicted: Mask, truth: Mask) -> Click | None:
     """Return a click at the centre of the largest connected error; None if there is no error.
 
     An error is a missing part of the object, or background that is in the mask. Its centre is the point farthest from
@@ -59,19 +59,19 @@ def _largest_region(mask: Mask) -> Mask:
 
 
 def draw_click(predicted: Mask, truth: Mask, config: ClickConfig, rng: np.random.Generator) -> Click:
-    """Draw a click that corrects an error of a mask, or confirms what is right."""
+    """Draw a click that corrects an error of a mask, or, less often, one anywhere on the object or the background."""
     errors = predicted != truth
     if not errors.any() or rng.random() < config.redundant_probability:
         is_on_object = bool(truth.all()) or (bool(truth.any()) and rng.random() < 0.5)
         return _draw_in_area(truth == is_on_object, truth, rng)
-    click = find_largest_error(predicted, truth) if rng.random() < config.centre_probability else None
+    click = click_on_largest_error(predicted, truth) if rng.random() < config.centre_probability else None
     if click is None:
         click = _draw_in_area(errors, truth, rng)
     row_offset, column_offset = rng.normal(0.0, config.jitter * max(truth.shape), 2)
     row = int(np.clip(round(click.row + row_offset), 0, truth.shape[0] - 1))
     column = int(np.clip(round(click.column + column_offset), 0, truth.shape[1] - 1))
-    stays_inside = bool(errors[row, column]) and bool(truth[row, column]) == bool(click.label)
-    if stays_inside or rng.random() < config.edge_probability:
+    stays_in_error = bool(errors[row, column]) and bool(truth[row, column]) == bool(click.label)
+    if stays_in_error or rng.random() < config.miss_probability:  # people miss errors that are close to an edge
         return Click(row, column, click.label)
     return click
 
