@@ -76,7 +76,7 @@ def test_changed_settings_recompute_alphas(icm: Icm, scene: Path, change: str) -
     made = wall.stat().st_mtime_ns
     options: dict[str, object] = {}
     if change == "source":
-        os.utime(scene / "imgs" / "wall.jpg", ns=(1, 1))
+        cv2.imwrite(str(scene / "imgs" / "wall.jpg"), 255 - read(scene / "imgs" / "wall.jpg"))
     elif change == "mask":
         mask = read(scene / "mask.png")
         mask[:, :60] = 0
@@ -89,6 +89,17 @@ def test_changed_settings_recompute_alphas(icm: Icm, scene: Path, change: str) -
     assert wall.stat().st_mtime_ns > made
     if change in ("torn", "foreign"):
         assert alphas(scene / "out") == first
+
+
+def test_alphas_of_copied_sources_are_kept(icm: Icm, scene: Path) -> None:
+    """A copy of the sources, or a checkout, changes only their times."""
+    icm()
+    made = {path: path.stat().st_mtime_ns for path in (scene / "out").rglob("*.png")}
+    for path in (scene / "imgs").rglob("*.*"):
+        os.utime(path, ns=(1, 1))
+    assert icm(report=scene / "r.json").exit_code == 0
+    assert {each["status"] for each in json.loads((scene / "r.json").read_text())["images"]} == {"kept"}
+    assert {path: path.stat().st_mtime_ns for path in (scene / "out").rglob("*.png")} == made
 
 
 def test_alpha_does_not_depend_on_other_images_of_the_batch(icm: Icm, scene: Path) -> None:

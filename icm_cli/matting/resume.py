@@ -87,19 +87,18 @@ class ExistingAlpha:
         return made_by == (__version__, code_fingerprint())
 
     def can_be_kept(self, job: Job, digest: str, *, keep_all: bool) -> bool:
-        """Return whether the alpha is kept: if it is reviewed or up to date, or if its source is the same.
+        """Return whether the alpha is kept: if it is reviewed, or if its source and its digest are the same.
 
-        The last reason counts only with ``keep_all``, which is ``--keep-existing``.
+        With ``keep_all``, which is ``--keep-existing``, the digest does not count.
         """
-        if keep_all and not self.is_reviewed:
-            return self._has_content_of(job)
-        return self.is_reviewed or (self.is_of_same_state and self.provenance[DIGEST_KEY] == digest)
+        return self.is_reviewed or ((keep_all or self.provenance[DIGEST_KEY] == digest) and self._has_content_of(job))
 
     def is_outdated(self, job: Job, digest: str) -> bool:
         """Return whether this icm might compute another alpha, because code, settings or source have changed."""
         return not (self.is_of_this_icm and self.provenance[DIGEST_KEY] == digest and self._has_content_of(job))
 
     def _has_content_of(self, job: Job) -> bool:
+        """Return whether the source has the same content. It is only read if its state is another one."""
         return self.is_of_same_state or self.provenance.get(CONTENT_KEY) == job.content_digest()
 
     def outdated_reason(self, job: Job, digest: str, hints_digest: str) -> str:
@@ -117,8 +116,6 @@ class ExistingAlpha:
             return "its source changed"
         if self.provenance[DIGEST_KEY] != digest:
             return "settings, references or mattes changed"
-        if not self.is_of_same_state:
-            return "the time of its source changed"
         return "an earlier frame is recomputed"
 
 
