@@ -212,7 +212,8 @@ def check_would_be_writable(folder: Path) -> None:
     if not existing.is_dir():
         number = errno.ENOTDIR
     elif not os.access(existing, os.W_OK | os.X_OK):
-        number = errno.EACCES
+        is_read_only = bool(os.statvfs(existing).f_flag & os.ST_RDONLY)
+        number = errno.EROFS if is_read_only else errno.EACCES
     else:
         return
     raise error_for_failed_write(folder, OSError(number, os.strerror(number)))

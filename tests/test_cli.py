@@ -149,6 +149,8 @@ def test_completion_can_be_installed() -> None:
         ({"device": "gpu"}, "device= is 'gpu'; expected auto, cpu, cuda, cuda:N, cuda:all or mps, or several"),
         ({"shot": "yes"}, "shot= is 'yes'; expected True or False"),
         ({"name": 3}, "name= is 3; expected text of 1 to 4096"),
+        ({"point": "100,200"}, "point= is '100,200'; expected the tuple (100.0, 200.0) instead of text"),
+        ({"point": "100"}, "point= is '100'; expected x and y in pixels, such as 640,360"),
         ({"ref": None}, "ref= is None; expected a path"),
         ({"overwrite": True, "keep_existing": True}, "give only one of the two"),
         ({"out": ""}, "out= is ''; expected a path"),

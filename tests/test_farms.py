@@ -49,6 +49,10 @@ def test_empty_shard_succeeds(icm: Icm, scene: Path) -> None:
     results = [icm("--shard", f"{number}/40", src=scene / "imgs" / "wall.jpg") for number in range(1, 41)]
     assert [result.exit_code for result in results] == [0] * 40
     assert sorted(alphas(scene / "out")) == ["wall.png"]
+    reason = "there is nothing to matte, as shard"
+    assert sum(reason in result.stderr for result in results) == 39
+    shot = [icm("--shot", "--shard", f"{number}/4", "--dry-run", src=scene / "imgs" / "wall.jpg") for number in (1, 4)]
+    assert [reason in result.stderr for result in shot] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -214,3 +214,13 @@ def test_system_errors_are_described_with_advice(number: int, advice: str) -> No
     assert re.match(
         f"{re.escape(os.strerror(number))}; .*{advice}", files.describe_os_error(OSError(number, os.strerror(number)))
     )
+
+
+@pytest.mark.parametrize(("flags", "reason"), [(os.ST_RDONLY, "Read-only file system"), (0, "Permission denied")])
+def test_a_folder_that_cannot_be_written_is_found_without_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: int, reason: str
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "statvfs", lambda _: Mock(f_flag=flags))
+    with pytest.raises(FileWriteError, match=reason):
+        files.check_would_be_writable(tmp_path / "out")

@@ -221,6 +221,16 @@ class TestRefused:
                 '"points": [[50, 1]]}]}',
                 "outside the image",
             ),
+            ('{"shapes": [{"label": "fg", "shape_type": "point", "points": [["a", 1]]}]}', 'is "a" instead of'),
+            (
+                '{"shapes": [{"label": "fg", "shape_type": "point", "points": [[1e9, 1]]}]}',
+                "outside the image, 120x160",
+            ),
+            (
+                '{"shapes": [{"label": "fg", "shape_type": "point", "points": [[9, 9]]}, '
+                '{"label": "bg", "shape_type": "point", "points": [[9, 9]]}]}',
+                "both on the object and off it",
+            ),
         ],
     )
     def test_malformed_files_stop_the_run(self, icm: Icm, scene: Path, hints: Path, content: str, message: str) -> None:

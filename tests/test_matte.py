@@ -250,6 +250,11 @@ def test_sources_of_all_formats_are_matted(icm: Icm, scene: Path) -> None:
     source.convert("L").save(kinds / "grey.png")
     source.convert("CMYK").save(kinds / "cmyk.jpg")
     source.convert("RGBA").save(kinds / "rgba.png")
+    opaque = icm(src=kinds / "rgba.png", out=scene / "opaque")
+    assert "alpha of its own" not in opaque.stderr
+    source.putalpha(Image.linear_gradient("L").resize(source.size))
+    source.save(kinds / "transparent.png")
+    source = source.convert("RGB")
     cv2.imwrite(str(kinds / "deep.png"), read(scene / "imgs" / "wall.jpg").astype(np.uint16) * 257)
     exif = Image.Exif()
     exif[0x0112] = 6

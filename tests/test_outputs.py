@@ -307,6 +307,8 @@ def test_trimaps_and_inverted_alphas_are_written(icm: Icm, scene: Path) -> None:
     assert (alpha[trimap == 255] > 240).all()
     assert (alpha[trimap == 0] < 15).all()
     (scene / "b" / "wall.trimap.png").unlink()
+    planned = icm("--dry-run", out=scene / "b", trimap="also", trimap_band=6)
+    assert "wall.png (recomputed: it has no trimap)" in planned.stdout
     assert icm(out=scene / "b", trimap="also", trimap_band=6).exit_code == 0
     assert (scene / "b" / "wall.trimap.png").exists()  # recomputed with its alpha
     shutil.copy(scene / "imgs" / "wall.jpg", scene / "wall.trimap.jpg")

@@ -116,6 +116,32 @@ def test_list_gives_the_same_outputs_from_any_folder(icm: Icm, scene: Path, monk
     assert sum(after[name] != before[name] for name in after) == 2
 
 
+def recorded_options(scene: Path) -> dict[str, Any]:
+    options = json.loads((scene / "out" / ".icm" / "run.json").read_text())["options"]
+    assert isinstance(options, dict)
+    return options
+
+
+def test_a_repair_of_some_images_keeps_the_others_in_the_record(icm: Icm, scene: Path) -> None:
+    imgs = scene / "imgs"
+    assert icm(src=imgs).exit_code == 0
+    assert icm("--include", "wall.jpg", src=imgs, seed=7).exit_code == 0
+    assert icm(src=imgs / "wall.jpg", seed=7).exit_code == 0
+    recorded = recorded_options(scene)
+    assert (recorded["src"], recorded["seed"], recorded.get("include")) == (str(imgs), 7, None)
+
+
+def test_filters_of_several_runs_are_joined_in_the_record(icm: Icm, scene: Path) -> None:
+    for include, exclude in ((["wall*"], ["a*", "b*"]), (["pad*"], ["b*", "c*"])):
+        flags = [word for glob in include for word in ("--include", glob)]
+        flags += [word for glob in exclude for word in ("--exclude", glob)]
+        assert icm(*flags, src=scene / "imgs").exit_code == 0
+    recorded = recorded_options(scene)
+    assert (recorded["include"], recorded["exclude"]) == (["wall*", "pad*"], ["b*"])
+    assert icm("--keep-suffix", "--include", "pad*", src=scene / "imgs").exit_code == 0
+    assert recorded_options(scene)["include"] == ["pad*"]  # other output paths
+
+
 def test_pages_of_a_file_are_listed_once(tmp_path: Path) -> None:
     details = MattingDetails(quality=0.1)
     results = [

@@ -505,6 +505,21 @@ def test_a_resumed_run_writes_the_same_bytes(shot: Shoot, scene: Path, lost: lis
         assert path.read_bytes() == (scene / "out" / path.name).read_bytes(), path.name
 
 
+def test_missing_frames_do_not_change_alphas(shot: Shoot, scene: Path, frames: Path) -> None:
+    """Nothing is propagated to or from a reported missing frame, so all alphas are kept by the next run."""
+    (frames / "sh.1006.png").unlink()
+    (frames / "sh.1002.png").unlink()
+    assert shot("--missing", "report").exit_code == 1
+    before = alphas(scene / "out")
+    for missing, code in (("report", 1), ("skip", 0)):
+        assert shot("--missing", missing, report=scene / "r.json").exit_code == code
+        summary = json.loads((scene / "r.json").read_text())["summary"]
+        assert (summary["kept"], summary["done"]) == (5, 0)
+    assert alphas(scene / "out") == before
+    assert shot(out=scene / "skipped").exit_code == 0
+    assert alphas(scene / "skipped") == before
+
+
 def test_a_frame_that_fails_is_skipped(shot: Shoot, scene: Path, frames: Path) -> None:
     assert shot(out=scene / "whole").exit_code == 0
     whole = frames / "sh.1006.png"

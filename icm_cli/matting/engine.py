@@ -366,7 +366,7 @@ class Engine:
             if earlier and (earlier.matting.reviewed or not self.matting.keeps_order):
                 return earlier
         source, state, content_digest = job.read_with_digest()
-        if source.alpha is not None:
+        if source.alpha is not None and source.alpha.min() != source.alpha.max():
             self._notice_once("alpha", f"{job.source} has an alpha of its own; alphas of sources are ignored")
         for sentence in source.notices:
             self._notice(sentence)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ from icm_cli.files import (
 from icm_cli.guidance.annotations import EXPECTED as EXPECTED_ANNOTATION
 from icm_cli.guidance.annotations import OTHER_IMAGE, find_other_image, is_annotation, read_hints
 from icm_cli.guidance.hints import Area, Hints
+from icm_cli.images.decoding import image_size
 from icm_cli.images.image_file import IMAGE_SUFFIXES
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import read_stored_pixels
@@ -49,12 +52,15 @@ class ImageHints:
     notices: tuple[str, ...] = ()
 
     @classmethod
-    def check(cls, image: Path, paths: Sequence[Path]) -> ImageHints:
-        """Read the files, and check what can be checked without the image. Raises UsageError."""
+    def check(cls, image: Path, paths: Sequence[Path], source: Path | None = None) -> ImageHints:
+        """Read the files, and check what can be checked without decoding the image. Raises UsageError.
+
+        ``source``: file of the image. Its size is used for annotations of labelme that do not state one.
+        """
         hints = cls(image, tuple(sorted(paths, key=lambda path: (path.suffix.lower(), path))))
         digest = hints._content_digest()
-        sizes = {path: hints._stated_size(path) for path in hints.paths}
-        known_sizes = {path: size for path, size in sizes.items() if size is not None}
+        sizes = {path: hints._checked_size(path, source) for path in hints.paths}
+        known_sizes = {path: size for path, size in sizes.items() if size and math.prod(size) <= MAX_CHECKED_PIXELS}
         parts = [hints._read_file(path, size) for path, size in known_sizes.items()]
         if len(set(known_sizes.values())) == 1:
             hints._merge(parts)  # raises UsageError for a contradiction
@@ -90,22 +96,27 @@ class ImageHints:
             raise UsageError(f"{self._title} cannot be read: {describe_os_error(error)}") from error
         return combined_digest(*(path.suffix.lower() for path in self.paths), *contents)
 
-    def _stated_size(self, path: Path) -> tuple[int, int] | None:
-        """Return the height and width of the image that a file says it is for; None if it does not."""
+    def _checked_size(self, path: Path, source: Path | None) -> tuple[int, int] | None:
+        """Return the height and width of the image with which a file is checked; None if they are not known.
+
+        They are those that the file states, or else those of the source.
+        """
         if path.suffix.lower() == JSON_SUFFIX:
             content = read_json(path, "annotation", {}, EXPECTED_ANNOTATION)
             if content.get("shapes") == []:
                 raise UsageError(f"annotation {path} has no shape; delete the file to remove the hints of {self.image}")
             size = content.get("imageHeight"), content.get("imageWidth")
+            if size == (None, None) and source is not None and "shapes" in content:
+                with contextlib.suppress(ImageError):  # is reported when the image is matted
+                    size = image_size(source)
         else:
             try:
                 size = read_stored_pixels(path).values.shape[:2]
             except ImageError as error:
                 raise UsageError(f"hint cannot be used: {error}{self._painted_advice}") from error
         height, width = size
-        if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
-            return None
-        return (height, width) if height * width <= MAX_CHECKED_PIXELS else None
+        has_size = isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0
+        return (height, width) if has_size else None
 
     def _read_file(self, path: Path, size: tuple[int, int]) -> Hints:
         try:
@@ -243,10 +254,16 @@ class HintFiles:
         return {image.as_posix(), (image.with_suffix("") if has_suffix else image).as_posix()}
 
 
-def check_image_hints(files: Mapping[Path, Sequence[Path]]) -> dict[Path, ImageHints]:
-    """Read and check the hint files of several images, by the names of the images. Raises UsageError."""
+def check_image_hints(
+    files: Mapping[Path, Sequence[Path]], sources: Mapping[Path, Path | None]
+) -> dict[Path, ImageHints]:
+    """Read and check the hint files of several images, by the names of the images. Raises UsageError.
+
+    ``sources``: the file of each image; None for an image of several pages, which may have different sizes.
+    """
     with ThreadPoolExecutor(DEFAULT_WORKERS, "icm-hints") as executor:
-        return dict(zip(files, executor.map(ImageHints.check, files, files.values()), strict=True))
+        hints = executor.map(ImageHints.check, files, files.values(), map(sources.get, files))
+        return dict(zip(files, hints, strict=True))
 
 
 def _join_hints(first: Hints, second: Hints) -> Hints:

@@ -53,6 +53,7 @@ DEFAULT_NAME = "{stem}{frame}"
 TRIMAP_SUFFIX = ".trimap.png"
 """End of the name of a trimap that is written next to an alpha."""
 OBSTACLE_ADVICE = "remove it, or give another folder or name"
+EMPTY_SHARD = "there is nothing to matte, as shard {} contains no image; the other shards contain those of {} ({})"
 MAX_MISSING_JOBS = 10_000
 """Largest number of missing frames that are reported one by one."""
 NAME_FIELDS = ("stem", "frame", "suffix")
@@ -300,7 +301,7 @@ def plan_jobs(
         files = hint_files.assign_files(names, sources, is_input_or_output, skipped_files)
         check_overwrites(jobs, [path for paths in files.values() for path in paths], "a hint", resolve)
     if source_filter.shard is not None:
-        jobs = _select_shard(jobs, *source_filter.shard)
+        jobs = _select_shard(jobs, source_filter.shard, root, skipped_files.notify)
     return _add_hints(jobs, files, skipped_files.notify)
 
 
@@ -311,7 +312,8 @@ def _is_output(path: Path, folder: Path) -> bool:
 
 def _add_hints(jobs: Sequence[Job], files: Mapping[Path, Sequence[Path]], notice: Callable[[str], None]) -> list[Job]:
     """Return the jobs with their hint files. Raises UsageError for a file that cannot be used."""
-    hints = check_image_hints({job.name: files[job.name] for job in jobs if job.name in files})
+    with_hints = [job for job in jobs if job.name in files]
+    hints = check_image_hints({job.name: files[job.name] for job in with_hints}, dict(map(_single_image, with_hints)))
     jobs_with_hints = []
     for job in jobs:
         if job.name in hints:
@@ -320,6 +322,12 @@ def _add_hints(jobs: Sequence[Job], files: Mapping[Path, Sequence[Path]], notice
             job = replace(job, hints=hints[job.name], planned=replace(job.planned, has_hints=True))
         jobs_with_hints.append(job)
     return jobs_with_hints
+
+
+def _single_image(job: Job) -> tuple[Path, Path | None]:
+    """Return the name of an image and its file; None instead of a file that is missing or has several pages."""
+    is_single = job.inspected is not None and job.inspected.frame_count == 1
+    return job.name, job.source if is_single and isinstance(job.source, Path) else None
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -356,17 +364,21 @@ def check_obstacles(jobs: Sequence[Job]) -> None:
         raise UsageError(f"{path} is {what}, and an alpha would be written there; {OBSTACLE_ADVICE}{more}")
 
 
-def _select_shard(jobs: Sequence[Job], number: int, count: int) -> list[Job]:
-    """Return the jobs of a shard.
+def _select_shard(jobs: Sequence[Job], shard: tuple[int, int], root: Path, notice: Callable[[str], None]) -> list[Job]:
+    """Return the jobs of a shard, such as (2, 8), or give a notice if it is empty.
 
     The hash of its name decides the shard of an image, so all machines agree, whatever other images they find.
     """
+    number, count = shard
 
     def shard_of(job: Job) -> int:
         name = job.planned.name.encode(errors="surrogateescape")
         return int(hashlib.sha256(name).hexdigest(), 16) % count + 1
 
-    return [job for job in jobs if shard_of(job) == number]
+    selected = [job for job in jobs if shard_of(job) == number]
+    if jobs and not selected:
+        notice(EMPTY_SHARD.format(f"{number}/{count}", root, len(jobs)))
+    return selected
 
 
 def _plan_missing_frames(

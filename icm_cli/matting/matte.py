@@ -30,7 +30,7 @@ from icm_cli.matting.devices import EngineSetup, Runner, WorkerPool
 from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import EngineOptions
 from icm_cli.matting.frames import FrameName, FramePattern
-from icm_cli.matting.jobs import Job, OutputLayout, check_obstacles, check_overwrites, parse_shard
+from icm_cli.matting.jobs import EMPTY_SHARD, Job, OutputLayout, check_obstacles, check_overwrites, parse_shard
 from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
 from icm_cli.matting.planning import choose_colour_settings, choose_output, plan_images
@@ -145,7 +145,10 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
         protected += [path for job in jobs if job.hints for path in job.hints.paths]
     shot = None
     if sequences.shot:
+        count = len(jobs)
         jobs, shot = order_as_shot(jobs, reference_options.ref, references, sequences.shard)
+        if count and not jobs:
+            listener.on_notice(EMPTY_SHARD.format(sequences.shard, options.sources.src, count))
     truths: list[Path] = []
     if options.reports.gt is not None:
         jobs, truths = _add_ground_truth(jobs, options.reports.gt)
@@ -219,10 +222,9 @@ class _MattingRun:
 
         remaining = self._select_remaining(kept_results.append, add_reason)
         kept = {Path(result.output): result for result in kept_results}
-        other_reason = "--overwrite" if options.overwrite else "its alpha is damaged or incomplete"
         for job in remaining:
             if os.path.lexists(job.output):
-                reasons.setdefault(job.output, other_reason)
+                reasons.setdefault(job.output, "--overwrite" if options.overwrite else _find_damage(job))
         results = [kept.get(job.output) or _planned_result(job, reasons.get(job.output, "")) for job in plan.jobs]
         failing = {result.output for result in results if result.status == "failed"}
         planned = [job for job in remaining if str(job.output) not in failing]
@@ -455,6 +457,11 @@ def _planned_result(job: Job, reason: str = "") -> ImageResult:
     if problem := _find_problem(job):
         return replace(job.planned, status="failed", reason=problem)
     return replace(job.planned, reason=reason)
+
+
+def _find_damage(job: Job) -> str:
+    """Return why the existing alpha of a job is not complete."""
+    return "its alpha is damaged or incomplete" if all(map(os.path.lexists, job.outputs)) else "it has no trimap"
 
 
 def _find_problem(job: Job) -> str:

@@ -172,8 +172,8 @@ def check_negatives(references: Sequence[Reference]) -> None:
         marked = float(negative.selected[positive.guidance].mean())
         if marked > MAX_CONTRADICTION:
             raise UsageError(
-                f"negative reference {number} (--not-ref) is also the image of a reference, and marks "
-                f"{marked:.0%} of its object as not the object; give a mask (--not-mask) without the object"
+                f"negative reference {number} is also the image of a reference, and marks {marked:.0%} of its object "
+                "as not the object; give this negative reference a mask without the object"
             )
 
 

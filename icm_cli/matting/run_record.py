@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def record_run(options: MatteOptions, folder: Path, jobs: Sequence[Job], notice:
     """Write the record of a run into its output folder, or give a notice if that is not possible.
 
     An existing record stays if ``--src`` is a list whose lines contain the root, as ``--review-list`` writes it. Such a
-    run corrects a part of the images, and the record must name all of them.
+    run corrects a part of the images, and the record must name all of them. For the same reason, the record keeps the
+    sources of earlier runs that this run does not matte (see :func:`_join_sources`).
     """
     if not jobs:
         return
@@ -44,6 +46,7 @@ def record_run(options: MatteOptions, folder: Path, jobs: Sequence[Job], notice:
     try:
         if options.sources.src == "-":
             values["src"] = str(_write_sources(folder, jobs, is_part=bool(options.given & {"shard", "frames"})))
+        values = _join_sources(values, folder, jobs[0].root)
         record = {"schema_version": SCHEMA_VERSION, "icm": __version__, "options": values}
         write_json(folder / RECORD_FOLDER / RECORD_NAME, record)
     except OutputError as error:
@@ -57,6 +60,40 @@ def recorded_values(options: MatteOptions) -> dict[str, Any]:
         for field in options.option_fields()
         if field.name in options.given and field.name not in UNRECORDED and field.group not in UNRECORDED_GROUPS
     }
+
+
+def _join_sources(values: dict[str, Any], folder: Path, root: str) -> dict[str, Any]:
+    """Return the options of a run with sources that include those of the recorded run.
+
+    Both must have the same root and the same output paths. If the recorded run matted a folder, and this one only some
+    of its files, the record keeps the folder. ``include`` and ``exclude`` are joined, so that no image of either run is
+    excluded. ``root``: root of the sources of this run.
+    """
+    with contextlib.suppress(UsageError, OutputError):
+        options = read_run_record(folder)
+        earlier = recorded_values(options)
+        is_folder = os.path.isdir(earlier["src"])  # noqa: PTH112  Path.is_dir raises errors
+        is_part_of_folder = (
+            is_folder and values["src"] != earlier["src"] and earlier.get("root", earlier["src"]) == root
+        )
+        same = ("out", "name", "keep_suffix", "format", *(() if is_part_of_folder else ("src", "root")))
+        if any(values.get(name) != earlier.get(name) for name in same):
+            return values
+        filters = {
+            "include": _join_includes(earlier, values),
+            "exclude": [glob for glob in values.get("exclude", ()) if glob in earlier.get("exclude", ())],
+        }
+        sources = {name: earlier[name] for name in ("src", "root") if name in earlier}
+        others = {name: value for name, value in values.items() if name not in ("src", "root", *filters)}
+        return {**others, **sources, **{name: globs for name, globs in filters.items() if globs}}
+    return values
+
+
+def _join_includes(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    """Return the globs of ``include`` of both runs; none if one of them has none, as it matted all images."""
+    if not (earlier.get("include") and values.get("include")):
+        return []
+    return list(dict.fromkeys([*earlier["include"], *values["include"]]))
 
 
 def _is_list(src: str) -> bool:

@@ -53,15 +53,17 @@ class Shot:
 
         A keyframe or a frame with hints is a start. Each frame belongs to the nearest start; if two are equally near,
         to the earlier one. The alpha of a start is propagated forward to its later frames, and then backward to its
-        earlier ones. Without a start, propagation begins at the first frame.
+        earlier ones. Without a start, propagation begins at the first frame. Missing frames are at the end of the
+        order; nothing is propagated to or from them, so alphas do not depend on whether they are reported.
         """
         order: list[Job] = []
         previous: dict[Path, Job] = {}
         keyframes: dict[Path, Keyframe] = {}
         names: list[Path] = []
         for jobs, keys in examples:
-            frames: list[Job | Keyframe] = sorted([*jobs, *keys], key=lambda frame: natural_sort_key(frame.name))
-            names += (frame.name for frame in frames)
+            names += (frame.name for frame in (*jobs, *keys))
+            present = [job for job in jobs if not job.is_missing]
+            frames: list[Job | Keyframe] = sorted([*present, *keys], key=lambda frame: natural_sort_key(frame.name))
             starts = [index for index, frame in enumerate(frames) if isinstance(frame, Keyframe) or frame.hints] or [0]
             # The frames first..last belong to a start. Between two starts, the border is in the middle.
             lasts = [*((start + next_start) // 2 for start, next_start in itertools.pairwise(starts)), len(frames) - 1]
@@ -77,6 +79,7 @@ class Shot:
                             previous[frame.output] = before
                         else:
                             keyframes[frame.output] = before
+            order += (job for job in jobs if job.is_missing)
         return cls(order, previous, keyframes, sorted(dict.fromkeys(names), key=natural_sort_key))
 
     def shard(self, number: int, count: int) -> Shot:

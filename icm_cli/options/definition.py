@@ -238,7 +238,10 @@ class OptionField:
             for part in parts:
                 self._check(part)
         except (ValueError, TypeError, OverflowError):
-            raise UsageError(f"{self.flag} is {quote_value(value)}; expected {self.expected}") from None
+            parsed = self.parse_text(value)
+            is_text_of_tuple = isinstance(value, str) and isinstance(parsed, tuple)  # only the command parses text
+            expected = f"the tuple {parsed} instead of text" if is_text_of_tuple else self.expected
+            raise UsageError(f"{self.flag} is {quote_value(value)}; expected {expected}") from None
         return converted
 
     def _check(self, value: object) -> None:
