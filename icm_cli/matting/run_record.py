@@ -83,9 +83,10 @@ def _join_sources(values: dict[str, Any], folder: Path, root: str) -> dict[str, 
             "include": _join_includes(earlier, values),
             "exclude": [glob for glob in values.get("exclude", ()) if glob in earlier.get("exclude", ())],
         }
-        sources = {name: earlier[name] for name in ("src", "root") if name in earlier}
-        others = {name: value for name, value in values.items() if name not in ("src", "root", *filters)}
-        return {**others, **sources, **{name: globs for name, globs in filters.items() if globs}}
+        joined = {name: value for name, value in values.items() if name not in ("src", "root", *filters)}
+        joined.update((name, earlier[name]) for name in ("src", "root") if name in earlier)
+        joined.update((name, globs) for name, globs in filters.items() if globs)
+        return joined
     return values
 
 

@@ -61,7 +61,7 @@ class Shot:
         keyframes: dict[Path, Keyframe] = {}
         names: list[Path] = []
         for jobs, keys in examples:
-            names += (frame.name for frame in (*jobs, *keys))
+            names += [*(job.name for job in jobs), *(keyframe.name for keyframe in keys)]
             present = [job for job in jobs if not job.is_missing]
             frames: list[Job | Keyframe] = sorted([*present, *keys], key=lambda frame: natural_sort_key(frame.name))
             starts = [index for index, frame in enumerate(frames) if isinstance(frame, Keyframe) or frame.hints] or [0]
