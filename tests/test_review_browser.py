@@ -399,17 +399,20 @@ class TestFixes:
         assert again[ON_OBJECT[::-1]] > 127 > again[OFF_OBJECT[::-1]]
 
     def test_notices_do_not_cover_the_image(self, server: ReviewServer, open_page: Open) -> None:
-        """Also: the quality is marked as that of the alpha on disk, and the film strip shows folders."""
+        """Also: the quality is marked as that of the saved alpha, the film strip shows folders, no button moves."""
         server.wait_until_ready()
         page = open_page(server)
         image = open_image(page, server, WRONG)
         expect(page.locator('.frame[aria-current="true"] .frame-folder')).to_have_text("night")
         page.mouse.click(*to_page(page, image, ON_OBJECT))
         wait_for_answer(page)
-        expect(page.locator("#quality-value")).to_contain_text("of the alpha on disk")
-        page.keyboard.press("Shift+A")
+        expect(page.locator("#quality-value")).to_contain_text("saved quality")
+        accept = page.locator('[data-action="accept-stay"]')
+        place = accept.bounding_box()
+        accept.click()
         expect(page.locator("#status")).to_contain_text("cat.jpg: accepted")
-        expect(page.locator("#quality-value")).not_to_contain_text("of the alpha on disk")
+        expect(page.locator("#quality-value")).not_to_contain_text("saved quality")
+        assert accept.bounding_box() == place
         for width in (1280, 1920):
             page.set_viewport_size({"width": width, "height": 800})
             boxes = [page.locator(selector).bounding_box() for selector in ("#stage", "#strip-frames", "#status")]
@@ -462,6 +465,73 @@ class TestFixes:
             name: content for name, content in before.items() if not name.startswith(".icm")
         }
         assert not (folder / "alphas" / ".icm" / "hints" / "night" / "cat.json").exists()
+
+    @pytest.mark.parametrize("uses_keys", [False, True])
+    def test_one_press_of_a_brush_paints(self, server: ReviewServer, open_page: Open, uses_keys: bool) -> None:
+        """Also: a click on the object is not possible on paint of the opposite kind."""
+        page = open_page(server)
+        image = open_image(page, server, WRONG)
+        server.wait_until_ready()
+        x, y = (image["width"] // 2, image["height"] // 2) if uses_keys else (40, 20)
+        for key, value in (("d", 0), ("k", 255)):
+            page.keyboard.press(key)
+            if uses_keys:
+                page.locator('[data-action="undo"]').focus()  # a button that Enter must not press
+                page.keyboard.press("Shift+ArrowDown")
+                page.keyboard.press("Enter")
+            else:
+                page.mouse.click(*to_page(page, image, (x, y)))
+            wait_for_answer(page)
+            expect(page.locator("#readout")).to_contain_text(f"A {value} (")  # at the crosshair or the mouse
+        page.keyboard.press("p")
+        page.mouse.click(*to_page(page, image, (x, y)), button="right")
+        expect(page.locator("#status")).to_contain_text("painted with Keep")
+        expect(page.locator("#hints-state")).to_have_text("2 hints, not saved")
+
+    def test_hints_that_are_taken_back_are_no_change(self, server: ReviewServer, open_page: Open) -> None:
+        page = open_page(server)
+        image = open_image(page, server, WRONG)
+        page.mouse.click(*to_page(page, image, ON_OBJECT))
+        expect(page.locator("#hints-state")).to_have_text("1 hint, not saved")
+        page.mouse.click(*to_page(page, image, ON_OBJECT))
+        expect(page.locator("#hints-state")).to_have_text("No hints")
+
+    def test_a_source_that_changes_is_loaded_again(self, server: ReviewServer, open_page: Open, folder: Path) -> None:
+        """The page shows the new source, and a decision about the earlier one is refused."""
+        server.wait_until_ready()
+        page = open_page(server)
+        image = open_image(page, server, WRONG)
+        source = folder / "imgs" / WRONG
+        white = np.full((image["height"] // 2, image["width"] // 2, 3), 255, np.uint8)
+        source.write_bytes(cv2.imencode(".jpg", white)[1].tobytes())
+        page.keyboard.press("Shift+A")
+        expect(page.locator("#alerts .alert")).to_contain_text("the source of night/cat.jpg has changed")
+        assert server.images()[WRONG]["status"] == "open"
+        page.locator("#files summary").click()
+        expect(page.locator("#image-details")).to_contain_text(f"{white.shape[1]} × {white.shape[0]}")
+        image |= {"width": white.shape[1], "height": white.shape[0]}
+        page.mouse.move(*to_page(page, image, (10, 10)))
+        expect(page.locator("#readout")).to_contain_text("x, y 10, 10   RGB 255 255 255")
+        page.keyboard.press("Shift+A")
+        expect(page.locator("#status")).to_contain_text("cat.jpg: accepted")
+        expect(page.locator("#alerts .alert")).to_have_count(0)
+
+    def test_images_without_an_alpha_come_last(self, server: ReviewServer, open_page: Open, folder: Path) -> None:
+        """A run of a few frames of a sequence has no alphas of the others."""
+        (folder / "alphas" / "night" / "deepfield.png").unlink()
+        page = open_page(server)
+        total = len(IMAGES) + len(HOSTILE_NAMES)
+        page.locator("#filter-folder").select_option("night")
+        expect(page.locator(f"{CELLS} .cell-name")).to_have_count(3)
+        assert listed_ids(page)[-1] == server.images()["night/deepfield.jpg"]["id"]
+        expect(page.locator("#counts")).to_contain_text(f"0 of {total - 1} reviewed")
+        page.locator('#filter-status [value="missing"]').check()
+        expect(page.locator(f"{CELLS} .cell-name")).to_have_text(["deepfield.jpg"])
+        page.locator(CELLS).click()
+        expect(page.locator("#image-name")).to_have_text("deepfield.jpg")
+        expect(page.locator("#single")).to_have_attribute("aria-busy", "false")
+        page.keyboard.press("a")
+        expect(page.locator("#status")).to_contain_text("no alpha to accept")
 
     def test_keys_alone_are_enough(self, server: ReviewServer, open_page: Open) -> None:
         """Find an image, correct it, accept it, reject the next and take that back, without a mouse."""
@@ -550,9 +620,25 @@ class TestSeveralPeople:
         first.locator('[data-action="reject"]').click()
         expect(first.locator("#status")).to_contain_text("brickwall.jpg: rejected")
         second.locator('[data-action="accept-stay"]').click()
-        expect(second.locator('#alerts .alert[data-topic^="decision"]')).to_contain_text("another window")
+        expect(second.locator('#alerts .alert[data-topic^="decision"]')).to_contain_text("another person")
         assert server.images()[IMAGES[0]]["status"] == "rejected"
         expect(second.locator("#image-status")).to_have_attribute("data-status", "rejected")
+
+    def test_a_decision_of_another_person_is_a_message(self, server: ReviewServer, open_page: Open) -> None:
+        """Hints that are not saved stay. The message goes away with the own decision."""
+        server.wait_until_ready()
+        first, second = open_page(server), open_page(server)
+        image = open_image(second, server, WRONG)
+        open_image(first, server, WRONG)
+        second.mouse.click(*to_page(second, image, ON_OBJECT))
+        wait_for_answer(second)
+        first.locator('[data-action="reject"]').click()
+        message = second.locator('#alerts .alert[data-topic^="decision"]')
+        expect(message).to_contain_text("cat.jpg was changed in another window. Check it, and decide again.")
+        expect(message).to_contain_text("Your hints are kept.")
+        second.locator('[data-action="accept-stay"]').click()
+        expect(second.locator("#image-status")).to_have_attribute("data-status", "accepted")
+        expect(message).to_have_count(0)
 
     def test_other_tabs_follow(self, server: ReviewServer, open_page: Open) -> None:
         first, second = open_page(server), open_page(server)

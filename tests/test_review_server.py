@@ -349,6 +349,35 @@ def test_items_say_what_the_stamps_say(client: Client, scene: Path) -> None:
     assert single["hints"] is None
 
 
+def test_a_decision_about_a_source_that_has_changed_is_refused(client: Client, scene: Path) -> None:
+    """Also: the size of the image is that of the new source."""
+    item = next(iter(client.items().values()))
+    target = f"/api/images/{item['id']}"
+    details = client.get(target)
+    assert client.request("GET", f"{target}/source").headers["source-version"] == details["source_version"]
+    body = {"revision": item["revision"], "hints": None, "source": details["source_version"]}
+    source = scene / "imgs" / item["name"]
+    Image.new("RGB", (details["width"] // 2, details["height"] // 2)).save(source)
+    answer = {"hints": {"shapes": []}, "refined": True, "source": details["source_version"]}
+    for action, content in (("accept", body), ("answer", answer)):
+        response = client.request("POST", f"{target}/{action}", content)
+        assert response.status == 409
+        assert "has changed since the page loaded it" in response.json["error"]
+        assert response.json["image"]["status"] == "open"
+    changed = client.get(target)
+    assert (changed["width"], changed["height"]) == (details["width"] // 2, details["height"] // 2)
+    accepted = client.request("POST", f"{target}/accept", {**body, "source": changed["source_version"]})
+    assert accepted.json["status"] == "accepted"
+
+
+def test_images_without_an_alpha_come_last(client: Client) -> None:
+    """The thumbnails are made ahead in the order of the list."""
+    lost = client.items()[sorted(client.items())[0]]
+    Path(client.get(f"/api/images/{lost['id']}")["output"]).unlink()
+    client.app.run.scan_alphas()
+    assert client.app.run.ids_by_quality()[-1] == lost["id"]
+
+
 def test_an_alpha_that_changes_gets_another_version(client: Client, scene: Path) -> None:
     before = client.items()
     (scene / "out" / "wall.png").unlink()

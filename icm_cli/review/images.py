@@ -18,8 +18,8 @@ from icm_cli.files import atomic_write, combined_digest
 from icm_cli.geometry import ImageU8
 from icm_cli.images.decoding import open_image
 from icm_cli.images.reading import RAW_VALUES, read_alpha, read_image
-from icm_cli.images.writing import PNG_COMPRESSION
-from icm_cli.matting.jobs import Job
+from icm_cli.images.writing import PNG_COMPRESSION, read_provenance_header
+from icm_cli.matting.resume import SOURCE_KEY
 from icm_cli.reports.report import shrink_image
 from icm_cli.review.run import ReviewRun
 
@@ -40,7 +40,7 @@ class DisplayImages:
 
     def __init__(self, run: ReviewRun) -> None:
         self._run = run
-        self._sizes: cachetools.LRUCache[tuple[int, str], tuple[int, int]] = cachetools.LRUCache(4096)
+        self._sizes: cachetools.LRUCache[tuple[int, str, str], tuple[int, int]] = cachetools.LRUCache(4096)
         self._lock = threading.Lock()
 
     def source_jpeg(self, id: int) -> bytes:
@@ -67,7 +67,7 @@ class DisplayImages:
 
     def display_size(self, id: int) -> tuple[int, int]:
         """Return height and width of an image as it is displayed. Raises ImageError."""
-        key = id, self._run.alpha_file(id).version
+        key = id, self._run.alpha_file(id).version, self.source_version(id)
         with self._lock:
             size = self._sizes.get(key)
         if size is None:
@@ -76,9 +76,16 @@ class DisplayImages:
                 self._sizes[key] = size
         return size
 
+    def source_version(self, id: int) -> str:
+        """Return a text that changes whenever a file of the source changes; "" if one does not exist."""
+        with contextlib.suppress(OSError):
+            statuses = [path.stat() for path in self._run.jobs[id].files]
+            return " ".join(f"{status.st_size} {status.st_mtime_ns}" for status in statuses)
+        return ""
+
     def thumbnail(self, id: int, view: View) -> bytes:
         """Return a thumbnail of a view as a JPEG, cached on the disk until its files change. Raises ImageError."""
-        versions = [_source_version(self._run.jobs[id])]
+        versions = [self.source_version(id)]
         if view != "source":
             versions.append(self._run.refresh_alpha(id).version)
         version = combined_digest(*versions)[:VERSION_DIGITS].encode()
@@ -130,11 +137,19 @@ class DisplayImages:
         return self._run.jobs[id].read_image().to_display_window().rgb
 
     def _read_size(self, id: int) -> tuple[int, int]:
-        """Return height and width of an image, from its alpha or else from its source. Raises ImageError."""
+        """Return height and width of an image, from an alpha of this source, else from the source. Raises ImageError.
+
+        If there is no source, the size is that of the alpha.
+        """
+        job = self._run.jobs[id]
         with contextlib.suppress(ImageError):
-            height, width = self.read_alpha(id).shape
+            if read_provenance_header(job.output).get(SOURCE_KEY) == job.state():
+                height, width = self.read_alpha(id).shape
+                return height, width
+        with contextlib.suppress(ImageError):
+            height, width = self._read_source(id).shape[:2]
             return height, width
-        height, width = self._read_source(id).shape[:2]
+        height, width = self.read_alpha(id).shape
         return height, width
 
     def _thumbnail_path(self, id: int, view: View) -> Path:
@@ -184,11 +199,3 @@ def _checkerboard(size: tuple[int, int]) -> Image.Image:
     rows, columns = np.ogrid[:height, :width]
     is_light = (rows // CHECKER_PX + columns // CHECKER_PX) % 2
     return Image.fromarray(np.where(is_light, light, dark).astype(np.uint8)).convert("RGB")
-
-
-def _source_version(job: Job) -> str:
-    """Return a text that changes whenever a file of the source changes; "" if one does not exist."""
-    with contextlib.suppress(OSError):
-        statuses = [path.stat() for path in job.files]
-        return " ".join(f"{status.st_size} {status.st_mtime_ns}" for status in statuses)
-    return ""

@@ -201,10 +201,16 @@ class ReviewRun:
         }
 
     def ids_by_quality(self) -> list[int]:
-        """Return the ids of all images, lowest quality first, as the page lists them at first. No quality is lowest."""
+        """Return the ids of all images, lowest quality first, as the page lists them at first.
+
+        Alphas without a quality come first, and images without an alpha last.
+        """
         with self._lock:
-            qualities = [alpha.details.quality for alpha in self._alphas]
-        ranks = [-1.0 if quality is None else quality for quality in qualities]
+            alphas = list(self._alphas)
+        ranks = [
+            2.0 if not alpha.is_own else -1.0 if alpha.details.quality is None else alpha.details.quality
+            for alpha in alphas
+        ]
         return sorted(range(len(ranks)), key=lambda id: (ranks[id], id))
 
     def alpha_file(self, id: int) -> AlphaFile:

@@ -35,6 +35,7 @@ from icm_cli.review.state import (
     ReviewState,
     StaleAnswerError,
     StaleRevisionError,
+    StaleSourceError,
     StateBusyError,
 )
 from icm_cli.review.teaching import Teaching
@@ -74,6 +75,7 @@ STATIC_TYPES = {
     ".svg": "image/svg+xml",
     ".png": "image/png",
 }
+SOURCE_VERSION_HEADER = "Source-Version"
 CACHED = {"Cache-Control": "private, max-age=31536000, immutable"}
 """Headers of an image whose URL contains its version, so that its content never changes."""
 HINTS_SCHEMA = {
@@ -206,8 +208,12 @@ class ReviewApp:
                 Route("/api/thumbnails", self._get_thumbnails),
                 get(f"{image}/source", self.get_source),
                 get(f"{image}/alpha", self.get_alpha),
-                post(f"{image}/answer", {"hints": HINTS_SCHEMA, "refined": bool, "tab?": str}, self.answer),
-                post(f"{image}/accept", {**REVISION_SCHEMA, "hints": (dict, type(None))}, self.accept),
+                post(
+                    f"{image}/answer",
+                    {"hints": HINTS_SCHEMA, "refined": bool, "tab?": str, "source?": str},
+                    self.answer,
+                ),
+                post(f"{image}/accept", {**REVISION_SCHEMA, "hints": (dict, type(None)), "source?": str}, self.accept),
                 post(f"{image}/reject", REVISION_SCHEMA, self.reject),
                 post(f"{image}/undo", REVISION_SCHEMA, self.undo),
                 post("/api/references", {"id": int, "kind": str, "area": str}, self.teach),
@@ -302,6 +308,7 @@ class ReviewApp:
             "width": width,
             "height": height,
             "source": str(job.source),
+            "source_version": self.images.source_version(id),
             "output": str(job.output),
             "hints": None if shapes is None else {"shapes": shapes},
             "shot": self.run.shot_of(id),
@@ -309,8 +316,11 @@ class ReviewApp:
         }
 
     def get_source(self, request: ApiRequest) -> Response:
-        """Return the source of an image as a JPEG."""
-        return image_response(request, self.images.source_jpeg(request.id), "jpeg")
+        """Return the source of an image as a JPEG. A header has its version, since browsers keep it in memory."""
+        version = self.images.source_version(request.id)  # before it is read
+        response = image_response(request, self.images.source_jpeg(request.id), "jpeg")
+        response.headers[SOURCE_VERSION_HEADER] = version
+        return response
 
     def get_alpha(self, request: ApiRequest) -> Response:
         """Return the alpha of an image as a PNG."""
@@ -320,17 +330,31 @@ class ReviewApp:
         """Compute the alpha for hints, and return it as a PNG. Nothing is saved."""
         shapes, tab = request.shapes, request.body.get("tab", "")
         assert shapes is not None
+        self._check_source(request)
         alpha = self.corrections.answer(request.id, shapes, request.body["refined"], tab)
         return image_response(request, encode_alpha(alpha), "png")
 
     def accept(self, request: ApiRequest) -> dict[str, Any]:
         """Accept an alpha as it is, or save new hints and accept the alpha that they give."""
+        self._check_source(request)
         if request.body["hints"] is not None:
             _check_body(request.body["hints"], HINTS_SCHEMA)
             # A damaged hint file must not be replaced: reading it raises an error.
             self.run.read_shapes(request.id, self.images.display_size(request.id))
         self.corrections.accept(request.id, request.body["revision"], request.shapes)
         return self.item(request.id)
+
+    def _check_source(self, request: ApiRequest) -> None:
+        """Raise StaleSourceError if a source has changed since the page loaded the version that the request states.
+
+        A source that is missing is reported with its name by what reads it.
+        """
+        version = self.images.source_version(request.id)
+        if version and request.body.get("source", version) != version:
+            raise StaleSourceError(
+                f"the source of {self.run.names[request.id]} has changed since the page loaded it; its newest state is "
+                "shown: check it, and repeat your change if it is still needed"
+            )
 
     def reject(self, request: ApiRequest) -> dict[str, Any]:
         """Reject an alpha."""

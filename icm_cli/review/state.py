@@ -35,6 +35,10 @@ class StaleRevisionError(IcmError):
     """The image was changed in another tab or by another person."""
 
 
+class StaleSourceError(StaleRevisionError):
+    """The files of the image's source have changed since the page loaded it."""
+
+
 class StaleAnswerError(IcmError):
     """A newer request of the same browser tab replaced this one before it began."""
 

@@ -46,7 +46,7 @@ export class Answers {
     try {
       const hints = await draft.encode();
       if (signal.aborted) return;
-      const blob = await api.answer(draft.id, hints, isRefined, signal);
+      const blob = await api.answer(draft.id, draft.source, hints, isRefined, signal);
       clearError("answer");
       await this.show(draft, shapes, blob, isRefined, signal);
       if (isRefined && !signal.aborted) this.describe("");
@@ -54,14 +54,16 @@ export class Answers {
     if (!signal.aborted) this.isBusy = false;
   }
   handleFailure(draft, error) {
-    if (error.status === 409) return; // superseded by a newer request
+    if (error.status === 409 && !error.image) return; // superseded by a newer request
     this.cancel();
+    if (error.image) store.updateStale(error.image);
     if (error.status === 503 && store.run.model_state === "loading") {
       this.waiting = draft;
       this.describe("The model is loading. The alpha follows.");
     } else {
       this.describe("No alpha for these hints");
-      reportError(error.message, { topic: "answer" });
+      const isFailed = store.run.model_state === "failed";
+      reportError(`${error.message}.`, { topic: error.topic ?? (isFailed ? "model" : "answer") });
     }
   }
 }

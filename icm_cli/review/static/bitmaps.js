@@ -3,8 +3,11 @@ import { api } from "./api.js";
 
 const MAX_KEPT = 3;
 
-/** Decode an image without a conversion of its values. */
-export const decodeImage = (blob) => createImageBitmap(blob, { colorSpaceConversion: "none" });
+/** Decode an image without a conversion of its values. The version of the blob becomes that of the bitmap. */
+export async function decodeImage(blob) {
+  const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" });
+  return Object.assign(bitmap, { version: blob.version });
+}
 
 /** Return a function that loads and decodes an image, and that keeps the last few results. */
 function createCache(load) {
@@ -23,6 +26,10 @@ function createCache(load) {
 const loadSourceById = createCache(api.source);
 const loadAlphaByVersion = createCache(api.alpha);
 
-export const loadSource = (item) => loadSourceById(item.id);
+/** Return the promise of a source. One that was loaded before its files changed is loaded again. */
+export async function loadSource({ id, source_version: version }) {
+  const bitmap = await loadSourceById(id);
+  return version === undefined || version === bitmap.version ? bitmap : loadSourceById(id, version);
+}
 /** Return the promise of the alpha of an image; null if it has none. */
 export const loadAlpha = async (item) => (item.has_alpha ? loadAlphaByVersion(item.id, item.version) : null);

@@ -2,12 +2,16 @@
 import { api } from "./api.js";
 import { baseName } from "./dom.js";
 import { findDraft } from "./drafts.js";
-import { notify, reportError } from "./messages.js";
+import { clearError, notify, reportError } from "./messages.js";
 import { store } from "./store.js";
 
 const decided = new Set(); // ids of the images that were decided on in this page, the newest last
 const running = new Map(); // promises of the changes that are being saved, by id
 let openImage = () => {};
+const FAILURES = {
+  accept: "was not accepted", reject: "was not rejected", undo: "still has its last decision",
+  teach: "is not used", forget: "is still used",
+};
 
 export const setOpener = (open) => (openImage = open);
 /** Return the id of the last image that was decided on in this page and not taken back, or undefined. */
@@ -19,7 +23,7 @@ export async function accept(id) {
   const draft = findDraft(id);
   const shapes = draft?.shapes;
   const isSaved = await decide(id, "accept", async ({ revision }) =>
-    api.accept(id, revision, draft?.isDirty ? await draft.encode() : null),
+    api.accept(id, draft?.source, revision, draft?.isDirty ? await draft.encode() : null),
   );
   if (isSaved) draft?.markSaved(shapes);
   return isSaved;
@@ -50,8 +54,7 @@ async function decide(id, action, request) {
   decided.delete(id);
   decided.add(id); // as the newest, and at once, so that undo means this decision
   const isSaved = await send(id, action, request);
-  if (!isSaved) decided.delete(id);
-  else notify(`${nameOf(id)}: ${store.items.get(id).status}`, { label: "Undo (U)", run: () => undo(id) });
+  if (isSaved) notify(`${nameOf(id)}: ${store.items.get(id).status}`, { label: "Undo (U)", run: () => undo(id) });
   return isSaved;
 }
 
@@ -61,19 +64,23 @@ async function send(id, action, request) {
   running.set(id, save().then(() => true, (error) => reportFailure(id, action, error)));
   store.setPending(id, true);
   const isDone = await running.get(id);
+  if (isDone) clearError(`decision ${id}`);
+  else if (action === "accept" || action === "reject") decided.delete(id);
   running.delete(id);
   store.setPending(id, false);
   return isDone;
 }
 /** Report why a change was not made. Returns false. */
 function reportFailure(id, action, error) {
-  const isConflict = error.status === 409 && Boolean(error.image);
-  if (isConflict) store.update([error.image]);
-  const text = isConflict
-    ? `${nameOf(id)} was changed in another window, so your decision was not saved. You see its newest state.`
-    : `${nameOf(id)} (${action}): ${error.message}`;
+  if (error.image) store.updateStale(error.image);
+  reportDecision(id, `${nameOf(id)} ${FAILURES[action]}: ${error.message}.`);
+  return false;
+}
+function reportDecision(id, text) {
   const kept = store.isDraft(id) ? " Your hints are kept." : "";
   const button = { label: "Open image", run: () => openImage(id) };
   reportError(text + kept, { topic: `decision ${id}`, action: button });
-  return false;
 }
+store.on("decided-elsewhere", (id) =>
+  reportDecision(id, `${nameOf(id)} was changed in another window. Check it, and decide again.`),
+);

@@ -29,5 +29,7 @@ export function pressButton(group, name, value) {
 
 export const formatQuality = (quality) => (quality === null ? "–" : quality.toFixed(2));
 export const formatPercent = (fraction) => `${(100 * fraction).toFixed(fraction < 0.1 ? 1 : 0)} %`;
+/** Return whether the last recompute has changed an alpha that nobody has decided on. */
+export const isChanged = ({ change, status }) => change > 0 && status === "open";
 export const baseName = (path) => path.slice(path.lastIndexOf("/") + 1);
 export const STATUS_LABELS = { open: "not reviewed", accepted: "accepted", rejected: "rejected" };

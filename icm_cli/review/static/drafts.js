@@ -10,9 +10,7 @@ class Draft {
   past = [];
   future = [];
   answer = null; // the last refined answer: {shapes, blob}
-  constructor({ id, width, height }, shapes) {
-    Object.assign(this, { id, width, height, shapes, saved: shapes });
-  }
+  constructor({ id }, shapes) { Object.assign(this, { id, shapes, saved: shapes }); }
   /** Whether the shapes differ from those that the server has. */
   get isDirty() { return this.shapes !== this.saved; }
   /** Set new shapes. `isStep`: whether undo returns to the shapes before. */
@@ -29,7 +27,9 @@ class Draft {
     return true;
   }
   redo() { return this.undo(this.future, this.past); }
-  set(shapes, saved) {
+  set(changed, saved) {
+    const isSaved = changed.length === saved?.length && changed.every((shape, index) => shape === saved[index]);
+    const shapes = isSaved ? saved : changed;
     const wasDirty = this.isDirty;
     Object.assign(this, { shapes, saved });
     if (wasDirty !== this.isDirty) store.emit("items", new Set([this.id]));
@@ -56,6 +56,9 @@ export async function openDraft(details) {
   const shapes = await readShapes(details.hints);
   const draft = drafts.get(details.id) ?? new Draft(details, shapes);
   drafts.set(details.id, draft);
+  const { width, height, source_version: source } = details;
+  if (source !== draft.source) draft.answer = draft.cache = null; // made for the source as it was before
+  Object.assign(draft, { width, height, source });
   draft.receive(shapes);
   return draft;
 }

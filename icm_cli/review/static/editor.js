@@ -2,7 +2,7 @@
 import { byId, listen, pressButton, setText } from "./dom.js";
 import { COLOURS, Marks } from "./marks.js";
 import { notify } from "./messages.js";
-import { boxCorners, isBox, isPoint, isPositive } from "./shapes.js";
+import { boxCorners, isBox, isPainted, isPoint, isPositive } from "./shapes.js";
 import { store } from "./store.js";
 
 const HIT_PX = 9;
@@ -37,10 +37,7 @@ export class Editor {
     this.setTool(this.tool);
     this.setBrush(store.settings.brush);
   }
-  setDraft(draft) {
-    Object.assign(this, { draft, drag: null, crosshair: null });
-    this.draw();
-  }
+  setDraft(draft) { Object.assign(this, { draft, drag: null, crosshair: null }); this.draw(); }
   setTool(tool) {
     this.tool = tool;
     pressButton("tools", "tool", tool);
@@ -61,10 +58,7 @@ export class Editor {
     byId("compare-position").value = 100 * division;
     this.viewer.set({ division: Math.min(1, Math.max(0, division)) });
   }
-  setCursor(cursor) {
-    this.cursor = cursor;
-    this.draw();
-  }
+  setCursor(cursor) { this.cursor = cursor; this.draw(); }
   draw() {
     const brush = this.tool in BRUSHES ? { radius: store.settings.brush, colour: BRUSHES[this.tool] } : null;
     this.marks.draw({ ...this, shapes: this.draft?.shapes ?? [], brush });
@@ -113,6 +107,7 @@ export class Editor {
   moveCrosshair(x, y, stepPx = KEY_STEP_PX) {
     const { crosshair, draft } = this;
     if (draft === null) return;
+    this.canvas.focus({ preventScroll: true }); // else Enter presses the button with the focus
     const step = (stepPx * this.viewer.ratio) / this.viewer.zoom;
     const centre = this.viewer.toImage(this.canvas.clientWidth / 2, this.canvas.clientHeight / 2);
     const target = crosshair === null ? centre : [crosshair[0] + x * step, crosshair[1] + y * step];
@@ -145,6 +140,9 @@ export class Editor {
   }
   addPoint(point, isNegative) {
     const { shapes } = this.draft;
+    const [label, tool] = isNegative ? ["keep", "Keep"] : ["drop", "Drop"];
+    const isRefused = isPainted(shapes, point, label);
+    if (isRefused) return notify(`This is painted with ${tool}. Erase the paint first (E).`);
     const shape = { label: isNegative ? "bg" : "fg", shape_type: "point", points: [toPixelCentre(point)] };
     this.change([...(isNegative ? shapes : shapes.map((each) => growBox(each, point))), shape]);
     this.movePoint(shape, true);
@@ -222,7 +220,6 @@ function growBox(shape, [x, y]) {
   const [left, top, right, bottom] = boxCorners([...shape.points, [x, y]]);
   return { ...shape, points: [[Math.floor(left), Math.floor(top)], [Math.ceil(right), Math.ceil(bottom)]] };
 }
-
 function contains(box, [x, y]) {
   const [left, top, right, bottom] = boxCorners(box.points);
   return x >= left && x <= right && y >= top && y <= bottom;

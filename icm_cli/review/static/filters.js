@@ -3,7 +3,7 @@ import { byId, clone, create, setText } from "./dom.js";
 import { store } from "./store.js";
 
 /** Entries of the status filter that are shown only if images have them. */
-const RARE = ["changed", "taught", "unsaved"];
+const RARE = ["changed", "taught", "unsaved", "missing"];
 
 export class Filters {
   reasonRows = new Map(); // rows of the reasons: {root, input, count} by reason
@@ -51,8 +51,9 @@ export class Filters {
     const counts = { open: 0, accepted: 0, rejected: 0 };
     for (const item of items) counts[item.status] += 1;
     const { accepted, rejected } = counts;
-    Object.assign(byId("reviewed-bar"), { max: items.length || 1, value: accepted + rejected });
-    const reviewed = `${accepted + rejected} of ${items.length} reviewed`;
+    const total = items.filter((item) => item.has_alpha || item.status !== "open").length;
+    Object.assign(byId("reviewed-bar"), { max: total || 1, value: accepted + rejected });
+    const reviewed = `${accepted + rejected} of ${total} reviewed`;
     setText(byId("counts"), `${reviewed} · ${accepted} accepted · ${rejected} rejected`);
   }
   drawReasons(items) {

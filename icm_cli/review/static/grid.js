@@ -1,5 +1,7 @@
 // Overview: a virtual grid. Only the cells near the visible part exist; they are reused while scrolling.
-import { STATUS_LABELS, baseName, byId, clone, formatPercent, formatQuality, setText } from "./dom.js";
+import {
+  STATUS_LABELS, baseName, byId, clone, formatPercent, formatQuality, isChanged, setText,
+} from "./dom.js";
 import { store } from "./store.js";
 import { releaseThumbnail, showThumbnail } from "./thumbnails.js";
 
@@ -136,6 +138,6 @@ function describeMarks(item) {
   const status = item.status !== "open" && STATUS_LABELS[item.status];
   const saving = store.pending.has(item.id) ? "saving" : status;
   const draft = store.isDraft(item.id) && "hints not saved";
-  const change = item.change > 0 && `changed ${formatPercent(item.change)}`;
+  const change = isChanged(item) && `changed ${formatPercent(item.change)}`;
   return [saving, !item.has_alpha && "no alpha", draft, item.taught, change].filter(Boolean);
 }

@@ -31,7 +31,6 @@ function route() {
   if (isSingle) showSingle(id);
   else showOverview();
 }
-
 function showSingle(id) {
   const isFromOverview = single.id === null;
   if (isFromOverview) single.ids = store.select();
@@ -41,7 +40,6 @@ function showSingle(id) {
   if (single.id !== id) single.load(id);
   if (isFromOverview) byId("marks").focus({ preventScroll: true });
 }
-
 function showOverview() {
   const last = single.id;
   if (last !== null) single.close();
@@ -58,18 +56,18 @@ function refreshList() {
 /** Decide on the open image, or the active one of the overview. `isNext`: show the next one at once. */
 function decide(decision, isNext) {
   const id = single.id ?? grid.active;
-  if (id === null || (single.id !== null && findButton(decision.name).disabled)) return;
+  if (id === null) return;
+  if (single.id !== null && findButton(decision.name).disabled) {
+    if (!store.items.get(id).has_alpha) notify("There is no alpha to accept.");
+    return;
+  }
   decision(id);
   if (!isNext) return;
   const next = single.nextOpen();
   if (single.id === null) grid.activate(grid.ids[grid.ids.indexOf(id) + 1]);
   else if (next !== undefined) open(next);
-  else {
-    notify("All images of this list are reviewed.");
-    location.hash = "";
-  }
+  else { notify("All alphas of this list are reviewed."); location.hash = ""; }
 }
-
 function undoDecision() {
   const canUndo = single.details?.can_undo || store.pending.has(single.id);
   const id = canUndo ? single.id : decisions.lastDecided();
@@ -109,7 +107,6 @@ for (const [name, x, y] of [["Left", -1, 0], ["Right", 1, 0], ["Up", 0, -1], ["D
   ACTIONS[`move-${name}`] = () => editor.moveCrosshair(x, y);
   ACTIONS[`move-one-${name}`] = () => editor.moveCrosshair(x, y, 1);
 }
-
 function connect() {
   document.addEventListener("click", ({ target }) => ACTIONS[target.closest("button")?.dataset.action]?.());
   connectKeys(ACTIONS, () => (single.id === null ? "overview" : "single"));
@@ -122,7 +119,6 @@ function connect() {
   for (const name of ["filter", "items"]) store.on(name, refreshList);
   store.on("run", showRun);
 }
-
 function showRun() {
   const { folder, model_state: state, model_error: message } = store.run;
   setText(byId("folder"), folder.split("/").slice(-3).join("/"));

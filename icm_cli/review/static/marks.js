@@ -51,7 +51,9 @@ export class Marks {
     layer.fillRect(0, 0, canvas.width, canvas.height);
     layer.globalCompositeOperation = "source-over";
     this.context.globalAlpha = PAINT_OPACITY;
-    this.context.drawImage(layer.canvas, 0, 0);
+    const [left, top] = viewer.toCanvas([0, 0]);
+    const box = [left, top, viewer.image.width * viewer.zoom, viewer.image.height * viewer.zoom];
+    this.context.drawImage(layer.canvas, ...box, ...box); // not outside of the image
     this.context.globalAlpha = 1;
   }
   drawPoint(point, hasPlus, colour) {
@@ -92,10 +94,7 @@ export class Marks {
   /** Draw lines [x0, y0, x1, y1] once for each style [width, colour]. */
   drawLines(lines, ...styles) {
     this.context.beginPath();
-    for (const [x0, y0, x1, y1] of lines) {
-      this.context.moveTo(x0, y0);
-      this.context.lineTo(x1, y1);
-    }
+    for (const [x0, y0, x1, y1] of lines) { this.context.moveTo(x0, y0); this.context.lineTo(x1, y1); }
     for (const style of styles) this.stroke(...style);
   }
   stroke(width, colour) {

@@ -25,7 +25,6 @@ export function reportError(text, { action = null, topic = text } = {}) {
 export function clearError(topic) {
   for (const alert of [...byId("alerts").children]) if (alert.dataset.topic === topic) alert.remove();
 }
-
 function createButtons(action, close) {
   if (action === null) return [];
   const button = create("button", { type: "button" }, action.label);

@@ -49,6 +49,13 @@ export function drawPaint(context, shapes, label) {
   }
   context.globalCompositeOperation = "source-over";
 }
+/** Return whether a point of the image is in the paint of a label. */
+export function isPainted(shapes, [x, y], label) {
+  const context = createCanvas(1, 1, { willReadFrequently: true });
+  context.translate(-Math.floor(x), -Math.floor(y));
+  drawPaint(context, shapes, label);
+  return context.getImageData(0, 0, 1, 1).data[3] >= MIN_PAINT;
+}
 /** Draw a line or fill an area with the current style. */
 export function drawArea(context, shape) {
   const { shape_type: type, points, radius = LINE_PX / 2 } = shape;
@@ -59,7 +66,7 @@ export function drawArea(context, shape) {
   else if (type === "circle") context.arc(x, y, Math.hypot(edge[0] - x, edge[1] - y), 0, 2 * Math.PI);
   else if (type === "rectangle") context.rect(left, top, right - left, bottom - top);
   else {
-    context.moveTo(x, y);
+    context.moveTo(x + (isBrush(shape) ? 0.01 : 0), y); // a line of length 0 would not be drawn
     for (const point of points) context.lineTo(...point);
   }
   if (isBrush(shape) || type === "line" || type === "linestrip") {

@@ -4,7 +4,7 @@ import { Answers } from "./answers.js";
 import { decodeImage, loadAlpha, loadSource } from "./bitmaps.js";
 import { lastDecided } from "./decisions.js";
 import {
-  STATUS_LABELS, baseName, byId, create, formatPercent, formatQuality, listen, pressButton, setText,
+  STATUS_LABELS, baseName, byId, create, formatPercent, formatQuality, isChanged, listen, pressButton, setText,
 } from "./dom.js";
 import { openDraft } from "./drafts.js";
 import { Editor } from "./editor.js";
@@ -34,6 +34,7 @@ export class Single {
     listen(byId("colour"), { input: ({ target }) => this.setColour(target.value) });
     listen(byId("compare-position"), { input: ({ target }) => this.editor.setDivision(target.value / 100) });
     store.on("items", (changed) => this.handleItems(changed));
+    store.on("stale", (id) => { if (id === this.id) this.refresh(false); });
     this.setView(store.settings.view);
   }
   /** Show an image. The image before stays visible until this one is loaded. */
@@ -63,7 +64,8 @@ export class Single {
       if (details.error) reportError(`${details.name}: ${details.error}`, { topic: "image" });
       const [source, before] = await Promise.all([loadSource(details), loadAlpha(details)]);
       if (this.id !== id) return;
-      if (isNew || this.viewer.image === null) this.viewer.setImage({ ...details, source, before });
+      const isShown = !isNew && this.viewer.image?.source.levels[0] === source;
+      if (!isShown) this.viewer.setImage({ ...details, source, before });
       else this.viewer.setAlpha("before", before);
       this.editor.setDraft(draft);
       this.showItem();
@@ -74,14 +76,10 @@ export class Single {
     } catch (error) {
       if (this.id !== id) return;
       if (isNew) this.viewer.set({ image: null });
-      reportError(`${store.items.get(id).name}: ${error.message}`, { topic: "image" });
+      reportError(`${store.items.get(id).name}: ${error.message}.`, { topic: error.topic ?? "image" });
     }
   }
-  close() {
-    this.leave();
-    this.viewer.set({ image: null });
-    this.strip.clear();
-  }
+  close() { this.leave(); this.viewer.set({ image: null }); this.strip.clear(); }
   leave() {
     this.answers.cancel();
     this.id = this.details = this.draft = null;
@@ -94,15 +92,13 @@ export class Single {
     const { revision, version } = store.items.get(this.id);
     if (revision > this.details.revision || version !== this.details.version) this.refresh(false);
   }
-  setBusy(isBusy) {
-    byId("loading").hidden = !isBusy;
-    byId("single").ariaBusy = isBusy;
-  }
+  setBusy(isBusy) { byId("loading").hidden = !isBusy; byId("single").ariaBusy = isBusy; }
   /** Return the id of the next image that is not reviewed, from here to the end and then from the start. */
   nextOpen() {
     const index = this.ids.indexOf(this.id);
-    const isOpen = (id) => store.items.get(id).status === "open" && !store.pending.has(id);
-    return [...this.ids.slice(index + 1), ...this.ids.slice(0, index)].find(isOpen);
+    const others = [...this.ids.slice(index + 1), ...this.ids.slice(0, index)].map((id) => store.items.get(id));
+    const isOpen = (item) => item.status === "open" && item.has_alpha && !store.pending.has(item.id);
+    return others.find(isOpen)?.id;
   }
   /** Open an image before (offset -1) or after (1) this one in a list. */
   step(offset, ids = this.ids) {
@@ -140,10 +136,7 @@ export class Single {
     if (setting !== undefined) byId("colour").value = store.settings[setting];
     this.viewer.set({ view, background: store.settings.background, tint: store.settings.tint });
   }
-  setColour(colour) {
-    store.setSetting(COLOUR_SETTINGS[this.viewer.view], colour);
-    this.setView(this.viewer.view);
-  }
+  setColour(colour) { store.setSetting(COLOUR_SETTINGS[this.viewer.view], colour); this.setView(this.viewer.view); }
   toggleCompare() {
     const isComparing = !this.viewer.isComparing;
     byId("compare-position").hidden = !isComparing;
@@ -160,19 +153,19 @@ export class Single {
     const item = store.items.get(this.id);
     const { details, draft } = this;
     const isSaving = store.pending.has(item.id);
-    const change = item.change > 0 ? `, changed by ${formatPercent(item.change)} by recompute` : "";
+    const change = isChanged(item) ? `, changed ${formatPercent(item.change)}` : "";
     document.title = `${baseName(item.name)} – icm review`;
     setText(byId("image-name"), baseName(item.name));
     byId("image-name").title = item.name;
     const isWaiting = isSaving && store.run.model_state === "loading" && draft?.isDirty;
-    const saving = isWaiting ? "saving when the model is loaded …" : "saving …";
+    const saving = isWaiting ? "waiting for the model …" : "saving …";
     const status = isSaving ? saving : STATUS_LABELS[item.status];
     byId("image-status").dataset.status = item.status;
     setText(byId("image-status"), status + change + (item.has_alpha ? "" : ", no alpha"));
     byId("quality").value = item.quality ?? 0;
-    const owner = draft?.isDirty ? " of the alpha on disk" : ""; // not of the one that is shown
-    setText(byId("quality-value"), `quality ${formatQuality(item.quality)}${owner}`);
-    byId("image-reasons").classList.toggle("outdated", owner !== "");
+    const label = draft?.isDirty ? "saved quality" : "quality"; // not that of the alpha that is shown
+    setText(byId("quality-value"), `${label} ${formatQuality(item.quality)}`);
+    byId("image-reasons").classList.toggle("outdated", draft?.isDirty);
     byId("image-reasons").replaceChildren(...item.reasons.map((reason) => create("li", {}, reason)));
     setText(byId("hints-state"), draft === null ? "" : describeHints(draft));
     setText(byId("taught-state"), item.taught === null ? "" : `Used as a ${item.taught}.`);
@@ -209,6 +202,7 @@ export class Single {
 export const findButton = (action) => document.querySelector(`#single [data-action="${action}"]`);
 
 function describeHints({ shapes, isDirty }) {
-  const number = shapes.length === 1 ? "1 hint" : `${shapes.length || "No"} hints`;
-  return number + (isDirty ? ", not saved. Accept saves them." : shapes.length > 0 ? ", saved." : ".");
+  const count = shapes.filter(({ label }) => label !== "erase").length;
+  if (count === 0) return isDirty ? "Hints removed, not saved" : "No hints";
+  return `${count} ${count === 1 ? "hint" : "hints"}, ${isDirty ? "not saved" : "saved"}`;
 }

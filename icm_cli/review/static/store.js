@@ -9,8 +9,10 @@ const DEFAULTS = {
   thumbnailView: "cutout", thumbnailSize: 176,
 };
 const collator = new Intl.Collator("en", { numeric: true });
+/** Lowest quality first; images without an alpha, such as those beyond --frames, last. */
+const rank = ({ quality, has_alpha: hasAlpha }) => (hasAlpha ? (quality ?? -1) : 2);
 const ORDERS = {
-  quality: (a, b) => (a.quality ?? -1) - (b.quality ?? -1) || a.id - b.id,
+  quality: (a, b) => rank(a) - rank(b) || a.id - b.id,
   name: (a, b) => collator.compare(a.name, b.name) || a.id - b.id,
   change: (a, b) => (b.change ?? -1) - (a.change ?? -1) || a.id - b.id,
 };
@@ -30,10 +32,7 @@ class Store extends EventTarget {
   emit(name, detail = null) { this.dispatchEvent(new CustomEvent(name, { detail })); }
   on(name, handle) { this.addEventListener(name, (event) => handle(event.detail)); }
   /** Ask the server for changes now and every few seconds. */
-  async start() {
-    await this.poll();
-    setTimeout(() => this.start(), POLL_MS);
-  }
+  async start() { await this.poll(); setTimeout(() => this.start(), POLL_MS); }
   /** Ask the server for changes of the run, the images and the recomputation. */
   async poll() {
     try {
@@ -51,9 +50,19 @@ class Store extends EventTarget {
   /** Store images that the server sent; older revisions than the known ones are ignored. */
   update(images) {
     const newer = images.filter(({ id, revision }) => revision >= (this.items.get(id)?.revision ?? 0));
+    const foreign = newer.filter((item) => this.isForeignDecision(this.items.get(item.id), item));
     for (const item of newer) this.items.set(item.id, item);
     if (newer.length > 0) this.emit("items", new Set(newer.map((item) => item.id)));
+    for (const { id } of foreign) this.emit("decided-elsewhere", id);
   }
+  /** Return whether somebody else has decided on an image that has unsaved hints here. */
+  isForeignDecision(before, item) {
+    if (before === undefined || !this.isDraft(item.id) || this.pending.has(item.id)) return false;
+    const isDecision = item.status !== "open" || before.status !== "open"; // and not a recompute
+    return item.revision > before.revision && item.taught === before.taught && isDecision;
+  }
+  /** Store an image after a conflict, and load it again where it is shown: its source may have changed too. */
+  updateStale(item) { this.update([item]); this.emit("stale", item.id); }
   setPending(id, isPending) {
     this.pending[isPending ? "add" : "delete"](id);
     this.emit("items", new Set([id]));
@@ -80,7 +89,8 @@ class Store extends EventTarget {
   /** Return whether an image belongs to an entry of the status filter. */
   hasStatus(item, status) {
     if (status === "all") return true;
-    if (status === "below") return item.status === "open" && (item.quality ?? 0) < this.run.review_below;
+    if (status === "below") return item.status === "open" && rank(item) < this.run.review_below;
+    if (status === "missing") return !item.has_alpha;
     if (status === "changed") return item.change > 0;
     if (status === "unsaved") return this.isDraft(item.id);
     if (status === "taught") return item.taught !== null;

@@ -27,7 +27,7 @@ export class TeachDialog {
   async send(request) {
     try {
       store.setRecompute(await request());
-    } catch (error) { reportError(`Recompute: ${error.message}`, { topic: "recompute" }); }
+    } catch (error) { reportError(`Recompute: ${error.message}.`, { topic: "recompute" }); }
   }
   copyCommand() {
     getSelection().selectAllChildren(byId("command"));
@@ -37,16 +37,13 @@ export class TeachDialog {
   handleClick({ target }) {
     const id = Number(target.closest("[data-id]")?.dataset.id);
     if (target.dataset.action === "forget-row") forget(id);
-    else if (target.closest(".row-open") !== null) {
-      this.dialog.close();
-      this.open(id);
-    }
+    else if (target.closest(".row-open") !== null) { this.dialog.close(); this.open(id); }
   }
   draw() {
     this.drawHeader();
     if (!this.dialog.open) return;
     const { state, done, total, message, changed } = store.recompute;
-    setText(byId("recompute-state"), [describeProgress(), message].filter(Boolean).join(". "));
+    setText(byId("recompute-state"), [describeProgress(), message].filter(Boolean).join("; "));
     Object.assign(byId("recompute-bar"), { max: total || 1, value: state === "done" ? total || 1 : done });
     this.dialog.querySelector('[data-action="recompute"]').disabled = state === "running";
     this.dialog.querySelector('[data-action="stop-recompute"]').disabled = state !== "running";
@@ -82,7 +79,6 @@ function drawRows(id, rows, canForget) {
   byId(id).dataset.key = key;
   byId(id).replaceChildren(...rows.map(([item, text]) => createRow(item, text, canForget)));
 }
-
 function createRow(item, description, canForget) {
   const { root, image, name, text, remove } = clone("row-template");
   root.dataset.id = item.id;

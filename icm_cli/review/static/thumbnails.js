@@ -50,7 +50,6 @@ function receiveThumbnail(image, entry, answer) {
   if (jpeg !== undefined) setImage(image, loaded.get(entry.key));
   else image.parentElement.classList.add("failed");
 }
-
 function setImage(image, url) {
   image.parentElement.classList.toggle("loaded", url !== undefined);
   image.parentElement.classList.remove("failed");

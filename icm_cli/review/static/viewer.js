@@ -188,7 +188,6 @@ export function createCanvas(width, height, settings = {}) {
   Object.assign(context.canvas, { width, height });
   return context;
 }
-
 function fill(context, style, box) { context.fillStyle = style; context.fillRect(...box); }
 
 function halve(image) {
@@ -196,7 +195,6 @@ function halve(image) {
   context.drawImage(image, 0, 0, context.canvas.width, context.canvas.height);
   return context.canvas;
 }
-
 function createChecker(side) {
   const tile = createCanvas(2 * side, 2 * side);
   fill(tile, CHECKER_GREYS[0], [0, 0, 2 * side, 2 * side]);
