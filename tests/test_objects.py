@@ -169,21 +169,30 @@ class TestCompleted:
         assert torch.equal(together[3], objects.complete_embedded_alphas(embedded[3:], [None], [click])[0])
         assert not torch.equal(together[0], objects.complete_embedded_alphas(embedded[:1], coarse[:1])[0])
 
-    def test_results_have_no_pattern_of_every_other_pixel(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("with_click", [False, True])
+    def test_pattern_of_transposed_convolutions_is_removed(
+        self, with_click: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The pattern has a period of four pixels, and another mean at each position."""
         objects = small_objects()
-        image = objects.embed_images([np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)])
-        click = PointPrompts(torch.tensor([[0.3, 0.6]]), torch.tensor([1]))
-        (plain,) = objects.complete_embedded_alphas(image, [torch.full((4, 4), 0.6)], [click])
-        decode = objects.decode_prompts
+        image = objects.embed_images([np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)])
+        click = PointPrompts(torch.tensor([[0.3, 0.6]]), torch.tensor([1])) if with_click else None
+        pattern = 0.5 * torch.from_numpy(np.random.default_rng(1).standard_normal((4, 4))).float()
+        pattern -= pattern.mean()
+        smooth, line = torch.linspace(-1, 1, 32).expand(1, 1, 32, 32), torch.zeros(1, 1, 32, 32)
+        line[..., 15] = 4
 
-        def decode_with_pattern(*arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            logit, iou = decode(*arguments)
-            rows, columns = (torch.arange(side) % 2 for side in logit.shape[-2:])
-            return logit + 0.3 * rows[:, None] - 0.5 * columns - 0.15 + 0.25, iou
+        def complete(logit: torch.Tensor) -> torch.Tensor:
+            monkeypatch.setattr(objects, "decode_prompts", lambda *_: (logit, torch.ones(1)))
+            monkeypatch.setattr(objects, "forward", lambda *_: logit)
+            (alpha,) = objects.complete_embedded_alphas(image, [torch.full((4, 4), 0.6)], [click])
+            return torch.logit(alpha)
 
-        monkeypatch.setattr(objects, "decode_prompts", decode_with_pattern)
-        (found,) = objects.complete_embedded_alphas(image, [torch.full((4, 4), 0.6)], [click])
-        torch.testing.assert_close(found[1:-1, 1:-1], plain[1:-1, 1:-1], atol=1e-5, rtol=0)
+        inside = (..., slice(8, 24), slice(8, 24))
+        torch.testing.assert_close(
+            complete(smooth + pattern.repeat(8, 8))[inside], smooth[0, 0][inside], atol=0.02, rtol=0
+        )
+        torch.testing.assert_close(complete(smooth + line)[inside], (smooth + line)[0, 0][inside], atol=0.02, rtol=0)
 
     def test_order_of_the_points_does_not_matter(self) -> None:
         objects = small_objects()
@@ -200,9 +209,10 @@ class TestCompleted:
         objects = small_objects()
         with torch.no_grad():
             objects.coarse_decoder.mask_weights[1:] = 0
-        coarse = torch.linspace(0.02, 0.98, 32 * 32).reshape(32, 32)
+        coarse = torch.sigmoid(torch.linspace(-3, 3, 32))[:, None].expand(32, 32)
         (found,) = objects.complete_alphas([np.zeros((128, 128, 3), np.uint8)], [coarse])
-        np.testing.assert_allclose(found, coarse, atol=1e-4)
+        inside = slice(8, 24)  # at the border, the pattern is measured on repeated pixels
+        np.testing.assert_allclose(found[inside, inside], coarse[inside, inside], atol=1e-3)
 
     def test_padding_equals_the_authors_code(self) -> None:
         objects = small_objects()
@@ -217,7 +227,8 @@ class TestCompleted:
             embedding = objects.embedding(torch.from_numpy(filled).permute(2, 0, 1)[None])
             logit = objects(embedding, torch.from_numpy(asked)[None, None])
         (found,) = objects.complete_alphas([rgb], [torch.from_numpy(coarse)])
-        torch.testing.assert_close(found, torch.sigmoid(logit)[0, 0, :30], atol=1e-5, rtol=0)
+        expected = torch.sigmoid(mobile_sam._remove_pattern(logit))
+        torch.testing.assert_close(found, expected[0, 0, :30], atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize(
         ("setting", "said"),

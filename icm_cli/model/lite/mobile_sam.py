@@ -40,6 +40,10 @@ PUBLISHED_DIGEST = "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d
 """SHA-256 of the published weights of MobileSAM in that package."""
 FULL_PX = CELL_PX * FULL_CELLS
 """Largest long side of an image on the canvas."""
+PATTERN_WINDOW = 5
+"""Side of the window in which the pattern of transposed convolutions is measured, in periods of the pattern."""
+UNCERTAIN_LOGIT = 2.0
+"""The decoder is uncertain where its logit is within this distance of 0 (an alpha of 0.12 to 0.88)."""
 COARSE_WEIGHT, MASK_WEIGHT = 1.0, 0.25
 """Weights before training with which the logits of the coarse alpha and of the first mask are summed."""
 
@@ -203,17 +207,19 @@ class MobileSam(Objects):
     def _complete_batch(self, batch: Sequence[_Item]) -> list[Tensor]:
         """Complete the alphas of images with equal :meth:`_Item.batch_key`, and correct them by the prompts."""
         embedding = torch.cat([item.image.embedding for item in batch])
-        alpha = None
+        alpha = logit = None
         if batch[0].alpha is not None:
             alpha = torch.stack([item.alpha for item in batch if item.alpha is not None])[:, None]
             if not batch[0].is_completed:
-                alpha = torch.sigmoid(self(embedding, alpha))
+                logit = self(embedding, alpha)
+                alpha = torch.sigmoid(logit)
         if batch[0].prompts is not None:
             points = [item.canvas_points(embedding.device) for item in batch]
             coordinates = torch.stack([positions for positions, _ in points])
             labels = torch.stack([labels for _, labels in points])
             logit, _ = self.decode_prompts(embedding, alpha, coordinates, labels)
-            alpha = torch.sigmoid(_smooth(logit))
+        if logit is not None:
+            alpha = torch.sigmoid(_remove_pattern(logit))
         assert alpha is not None, "an image needs a coarse alpha or prompts"
         results = []
         for canvas_alpha, item in zip(alpha[:, 0], batch, strict=True):
@@ -270,13 +276,22 @@ class _Item:
         return (self.prompts.coordinates * image_fraction).to(device), self.prompts.labels.to(device)
 
 
-def _smooth(logit: Tensor) -> Tensor:
-    """Return a logit [B,1,h,w] averaged with its neighbours, with the weights 1, 2, 1 in each direction.
+def _remove_pattern(logit: Tensor) -> Tensor:
+    """Remove from a logit [B,1,h,w] the pattern with a period of MASK_SCALE pixels that transposed convolutions leave.
 
-    This removes the pattern of every other pixel that transposed convolutions leave where the decoder is uncertain.
+    At each position of the period, the pattern is the median difference from a smooth logit, over a window of periods.
+    So details that do not repeat with the period, such as hair, are kept. The pattern is only visible where the decoder
+    is uncertain, and is multiplied by the fraction of the window that is. h and w are multiples of MASK_SCALE.
     """
-    padded = F.pad(logit, (1, 1, 1, 1), mode="replicate")
-    return F.avg_pool2d(F.avg_pool2d(padded, 2, stride=1), 2, stride=1)
+    padded = F.pad(logit, (MASK_SCALE // 2,) * 4, mode="replicate")
+    smooth = F.avg_pool2d(F.avg_pool2d(padded, MASK_SCALE, stride=1), 2, stride=1)  # symmetric, and free of the pattern
+    margin = (PATTERN_WINDOW // 2,) * 4
+    by_position = F.pad(F.pixel_unshuffle(logit - smooth, MASK_SCALE), margin, mode="replicate")
+    windows = by_position.unfold(2, PATTERN_WINDOW, 1).unfold(3, PATTERN_WINDOW, 1)
+    pattern = windows.flatten(-2).median(dim=-1).values
+    is_uncertain = F.avg_pool2d((smooth.abs() < UNCERTAIN_LOGIT).to(logit.dtype), MASK_SCALE)
+    uncertain_fraction = F.avg_pool2d(F.pad(is_uncertain, margin, mode="replicate"), PATTERN_WINDOW, stride=1)
+    return logit - F.pixel_shuffle(pattern * uncertain_fraction, MASK_SCALE)
 
 
 def _pad_to_canvas(image: EmbeddedImage, alpha: Tensor) -> Tensor:
