@@ -180,7 +180,7 @@ def test_prompts_in_python(scene: Path, small_model: Path) -> None:
     hints = icm_cli.Hints(size=rgb.shape[:2], points=[ON])
     by_hints, by_mask = (predictor.reference((rgb, each)) for each in (hints, read(scene / "made.png")))
     assert (predictor.matte(rgb, by_hints) == predictor.matte(rgb, by_mask)).all()
-    with pytest.raises(icm_cli.errors.UsageError, match="point= is '90,138'; expected x and y in pixels"):
+    with pytest.raises(icm_cli.errors.UsageError, match="point= is '90,138'; expected the tuple"):
         icm_cli.matte(scene / "ref.png", point="90,138", **options)
 
 
