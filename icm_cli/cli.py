@@ -73,7 +73,7 @@ def _parameter_name(parameter: Any) -> str:
 @contextlib.contextmanager
 def _exit_codes(ctx: Any) -> Iterator[None]:
     """Context that turns interrupts and known errors into one message and an exit code."""
-    from icm_cli.progress import find_progress_mode, print_error, print_farm_error
+    from icm_cli.progress import find_progress_mode, print_error, report_error_to_farm
 
     progress = find_progress_mode(ctx.meta[ARGUMENTS])
     with Interrupt() as interrupt:
@@ -89,11 +89,11 @@ def _exit_codes(ctx: Any) -> Iterator[None]:
         except Exception as error:
             if type(error).__name__ == "NoArgsIsHelpError":
                 typer.echo(str(error), err=True, nl=False)
-                print_farm_error(progress, "no command was given", 2)
+                report_error_to_farm(progress, "no command was given", 2)
                 raise typer.Exit(2) from None
             message_and_code = _describe_error(ctx, error)
             if message_and_code is None:
-                print_farm_error(progress, f"{type(error).__name__}: {error}", 1)
+                report_error_to_farm(progress, f"{type(error).__name__}: {error}", 1)
                 raise
             message, exit_code = message_and_code
             if ctx.meta.get(IS_VERBOSE) and exit_code != UsageError.exit_code:

@@ -31,10 +31,10 @@ def make_terminal(display: MatteDisplayOptions) -> Terminal:
 def print_error(progress: str, text: str, exit_code: int) -> None:
     """Print the error that ended a run on stderr and, depending on ``progress``, on stdout."""
     write_line(sys.stderr, f"icm: {text}")
-    print_farm_error(progress, text, exit_code)
+    report_error_to_farm(progress, text, exit_code)
 
 
-def print_farm_error(progress: str, text: str, exit_code: int) -> None:
+def report_error_to_farm(progress: str, text: str, exit_code: int) -> None:
     """Print an error on stdout if ``progress`` is a format for farms."""
     if progress == "openjd":
         _print_openjd("openjd_fail", text)

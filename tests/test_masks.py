@@ -223,7 +223,7 @@ def test_small_ids_are_labels(tmp_path: Path, dtype: type, target: int, other: i
 def test_nearly_black_areas_next_to_white_are_black_with_a_notice(tmp_path: Path, low: int) -> None:
     mask, notices = read(saved(tmp_path, layers(target=255, other=low)))
     assert (mask.inside == TARGET).all()
-    assert [f"has areas of {low} of 255 next to black and white" in each for each in notices] == [True]
+    assert [f"has areas of {low} of 255 besides black and white" in each for each in notices] == [True]
 
 
 @pytest.mark.parametrize("kind", ["uint", "float"])
@@ -460,7 +460,7 @@ def test_areas_of_dark_colours_are_reported_or_labels(tmp_path: Path) -> None:
     image[OTHER] = 200, 0, 0
     mask, notices = read(saved(tmp_path, image))
     assert (mask.inside == OTHER).all()
-    assert "has areas of #050000 next to brighter ones; they are used as black" in notices[0]
+    assert "has areas of #050000 besides brighter ones; they are used as black" in notices[0]
 
 
 def test_transparent_white_and_opaque_black_are_refused_in_all_kinds_of_masks(icm: Icm, scene: Path) -> None:

@@ -493,10 +493,10 @@ def _jobs_of_file(
 
 
 def _check_filters(found: Sequence[Path], root: Path, source_filter: SourceFilter) -> None:
-    """Raise UsageError for a filter that matches no image, because it is probably mistyped."""
+    """Raise UsageError if ``--include`` matches no image, or if ``--frames`` is given and no image has a number."""
     include = SourceFilter(source_filter.include)
     if source_filter.include and not any(_is_wanted(name_below(path, root), include) for path in found):
-        patterns = " and ".join(f"--include {pattern!r}" for pattern in source_filter.include)
+        patterns = " or ".join(f"--include {pattern!r}" for pattern in source_filter.include)
         raise UsageError(
             f"{patterns} matches none of the {format_count(len(found), 'image')} in {root}, such as "
             f"{name_below(found[0], root)}; expected a glob for the path below that folder, or for "

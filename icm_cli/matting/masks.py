@@ -194,12 +194,12 @@ def _mask_from_indices(stored: DecodedImage, opaque: NDArray[np.bool_] | None, p
 
 def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
     """Return the mask of a file with one colour on black. Raises AmbiguousMaskError for several colours."""
-    all_colours = _merge_noise(_flat_fractions(_pack_colours(values, scale)), path)
+    all_colours = _merge_noise(_label_fractions(_pack_colours(values, scale)), path)
     bright = {colour: part for colour, part in all_colours.items() if _max_channel(colour) > END_TOLERANCE * 255}
     labels = bright or all_colours
     if near_black := [f"#{int(colour):06x}" for colour in all_colours if colour not in labels]:
         notice(
-            f"mask {path} has areas of {', '.join(near_black[:MAX_LISTED_LABELS])} next to brighter ones; they are "
+            f"mask {path} has areas of {', '.join(near_black[:MAX_LISTED_LABELS])} besides brighter ones; they are "
             "used as black; give --mask-label if they are labels"
         )
     if len(labels) > 1:
@@ -230,11 +230,11 @@ def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Cal
     has_black = present[0] <= low
     if not has_black:
         return _mask_without_unknown(values > 0.5 * scale)
-    labels = _merge_noise(_flat_fractions(values), path)
+    labels = _merge_noise(_label_fractions(values), path)
     if present[-1] >= high and (near_black := [f"{value:g}" for value in labels if value <= low]):
         notice(
             f"mask {path} has areas of {', '.join(near_black[:MAX_LISTED_LABELS])} of {scale:g} "
-            "next to black and white; they are used as black; give --mask-label if they are labels"
+            "besides black and white; they are used as black; give --mask-label if they are labels"
         )
         labels = {value: fraction for value, fraction in labels.items() if value > low}
     is_binary = all(value >= high for value in labels)
@@ -254,7 +254,7 @@ def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Cal
 def _mask_from_soft_values(values: NDArray[Any], scale: float, path: Path) -> Mask:
     """Return the mask of an image with many values. Raises UsageError if they are labels, or if none is above half."""
     if values.dtype.kind in "iu" and _has_label_areas(values, (1.0 - END_TOLERANCE) * scale):
-        labels = _merge_noise(_flat_fractions(values), path)
+        labels = _merge_noise(_label_fractions(values), path)
         if len(labels) > 1:
             named = {_label_text(value): fraction for value, fraction in labels.items()}
             raise AmbiguousMaskError(path, named, next(iter(named)))
@@ -327,7 +327,7 @@ def _label_text(label: Any) -> str:
     return f"{float(label):.10g}"
 
 
-def _flat_fractions(values: NDArray[Any]) -> dict[Any, float]:
+def _label_fractions(values: NDArray[Any]) -> dict[Any, float]:
     """Return the fraction of pixels of every value that fills areas, and so may be a label. 0 is excluded.
 
     Values that occur only in antialiased edges fill no areas.

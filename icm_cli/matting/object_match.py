@@ -56,15 +56,15 @@ def _compare_object(alpha: Tensor, tokens: ObjectTokens, content: tuple[int, int
     return to_references if to_references > to_negatives else LIKE_NEGATIVE
 
 
-def _has_mark(area: Area, hints: Hints) -> bool:
-    """Return whether hints mark an object, bool [h,w]: by a point or area on it, or a box around most of it."""
-    if any(area[find_cell(point, hints.size, area.shape)] for point in hints.points):
+def _has_mark(mask: Area, hints: Hints) -> bool:
+    """Return whether hints mark the object in ``mask``, bool [h,w], by a point or area on it, or a box around it."""
+    if any(mask[find_cell(point, hints.size, mask.shape)] for point in hints.points):
         return True
     for marked in (hints.object_area, hints.keep):
-        if marked is not None and (area & (resize(marked.astype(np.float32), area.shape) > 0)).any():
+        if marked is not None and (mask & (resize(marked.astype(np.float32), mask.shape) > 0)).any():
             return True
-    rows, columns = np.nonzero(area)
-    y, x = rows * hints.size[0] / area.shape[0], columns * hints.size[1] / area.shape[1]
+    rows, columns = np.nonzero(mask)
+    y, x = rows * hints.size[0] / mask.shape[0], columns * hints.size[1] / mask.shape[1]
     return any(np.mean((x >= x0) & (x < x1) & (y >= y0) & (y < y1)) > 0.5 for x0, y0, x1, y1 in hints.boxes)
 
 

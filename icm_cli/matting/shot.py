@@ -123,6 +123,7 @@ class Shot:
 
     @functools.cached_property
     def _matte_digests(self) -> dict[Path, str]:
+        """Digest of the garbage and keep mattes of a frame and of all frames before it, by output."""
         digests: dict[Path, str] = {}
         for job in self.order:
             previous = self.previous.get(job.output)

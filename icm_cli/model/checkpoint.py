@@ -213,7 +213,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
 
 
 def check_tensor_shapes(expected: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], where: str) -> None:
-    """Check that ``shapes``, by the names of tensors, are exactly those of the expected tensors.
+    """Check that ``shapes``, by the name of the tensor, has exactly the names and shapes of ``expected``.
 
     Raises ConfigError, with ``where`` as the name of the file.
     """

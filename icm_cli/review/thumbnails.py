@@ -71,7 +71,7 @@ class ThumbnailWorkers:
         self._settings.close()
 
     def _make_batch(self, ids: Sequence[int], view: View) -> Batch:
-        """Return the thumbnails of the first images of ``ids``: at least one, and then until BATCH_S are over."""
+        """Return the thumbnails of the first of ``ids``: at least one, and more until BATCH_S seconds are over."""
         end = time.monotonic() + BATCH_S
         batch: Batch = {}
         for id in ids:

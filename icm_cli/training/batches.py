@@ -184,10 +184,10 @@ def worker_options(workers: int) -> dict[str, Any]:
 
 
 def _initialise_worker(_: int) -> None:
-    """Initialise a worker process: a single thread, low priority, and no handling of Ctrl-C.
+    """Initialise a worker process: a single thread, low priority, and Ctrl-C is ignored.
 
     The priority is low because on a CPU the model's threads need the same cores, and one delayed thread delays all
-    others. The main process handles the signals.
+    others. The main process handles Ctrl-C. SIGTERM ends a worker at once.
     """
     os.nice(WORKER_NICENESS)
     cv2.setNumThreads(0)

@@ -329,12 +329,13 @@ def _augment_scene(scene: _Scene, rng: np.random.Generator) -> _Scene:
 
 
 def _crop_negative(scene: _Scene, rng: np.random.Generator) -> _Scene | None:
-    """Return a random enlarged crop that does not contain the object; None if none is found."""
+    """Return a random crop, magnified, that does not contain the object; None if none is found."""
     size = scene.frame_size
     for _ in range(FINETUNING.negative_attempts):
         scale = math.exp(rng.uniform(0.0, FINETUNING.negative_max_log_scale))
         centre = size * rng.uniform(0.0, 1.0, 2)
         augmentation = _Augmentation.draw_random(scale, centre, size / 2, rng)
+        # A quick check with few pixels, before the crop is made
         sampled_guidance = augmentation.sample(scene, scene.guidance, FINETUNING.negative_check_px)
         if float(sampled_guidance.max()) < FINETUNING.negative_max_guidance:
             crop = augmentation.apply(scene)

@@ -426,10 +426,10 @@ def stack_scenes(scenes: Sequence[Scene]) -> list[Tensor]:
 
 
 def encode_scenes(
-    backbone: Backbone, head: TokenMatchHead, layers: Sequence[Tensor], objects: Objects | None = None
+    backbone: Backbone, head: TokenMatchHead, scenes: Sequence[Tensor], objects: Objects | None = None
 ) -> View:
-    """Encode the layers of N scenes, see :func:`stack_scenes`, to their tokens."""
-    rgb, alpha_u8, valid = layers
+    """Encode N scenes, stacked by :func:`stack_scenes`, to what the head is trained on."""
+    rgb, alpha_u8, valid = scenes
     image = rgb.permute(0, 3, 1, 2).float() / 255.0
     alpha = alpha_u8[:, None].float() / 255.0
     features = backbone.target_features(image, valid, [""] * len(image))
@@ -440,7 +440,7 @@ def encode_scenes(
         inside.append(foreground_token_mask(guidance, scene_valid[None], stride)[0])
         outside.append(background_token_mask(guidance, scene_valid[None], stride))
     # Each level of the decoder halves the stride of the tokens.
-    scale_strides = [stride >> level + 1 for level in range(len(head.config.skip_channels))]
+    scale_strides = [stride >> (level + 1) for level in range(len(head.config.skip_channels))]
     output_stride = stride >> len(head.config.decoder_channels)
     return View(
         feature=features.correspondence_features,
