@@ -115,6 +115,12 @@ def test_an_object_like_a_negative_reference_does_not_raise_the_limit_for_others
     assert similarity == pytest.approx(np.cos(np.radians(40)), abs=0.01)
 
 
+def test_the_similarity_of_an_object_like_a_negative_reference_is_returned_if_nothing_is_kept() -> None:
+    result, similarity = keep(alpha_of(1), make_tokens(20, negatives=(20,)))
+    assert not result.any()
+    assert similarity == pytest.approx(np.cos(np.radians(20)), abs=0.01)
+
+
 def test_small_regions_belong_to_the_nearest_object() -> None:
     alpha = alpha_of(1, 0, 0, 0, 1)
     alpha[0, CELL_PX + 1] = 1  # next to the left object, on tokens that are not similar

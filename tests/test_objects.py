@@ -211,8 +211,7 @@ class TestCompleted:
             objects.coarse_decoder.mask_weights[1:] = 0
         coarse = torch.sigmoid(torch.linspace(-3, 3, 32))[:, None].expand(32, 32)
         (found,) = objects.complete_alphas([np.zeros((128, 128, 3), np.uint8)], [coarse])
-        inside = slice(8, 24)  # at the border, the pattern is measured on repeated pixels
-        np.testing.assert_allclose(found[inside, inside], coarse[inside, inside], atol=1e-3)
+        np.testing.assert_allclose(found, coarse, atol=0.01)
 
     def test_padding_equals_the_authors_code(self) -> None:
         objects = small_objects()

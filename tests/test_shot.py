@@ -150,6 +150,21 @@ def test_shards_with_different_keyframes_cover_every_frame(count: int, shards: i
     assert made == names
 
 
+@given(missing=st.sets(st.integers(1, 8), max_size=7), shards=st.integers(1, 4))
+@settings(max_examples=40)
+def test_missing_frames_do_not_move_the_borders_of_shards_and_shots(missing: set[int], shards: int) -> None:
+    """They are reported by the last shard."""
+    jobs = [replace(job(f"a.{number}.png"), is_missing=number in missing) for number in range(1, 9)]
+    existing = [each for each in jobs if not each.is_missing]
+    reported, skipped = Shot.from_examples([(jobs, [])]), Shot.from_examples([(existing, [])])
+    for number in range(1, shards + 1):
+        order = reported.shard(number, shards).order
+        assert [each for each in order if not each.is_missing] == skipped.shard(number, shards).order
+        assert {number_of(each) for each in order if each.is_missing} == (missing if number == shards else set())
+    others = [job(f"b.{number}.png") for number in range(1, 5)]
+    assert len(split_shots([*jobs, *others], [])) == len(split_shots([*existing, *others], []))
+
+
 def test_each_folder_and_each_numbered_name_is_a_shot() -> None:
     def shots(*names: str, key: str = "a/sh.1.png") -> list[list[str]]:
         found = split_shots([job(name) for name in names], [Keyframe(Path(key), reference)])

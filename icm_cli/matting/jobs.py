@@ -258,7 +258,7 @@ def plan_jobs(
     found = [path for path in found if not path.name.startswith(TEMPORARY_PREFIX)]
     found = skipped_files.exclude(
         found,
-        lambda path: not _is_wanted(name_below(path, root), source_filter),
+        lambda path: not is_wanted(name_below(path, root), source_filter),
         "excluded by --include or --exclude",
         is_reported=False,
     )
@@ -452,7 +452,7 @@ def _content_digest(file: ImageFile, state: str) -> str:
     return digest
 
 
-def _is_wanted(name: Path, source_filter: SourceFilter) -> bool:
+def is_wanted(name: Path, source_filter: SourceFilter) -> bool:
     """Return whether an image of this name below the root passes ``include`` and ``exclude``."""
 
     def matches_any(patterns: Sequence[str]) -> bool:
@@ -495,7 +495,7 @@ def _jobs_of_file(
 def _check_filters(found: Sequence[Path], root: Path, source_filter: SourceFilter) -> None:
     """Raise UsageError if ``--include`` matches no image, or if ``--frames`` is given and no image has a number."""
     include = SourceFilter(source_filter.include)
-    if source_filter.include and not any(_is_wanted(name_below(path, root), include) for path in found):
+    if source_filter.include and not any(is_wanted(name_below(path, root), include) for path in found):
         patterns = " or ".join(f"--include {pattern!r}" for pattern in source_filter.include)
         raise UsageError(
             f"{patterns} matches none of the {format_count(len(found), 'image')} in {root}, such as "

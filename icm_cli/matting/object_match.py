@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cv2
 import numpy as np
 import torch
@@ -13,9 +15,6 @@ from icm_cli.guidance.hints import Area, Hints
 from icm_cli.matting.hinting import find_cell
 from icm_cli.model.contracts import ObjectTokens
 
-LIKE_NEGATIVE = -1.0
-"""Similarity of an object that is at least as similar to a negative reference as to every reference."""
-
 
 def keep_same_objects(
     alpha: Tensor, tokens: ObjectTokens, content: tuple[int, int], config: MatchConfig, hints: Hints | None = None
@@ -24,36 +23,34 @@ def keep_same_objects(
 
     An object is a connected region of foreground; regions smaller than a token belong to the nearest larger one. It is
     kept if it is more similar to a reference than to every negative reference, and if its similarity is at least
-    ``min_similarity`` and at most ``max_difference`` below the largest one. Objects that are more similar to a negative
-    reference do not count for the largest one. An object is also kept if hints mark it. ``content``: height and width
-    of the frame on the canvas, in px.
+    ``min_similarity`` and at most ``max_difference`` below the largest one. Objects that are at least as similar to a
+    negative reference do not count for the largest one. An object is also kept if hints mark it. ``content``: height
+    and width of the frame on the canvas, in px.
 
-    Returns the alpha and the largest similarity (LIKE_NEGATIVE if all objects resemble a negative reference); None
-    without any foreground.
+    Returns the alpha and the largest similarity of an object that counts, or of any object if none does; None without
+    any foreground.
     """
     values: Float = alpha.numpy(force=True)
     owners = _nearest_objects(values > 0.5, values.size * tokens.cell_px**2 / (content[0] * content[1]))
     if owners is None:
         return alpha, None
     numbers = [int(number) for number in np.unique(owners[values > 0.5])]
-    similarities = [
-        _compare_object(alpha * torch.from_numpy(owners == number).to(alpha), tokens, content) for number in numbers
-    ]
-    largest = max(similarities)
+    compared = {
+        number: tokens.compare_object(alpha * torch.from_numpy(owners == number).to(alpha), content)
+        for number in numbers
+    }
+    counting = {
+        number: similarity for number, (similarity, to_negatives) in compared.items() if similarity > to_negatives
+    }
+    largest = max(counting.values(), default=max(similarity for similarity, _ in compared.values()))
     smallest_kept = max(config.min_similarity, largest - config.max_difference)
     kept = [
         number
-        for number, similarity in zip(numbers, similarities, strict=True)
-        if (similarity >= smallest_kept and similarity != LIKE_NEGATIVE)
+        for number in numbers
+        if counting.get(number, -math.inf) >= smallest_kept
         or (hints is not None and _has_mark((values > 0.5) & (owners == number), hints))
     ]
     return alpha * torch.from_numpy(np.isin(owners, kept)).to(alpha), largest
-
-
-def _compare_object(alpha: Tensor, tokens: ObjectTokens, content: tuple[int, int]) -> float:
-    """Return the largest similarity of an object, given by its alpha [h,w], to a reference; or LIKE_NEGATIVE."""
-    to_references, to_negatives = tokens.compare_object(alpha, content)
-    return to_references if to_references > to_negatives else LIKE_NEGATIVE
 
 
 def _has_mark(mask: Area, hints: Hints) -> bool:

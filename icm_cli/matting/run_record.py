@@ -12,7 +12,7 @@ from typing import Any
 from icm_cli.environment import __version__
 from icm_cli.errors import OutputError, UsageError
 from icm_cli.files import LIST_SUFFIXES, RECORD_FOLDER, atomic_write, read_json, write_json
-from icm_cli.matting.jobs import Job
+from icm_cli.matting.jobs import Job, SourceFilter, is_wanted
 from icm_cli.options import MatteOptions
 from icm_cli.options.definition import OptionField
 
@@ -32,9 +32,9 @@ RERUN = (
 def record_run(options: MatteOptions, folder: Path, jobs: Sequence[Job], notice: Callable[[str], None]) -> None:
     """Write the record of a run into its output folder, or give a notice if that is not possible.
 
-    An existing record stays if ``--src`` is a list whose lines contain the root, as ``--review-list`` writes it. Such a
-    run corrects a part of the images, and the record must name all of them. For the same reason, the record keeps the
-    sources of earlier runs that this run does not matte (see :func:`_join_sources`).
+    An existing record stays if this run corrects a part of its images, because it must name all of them: if ``--src``
+    is a list whose lines contain the root, as ``--review-list`` writes it, or if the run is a selection of the recorded
+    one (see :func:`_is_part_of_recorded_run`).
     """
     if not jobs:
         return
@@ -46,7 +46,8 @@ def record_run(options: MatteOptions, folder: Path, jobs: Sequence[Job], notice:
     try:
         if options.sources.src == "-":
             values["src"] = str(_write_sources(folder, jobs, is_part=bool(options.given & {"shard", "frames"})))
-        values = _join_sources(values, folder, jobs[0].root)
+        elif _is_part_of_recorded_run(values, folder, jobs):
+            return
         record = {"schema_version": SCHEMA_VERSION, "icm": __version__, "options": values}
         write_json(folder / RECORD_FOLDER / RECORD_NAME, record)
     except OutputError as error:
@@ -62,39 +63,31 @@ def recorded_values(options: MatteOptions) -> dict[str, Any]:
     }
 
 
-def _join_sources(values: dict[str, Any], folder: Path, root: str) -> dict[str, Any]:
-    """Return the options of a run with sources that include those of the recorded run.
+def _is_part_of_recorded_run(values: Mapping[str, Any], folder: Path, jobs: Sequence[Job]) -> bool:
+    """Return whether a run mattes a selection of the images of the recorded run, to the same output paths.
 
-    Both must have the same root and the same output paths. If the recorded run matted a folder, and this one only some
-    of its files, the record keeps the folder. ``include`` and ``exclude`` are joined, so that no image of either run is
-    excluded. ``root``: root of the sources of this run.
+    It has another ``include`` or ``exclude`` than the recorded run, or the source is a part of the recorded folder.
     """
     with contextlib.suppress(UsageError, OutputError):
-        options = read_run_record(folder)
-        earlier = recorded_values(options)
-        is_folder = os.path.isdir(earlier["src"])  # noqa: PTH112  Path.is_dir raises errors
-        is_part_of_folder = (
-            is_folder and values["src"] != earlier["src"] and earlier.get("root", earlier["src"]) == root
-        )
-        same = ("out", "name", "keep_suffix", "format", *(() if is_part_of_folder else ("src", "root")))
-        if any(values.get(name) != earlier.get(name) for name in same):
-            return values
-        filters = {
-            "include": _join_includes(earlier, values),
-            "exclude": [glob for glob in values.get("exclude", ()) if glob in earlier.get("exclude", ())],
-        }
-        joined = {name: value for name, value in values.items() if name not in ("src", "root", *filters)}
-        joined.update((name, earlier[name]) for name in ("src", "root") if name in earlier)
-        joined.update((name, globs) for name, globs in filters.items() if globs)
-        return joined
-    return values
+        earlier = recorded_values(read_run_record(folder))
 
+        def is_equal(*names: str) -> bool:
+            return all(values.get(name) == earlier.get(name) for name in names)
 
-def _join_includes(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
-    """Return the globs of ``include`` of both runs; none if one of them has none, as it matted all images."""
-    if not (earlier.get("include") and values.get("include")):
-        return []
-    return list(dict.fromkeys([*earlier["include"], *values["include"]]))
+        if not is_equal("out", "name", "keep_suffix", "format"):
+            return False
+        if is_equal("src", "root"):
+            is_selection = not is_equal("include", "exclude")
+        else:
+            is_folder = os.path.isdir(earlier["src"])  # noqa: PTH112  Path.is_dir raises errors
+            is_selection = (
+                is_folder
+                and jobs[0].root == earlier.get("root", earlier["src"])
+                and all(Path(earlier["src"]) in path.parents for job in jobs for path in job.files)
+            )
+        source_filter = SourceFilter(earlier.get("include", ()), earlier.get("exclude", ()))
+        return is_selection and all(is_wanted(job.name, source_filter) for job in jobs)
+    return False
 
 
 def _is_list(src: str) -> bool:

@@ -61,8 +61,8 @@ class Shot:
         keyframes: dict[Path, Keyframe] = {}
         names: list[Path] = []
         for jobs, keys in examples:
-            names += [*(job.name for job in jobs), *(keyframe.name for keyframe in keys)]
             present = [job for job in jobs if not job.is_missing]
+            names += [*(job.name for job in present), *(keyframe.name for keyframe in keys)]
             frames: list[Job | Keyframe] = sorted([*present, *keys], key=lambda frame: natural_sort_key(frame.name))
             starts = [index for index, frame in enumerate(frames) if isinstance(frame, Keyframe) or frame.hints] or [0]
             # The frames first..last belong to a start. Between two starts, the border is in the middle.
@@ -85,11 +85,12 @@ class Shot:
     def shard(self, number: int, count: int) -> Shot:
         """Return shard ``number`` (from 1) of ``count``: consecutive frames. Nothing is propagated between shards.
 
-        Keyframes count as frames, so that machines with different references split the shot at the same frames.
+        Keyframes count as frames, so that machines with different references split the shot at the same frames. Missing
+        frames do not count. They are in the last shard.
         """
         begin, end = len(self.names) * (number - 1) // count, len(self.names) * number // count
         names = set(self.names[begin:end])
-        order = [job for job in self.order if job.name in names]
+        order = [job for job in self.order if (number == count if job.is_missing else job.name in names)]
         outputs = {job.output for job in order}
         previous = {output: job for output, job in self.previous.items() if {output, job.output} <= outputs}
         keyframes = {output: keyframe for output, keyframe in self.keyframes.items() if output in outputs}
@@ -157,6 +158,7 @@ def split_shots(jobs: Sequence[Job], keys: Sequence[Keyframe]) -> list[tuple[lis
 
     A folder is one shot. But if its files have several prefixes before the frame number, as a.0001.png and b.0001.png
     have, each prefix is a shot. This requires that each prefix has at least ``MIN_FRAMES`` files, or only keyframes.
+    Missing frames do not count.
     """
     folders: dict[Path, dict[str, list[Job | Keyframe]]] = {}
     frames: list[Job | Keyframe] = [*jobs, *keys]
@@ -166,8 +168,9 @@ def split_shots(jobs: Sequence[Job], keys: Sequence[Keyframe]) -> list[tuple[lis
     shots = []
     for frames_by_prefix in folders.values():
         parts = list(frames_by_prefix.values())
+        existing = [[frame for frame in part if isinstance(frame, Keyframe) or not frame.is_missing] for part in parts]
         # In each part, keyframes follow the jobs: if the first is a keyframe, all are.
-        are_shots = all(len(part) >= MIN_FRAMES or isinstance(part[0], Keyframe) for part in parts)
+        are_shots = all(len(part) >= MIN_FRAMES or isinstance(part[0], Keyframe) for part in existing if part)
         shots += parts if are_shots else [list(itertools.chain(*parts))]
     return [
         ([frame for frame in shot if isinstance(frame, Job)], [frame for frame in shot if isinstance(frame, Keyframe)])

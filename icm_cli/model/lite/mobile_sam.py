@@ -286,12 +286,20 @@ def _remove_pattern(logit: Tensor) -> Tensor:
     padded = F.pad(logit, (MASK_SCALE // 2,) * 4, mode="replicate")
     smooth = F.avg_pool2d(F.avg_pool2d(padded, MASK_SCALE, stride=1), 2, stride=1)  # symmetric, and free of the pattern
     margin = (PATTERN_WINDOW // 2,) * 4
-    by_position = F.pad(F.pixel_unshuffle(logit - smooth, MASK_SCALE), margin, mode="replicate")
+    by_position = _pad_by_reflection(F.pixel_unshuffle(logit - smooth, MASK_SCALE), margin)
     windows = by_position.unfold(2, PATTERN_WINDOW, 1).unfold(3, PATTERN_WINDOW, 1)
     pattern = windows.flatten(-2).median(dim=-1).values
     is_uncertain = F.avg_pool2d((smooth.abs() < UNCERTAIN_LOGIT).to(logit.dtype), MASK_SCALE)
-    uncertain_fraction = F.avg_pool2d(F.pad(is_uncertain, margin, mode="replicate"), PATTERN_WINDOW, stride=1)
+    uncertain_fraction = F.avg_pool2d(_pad_by_reflection(is_uncertain, margin), PATTERN_WINDOW, stride=1)
     return logit - F.pixel_shuffle(pattern * uncertain_fraction, MASK_SCALE)
+
+
+def _pad_by_reflection(grid: Tensor, margin: tuple[int, ...]) -> Tensor:
+    """Pad a grid [B,C,h,w] by its reflection, so that no row or column counts more than twice in a window.
+
+    A grid that is smaller than the margin is padded by its border.
+    """
+    return F.pad(grid, margin, mode="reflect" if min(grid.shape[-2:]) > max(margin) else "replicate")
 
 
 def _pad_to_canvas(image: EmbeddedImage, alpha: Tensor) -> Tensor:

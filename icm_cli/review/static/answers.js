@@ -63,7 +63,7 @@ export class Answers {
     } else {
       this.describe("No alpha for these hints");
       const isFailed = store.run.model_state === "failed";
-      reportError(`${error.message}.`, { topic: error.topic ?? (isFailed ? "model" : "answer") });
+      reportError(`${error.message}.`, { topic: error.topic ?? (error.image ? "image" : isFailed ? "model" : "answer") });
     }
   }
 }

@@ -27,7 +27,7 @@ async function call(method, path, { body = {}, signal } = {}) {
   if (response.ok) return response;
   if (response.status === 403) throw new ApiError(`The server was started again: ${RECONNECT}`, 403);
   const { error, image } = await response.json().catch(() => ({})); // a proxy may answer without JSON
-  throw new ApiError(error ?? `The server answered with status ${response.status}.`, response.status, image);
+  throw new ApiError(error ?? `The server answered with status ${response.status}`, response.status, image);
 }
 
 const json = async (...request) => (await call(...request)).json();
