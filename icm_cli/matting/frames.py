@@ -286,9 +286,8 @@ def _find_patterns(paths: Sequence[Path]) -> dict[Path, tuple[FramePattern, int]
             families.setdefault((str(path.parent), before, path.suffix), []).append((path, digits))
     patterns = {}
     for family, members in families.items():
-        padded_widths = {len(digits) for _, digits in members if digits.startswith("0")} - {
-            1
-        }  # a single 0 is not padded
+        # A single 0 is not padded.
+        padded_widths = {len(digits) for _, digits in members if digits.startswith("0") and len(digits) > 1}
         smallest_width = min(len(digits) for _, digits in members)
         for path, digits in members:
             fitting = [width for width in padded_widths if width <= len(digits)]

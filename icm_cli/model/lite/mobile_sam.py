@@ -287,11 +287,14 @@ def _remove_pattern(logit: Tensor) -> Tensor:
     smooth = F.avg_pool2d(F.avg_pool2d(padded, MASK_SCALE, stride=1), 2, stride=1)  # symmetric, and free of the pattern
     margin = (PATTERN_WINDOW // 2,) * 4
     by_position = _pad_by_reflection(F.pixel_unshuffle(logit - smooth, MASK_SCALE), margin)
-    windows = by_position.unfold(2, PATTERN_WINDOW, 1).unfold(3, PATTERN_WINDOW, 1)
-    pattern = windows.flatten(-2).median(dim=-1).values
+    windows = by_position.unfold(2, PATTERN_WINDOW, 1).unfold(3, PATTERN_WINDOW, 1).permute(0, 2, 3, 1, 4, 5)
     is_uncertain = F.avg_pool2d((smooth.abs() < UNCERTAIN_LOGIT).to(logit.dtype), MASK_SCALE)
-    uncertain_fraction = F.avg_pool2d(_pad_by_reflection(is_uncertain, margin), PATTERN_WINDOW, stride=1)
-    return logit - F.pixel_shuffle(pattern * uncertain_fraction, MASK_SCALE)
+    uncertain_fraction = F.avg_pool2d(_pad_by_reflection(is_uncertain, margin), PATTERN_WINDOW, stride=1)[:, 0]
+    pattern = logit.new_zeros(windows.shape[:4])  # [B,h,w,16], where h and w count periods
+    cells = uncertain_fraction > 0  # the medians are slow, so only those that count are computed
+    pattern[cells] = windows[cells].flatten(-2).median(dim=-1).values
+    pattern = (pattern * uncertain_fraction[..., None]).permute(0, 3, 1, 2)
+    return logit - F.pixel_shuffle(pattern, MASK_SCALE)
 
 
 def _pad_by_reflection(grid: Tensor, margin: tuple[int, ...]) -> Tensor:
