@@ -21,10 +21,12 @@ import pytest
 from conftest import Icm, alphas, arguments, copy_many, output_files, read
 from PIL import Image, PngImagePlugin
 
+from icm_cli.files import RECORD_FOLDER
 from icm_cli.images.image_file import ReopeningFile
 from icm_cli.images.writing import read_provenance
 from icm_cli.matting import resume
 from icm_cli.matting.predictor import Predictor
+from icm_cli.matting.run_record import RECORD_NAME
 
 
 def fold_names(monkeypatch: pytest.MonkeyPatch, folder: Path, fold: Callable[[str], str]) -> None:
@@ -124,6 +126,21 @@ def test_run_does_not_replace_the_alphas_of_a_run_at_the_same_time(
     assert f"{scene}/out/0000.png is the alpha of {scene}/b/0000.png and would be overwritten" in first.stderr
     provenances = [read_provenance(path) for path in output_files(scene / "out")]
     assert [provenance and provenance[resume.ROOT_KEY] for provenance in provenances] == [str(scene / "b")] * 2
+    assert recorded_source(scene / "out") == str(scene / "b")
+
+
+def recorded_source(folder: Path) -> object:
+    return json.loads((folder / RECORD_FOLDER / RECORD_NAME).read_text())["options"]["src"]
+
+
+def test_refused_run_does_not_replace_the_run_record(icm: Icm, scene: Path) -> None:
+    for folder, source in (("a", "wall.jpg"), ("b", "sub/deep.png")):
+        copy_many(scene / "imgs" / source, scene / folder, 1)
+    assert icm(src=scene / "a").exit_code == 0
+    assert icm(src=scene / "b").exit_code == 2
+    assert recorded_source(scene / "out") == str(scene / "a")
+    assert icm("--overwrite", src=scene / "b").exit_code == 0
+    assert recorded_source(scene / "out") == str(scene / "b")
 
 
 @pytest.mark.parametrize(("seed", "code"), [(0, 0), (3, 1)])

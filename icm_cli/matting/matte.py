@@ -96,7 +96,6 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
             return run.preview()
         plan.report_files.check_writable(plan.layout.folder)
         _remove_temporaries(plan, listener)
-        record_run(options, plan.layout.folder, plan.jobs, listener.on_notice)
         return run.matte_all(start)
 
 
@@ -200,10 +199,23 @@ class _MattingRun:
         """
         plan, listener = self._plan, self._listener
         collector = self._make_collector(start)
+        is_recorded = False
+
+        def add_result(result: ImageResult) -> None:
+            """Add a result to the report. With its first alpha, the run replaces the run record.
+
+            A run that makes no alpha does not: it may have been refused because of another run in the same folder.
+            """
+            nonlocal is_recorded
+            if not is_recorded and result.status in ("done", "kept"):
+                record_run(self._options, plan.layout.folder, plan.jobs, listener.on_notice)
+                is_recorded = True
+            collector.add(result)
+
         listener.on_run_start(len(plan.jobs))
         with collector:
-            remaining = self._select_remaining(collector.add)
-            with self._runner(collector.add) if remaining else contextlib.nullcontext() as runner:
+            remaining = self._select_remaining(add_result)
+            with self._runner(add_result) if remaining else contextlib.nullcontext() as runner:
                 read_peak = runner.peak_memory_bytes if runner else self._setups[0].choice.device.peak_memory_bytes
                 with collector.writing_reports(plan.report_files, read_peak):
                     if runner:

@@ -36,8 +36,6 @@ def record_run(options: MatteOptions, folder: Path, jobs: Sequence[Job], notice:
     is a list whose lines contain the root, as ``--review-list`` writes it, or if the run is a selection of the recorded
     one (see :func:`_is_part_of_recorded_run`).
     """
-    if not jobs:
-        return
     values = recorded_values(options)
     if "root" not in values and _is_list(options.sources.src):
         values["root"] = jobs[0].root
