@@ -205,9 +205,21 @@ class TestFiles:
         double = write_matte(scene / "k.png", (2 * height, 2 * width), (slice(0, 40), slice(0, 60)))
         assert icm(src=scene / "imgs" / "wall.jpg", keep=double).exit_code == 0
         assert (read(scene / "out" / "wall.png")[PATCH] == 255).all()
-        result = icm(src=scene / "imgs" / "wall.jpg", out=scene / "o", keep=write_matte(scene / "k.png", (50, 200)))
-        assert result.exit_code == 1
-        assert f"matte {scene / 'k.png'} is 200x50 and its image {width}x{height}" in result.stderr
+        options = {"src": scene / "imgs" / "wall.jpg", "keep": write_matte(scene / "k.png", (50, 200))}
+        for flags, counts in ((["--dry-run"], ", 1 that would fail"), ([], "")):
+            result = icm(*flags, out=scene / "o", **options)
+            assert result.exit_code == 1
+            assert f"matte {scene / 'k.png'} is 200x50 and its image {width}x{height}" in result.stderr
+            assert counts in result.stderr
+
+    def test_size_of_the_data_window_of_an_exr(self, icm: Icm, scene: Path) -> None:
+        pixels = linear(cv2.imread(str(scene / "imgs" / "wall.jpg"))[..., ::-1])
+        height, width = pixels.shape[:2]
+        source = write_cropped_exr(scene / "exr" / "a.exr", pixels, (20, 10, width - 40, height - 30))
+        for size, code in (((height - 30, width - 40), 0), ((height - 30, width), 1)):
+            keep = write_matte(scene / "keep.png", size)
+            for flags in (["--dry-run"], []):
+                assert icm(*flags, src=source.parent, keep=keep).exit_code == code, size
 
     @pytest.mark.parametrize("name", ["missing.png", "imgs", "broken.png"])
     def test_unusable_file(self, icm: Icm, scene: Path, name: str) -> None:

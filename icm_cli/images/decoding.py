@@ -32,6 +32,7 @@ from icm_cli.images.pixels import (
     BAD_PROFILE,
     GREY_TOLERANCE,
     DecodedImage,
+    ImageWindows,
     check_memory,
     upright_size,
     valid_orientation,
@@ -217,24 +218,29 @@ def image_size(path: Path) -> tuple[int, int]:
 
     Reads the header only. Raises ImageError.
     """
+    return image_windows(path).display
+
+
+def image_windows(path: Path) -> ImageWindows:
+    """Return the windows of an image with its EXIF orientation applied. Reads the header only. Raises ImageError."""
     with open_image(path) as file:
-        return retry_decoding(file, lambda: _read_size(file))
+        return retry_decoding(file, lambda: _read_windows(file))
 
 
-def _read_size(file: ImageFile) -> tuple[int, int]:
-    """Return height and width of the first image of a file; see :func:`image_size`."""
+def _read_windows(file: ImageFile) -> ImageWindows:
+    """Return the windows of the first image of a file; see :func:`image_windows`."""
     if file.type.name in _PILLOW_FORMATS:
-        return _size_by_pillow(file)
+        return ImageWindows.full(_size_by_pillow(file))
     if file.type.name == "png":
         if not containers.is_deep_png(file.head):
             with contextlib.suppress(ValueError):  # a PNG with more metadata than Pillow accepts
-                return _size_by_pillow(file)
+                return ImageWindows.full(_size_by_pillow(file))
         containers.check_png_pixels(file)
     frame = containers.tiff_pages(file)[0] if file.type.name == "tiff" else 0
     with openimageio.open_reader(file, must_open=file.type.name not in ("tiff", "pnm")) as reader:
         if reader is None or not reader.seek_subimage(frame, 0):
-            return _size_by_pillow(file, frame)
-        return openimageio.display_size(reader, file, frame)
+            return ImageWindows.full(_size_by_pillow(file, frame))
+        return openimageio.read_windows(reader, file, frame)
 
 
 @contextlib.contextmanager

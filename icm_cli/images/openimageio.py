@@ -98,12 +98,12 @@ def is_plain_8_bit(spec: Any) -> bool:
     return str(spec.format) == "uint8" and not is_associated
 
 
-def display_size(reader: Any, file: ImageFile, frame: int) -> tuple[int, int]:
-    """Return height and width of an image; see :func:`~icm_cli.images.decoding.image_size`. Raises ImageError."""
+def read_windows(reader: Any, file: ImageFile, frame: int) -> ImageWindows:
+    """Return the windows of an image; see :func:`~icm_cli.images.decoding.image_windows`. Raises ImageError."""
     layer, _ = _find_layer(reader, file, frame, "")
     reader.seek_subimage(layer.part, 0)
     spec = reader.spec()
-    return _image_windows(spec, file.type, _orientation(spec)).display
+    return _image_windows(spec, file.type, _orientation(spec))
 
 
 def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:

@@ -111,6 +111,12 @@ class Job:
         """All files that the image is read from."""
         return self.source.files if isinstance(self.source, CompositeSource) else (self.source,)
 
+    @property
+    def header_file(self) -> Path | None:
+        """The file whose header states the size of the image; None if it is missing or has several pages."""
+        is_single = self.inspected is not None and self.inspected.frame_count == 1
+        return self.source if is_single and isinstance(self.source, Path) else None
+
     def read_image(self) -> SourceImage:
         """Read the image. Raises ImageError."""
         return read_source_image(self.source, self.colour, self.page)
@@ -313,7 +319,8 @@ def _is_output(path: Path, folder: Path) -> bool:
 def _add_hints(jobs: Sequence[Job], files: Mapping[Path, Sequence[Path]], notice: Callable[[str], None]) -> list[Job]:
     """Return the jobs with their hint files. Raises UsageError for a file that cannot be used."""
     with_hints = [job for job in jobs if job.name in files]
-    hints = check_image_hints({job.name: files[job.name] for job in with_hints}, dict(map(_single_image, with_hints)))
+    headers = {job.name: job.header_file for job in with_hints}
+    hints = check_image_hints({job.name: files[job.name] for job in with_hints}, headers)
     jobs_with_hints = []
     for job in jobs:
         if job.name in hints:
@@ -322,12 +329,6 @@ def _add_hints(jobs: Sequence[Job], files: Mapping[Path, Sequence[Path]], notice
             job = replace(job, hints=hints[job.name], planned=replace(job.planned, has_hints=True))
         jobs_with_hints.append(job)
     return jobs_with_hints
-
-
-def _single_image(job: Job) -> tuple[Path, Path | None]:
-    """Return the name of an image and its file; None instead of a file that is missing or has several pages."""
-    is_single = job.inspected is not None and job.inspected.frame_count == 1
-    return job.name, job.source if is_single and isinstance(job.source, Path) else None
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -481,7 +481,7 @@ def _find_problem(job: Job) -> str:
     source = job.source
     assert isinstance(source, Path)
     inspected = job.inspected
-    problem = "" if job.mattes is None else job.mattes.problem
+    problem = "" if job.mattes is None else job.mattes.find_problem(job.header_file)
     if not os.path.exists(source):  # noqa: PTH110  Path.exists raises errors
         problem = f"{source} does not exist"
     elif kind := special_file_kind(source.stat().st_mode):

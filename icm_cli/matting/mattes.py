@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from icm_cli.errors import ImageError, UsageError, format_count
 from icm_cli.files import combined_digest
 from icm_cli.geometry import Float, ImageU8, format_size, has_same_aspect, resize, round_to_u8
+from icm_cli.images.decoding import image_size, image_windows
 from icm_cli.images.openimageio import NOT_FINITE
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import extra_frame_notices, file_digest, read_stored_pixels
@@ -79,6 +81,20 @@ class MatteFile:
         except ImageError:
             return f"unreadable: {self.path}"
 
+    @functools.cached_property
+    def _size(self) -> tuple[int, int]:
+        return image_size(self.path)
+
+    def check(self, windows: ImageWindows | None) -> None:
+        """Raise ImageError if the matte is missing or has another aspect ratio than the image, by its header.
+
+        ``windows``: those of the image; None if they are not known.
+        """
+        if self.problem:
+            raise ImageError(self.problem)
+        if windows is not None:
+            _check_size(self.path, self._size, windows)
+
     def read(self, windows: ImageWindows) -> Float:
         """Return the matte for an image with these windows. Raises ImageError."""
         if self.problem:
@@ -93,10 +109,20 @@ class ImageMattes:
     garbage: MatteFile | None = None
     keep: MatteFile | None = None
 
-    @property
-    def problem(self) -> str:
-        """Why a file is missing; "" if none is."""
-        return next((file.problem for file in (self.garbage, self.keep) if file is not None and file.problem), "")
+    def find_problem(self, image: Path | None) -> str:
+        """Return why the image would fail because of a matte, as far as headers tell; "" if no reason is known.
+
+        ``image``: file whose header states the size of the image; None if there is none.
+        """
+        windows = None
+        with contextlib.suppress(ImageError):  # is reported when the image is matted
+            windows = None if image is None else image_windows(image)
+        try:
+            for file in filter(None, (self.garbage, self.keep)):
+                file.check(windows)
+        except ImageError as error:
+            return str(error)
+        return ""
 
     @functools.cached_property
     def digest(self) -> str:
@@ -197,9 +223,14 @@ def read_matte(path: Path, windows: ImageWindows | None) -> Float:
     matte = np.clip(plane.astype(np.float32) / np.float32(stored.scale), 0.0, 1.0)
     if windows is None or matte.shape == windows.size:
         return matte
-    if not has_same_aspect(matte.shape, windows.display):
+    _check_size(path, matte.shape, windows)
+    return windows.display_window.move_pixels(resize(matte, windows.display), windows)
+
+
+def _check_size(path: Path, size: tuple[int, ...], windows: ImageWindows) -> None:
+    """Raise ImageError if a matte has neither the size of the data window nor the aspect ratio of its image."""
+    if size != windows.size and not has_same_aspect(size, windows.display):
         raise ImageError(
-            f"matte {path} is {format_size(matte.shape)} and its image {format_size(windows.display)}; expected the "
+            f"matte {path} is {format_size(size)} and its image {format_size(windows.display)}; expected the "
             "same aspect ratio; give a matte of this image"
         )
-    return windows.display_window.move_pixels(resize(matte, windows.display), windows)
