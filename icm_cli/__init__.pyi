@@ -203,7 +203,7 @@ def matte(
         report: Write a report, repeatable. The extension sets the format: .csv (one row per image),
             .json (all results and settings) or .html (a page with images).
         contact_sheet: Write a contact sheet (.png) with the references, and with source, alpha and
-            cut-out of up to 48 images, lowest quality first.
+            object on magenta of up to 48 images, lowest quality first.
         review_list: Write the paths of the images whose alpha has a quality below --review-below to
             this .txt file, worst first. --src reads it.
         review_below: Quality, from 0 to 1, below which an alpha is listed for review.

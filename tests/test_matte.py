@@ -176,7 +176,7 @@ def test_ground_truth_of_another_size_fails_only_its_image(icm: Icm, scene: Path
 
 
 def test_contact_sheet(icm: Icm, scene: Path) -> None:
-    """The sheet has the reference with its mask, then source, alpha and object of each image, worst quality first."""
+    """The sheet has the reference with its mask, then source, alpha and object on magenta of each image, worst first."""
     assert icm(contact_sheet=scene / "sheet.png", report=scene / "r.json").exit_code == 0
     sheet = read(scene / "sheet.png")
     assert sheet.shape == (4 * 258, 3 * 240, 3)
@@ -186,7 +186,9 @@ def test_contact_sheet(icm: Icm, scene: Path) -> None:
         files.append((Path(image["source"]), Path(image["output"])))
     for row, (path, alpha_path) in enumerate(files):
         alpha, source = read(alpha_path), read(path)[..., :3]
-        for column, pixels in enumerate((source, np.repeat(alpha[..., None], 3, -1))):
+        weight = alpha[..., None] / 255
+        on_magenta = source * weight + np.array((220, 0, 220)) * (1 - weight)
+        for column, pixels in enumerate((source, np.repeat(alpha[..., None], 3, -1), on_magenta)):
             scale = min(1.0, 236 / max(alpha.shape))
             height, width = (round(side * scale) for side in alpha.shape)
             expected = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)

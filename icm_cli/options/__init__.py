@@ -576,8 +576,8 @@ class MatteReportOptions(OptionGroup):
     report: tuple[Path, ...] = option((), REPORT)
     contact_sheet: Path | None = option(
         None,
-        help="Write a contact sheet (.png) with the references, and with source, alpha and cut-out of up to 48 images, "
-        "lowest quality first.",
+        help="Write a contact sheet (.png) with the references, and with source, alpha and object on magenta of up to "
+        "48 images, lowest quality first.",
     )
     review_list: Path | None = option(
         None,

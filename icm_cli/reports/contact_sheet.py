@@ -1,6 +1,6 @@
 """Contact sheet of a run.
 
-It shows the references with their masks, and one row per image with source, alpha, and the object on grey.
+It shows the references with their masks, and one row per image with source, alpha, and the object on magenta.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ FONTS = (
 )
 """Fonts that cover many scripts. The first one that exists is used."""
 NO_CHARACTER = "\uffff"
-GREY = 128
+BACKDROP = (220, 0, 220)
+"""Magenta: rare in images, so that holes, half-transparent parts and remains of the background are visible."""
 BACKGROUND = 24
 
 
@@ -53,7 +54,7 @@ def write_contact_sheet(path: Path, report: Report) -> None:
     for result in results:
         source, alpha = report.page_images.read_source(result), read_alpha_or_none(result.output)
         rows.append(_make_row(source, alpha, _make_caption(result)))
-    sheet = np.concatenate(rows) if rows else np.full((SHEET_CELL_PX, 3 * SHEET_CELL_PX, 3), GREY, np.uint8)
+    sheet = np.concatenate(rows) if rows else np.full((SHEET_CELL_PX, 3 * SHEET_CELL_PX, 3), BACKGROUND, np.uint8)
     with atomic_write(path) as file:
         mark = PngImagePlugin.PngInfo()
         mark.add_text(ICM_SHEET_MARK.decode(), "contact sheet")
@@ -72,10 +73,10 @@ def _make_caption(result: ImageResult) -> str:
     return "   ".join(filter(None, parts))
 
 
-def composite_on_grey(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
-    """Composite an image [H,W,3] with its alpha [H,W] on grey, uint8 [H,W,3]."""
-    weight = alpha[..., None].astype(np.float32) / 255.0
-    return round_to_u8(rgb * weight + GREY * (1 - weight))
+def composite_on_backdrop(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
+    """Composite an image [H,W,3] with its alpha [H,W] on magenta, uint8 [H,W,3]."""
+    weight = alpha[..., None].astype(np.float32) / np.float32(255.0)
+    return round_to_u8(rgb * weight + np.float32(BACKDROP) * (1 - weight))
 
 
 def _make_row(source: ImageU8 | None, alpha: ImageU8 | None, caption: str) -> ImageU8:
@@ -85,7 +86,7 @@ def _make_row(source: ImageU8 | None, alpha: ImageU8 | None, caption: str) -> Im
     if alpha is not None:
         cells[1] = np.repeat(make_thumbnail(alpha)[..., None], 3, -1)
     if source is not None and alpha is not None:
-        cells[2] = composite_on_grey(cells[0], resize(alpha, cells[0].shape[:2]))
+        cells[2] = composite_on_backdrop(cells[0], resize(alpha, cells[0].shape[:2]))
     return make_captioned_row(cells, caption)
 
 

@@ -23,7 +23,7 @@ from icm_cli.errors import format_count
 from icm_cli.files import atomic_write, is_file
 from icm_cli.geometry import ImageU8, resize
 from icm_cli.options import Region
-from icm_cli.reports.contact_sheet import composite_on_grey, read_alpha_or_none
+from icm_cli.reports.contact_sheet import composite_on_backdrop, read_alpha_or_none
 from icm_cli.reports.means import SHOT_SCORE_TITLES, Means, compute_means_by, format_mean, format_metric
 from icm_cli.reports.published import comparison_caveats, published_scores
 from icm_cli.reports.report import PREVIEW_PX, REFERENCE_CAPTION, shrink_image
@@ -164,12 +164,12 @@ def _make_reference(reference: tuple[ImageU8, NDArray[np.bool_], str]) -> tuple[
 
 
 def _make_card(report: Report, result: ImageResult) -> dict[str, Any]:
-    """Return source, alpha and object on grey as data URIs, None if a file cannot be read."""
+    """Return source, alpha and object on magenta as data URIs, None if a file cannot be read."""
     source, alpha = report.page_images.read_source(result), read_alpha_or_none(result.output)
-    on_grey = None
+    cut_out = None
     if source is not None and alpha is not None:
-        on_grey = composite_on_grey(source, resize(alpha, source.shape[:2]))
-    images = {"source": source, "alpha": alpha, "on_grey": on_grey}
+        cut_out = composite_on_backdrop(source, resize(alpha, source.shape[:2]))
+    images = {"source": source, "alpha": alpha, "cut_out": cut_out}
     return {"result": result} | {name: _encode_data_uri(image, CARD_PX) for name, image in images.items()}
 
 

@@ -23,7 +23,7 @@ from icm_cli.geometry import ImageU8, alpha_to_u8
 from icm_cli.model.contracts import Features, IntraSimilarity, TrainedHead
 from icm_cli.model.core import InContextMatting, PairFeatures, Pairs
 from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity
-from icm_cli.reports.contact_sheet import composite_on_grey
+from icm_cli.reports.contact_sheet import composite_on_backdrop
 from icm_cli.training.data.pool import TrainingPool
 from icm_cli.training.data.samples import PairBatch, PairMaker
 from icm_cli.training.learner import Learner
@@ -114,7 +114,7 @@ class MatteStage(Stage[PairBatch]):
         batch = self.maker.make_batch([counter])
         rgb, alpha = batch.rgb[0].numpy(), batch.alpha[0].numpy()
         reference = darken_outside(batch.reference_rgb[0].numpy(), batch.guidance[0].numpy())
-        cut_out = composite_on_grey(rgb, alpha)
+        cut_out = composite_on_backdrop(rgb, alpha)
         return batch.names[0], [reference, rgb, to_rgb(alpha), to_rgb(batch.trimap[0]), cut_out]
 
 
