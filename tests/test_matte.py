@@ -176,7 +176,7 @@ def test_ground_truth_of_another_size_fails_only_its_image(icm: Icm, scene: Path
 
 
 def test_contact_sheet(icm: Icm, scene: Path) -> None:
-    """The sheet has the reference with its mask, then source, alpha and object on magenta of each image, worst first."""
+    """The sheet has the reference with its mask, then source, alpha and object of each image, worst quality first."""
     assert icm(contact_sheet=scene / "sheet.png", report=scene / "r.json").exit_code == 0
     sheet = read(scene / "sheet.png")
     assert sheet.shape == (4 * 258, 3 * 240, 3)

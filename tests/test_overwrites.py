@@ -424,6 +424,38 @@ def test_dry_run_counts_alphas(icm: Icm, scene: Path) -> None:
     assert alphas(scene / "out") == before
 
 
+def test_alphas_without_source_are_counted(icm: Icm, scene: Path) -> None:
+    """Every run with all sources gives a notice. Runs with a part of them, and other sources, do not count."""
+    shutil.copy(scene / "imgs" / "sub" / "deep.png", scene / "imgs" / "café.png")
+    assert icm(trimap="also").exit_code == 0
+    copy_many(scene / "imgs" / "wall.jpg", scene / "more", 1)
+    assert icm(src=scene / "more").exit_code == 0
+    (scene / "out" / "notes.txt").write_text("")
+    before = alphas(scene / "out")
+    assert "without source" not in icm(trimap="also").stderr
+    for name in ("sub/deep.png", "café.png"):
+        (scene / "imgs" / name).unlink()
+    expected = (
+        f"icm: without source: 4 files of icm in {scene}/out, such as {scene}/out/café.png, whose images were removed "
+        "or renamed; delete the files that you do not need"
+    )
+    assert expected in icm(trimap="also").stderr.splitlines()
+    assert expected in icm("--dry-run").stderr.splitlines()
+    for flags in (("--shard", "1/2"), ("--exclude", "wall*")):
+        assert "without source" not in icm(*flags, trimap="also").stderr
+    assert "without source" not in icm(src=scene / "imgs" / "wall.jpg", trimap="also").stderr
+    assert alphas(scene / "out") == before
+
+
+def test_pages_of_an_excluded_file_have_their_source(icm: Icm, scene: Path) -> None:
+    pages = [Image.fromarray(read(scene / "imgs" / "wall.jpg")[..., ::-1])] * 3
+    pages[0].save(scene / "imgs" / "book.tif", save_all=True, append_images=pages[1:])
+    assert icm().exit_code == 0
+    assert "without source" not in icm().stderr
+    pages[0].save(scene / "imgs" / "book.tif", save_all=True, append_images=pages[2:])
+    assert "without source: 1 file of icm in" in icm().stderr
+
+
 @pytest.mark.parametrize(
     "number", [errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENAMETOOLONG, errno.EROFS, errno.EIO, errno.ESTALE]
 )

@@ -19,6 +19,7 @@ from icm_cli.files import (
     check_would_be_writable,
     check_writable,
     combined_digest,
+    is_file,
     remove_stale_temporaries,
     special_file_kind,
 )
@@ -36,7 +37,7 @@ from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
 from icm_cli.matting.planning import choose_colour_settings, choose_output, plan_images
 from icm_cli.matting.references import Reference, check_negatives, read_negatives, read_references
 from icm_cli.matting.result_collector import ResultCollector, environment_settings
-from icm_cli.matting.resume import ExistingAlpha, file_identities, keep_existing_alphas
+from icm_cli.matting.resume import ExistingAlpha, file_identities, keep_existing_alphas, report_alphas_without_source
 from icm_cli.matting.run_record import record_run
 from icm_cli.matting.shot import Keyframe, Shot, split_shots
 from icm_cli.matting.sources import SkippedFiles, find_sources, real_path
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 
 ALLOWED_PROBLEMS = frozenset({"empty-alpha", "16-bit-alpha", "missing-alpha"})
 """Kinds of bad or missing ground truths that do not count as failures in a matting run."""
+PARTIAL_OPTIONS = frozenset({"include", "exclude", "frames", "shard"})
+"""Options that select a part of the sources."""
 
 
 @keyword_arguments(MatteOptions)
@@ -74,6 +77,8 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
     start = time.perf_counter()
     _check_devices(options)
     plan = make_plan(options, listener)
+    if not options.given & PARTIAL_OPTIONS and not is_file(options.sources.src) and options.sources.src != "-":
+        report_alphas_without_source(plan.layout.folder, plan.jobs, listener.on_notice)
     if path := options.references.save_mask:
         check_writable(path.parent)
         write_mask(path, plan.references[0].display_mask)

@@ -14,10 +14,10 @@ from typing import Any
 
 from icm_cli.environment import __version__
 from icm_cli.errors import ImageError, UsageError, format_count
-from icm_cli.files import FileIdentity, check_schema, describe_obstacle, identify_file, is_file
+from icm_cli.files import FileIdentity, check_schema, describe_obstacle, identify_file, is_file, walk_files
 from icm_cli.images.decoding import open_image
 from icm_cli.images.image_file import ICM_ALPHA_MARK
-from icm_cli.images.writing import has_changed_pixels, read_provenance, set_provenance_entry
+from icm_cli.images.writing import has_changed_pixels, read_provenance, read_provenance_header, set_provenance_entry
 from icm_cli.matting.digest import code_fingerprint
 from icm_cli.matting.jobs import OBSTACLE_ADVICE, Job
 from icm_cli.matting.sources import MAX_LISTED_FILES
@@ -47,6 +47,8 @@ DETAILS_SCHEMA = {
 RECORDED_DETAILS = tuple(name.removesuffix("?") for name in DETAILS_SCHEMA)
 UNRECORDED_VERSION = "0.1"
 """Version of alphas that do not record one: those of icm 0.1.x."""
+MAX_OTHER_FILES = 10_000
+"""If an output folder has more files that are no outputs of the run, alphas without source are not counted."""
 
 
 class OtherSourceError(ImageError):
@@ -252,6 +254,29 @@ def keep_existing_alphas(
         for job, existing in outdated:
             on_outdated(job, existing)
     return [job for job in jobs if job.output not in kept]
+
+
+def report_alphas_without_source(folder: Path, jobs: Sequence[Job], notice: Callable[[str], None]) -> None:
+    """Give a notice that counts the alphas and trimaps below a folder whose source was removed or renamed.
+
+    ``jobs``: those of all sources of the run. Files of sources below other roots are not counted.
+    """
+    names = {escape_name(job.planned.name) for job in jobs}
+    roots = {escape_name(job.root): Path(job.root) for job in jobs}
+    own = {path for job in jobs for path in (*job.files, job.output, job.trimap)}
+    others = [path for path in walk_files(folder, {}) if path not in own]
+    without_source: list[Path] = []
+    for path in others if len(others) <= MAX_OTHER_FILES else ():
+        with contextlib.suppress(ImageError):
+            provenance = read_provenance_header(path)
+            name, root = provenance.get(NAME_KEY, ""), roots.get(provenance.get(ROOT_KEY, ""))
+            if name and root is not None and name not in names and not is_file(root / name):
+                without_source.append(path)
+    if without_source:
+        notice(
+            f"without source: {format_count(len(without_source), 'file')} of icm in {folder}, such as "
+            f"{min(without_source)}, whose images were removed or renamed; delete the files that you do not need"
+        )
 
 
 def _report_kept(

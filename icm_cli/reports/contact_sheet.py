@@ -76,7 +76,7 @@ def _make_caption(result: ImageResult) -> str:
 def composite_on_backdrop(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
     """Composite an image [H,W,3] with its alpha [H,W] on magenta, uint8 [H,W,3]."""
     weight = alpha[..., None].astype(np.float32) / np.float32(255.0)
-    return round_to_u8(rgb * weight + np.float32(BACKDROP) * (1 - weight))
+    return round_to_u8(rgb * weight + np.array(BACKDROP, np.float32) * (1 - weight))
 
 
 def _make_row(source: ImageU8 | None, alpha: ImageU8 | None, caption: str) -> ImageU8:
