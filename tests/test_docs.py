@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
+import io
 import json
 import re
 import subprocess
@@ -68,9 +70,10 @@ def prose_lines(text: str) -> list[str]:
 def test_python_examples_run(page: str, examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
-    outcome = doctest.testfile(str(ROOT / "docs" / f"{page}.md"), module_relative=False, encoding="utf-8")
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        outcome = doctest.testfile(str(ROOT / "docs" / f"{page}.md"), module_relative=False, encoding="utf-8")
     assert outcome.attempted >= examples
-    assert not outcome.failed
+    assert not outcome.failed, output.getvalue()
 
 
 @pytest.mark.slow
