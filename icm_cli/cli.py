@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from icm_cli.signals import Interrupt
 
 Callback = Callable[[bool], None]
 GLOB_HINT = 'quote globs and patterns, such as --src "imgs/*.jpg", so that the shell does not expand them'
+COORDINATES_HINT = "write coordinates as one word, such as --point 640,360"
 ARGUMENTS, IS_VERBOSE = "icm.arguments", "icm.is_verbose"
 """Keys of ``Context.meta``: the words of the command line, and whether ``--verbose`` is among them."""
 
@@ -55,7 +57,9 @@ class StrictCommand(TyperCommand):
             return super().parse_args(ctx, args)
         values, words, _ = self.make_parser(ctx).parse_args(list(args))
         if words and "help" not in values:
-            raise UsageError(f"unexpected words: {' '.join(words)}; {GLOB_HINT}")
+            are_numbers = all(re.fullmatch("[-+0-9.,]+", word) for word in words)
+            hint = COORDINATES_HINT if are_numbers else GLOB_HINT
+            raise UsageError(f"unexpected words: {' '.join(words)}; {hint}")
         required = [option for option in self.params if option.required]
         missing = [_parameter_name(option) for option in required if values.get(option.name) is None]
         exits_at_once = any(option.is_eager and option.name in values for option in self.get_params(ctx))

@@ -85,7 +85,10 @@ def test_predictions_are_resized_to_the_ground_truth_and_counted(
     assert image["scores"]["whole"]["mad"] != pytest.approx(rounded.mad, rel=1e-4)
 
 
-def test_folder_without_matching_alphas_is_refused(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_folder_without_matching_alphas_is_refused(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+    result = evaluate(pred=data / "alphas" / "a" / "lawn.png")
+    assert result.exit_code == 2
+    assert "lawn.png is a file; expected a folder of alphas named like the images" in result.stderr
     (tmp_path / "pred").mkdir()
     result = evaluate(pred=tmp_path / "pred")
     assert result.exit_code == 2

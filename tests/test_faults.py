@@ -108,7 +108,7 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     "missing src": (2, "does not exist", option(src="@none")),
     "torn ref": (2, "empty", file_at("torn.png", b"", "ref")),
     "mask is text": (2, "not an image", file_at("m.png", b"hello", "mask")),
-    "counts differ": (2, "2 references but 1 masks", option(ref=["@ref.png", "@ref.png"])),
+    "counts differ": (2, "2 references but 1 mask", option(ref=["@ref.png", "@ref.png"])),
     "no mask, no cut-out": (2, "not an RGBA cut-out", option(mask=None)),
     "empty mask": (2, "is empty", flat_mask(0)),
     "full mask": (2, "is full", flat_mask(255)),

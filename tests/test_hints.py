@@ -168,6 +168,30 @@ def test_an_annotation_of_another_image_is_reported(icm: Icm, scene: Path, hints
     assert "says that it is about other.png" in icm("--dry-run", mask=mask).stderr
 
 
+def test_dry_run_finds_hints_for_another_size(icm: Icm, scene: Path, hints: Path) -> None:
+    height, width = size_of(scene / "imgs" / "wall.jpg")
+    write_hint(hints / "wall.json", imageHeight=height + 1, imageWidth=width)
+    paint_hint(hints / "pad.0101.png", (height, width + 1))
+    write_hint(hints / "sub" / "deep.json")
+    for flags in (["--dry-run"], []):
+        ended = icm(*flags, hints=hints)
+        assert ended.exit_code == 1
+        assert f"it is of an image of {width}x{height + 1}, and the image is {width}x{height}" in ended.stderr
+        assert f"pad.0101.png is {width + 1}x{height}, and the image is" in ended.stderr
+    assert (
+        "1 new, 0 to be recomputed, 0 kept, 2 that would fail"
+        in icm("--dry-run", hints=hints, out=scene / "new").stderr
+    )
+
+
+def test_json_that_is_no_annotation_is_refused(icm: Icm, scene: Path, hints: Path) -> None:
+    (hints / "wall.json").write_text('{"points": [[20, 20]]}')
+    refused = icm(hints=hints)
+    assert refused.exit_code == 2
+    assert f"{hints / 'wall.json'} cannot be used: it has neither shapes nor annotations" in refused.stderr
+    assert not (scene / "out").exists()
+
+
 def test_points_hold_in_trimaps(icm: Icm, scene: Path, hints: Path) -> None:
     """At the edge of the object, where the trimap is unknown without hints."""
     assert icm(trimap="instead", trimap_band=6).exit_code == 0

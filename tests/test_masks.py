@@ -359,6 +359,14 @@ def test_soft_mask_that_is_too_dark_states_its_largest_value(tmp_path: Path) -> 
         read(saved(tmp_path, soft))
 
 
+def test_photograph_is_no_mask(icm: Icm, scene: Path) -> None:
+    """As if --ref and --mask were exchanged."""
+    result = icm("--dry-run", ref=scene / "mask.png", mask=scene / "ref.png")
+    assert result.exit_code == 2
+    assert f"mask {scene}/ref.png is a photograph: it has colours" in result.stderr
+    assert "check the order of --ref and --mask" in result.stderr
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])
 @pytest.mark.parametrize("quality", [60, 85])
 def test_noise_of_lossy_files_is_not_a_label(tmp_path: Path, suffix: str, quality: int) -> None:

@@ -84,6 +84,10 @@ def test_hostile_texts_and_paths_give_one_message(
         ("matte --shot=yes", "option '--shot' does not take a value; see icm matte --help"),
         ("matte --ref a --src b --out c -q -v", "--quiet prints errors only and --verbose prints details"),
         ("matte --ref a --src b c d --out e", "unexpected words: c d; quote globs"),
+        (
+            "matte --ref a --point 640 360",
+            "unexpected words: 360; write coordinates as one word, such as --point 640,360",
+        ),
         ("matte --list-models all", "unexpected words: all; quote globs"),
         ("bogus", "no such command 'bogus'; see icm --help"),
         ("--install-completion fish", "--install-completion exits at once, so 'fish' has no effect; remove it"),

@@ -130,6 +130,13 @@ def test_reference_with_a_display_window_is_marked_in_it(icm: Icm, scene: Path, 
     assert f"outside the image, which is {width + 50}x{height + 20}" in outside.stderr
 
 
+@pytest.mark.parametrize("prompt", [{"point": "0.5,0.5"}, {"box": "0.1,0.2,0.9,1"}])
+def test_fractions_of_the_image_are_refused(icm: Icm, prompt: dict[str, str]) -> None:
+    ended = icm("--dry-run", mask=None, **prompt)
+    assert ended.exit_code == 2
+    assert "have only values from 0 to 1; expected pixels of the image as it is displayed" in ended.stderr
+
+
 def test_coordinates_are_those_of_the_displayed_image(icm: Icm, scene: Path, truth: np.ndarray) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees to display

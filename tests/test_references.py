@@ -84,7 +84,7 @@ def test_mask_that_looks_inverted_gives_a_notice(folder: Path, inverted: bool, i
 
 
 def test_numbers_of_references_and_masks_must_agree(folder: Path) -> None:
-    with pytest.raises(UsageError, match="2 references but 1 masks"):
+    with pytest.raises(UsageError, match="2 references but 1 mask"):
         read_references([folder / "ref.png"] * 2, [folder / "mask.png"], lambda _: None)
     with pytest.raises(UsageError, match="no reference"):
         read_references([], [], lambda _: None)

@@ -156,7 +156,8 @@ def _make_rule(dataset_samples: DatasetSamples, options: EvaluateOptions) -> Sco
 def _score_predictions(evaluation: Evaluation, folder: Path) -> Report:
     """Score the alphas in ``folder``, except the references. Raises UsageError if no alpha belongs to an image."""
     if not folder.is_dir():
-        raise UsageError(f"folder of predictions {folder} does not exist; expected alphas named like the images")
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UsageError(f"folder of predictions {folder} {what}; expected a folder of alphas named like the images")
     protocol = evaluation.options.protocol
     references: ReferenceRounds = [{} for _ in range(protocol.rounds or 1)]
     problems: list[Problem] = []

@@ -103,6 +103,8 @@ class ImageHints:
         """
         if path.suffix.lower() == JSON_SUFFIX:
             content = read_json(path, "annotation", {}, EXPECTED_ANNOTATION)
+            if not content.keys() & {"shapes", "annotations"}:
+                self._read_file(path, (1, 1))  # raises UsageError
             if content.get("shapes") == []:
                 raise UsageError(f"annotation {path} has no shape; delete the file to remove the hints of {self.image}")
             size = content.get("imageHeight"), content.get("imageWidth")

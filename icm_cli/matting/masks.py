@@ -38,6 +38,8 @@ MAX_SOFT_STEP = 2
 """In a soft mask, neighbouring pixels of a gradient usually differ by at most this."""
 MAX_LISTED_LABELS = 12
 """Largest number of labels that a message lists."""
+MIN_FLAT_MASK = 0.25
+"""Smallest fraction of pixels with the colour of all their neighbours in a mask with colours."""
 UPRIGHT = 1
 """EXIF orientation of an image that is upright as stored."""
 
@@ -193,8 +195,17 @@ def _mask_from_indices(stored: DecodedImage, opaque: NDArray[np.bool_] | None, p
 
 
 def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
-    """Return the mask of a file with one colour on black. Raises AmbiguousMaskError for several colours."""
-    all_colours = _merge_noise(_label_fractions(_pack_colours(values, scale)), path)
+    """Return the mask of a file with one colour on black. Raises AmbiguousMaskError for several colours.
+
+    Raises UsageError for a photograph, in which few pixels have the colour of their neighbours.
+    """
+    packed = _pack_colours(values, scale)
+    if _is_flat(packed).mean() < MIN_FLAT_MASK:
+        raise UsageError(
+            f"mask {path} is a photograph: it has colours, and nearly no areas of one colour; expected the object in "
+            "white, and black elsewhere; check the order of --ref and --mask"
+        )
+    all_colours = _merge_noise(_label_fractions(packed), path)
     bright = {colour: part for colour, part in all_colours.items() if _max_channel(colour) > END_TOLERANCE * 255}
     labels = bright or all_colours
     if near_black := [f"#{int(colour):06x}" for colour in all_colours if colour not in labels]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from icm_cli.device import parse_devices, resolve_device
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
-from icm_cli.errors import Problem, UsageError, format_count
+from icm_cli.errors import ImageError, Problem, UsageError, format_count
 from icm_cli.events import Listener, check_argument
 from icm_cli.files import (
     check_would_be_writable,
@@ -24,6 +25,7 @@ from icm_cli.files import (
     special_file_kind,
 )
 from icm_cli.images.colour import ColourSettings
+from icm_cli.images.decoding import image_windows
 from icm_cli.images.image_file import EMPTY_FILE, movie_message
 from icm_cli.images.writing import OutputFormat, write_mask
 from icm_cli.matting.cluster import RayCluster
@@ -31,6 +33,7 @@ from icm_cli.matting.devices import EngineSetup, Runner, WorkerPool
 from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import EngineOptions
 from icm_cli.matting.frames import FrameName, FramePattern
+from icm_cli.matting.hint_files import MAX_CHECKED_PIXELS
 from icm_cli.matting.jobs import EMPTY_SHARD, Job, OutputLayout, check_obstacles, check_overwrites, parse_shard
 from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
@@ -481,12 +484,27 @@ def _find_damage(job: Job) -> str:
     return "its alpha is damaged or incomplete" if all(map(os.path.lexists, job.outputs)) else "it has no trimap"
 
 
+def _find_problem_of_guidance(job: Job) -> str:
+    """Return why a job would fail because of its hints or mattes, by the header of its image; "" if this is unknown."""
+    windows = None
+    with contextlib.suppress(ImageError):  # is reported when the image is matted
+        windows = image_windows(job.header_file) if job.header_file and (job.hints or job.mattes) else None
+    try:
+        if job.mattes:
+            job.mattes.check(windows)
+        if job.hints and windows and math.prod(windows.display) <= MAX_CHECKED_PIXELS:
+            job.hints.read(windows)
+    except ImageError as error:
+        return str(error)
+    return ""
+
+
 def _find_problem(job: Job) -> str:
     """Return why a job would fail, as far as this is known without decoding the image; "" if no reason is known."""
     source = job.source
     assert isinstance(source, Path)
     inspected = job.inspected
-    problem = "" if job.mattes is None else job.mattes.find_problem(job.header_file)
+    problem = _find_problem_of_guidance(job)
     if not os.path.exists(source):  # noqa: PTH110  Path.exists raises errors
         problem = f"{source} does not exist"
     elif kind := special_file_kind(source.stat().st_mode):

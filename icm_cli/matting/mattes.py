@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 from icm_cli.errors import ImageError, UsageError, format_count
 from icm_cli.files import combined_digest
 from icm_cli.geometry import Float, ImageU8, format_size, has_same_aspect, resize, round_to_u8
-from icm_cli.images.decoding import image_size, image_windows
+from icm_cli.images.decoding import image_size
 from icm_cli.images.openimageio import NOT_FINITE
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import extra_frame_notices, file_digest, read_stored_pixels
@@ -109,20 +108,10 @@ class ImageMattes:
     garbage: MatteFile | None = None
     keep: MatteFile | None = None
 
-    def find_problem(self, image: Path | None) -> str:
-        """Return why the image would fail because of a matte, as far as headers tell; "" if no reason is known.
-
-        ``image``: file whose header states the size of the image; None if there is none.
-        """
-        windows = None
-        with contextlib.suppress(ImageError):  # is reported when the image is matted
-            windows = None if image is None else image_windows(image)
-        try:
-            for file in filter(None, (self.garbage, self.keep)):
-                file.check(windows)
-        except ImageError as error:
-            return str(error)
-        return ""
+    def check(self, windows: ImageWindows | None) -> None:
+        """Check both files, see :meth:`MatteFile.check`. Raises ImageError."""
+        for file in filter(None, (self.garbage, self.keep)):
+            file.check(windows)
 
     @functools.cached_property
     def digest(self) -> str:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.errors import ImageError, ImageMemoryError, ResourceError, UsageError
+from icm_cli.errors import ImageError, ImageMemoryError, ResourceError, UsageError, format_count
 from icm_cli.files import combined_digest
 from icm_cli.geometry import ImageU8, format_size, has_same_aspect, resize
 from icm_cli.guidance.annotations import OTHER_IMAGE, find_other_image, is_annotation, read_hints
@@ -109,7 +109,8 @@ def read_references(
         raise UsageError("no reference was given; give --ref IMAGE and --mask MASK")
     if masks and len(masks) != len(refs):
         raise UsageError(
-            f"{len(refs)} references but {len(masks)} masks were given; give one --mask for each --ref, in order"
+            f"{format_count(len(refs), 'reference')} but {format_count(len(masks), 'mask')} were given; give one "
+            "--mask for each --ref, in order"
         )
     if label is not None and not masks:
         raise UsageError(f"--mask-label {label} selects a label of a mask, and there is no --mask; omit --mask-label")
@@ -291,6 +292,12 @@ def _read_annotation(
 def _read_prompts(options: ReferenceOptions, ref: Path, size: tuple[int, int]) -> Hints:
     """Return the points, the box and the strokes of the options as hints about a reference. Raises UsageError."""
     boxes = [options.box] if options.box else []
+    coordinates = [value for position in (*options.point, *options.not_point, *boxes) for value in position]
+    if all(0 <= value <= 1 for value in coordinates) and any(value % 1 for value in coordinates):
+        raise UsageError(
+            f"reference {ref}: --point, --not-point and --box have only values from 0 to 1; expected pixels of the "
+            "image as it is displayed, not fractions; multiply x by its width and y by its height"
+        )
     strokes = Hints(size=size) if options.scribble is None else read_scribble(options.scribble, size)
     if strokes.is_outlined:
         raise UsageError(
