@@ -14,8 +14,9 @@ import pytest
 from conftest import Icm, alphas, read
 
 from icm_cli.environment import __version__
+from icm_cli.images.image_file import ImageFile
 from icm_cli.images.writing import read_provenance
-from icm_cli.matting import digest, resume
+from icm_cli.matting import digest, jobs, resume
 from icm_cli.matting.digest import code_fingerprint
 
 SetVersion = Callable[..., None]
@@ -95,6 +96,44 @@ def test_keep_existing_recomputes_alphas_of_changed_sources_only(icm: Icm, scene
         "deep.png": "done",
     }
     assert alphas(scene / "out")["wall.png"] == before["wall.png"]
+
+
+def test_touched_source_is_read_only_once(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its new time is recorded next to the alphas, which do not change."""
+    read_files: list[str] = []
+    real = ImageFile.content_digest
+
+    def content_digest(file: ImageFile) -> str:
+        read_files.append(file.path.name)
+        return real(file)
+
+    def kept_by_reading(*flags: str) -> list[str]:
+        """Run again as a new process would, and return the sources that were read completely."""
+        jobs._digests.clear()
+        read_files.clear()
+        assert icm(*flags, report=scene / "r.json").exit_code == 0
+        assert "--dry-run" in flags or {status for status, _ in statuses(scene / "r.json").values()} == {"kept"}
+        return sorted(read_files)
+
+    monkeypatch.setattr(ImageFile, "content_digest", content_digest)
+    assert icm().exit_code == 0
+    before = alphas(scene / "out")
+    os.utime(scene / "imgs" / "wall.jpg", ns=(1, 1))
+    assert kept_by_reading("--dry-run") == ["wall.jpg"]
+    assert kept_by_reading() == ["wall.jpg"]
+    assert kept_by_reading() == kept_by_reading("--dry-run") == []
+    os.utime(scene / "imgs" / "sub" / "deep.png", ns=(1, 1))
+    assert kept_by_reading("--shard", "1/1") == ["deep.png"]
+    assert kept_by_reading() == []
+    assert alphas(scene / "out") == before
+    states = scene / "out" / ".icm" / "source-states.json"
+    states.write_text("[")
+    assert kept_by_reading() == ["deep.png", "wall.jpg"]
+    changed = scene / "imgs" / "wall.jpg"
+    cv2.imwrite(str(changed), 255 - read(changed))
+    os.utime(changed, ns=(1, 1))
+    assert icm(report=scene / "r.json").exit_code == 0
+    assert statuses(scene / "r.json")["wall.jpg"][0] == "done"
 
 
 def test_keep_existing_still_refuses_files_of_others(icm: Icm, scene: Path) -> None:

@@ -40,7 +40,14 @@ from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
 from icm_cli.matting.planning import choose_colour_settings, choose_output, plan_images
 from icm_cli.matting.references import Reference, check_negatives, read_negatives, read_references
 from icm_cli.matting.result_collector import ResultCollector, environment_settings
-from icm_cli.matting.resume import ExistingAlpha, file_identities, keep_existing_alphas, report_alphas_without_source
+from icm_cli.matting.resume import (
+    ExistingAlpha,
+    add_source_states,
+    file_identities,
+    keep_existing_alphas,
+    read_source_states,
+    report_alphas_without_source,
+)
 from icm_cli.matting.run_record import record_run
 from icm_cli.matting.shot import Keyframe, Shot, split_shots
 from icm_cli.matting.sources import SkippedFiles, find_sources, real_path
@@ -261,7 +268,7 @@ class _MattingRun:
         on_outdated: Callable[[Job, ExistingAlpha], None] | None = None,
     ) -> list[Job]:
         """Report the alphas that are kept, and return the remaining jobs. Raises UsageError."""
-        shot, options = self._plan.shot, self._setups[0].options
+        shot, options, folder = self._plan.shot, self._setups[0].options, self._plan.layout.folder
         jobs = list(shot.order if shot else self._plan.jobs)
         if options.overwrite:
             return [replace(job, replaceable=file_identities(job)) for job in jobs]
@@ -275,6 +282,8 @@ class _MattingRun:
             hint="; --keep-existing keeps them",
             reusable_outputs=shot.reusable_outputs if shot else None,
             on_outdated=on_outdated,
+            source_states=read_source_states(folder),
+            on_source_states=None if self._options.reports.dry_run else functools.partial(add_source_states, folder),
         )
 
     def _runner(self, on_result: Callable[[ImageResult], None]) -> contextlib.AbstractContextManager[Runner]:

@@ -10,11 +10,22 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from icm_cli.environment import __version__
-from icm_cli.errors import ImageError, UsageError, format_count
-from icm_cli.files import FileIdentity, check_schema, describe_obstacle, identify_file, is_file, walk_files
+from icm_cli.errors import ImageError, OutputError, UsageError, format_count
+from icm_cli.files import (
+    RECORD_FOLDER,
+    FileIdentity,
+    check_schema,
+    describe_obstacle,
+    identify_file,
+    is_file,
+    read_json,
+    walk_files,
+    write_json,
+)
 from icm_cli.images.decoding import open_image
 from icm_cli.images.image_file import ICM_ALPHA_MARK
 from icm_cli.images.writing import has_changed_pixels, read_provenance, read_provenance_header, set_provenance_entry
@@ -31,6 +42,8 @@ NAME_KEY = "icm-name"
 ROOT_KEY = "icm-root"
 CONTENT_KEY = "icm-sha256"
 RESULT_KEY = "icm-result"
+STATES_NAME = "source-states.json"
+"""File in RECORD_FOLDER of an output folder; see :func:`read_source_states`."""
 HINTS_KEY = "icm-hints"
 REVIEWED_KEY = "icm-reviewed"
 """Provenance entry of an alpha that a person has accepted. Only ``--overwrite`` recomputes such an alpha."""
@@ -72,8 +85,10 @@ class ExistingAlpha:
     result: ImageResult
     """The result of the job if the alpha is kept."""
     provenance: Mapping[str, str]
+    source_state: str
+    """State of the source, and content from which the alpha was made. "" for an alpha of another root."""
     is_of_same_state: bool
-    """Whether the source has the same state as when the alpha was made."""
+    """Whether the source has a state of which it is known that its content is that of the alpha."""
     retouched: Path | None
     """An output whose pixels another program changed; None if there is none."""
 
@@ -198,6 +213,24 @@ def check_unchanged(path: Path, job: Job, digest: str, replaceable: Mapping[Path
         )
 
 
+def read_source_states(folder: Path) -> dict[str, str]:
+    """Return the source states that are recorded in an output folder, by the names of the images.
+
+    They are those of sources whose modification time has changed and whose content has not, so that it need not be
+    compared again.
+    """
+    with contextlib.suppress(UsageError):
+        states = read_json(folder / RECORD_FOLDER / STATES_NAME, "source states", {"*": str}, "")
+        return dict(states)
+    return {}
+
+
+def add_source_states(folder: Path, states: Mapping[str, str]) -> None:
+    """Add source states to those in an output folder. If they cannot be written, contents are compared again."""
+    with contextlib.suppress(OutputError):
+        write_json(folder / RECORD_FOLDER / STATES_NAME, {**read_source_states(folder), **states})
+
+
 def keep_existing_alphas(
     jobs: Sequence[Job],
     digest_for: Callable[[Job], str],
@@ -209,6 +242,8 @@ def keep_existing_alphas(
     hint: str = "",
     reusable_outputs: Callable[[Collection[Path], Collection[Path]], set[Path]] | None = None,
     on_outdated: Callable[[Job, ExistingAlpha], None] | None = None,
+    source_states: Mapping[str, str] = MappingProxyType({}),
+    on_source_states: Callable[[Mapping[str, str]], None] | None = None,
 ) -> list[Job]:
     """Report the images whose alpha is kept, and return the jobs of all other images.
 
@@ -223,12 +258,14 @@ def keep_existing_alphas(
         reusable_outputs: For shots, :meth:`icm_cli.matting.shot.Shot.reusable_outputs`: returns the outputs to keep, of
             those that could be kept and those that are reviewed. Not used with ``keep_all``.
         on_outdated: Called with each complete alpha that is not kept.
+        source_states: Result of :func:`read_source_states`.
+        on_source_states: Called with further states that :func:`add_source_states` can record, if there are any.
     """
 
     def inspect(job: Job) -> tuple[ExistingAlpha | OtherSourceError | None, bool]:
         """Return the existing alpha, or the error if it conflicts with this run; and whether it can be kept."""
         try:
-            existing = read_existing_alpha(job)
+            existing = read_existing_alpha(job, source_states)
             return existing, existing is not None and existing.can_be_kept(job, digest_for(job), keep_all=keep_all)
         except OtherSourceError as error:
             return error, False
@@ -248,6 +285,9 @@ def keep_existing_alphas(
         more = f"; and {len(conflicts) - MAX_LISTED_FILES} more" if len(conflicts) > MAX_LISTED_FILES else ""
         raise UsageError("; ".join(map(str, conflicts[:MAX_LISTED_FILES])) + more)
     kept_alphas = [(job, existing) for job, existing in alphas if job.output in kept]
+    compared = [(job, each) for job, each in kept_alphas if not (each.is_of_same_state or each.is_reviewed)]
+    if compared and on_source_states is not None:
+        on_source_states({escape_name(job.planned.name): existing.source_state for job, existing in compared})
     _report_kept(kept_alphas, digest_for, on_result, notice)
     _count_versions([existing for _, existing in outdated], "recomputing", hint, notice)
     if on_outdated is not None:
@@ -316,12 +356,14 @@ def _count_versions(alphas: Sequence[ExistingAlpha], action: str, hint: str, not
         notice(f"{action} {format_count(len(others), 'alpha')} made by another version of icm ({counts}){hint}")
 
 
-def read_existing_alpha(job: Job) -> ExistingAlpha | None:
+def read_existing_alpha(job: Job, source_states: Mapping[str, str] = MappingProxyType({})) -> ExistingAlpha | None:
     """Return the alpha that an earlier run made for a job; None if there is none, or if it is damaged.
 
     If the run writes trimaps too, an alpha without its trimap is damaged, unless it is reviewed. Raises
     OtherSourceError if the alpha was made from another source: one with another name below its root, or one below
     another root and with other content. Raises ImageError if the source or the output cannot be read.
+
+    ``source_states``: see :func:`keep_existing_alphas`.
     """
     provenances = {path: _read_own_provenance(path, job) for path in job.outputs}
     retouched = next(
@@ -335,9 +377,13 @@ def read_existing_alpha(job: Job) -> ExistingAlpha | None:
         return None
     result = replace(job.planned, status="kept", matting=recorded_details(provenance))
     # Below another root the state may differ, and _read_own_provenance() has compared the content.
-    is_same_root = provenance.get(ROOT_KEY) == escape_name(job.root)
-    is_of_same_state = not is_same_root or provenance.get(SOURCE_KEY) == job.state()
-    return ExistingAlpha(result, provenance, is_of_same_state, retouched)
+    if provenance.get(ROOT_KEY) != escape_name(job.root):
+        return ExistingAlpha(result, provenance, "", is_of_same_state=True, retouched=retouched)
+    state = job.state()
+    source_state = f"{state} {provenance.get(CONTENT_KEY)}"
+    is_recorded = source_states.get(escape_name(job.planned.name)) == source_state
+    is_of_same_state = is_recorded or provenance.get(SOURCE_KEY) == state
+    return ExistingAlpha(result, provenance, source_state, is_of_same_state, retouched)
 
 
 def _retouched_error(path: Path, job: Job) -> OtherSourceError:
