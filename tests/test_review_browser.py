@@ -10,6 +10,8 @@ import os
 import shlex
 import shutil
 import signal
+import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -276,6 +278,9 @@ class TestSecurity:
             answer = other.goto(server.origin + target)
             assert answer is not None
             assert answer.status == 403, target
+        other.goto(f"{server.origin}/?token=wrong")
+        expect(other.locator("body")).to_contain_text("this link is incomplete, or from an earlier start")
+        expect(other.locator("body")).to_contain_text("open that link in this browser")
         rebound = server.url.replace("127.0.0.1", "other.example")
         answer = other.goto(rebound)
         assert answer is not None
@@ -496,6 +501,61 @@ class TestFixes:
         page.mouse.click(*to_page(page, image, ON_OBJECT))
         expect(page.locator("#hints-state")).to_have_text("No hints")
 
+    @pytest.mark.parametrize("uses_keys", [False, True])
+    def test_escape_cancels_a_box(self, server: ReviewServer, open_page: Open, uses_keys: bool) -> None:
+        """The hints stay as they were before it. Without a box, Escape goes back to the overview."""
+        page = open_page(server)
+        image = open_image(page, server, WRONG)
+        page.mouse.click(*to_page(page, image, ON_OBJECT))
+        expect(page.locator("#hints-state")).to_have_text("1 hint, not saved")
+        page.keyboard.press("x")
+        if uses_keys:
+            for key in ("Shift+ArrowDown", "Enter", *["Shift+ArrowRight"] * 3, "Shift+ArrowDown"):
+                page.keyboard.press(key)
+        else:
+            page.mouse.move(*to_page(page, image, (10, 10)))
+            page.mouse.down()
+            page.mouse.move(*to_page(page, image, (60, 60)), steps=4)
+        expect(page.locator("#hints-state")).to_have_text("1 hint, not saved")  # the box has replaced the click
+        assert hints_of(page) == ["fg rectangle"]
+        page.keyboard.press("Escape")
+        assert hints_of(page) == ["fg point"]
+        page.mouse.move(*to_page(page, image, (80, 80)))
+        page.mouse.up()
+        assert hints_of(page) == ["fg point"]
+        expect(page.locator('[data-action="redo-hint"]')).to_be_disabled()
+        page.keyboard.press("Escape")
+        expect(page.locator("#overview")).to_be_visible()
+
+    def test_a_dragged_point_stays_out_of_hints_of_the_opposite(self, server: ReviewServer, open_page: Open) -> None:
+        """It stops at paint and at points that say the opposite, and the box grows with it."""
+        server.wait_until_ready()
+        page = open_page(server)
+        image = open_image(page, server, WRONG)
+        page.keyboard.press("d")
+        page.locator("#brush-size").fill("12")
+        page.mouse.click(*to_page(page, image, (120, 60)))
+        page.keyboard.press("x")
+        drag(page, image, [(30, 30), (80, 90)])
+        page.keyboard.press("p")
+        page.mouse.click(*to_page(page, image, (50, 60)))
+        page.mouse.click(*to_page(page, image, (60, 40)), button="right")
+        drag(page, image, [(50, 60), (60, 40)])
+        wait_for_answer(page)
+        drag(page, image, [(57, 45), (120, 60)])
+        expect(page.locator("#status")).to_contain_text("painted with Drop")
+        wait_for_answer(page)
+        expect(page.locator("#alerts .alert")).to_have_count(0)
+        page.keyboard.press("Shift+A")
+        expect(page.locator("#hints-state")).to_have_text("4 hints, saved")
+        shapes = {
+            f"{each['label']} {each['shape_type']}": each["points"]
+            for each in server.get(f"/api/images/{image['id']}")["hints"]["shapes"]
+        }
+        ((x, y),), (_, (right, _)) = shapes["fg point"], shapes["fg rectangle"]
+        assert 80 < x <= right < 120
+        assert shapes["bg point"] == [[60.5, 40.5]]
+
     def test_a_source_that_changes_is_loaded_again(self, server: ReviewServer, open_page: Open, folder: Path) -> None:
         """The page shows the new source, and a decision about the earlier one is refused."""
         server.wait_until_ready()
@@ -580,6 +640,13 @@ class TestFixes:
         assert page.evaluate(unnamed) == []
 
 
+def hints_of(page: Page) -> list[str]:
+    """Return label and type of the hints of the open image."""
+    script = """async () => (await import("/static/single.js")).single.draft.shapes
+        .map(({ label, shape_type: type }) => `${label} ${type}`)"""
+    return page.evaluate(script)
+
+
 def drag(page: Page, image: dict[str, Any], points: list[tuple[float, float]]) -> None:
     """Press the mouse at the first of these pixels, and release it at the last."""
     page.mouse.move(*to_page(page, image, points[0]))
@@ -639,6 +706,29 @@ class TestSeveralPeople:
         second.locator('[data-action="accept-stay"]').click()
         expect(second.locator("#image-status")).to_have_attribute("data-status", "accepted")
         expect(message).to_have_count(0)
+
+    def test_the_own_recompute_is_no_decision(self, server: ReviewServer, open_page: Open) -> None:
+        """A rejected image whose alpha changes becomes open again, also while it has hints that are not saved."""
+        server.wait_until_ready()
+        page = open_page(server)
+        image = open_image(page, server, WRONG)
+        page.mouse.click(*to_page(page, image, ON_OBJECT))
+        wait_for_answer(page)
+        page.locator('[data-action="reference"]').click()  # accepts it first
+        expect(page.locator("#taught-state")).to_contain_text("reference")
+        open_image(page, server, IMAGES[0])
+        page.locator('[data-action="reject"]').click()
+        expect(page.locator("#status")).to_contain_text("brickwall.jpg: rejected")
+        image = open_image(page, server, IMAGES[0])
+        page.mouse.click(*to_page(page, image, (20, 20)), button="right")
+        expect(page.locator("#hints-state")).to_have_text("1 hint, not saved")
+        page.locator('[data-action="open-teach"]').click()
+        page.locator('[data-action="recompute"]').click()
+        expect(page.locator("#recompute-state")).to_contain_text("Done", timeout=90_000)
+        page.keyboard.press("Escape")
+        expect(page.locator("#image-status")).to_have_attribute("data-status", "open")
+        expect(page.locator("#hints-state")).to_have_text("1 hint, not saved")
+        expect(page.locator('#alerts .alert[data-topic^="decision"]')).to_have_count(0)
 
     def test_other_tabs_follow(self, server: ReviewServer, open_page: Open) -> None:
         first, second = open_page(server), open_page(server)
@@ -704,10 +794,68 @@ class TestKills:
         assert {each["id"]: each["difference"] for each in ended["changed"]} == changes != {}
         assert not (folder / "alphas" / ".icm" / "before").exists()
 
-    def test_the_page_reports_a_stopped_server(self, server: ReviewServer, open_page: Open) -> None:
+    def test_the_page_reports_a_stopped_server(self, start: Callable[..., ReviewServer], open_page: Open) -> None:
+        """Its message names the port of the server, also if the browser uses another one that is forwarded to it."""
+        server = start()
+        with forward_port(server.port) as forwarded:
+            link = server.url.replace(f":{server.port}/", f":{forwarded}/")
+            page = open_page(ReviewServer(server.process, link))
+            server.kill()
+            message = page.locator('#alerts .alert[data-topic="connection"]')
+            expect(message).to_contain_text(f"start icm review again with --port {server.port}. Open its new link")
+            server = start("--port", str(server.port))
+            expect(message).to_contain_text("this page needs the link of the icm review that runs now")
+            other = page.context.new_page()
+            other.goto(server.url.replace(f":{server.port}/", f":{forwarded}/"))
+            expect(message).to_have_count(0)
+
+    def test_a_tab_with_the_images_of_an_earlier_server(
+        self, start: Callable[..., ReviewServer], open_page: Open, folder: Path
+    ) -> None:
+        """The numbers of the images are others: the tab can decide again after it was loaded again."""
+        server = start()
         page = open_page(server)
+        open_image(page, server, WRONG)
         server.kill()
-        expect(page.locator('#alerts .alert[data-topic="connection"]')).to_be_visible()
+        shutil.copy(folder / "imgs" / IMAGES[0], folder / "imgs" / "a first image.jpg")
+        run_matte(folder, folder / "alphas")
+        server = start("--port", str(server.port))
+        page.context.new_page().goto(server.url)
+        page.keyboard.press("Shift+A")
+        expect(page.locator('#alerts .alert[data-topic="connection"]')).to_contain_text("reload the page")
+        expect(page.locator('#alerts .alert[data-topic^="decision"]')).to_contain_text("cat.jpg was not accepted")
+        assert {item["status"] for item in server.images().values()} == {"open"}
+        page.goto(f"{server.origin}/")
+        page.reload()
+        open_image(page, server, WRONG)
+        page.keyboard.press("Shift+A")
+        expect(page.locator("#image-status")).to_have_attribute("data-status", "accepted")
+        assert [name for name, item in server.images().items() if item["status"] == "accepted"] == [WRONG]
+
+
+@contextlib.contextmanager
+def forward_port(port: int) -> Iterator[int]:
+    """Forward a free port of this machine to another one, as SSH does; yield the free port."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as target:
+                threading.Thread(target=copy_stream, args=(target, self.request), daemon=True).start()
+                copy_stream(self.request, target)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def copy_stream(source: socket.socket, target: socket.socket) -> None:
+    """Copy what arrives at a connection to another one, until it ends."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
 
 
 def try_accept(server: ReviewServer, id: int, hints: dict[str, Any]) -> None:

@@ -201,7 +201,9 @@ class TestSecurity:
     def test_nothing_is_served_without_the_cookie(self, client: Client, target: str, cookie: str) -> None:
         response = client.request("GET", target, cookie=cookie)
         assert response.status == 403
-        assert "open that link" in response.json["error"]
+        is_page = not target.startswith("/api/")
+        assert response.headers["content-type"] == ("text/plain; charset=utf-8" if is_page else "application/json")
+        assert "open that link" in (response.content.decode() if is_page else response.json["error"])
 
     @pytest.mark.parametrize(
         ("host", "is_own"),
@@ -359,7 +361,7 @@ def test_a_decision_about_a_source_that_has_changed_is_refused(client: Client, s
     source = scene / "imgs" / item["name"]
     Image.new("RGB", (details["width"] // 2, details["height"] // 2)).save(source)
     answer = {"hints": {"shapes": []}, "refined": True, "source": details["source_version"]}
-    for action, content in (("accept", body), ("answer", answer)):
+    for action, content in (("accept", body), ("reject", body), ("answer", answer)):
         response = client.request("POST", f"{target}/{action}", content)
         assert response.status == 409
         assert "has changed since the page loaded it" in response.json["error"]
@@ -368,6 +370,39 @@ def test_a_decision_about_a_source_that_has_changed_is_refused(client: Client, s
     assert (changed["width"], changed["height"]) == (details["width"] // 2, details["height"] // 2)
     accepted = client.request("POST", f"{target}/accept", {**body, "source": changed["source_version"]})
     assert accepted.json["status"] == "accepted"
+
+
+def test_a_page_with_the_images_of_an_earlier_server_is_refused(
+    client: Client, scene: Path, icm: Icm, open_review: OpenReview
+) -> None:
+    """Its ids refer to other images: every request is refused, not only decisions."""
+    known = client.get("/api/run")["list"]
+    assert client.request("GET", "/api/images", image_list=known).status == 200
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / "a first image.jpg")
+    assert icm().exit_code == 0
+    restarted = open_review()
+    for method, target in (
+        *(("POST", f"{IMAGE}/{action}") for action in ("accept", "reject", "undo")),
+        *(("GET", IMAGE), ("GET", "/api/run"), ("GET", "/api/thumbnails?view=alpha&ids=0")),
+        ("DELETE", "/api/references/0"),
+    ):
+        response = restarted.request(method, target, {"revision": 0, "hints": None}, image_list=known)
+        assert (response.status, "reload the page" in response.json["error"]) == (410, True)
+    assert {item["status"] for item in restarted.items().values()} == {"open"}
+    now = restarted.get("/api/run")["list"]
+    assert restarted.request("POST", f"{IMAGE}/reject", {"revision": 0}, image_list=now).json["status"] == "rejected"
+
+
+def test_only_decisions_change_the_decision_of_an_image(client: Client) -> None:
+    """The page shows a message if it changes elsewhere; a recompute must not cause one."""
+    item = next(iter(client.items().values()))
+    target = f"/api/images/{item['id']}"
+    rejected = client.request("POST", f"{target}/reject", {"revision": item["revision"]}).json
+    client.app.teaching._save_changes({item["id"]: 0.5})  # as a recompute does
+    changed = client.get(target)
+    assert (changed["status"], changed["decision"]) == ("open", rejected["decision"])
+    undone = client.request("POST", f"{target}/undo", {"revision": changed["revision"]}).json
+    assert "" == item["decision"] == undone["decision"] != rejected["decision"]
 
 
 def test_images_without_an_alpha_come_last(client: Client) -> None:

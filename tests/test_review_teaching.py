@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -239,3 +241,27 @@ def test_a_taught_frame_of_a_shot_is_a_keyframe_and_stays_listed(
     assert any(line.split() == ["kept", "3"] for line in made.stdout.splitlines())  # as the recompute made them
     reopened, _, _ = open_teaching(open_review)
     assert reopened.names == run.names == [f"a.{number:04d}.png" for number in range(1, 5)]
+
+
+def test_a_recompute_that_learns_the_references_shows_its_last_message(
+    icm: Icm, scene: Path, open_review: OpenReview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Learning takes minutes, in which no image ends. A message of an earlier recompute is not shown."""
+    assert icm().exit_code == 0
+    _, _, teaching = open_teaching(open_review)
+    log = scene / "out" / ".icm" / "recompute.log"
+    log.write_text("icm: an earlier message\n")
+    learning = "print('icm: learning the references: 40%', file=sys.stderr, flush=True); time.sleep(60)"
+
+    def start_learning(*_: str, **streams: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", f"import sys, time; {learning}"], **streams)
+
+    monkeypatch.setattr("icm_cli.review.teaching.start_module", start_learning)
+    teaching.start()
+    messages = set[str]()
+    wait_until(lambda: messages.add(teaching.progress()["message"]) or len(messages - {""}) > 0)
+    assert messages - {""} == {"learning the references: 40%"}
+    teaching.stop()
+    wait_until(lambda: teaching.progress()["state"] != "running")
+    assert teaching.progress()["state"] == "stopped"
+    teaching.close()

@@ -86,8 +86,7 @@ class Corrections:
 
     def base_references(self) -> Sequence[Reference]:
         """Return the references of the run without taught images. Raises ModelNotReadyError."""
-        self._check_loaded()
-        return self._ready_model().references[: len(self._run.options.references.ref)]
+        return self._loaded_model().references[: len(self._run.options.references.ref)]
 
     def reload(self) -> None:
         """Start to prepare the references again, after other images were taught. The network is not loaded again."""
@@ -108,10 +107,11 @@ class Corrections:
         """Return the alpha of an image for hints, uint8 [H,W] of the display window. Nothing is saved.
 
         If ``refined``, it equals the alpha of ``icm matte --hints``; else it is the coarse alpha, which is faster. A
-        newer request of the same browser ``tab`` cancels this one if it has not begun. Raises StaleAnswerError then,
-        ModelNotReadyError, or IcmError for hints or images that cannot be used.
+        newer request of the same browser ``tab`` cancels this one if it has not begun. If the model is still loading,
+        the call waits for it. Raises StaleAnswerError, ModelNotReadyError if the model cannot be loaded, or IcmError
+        for hints or images that cannot be used.
         """
-        self._check_loaded()
+        self.load_model()
         client = tab or f"image {id}"
         with self._lock:
             if client in self._pending:
@@ -221,18 +221,17 @@ class Corrections:
                 self._model.open_image(id)
 
     def _ready_model(self) -> RunModel:
-        """Return the loaded model. Raises ModelNotReadyError if it could not be loaded."""
-        if self._model is None:
+        """Return the loaded model. Raises ModelNotReadyError if it, or its references, could not be loaded."""
+        if self._model is None or self.model_state == "failed":
             raise ModelNotReadyError(f"the model could not be loaded: {self.model_error}")
         return self._model
 
-    def _check_loaded(self) -> None:
-        """Raise ModelNotReadyError unless the model is loaded. Starts to load it if nobody has."""
+    def _loaded_model(self) -> RunModel:
+        """Return the model. Raises ModelNotReadyError unless it is loaded. Starts to load it if nobody has."""
         self.load_model()
         if self.model_state == "loading":
             raise ModelNotReadyError("the model is loading; try again in a moment")
-        if self.model_state == "failed":
-            raise ModelNotReadyError(f"the model could not be loaded: {self.model_error}")
+        return self._ready_model()
 
     def _check_revision(self, id: int, revision: int) -> None:
         """Raise StaleRevisionError if an image has another revision."""

@@ -23,6 +23,7 @@ from icm_cli.files import (
     FileIdentity,
     SkippedPaths,
     atomic_write,
+    combined_digest,
     error_for_failed_write,
     identify_file,
     walk_files,
@@ -97,6 +98,8 @@ class ReviewRun:
         """Why the source of an image cannot be read, by the id of the image."""
         self.jobs: Sequence[Job] = self._plan(notice)
         self.names = [job.planned.name for job in self.jobs]
+        self.list_digest = combined_digest(str(self.folder), *self.names)[:16]
+        """Digest that identifies the list of images, to which ids refer."""
         self._ids = {name: number for number, name in enumerate(self.names)}
         self._stem_counts = Counter(job.name.with_suffix("").as_posix() for job in self.jobs)
         """Number of images by their name without the extension."""
@@ -192,6 +195,7 @@ class ReviewRun:
             "reasons": list(reasons),
             "status": status,
             "revision": state.revision,
+            "decision": state.undo[-1]["folder"] if state.undo else "",
             "has_hints": has_hints,
             "has_alpha": alpha.is_own,
             "version": alpha.version,

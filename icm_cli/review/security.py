@@ -27,8 +27,12 @@ HEADERS = {
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 """HTTP methods that change nothing."""
-OPEN_THE_LINK = "this page needs the link that icm review printed; open that link"
-WRONG_TOKEN = f"the token is wrong; {OPEN_THE_LINK}"
+OPEN_THE_LINK = "icm review prints a link when it starts; open that link in this browser"
+NO_TOKEN = (
+    f"this page needs the link of the icm review that runs now: {OPEN_THE_LINK}. Tabs of the review that are open can be "
+    "used again then"
+)
+WRONG_TOKEN = f"this link is incomplete, or from an earlier start: {OPEN_THE_LINK}"
 
 
 class RequestGuard:
@@ -68,21 +72,22 @@ class RequestGuard:
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._is_own_host(hosts[0]):
-            return refuse(403, f"the request is for the host {', '.join(hosts)!r}, which is not that of icm review")
+            host = ", ".join(hosts)
+            return refuse(scope, 403, f"the host {host!r} of the address is not that of icm review: {OPEN_THE_LINK}")
         is_safe = scope["method"] in SAFE_METHODS
         token = _token_in_query(scope)
         if is_safe and scope["path"] == "/" and token:
-            return self._redirect_with_cookie() if self._is_token(token) else refuse(403, WRONG_TOKEN)
+            return self._redirect_with_cookie() if self._is_token(token) else refuse(scope, 403, WRONG_TOKEN)
         cookies = cookie_parser(headers.get("cookie", ""))
         if not self._is_token(cookies.get(self._cookie, "")):
-            return refuse(403, OPEN_THE_LINK)
+            return refuse(scope, 403, NO_TOKEN)
         if is_safe:
             return None
         origins = {f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")}
         if headers.get("origin", "").lower() not in origins:
-            return refuse(403, "the request comes from another site")
+            return refuse(scope, 403, "the request comes from another site")
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            return refuse(400, "expected Content-Type: application/json")
+            return refuse(scope, 400, "expected Content-Type: application/json")
         return None
 
     def _is_own_host(self, host: str) -> bool:
@@ -109,9 +114,11 @@ class RequestGuard:
         return response
 
 
-def refuse(status: int, sentence: str) -> Response:
-    """Return a response that says why a request is refused."""
-    return Response(json.dumps({"error": sentence}), status, media_type="application/json")
+def refuse(scope: Scope, status: int, sentence: str) -> Response:
+    """Return a response that says why a request is refused: JSON for the page, and text for a person."""
+    if scope["path"].startswith("/api/"):
+        return Response(json.dumps({"error": sentence}), status, media_type="application/json")
+    return Response(f"icm review: {sentence}.\n", status, media_type="text/plain")
 
 
 def is_any_address(host: str) -> bool:

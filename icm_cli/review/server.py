@@ -76,6 +76,8 @@ STATIC_TYPES = {
     ".png": "image/png",
 }
 SOURCE_VERSION_HEADER = "Source-Version"
+IMAGE_LIST_HEADER = "Image-List"
+"""Header of requests of the page: the list of images that their ids refer to."""
 CACHED = {"Cache-Control": "private, max-age=31536000, immutable"}
 """Headers of an image whose URL contains its version, so that its content never changes."""
 HINTS_SCHEMA = {
@@ -89,9 +91,14 @@ class NotFoundError(IcmError):
     """The request names an image or a file that does not exist."""
 
 
+class StaleListError(IcmError):
+    """The ids of the request refer to another list of images, from before the server was started again."""
+
+
 STATUS_CODES: dict[type[IcmError], int] = {
     NotFoundError: 404,
     ImageError: 404,
+    StaleListError: 410,
     StaleRevisionError: 409,
     StaleAnswerError: 409,
     ModelNotReadyError: 503,
@@ -109,6 +116,8 @@ class ApiRequest:
     name: str
     """Name of the file, from the URL; "" without one."""
     query: dict[str, str]
+    port: int | None
+    """Port of this server, if known. That of the URL may be another one, which SSH forwards."""
     body: dict[str, Any]
     """JSON of the body, which matches the schema of the route."""
 
@@ -202,7 +211,7 @@ class ReviewApp:
             routes=[
                 get("/", lambda _: read_static("index.html")),
                 get("/static/{name}", lambda request: read_static(request.name)),
-                get("/api/run", lambda _: self.describe_run()),
+                get("/api/run", lambda request: self.describe_run(request.port)),
                 get("/api/images", lambda request: self.list_images(request.query)),
                 get(image, lambda request: self.describe_image(request.id)),
                 Route("/api/thumbnails", self._get_thumbnails),
@@ -214,7 +223,7 @@ class ReviewApp:
                     self.answer,
                 ),
                 post(f"{image}/accept", {**REVISION_SCHEMA, "hints": (dict, type(None)), "source?": str}, self.accept),
-                post(f"{image}/reject", REVISION_SCHEMA, self.reject),
+                post(f"{image}/reject", {**REVISION_SCHEMA, "source?": str}, self.reject),
                 post(f"{image}/undo", REVISION_SCHEMA, self.undo),
                 post("/api/references", {"id": int, "kind": str, "area": str}, self.teach),
                 forget,
@@ -224,9 +233,11 @@ class ReviewApp:
             ]
         )
 
-    def describe_run(self) -> dict[str, Any]:
+    def describe_run(self, port: int | None) -> dict[str, Any]:
         """Return what the page shows about the run."""
         return {
+            "port": port,
+            "list": self.run.list_digest,
             "folder": str(self.run.folder),
             "version": __version__,
             "model": self.corrections.model_name,
@@ -358,6 +369,7 @@ class ReviewApp:
 
     def reject(self, request: ApiRequest) -> dict[str, Any]:
         """Reject an alpha."""
+        self._check_source(request)
         self.corrections.reject(request.id, request.body["revision"])
         return self.item(request.id)
 
@@ -396,11 +408,13 @@ class ReviewApp:
         """
         parsed = None
         try:
+            self._check_list(request)
             id = request.path_params.get("id")
             parsed = ApiRequest(
                 -1 if id is None else self._check_id(_parse_number(id, "the image", digits=9)),
                 request.path_params.get("name", ""),
                 dict(request.query_params),
+                (request.scope.get("server") or ("", None))[1],
                 {} if schema is None else await _read_body(request, schema),
             )
             result = await run_in_threadpool(handler, parsed)
@@ -414,6 +428,7 @@ class ReviewApp:
     async def _get_thumbnails(self, request: Request) -> Response:
         """Return thumbnails, in base64, of the first MAX_THUMBNAILS ids, as far as they are ready in a moment."""
         try:
+            self._check_list(request)
             words = request.query_params.get("ids", "").split(",")[:MAX_THUMBNAILS]
             ids = [self._check_id(_parse_number(word, "the image", digits=9)) for word in words]
             view = _parse_view(request.query_params.get("view"))
@@ -426,6 +441,14 @@ class ReviewApp:
             else:
                 errors[id] = jpeg_or_reason
         return json_response({"jpegs": jpegs, "errors": errors})
+
+    def _check_list(self, request: Request) -> None:
+        """Raise StaleListError if the page has the images of a server that ran before, so that its ids are invalid."""
+        if request.headers.get(IMAGE_LIST_HEADER, self.run.list_digest) != self.run.list_digest:
+            raise StaleListError(
+                "icm review was started again with other images; reload the page. Hints that are not saved are lost "
+                "then: write them down, or start icm review with the earlier images"
+            )
 
     def _check_id(self, id: int) -> int:
         """Return the id of an image. Raises NotFoundError if there is no such image."""

@@ -129,9 +129,18 @@ class Teaching:
                 "state": progress.state,
                 "done": progress.done,
                 "total": progress.total,
-                "message": progress.message,
+                "message": progress.message or self._last_notice(),
                 "changed": [{"id": id, "difference": value} for id, value in changed if value > 0],
             }
+
+    def _last_notice(self) -> str:
+        """Return the last message of a recompute that still learns the references; else "". The lock is held."""
+        if self._progress.state != "running" or self._progress.done > 0:
+            return ""
+        with contextlib.suppress(OSError):
+            lines = (self._run.record_folder / LOG_NAME).read_text(errors="replace").splitlines()
+            return lines[-1].removeprefix("icm: ") if lines else ""
+        return ""
 
     def start(self) -> None:
         """Start a recompute, unless one is running."""
@@ -143,6 +152,7 @@ class Teaching:
                 return  # another server runs one, which progress() will follow
             os.truncate(lock, 0)
             self._events.write_bytes(b"")
+            (self._run.record_folder / LOG_NAME).write_bytes(b"")
             self._progress = _Progress("running", total=len(self._run.jobs))
             self._thread = threading.Thread(target=self._recompute, args=(lock,), name="icm-recompute")
             self._thread.start()

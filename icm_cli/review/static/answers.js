@@ -1,69 +1,58 @@
 // Alphas of hints that are being drawn: a coarse one at once, and a refined one after a pause.
 import { api, isAborted } from "./api.js";
-import { clearError, reportError } from "./messages.js";
+import { byId, clearError, reportError, setText } from "./dom.js";
 import { store } from "./store.js";
 
 const PAUSE_MS = 200;
+let controller = new AbortController();
+let isBusy = false; // whether a coarse answer is being computed
+const describe = (text) => setText(byId("answer-state"), text);
 
-export class Answers {
+export function cancel() {
+  controller.abort();
   controller = new AbortController();
-  timer = 0;
-  isBusy = false; // whether a coarse answer is being computed
-  waiting = null; // the draft that waits for the model
-  /** `show(draft, shapes, blob, isRefined, signal)` shows an answer, `describe(text)` what is being done. */
-  constructor(show, describe) {
-    Object.assign(this, { show, describe });
-    store.on("run", () => {
-      if (this.waiting !== null && store.run.model_state !== "loading") this.ask(this.waiting);
-    });
-  }
-  cancel() {
-    this.controller.abort();
-    this.controller = new AbortController();
-    clearTimeout(this.timer);
-    this.isBusy = false;
-    this.waiting = null;
-    this.describe("");
-  }
-  /** Ask for the coarse answer, and for the refined one if the hints stay the same for a moment. */
-  async ask(draft) {
-    this.cancel();
-    const { signal } = this.controller;
-    await this.request(draft, false);
-    if (!signal.aborted) this.timer = setTimeout(() => this.request(draft, true), PAUSE_MS);
-  }
-  /** Ask for a coarse answer, unless one is being computed: the next movement asks again. */
-  askWhileDragging(draft) {
-    if (this.isBusy) return;
-    this.cancel();
-    this.request(draft, false);
-  }
-  async request(draft, isRefined) {
-    const { signal } = this.controller;
-    const { shapes } = draft;
-    this.isBusy = true;
-    this.describe(isRefined ? "Refining edges …" : "Computing alpha …");
-    try {
-      const hints = await draft.encode();
-      if (signal.aborted) return;
-      const blob = await api.answer(draft.id, draft.source, hints, isRefined, signal);
-      clearError("answer");
-      await this.show(draft, shapes, blob, isRefined, signal);
-      if (isRefined && !signal.aborted) this.describe("");
-    } catch (error) { if (!isAborted(error) && !signal.aborted) this.handleFailure(draft, error); }
-    if (!signal.aborted) this.isBusy = false;
-  }
-  handleFailure(draft, error) {
-    if (error.status === 409 && !error.image) return; // superseded by a newer request
-    this.cancel();
-    if (error.image) store.updateStale(error.image);
-    if (error.status === 503 && store.run.model_state === "loading") {
-      this.waiting = draft;
-      this.describe("The model is loading. The alpha follows.");
-    } else {
-      this.describe("No alpha for these hints");
-      const isFailed = store.run.model_state === "failed";
-      reportError(`${error.message}.`, { topic: error.topic ?? (error.image ? "image" : isFailed ? "model" : "answer") });
-    }
-  }
+  isBusy = false;
+  describe("");
+}
+/** Ask for the coarse answer, and for the refined one if the hints stay the same for a moment.
+ *  `show(draft, shapes, blob, isRefined, signal)` shows an answer. */
+export async function ask(draft, show) {
+  cancel();
+  const { signal } = controller;
+  await request(draft, show, false);
+  await new Promise((resolve) => setTimeout(resolve, PAUSE_MS));
+  if (!signal.aborted) request(draft, show, true);
+}
+/** Ask for a coarse answer, unless one is being computed: the next movement asks again. */
+export function askWhileDragging(draft, show) {
+  if (isBusy) return;
+  cancel();
+  request(draft, show, false);
+}
+
+async function request(draft, show, isRefined) {
+  const { signal } = controller;
+  const { shapes } = draft;
+  isBusy = true;
+  const isLoading = store.run.model_state === "loading";
+  if (isLoading) describe("The model is loading. The alpha follows.");
+  else describe(isRefined ? "Refining edges …" : "Computing alpha …");
+  try {
+    const hints = await draft.encode();
+    if (signal.aborted) return;
+    const blob = await api.answer(draft.id, draft.source, hints, isRefined, signal);
+    clearError("answer");
+    await show(draft, shapes, blob, isRefined, signal);
+    if (isRefined && !signal.aborted) describe("");
+  } catch (error) { if (!isAborted(error) && !signal.aborted) handleFailure(error); }
+  if (!signal.aborted) isBusy = false;
+}
+
+function handleFailure(error) {
+  if (error.status === 409 && !error.image) return; // superseded by a newer request
+  cancel();
+  describe("No alpha for these hints");
+  if (error.image) store.updateStale(error.image);
+  const topic = error.image ? "image" : error.status === 503 ? "model" : "answer";
+  reportError(`${error.message}.`, { topic: error.topic ?? topic });
 }

@@ -1,59 +1,82 @@
-// Requests to the server. Every failure becomes an ApiError with a sentence for the user.
+// Requests to the server, and images that it sent. Every failure becomes an error with a sentence for the user.
 
-/** A failed request. `image`: the newest state after a conflict (409). `topic`: "connection", or undefined. */
-export class ApiError extends Error {
-  constructor(message, status, image = null) {
-    super(message);
-    Object.assign(this, { status, image, topic: status === 0 || status === 403 ? "connection" : undefined });
-  }
-}
+const MAX_KEPT = 3; // sources, and alphas: those of the last images, and of the next one, which is loaded ahead
 export const isAborted = (error) => error.name === "AbortError";
-
 /** Any text that differs between browser tabs: the server drops superseded answers of the same tab. */
 const tab = crypto.getRandomValues(new Uint32Array(2)).join("-");
+const NO_ANSWER = "the server does not answer. If it has ended, start icm review again with --port";
+const CONTINUE = "Open its new link in another tab. Then go on in this tab, which keeps hints that are not saved";
+let run = {}; // what the server says about the run; its `list` identifies the list of images
 
-const RECONNECT = `start icm review again with --port ${location.port}, and open its link in another tab. \
-Then go on in this tab, which keeps hints that are not saved`;
-
-async function call(method, path, { body = {}, signal } = {}) {
-  const content = { headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+async function call(method, path, { body, signal } = {}) {
+  const headers = { "Content-Type": "application/json", ...(run.list && { "Image-List": run.list }) };
   let response;
   try {
-    response = await fetch(path, { method, signal, ...(method === "GET" ? {} : content) });
+    response = await fetch(path, { method, signal, headers, body: body && JSON.stringify(body) });
   } catch (error) {
     if (isAborted(error)) throw error;
-    throw new ApiError(`The server does not answer. If it has ended, ${RECONNECT}`, 0);
+    throw createError(`${NO_ANSWER} ${run.port}. ${CONTINUE}`, { status: 0, topic: "connection" });
   }
   if (response.ok) return response;
-  if (response.status === 403) throw new ApiError(`The server was started again: ${RECONNECT}`, 403);
-  const { error, image } = await response.json().catch(() => ({})); // a proxy may answer without JSON
-  throw new ApiError(error ?? `The server answered with status ${response.status}`, response.status, image);
+  const { status } = response;
+  const { error = `the server answered with status ${status}`, image } = await response.json().catch(() => ({}));
+  throw createError(error, { status, image, topic: [403, 410].includes(status) ? "connection" : undefined });
 }
+/** `image`: the newest state after a conflict (409). `topic`: that of its message; undefined: any. */
+const createError = (message, properties) => Object.assign(new Error(message), properties);
 
 const json = async (...request) => (await call(...request)).json();
-const blob = async (...request) => (await call(...request)).blob();
+/** Return a blob; that of a source has the `version` of its files. */
+async function blob(...request) {
+  const response = await call(...request);
+  return Object.assign(await response.blob(), { version: response.headers.get("Source-Version") });
+}
 const change = (id, action, body) => json("POST", part(id, action), { body });
 const part = (id, name, query = {}) => `/api/images/${id}/${name}?${new URLSearchParams(query)}`;
 
 export const api = {
-  run: () => json("GET", "/api/run"),
+  run: async () => (run = await json("GET", "/api/run")),
   images: (since) => json("GET", `/api/images?${new URLSearchParams(since)}`),
   details: (id) => json("GET", `/api/images/${id}`),
   thumbnails: (ids, view) => json("GET", `/api/thumbnails?${new URLSearchParams({ view, ids })}`),
-  /** Return a blob; its `version` is that of the files of the source. */
-  source: async (id) => {
-    const response = await call("GET", part(id, "source"));
-    return Object.assign(await response.blob(), { version: response.headers.get("Source-Version") });
-  },
+  source: (id) => blob("GET", part(id, "source")),
   alpha: (id, v) => blob("GET", part(id, "alpha", { v })),
   answer: (id, source, hints, refined, signal) =>
     blob("POST", part(id, "answer"), { body: { source, hints, refined, tab }, signal }),
   accept: (id, source, revision, hints) => change(id, "accept", { source, revision, hints }),
-  reject: (id, revision) => change(id, "reject", { revision }),
+  reject: (id, source, revision) => change(id, "reject", { source, revision }),
   undo: (id, revision) => change(id, "undo", { revision }),
   teach: (id, kind, area) => json("POST", "/api/references", { body: { id, kind, area } }),
   forget: (id) => json("DELETE", `/api/references/${id}`),
   recomputeState: () => json("GET", "/api/recompute"),
-  recompute: () => json("POST", "/api/recompute"),
-  stopRecompute: () => json("POST", "/api/recompute/stop"),
+  recompute: () => json("POST", "/api/recompute", { body: {} }),
+  stopRecompute: () => json("POST", "/api/recompute/stop", { body: {} }),
 };
+/** Decode an image without a conversion of its values. The version of the blob becomes that of the bitmap. */
+export async function decodeImage(blob) {
+  const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" });
+  return Object.assign(bitmap, { version: blob.version });
+}
+/** Return a function that loads and decodes an image, and that keeps the last few results. */
+function createCache(load) {
+  const promises = new Map();
+  return (...values) => {
+    const key = values.join(" ");
+    const promise = promises.get(key) ?? load(...values).then(decodeImage);
+    promise.catch(() => promises.delete(key)); // asked for again the next time
+    promises.delete(key);
+    promises.set(key, promise); // now the newest
+    if (promises.size > MAX_KEPT) promises.delete(promises.keys().next().value);
+    return promise;
+  };
+}
+
+const loadSourceById = createCache(api.source);
+const loadAlphaByVersion = createCache(api.alpha);
+/** Return the promise of a source. One that was loaded before its files changed is loaded again. */
+export async function loadSource({ id, source_version: version }) {
+  const bitmap = await loadSourceById(id);
+  return version === undefined || version === bitmap.version ? bitmap : loadSourceById(id, version);
+}
+/** Return the promise of the alpha of an image; null if it has none. */
+export const loadAlpha = async (item) => (item.has_alpha ? loadAlphaByVersion(item.id, item.version) : null);

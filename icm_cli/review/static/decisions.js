@@ -1,19 +1,14 @@
 // Accept, reject, undo, teach. The page does not wait: the next image opens while the last one is saved.
 import { api } from "./api.js";
-import { baseName } from "./dom.js";
-import { findDraft } from "./drafts.js";
-import { clearError, notify, reportError } from "./messages.js";
+import { baseName, clearError, notify, openImage, reportError } from "./dom.js";
+import { findDraft, isDraft } from "./drafts.js";
 import { store } from "./store.js";
 
 const decided = new Set(); // ids of the images that were decided on in this page, the newest last
-const running = new Map(); // promises of the changes that are being saved, by id
-let openImage = () => {};
 const FAILURES = {
   accept: "was not accepted", reject: "was not rejected", undo: "still has its last decision",
   teach: "is not used", forget: "is still used",
 };
-
-export const setOpener = (open) => (openImage = open);
 /** Return the id of the last image that was decided on in this page and not taken back, or undefined. */
 export const lastDecided = () => [...decided].at(-1);
 const nameOf = (id) => baseName(store.items.get(id).name);
@@ -29,11 +24,12 @@ export async function accept(id) {
   return isSaved;
 }
 
-export const reject = (id) => decide(id, "reject", ({ revision }) => api.reject(id, revision));
+export const reject = (id) =>
+  decide(id, "reject", ({ revision }) => api.reject(id, findDraft(id)?.source, revision));
 
 /** Take back the last decision on an image, also one that is being saved. Its hints stay in the page. */
 export async function undo(id) {
-  await running.get(id);
+  await store.pending.get(id);
   if (!(await send(id, "undo", ({ revision }) => api.undo(id, revision)))) return;
   decided.delete(id);
   findDraft(id)?.markSaved(null);
@@ -42,7 +38,7 @@ export async function undo(id) {
 }
 /** Use an image as "reference" or "negative". `area`: "alpha" or "image". A reference is accepted first. */
 export async function teach(id, kind, area) {
-  const isAccepted = store.items.get(id).status === "accepted" && !store.isDraft(id);
+  const isAccepted = store.items.get(id).status === "accepted" && !isDraft(id);
   if (kind === "reference" && !isAccepted && !(await accept(id))) return;
   const isDone = await send(id, "teach", () => api.teach(id, kind, area));
   if (isDone) notify(`${nameOf(id)} is used as a ${kind} when the rest is recomputed.`);
@@ -57,30 +53,30 @@ async function decide(id, action, request) {
   if (isSaved) notify(`${nameOf(id)}: ${store.items.get(id).status}`, { label: "Undo (U)", run: () => undo(id) });
   return isSaved;
 }
-
 /** Send a change of an image. Returns whether the server has made it. */
 async function send(id, action, request) {
   const save = async () => store.update([await request(store.items.get(id))]);
-  running.set(id, save().then(() => true, (error) => reportFailure(id, action, error)));
-  store.setPending(id, true);
-  const isDone = await running.get(id);
+  const saving = save().then(() => true, (error) => reportFailure(id, action, error));
+  store.setPending(id, saving);
+  const isDone = await saving;
   if (isDone) clearError(`decision ${id}`);
   else if (action === "accept" || action === "reject") decided.delete(id);
-  running.delete(id);
-  store.setPending(id, false);
+  store.setPending(id, null);
   return isDone;
 }
 /** Report why a change was not made. Returns false. */
 function reportFailure(id, action, error) {
   if (error.image) store.updateStale(error.image);
-  reportDecision(id, `${nameOf(id)} ${FAILURES[action]}: ${error.message}.`);
+  reportDecision(id, `${nameOf(id)} ${FAILURES[action]}: ${error.message}.`, error.status !== 410);
   return false;
 }
-function reportDecision(id, text) {
-  const kept = store.isDraft(id) ? " Your hints are kept." : "";
+
+function reportDecision(id, text, isKept = true) {
+  const kept = isKept && isDraft(id) ? " Your hints are kept." : "";
   const button = { label: "Open image", run: () => openImage(id) };
   reportError(text + kept, { topic: `decision ${id}`, action: button });
 }
+
 store.on("decided-elsewhere", (id) =>
   reportDecision(id, `${nameOf(id)} was changed in another window. Check it, and decide again.`),
 );

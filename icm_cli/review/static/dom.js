@@ -1,13 +1,11 @@
-// Helpers for the page's elements. Text always becomes text nodes, never HTML.
+// Helpers for the page's elements, and its messages. Text always becomes text nodes, never HTML.
+
+const NOTICE_MS = 6000;
+let timer = 0; // of the notice that is shown
 
 export const byId = (id) => document.getElementById(id);
+export const create = (tag, properties) => Object.assign(document.createElement(tag), properties);
 
-/** Create an element from properties and children. */
-export function create(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
 /** Clone a template of index.html. Returns its element as `root`, and its parts by their data-part. */
 export function clone(id) {
   const root = byId(id).content.firstElementChild.cloneNode(true);
@@ -18,14 +16,39 @@ export function clone(id) {
 export function setText(element, text) {
   if (element.textContent !== String(text)) element.textContent = text;
 }
-/** Add handlers of events by their names. */
-export function listen(element, handlers, options) {
-  for (const [name, handle] of Object.entries(handlers)) element.addEventListener(name, handle, options);
-}
 /** Show the button of a group as pressed whose attribute data-`name` has a value, and the others as not. */
 export function pressButton(group, name, value) {
   for (const button of byId(group).children) button.ariaPressed = button.dataset[name] === value;
 }
+/** Show a notice for some seconds. `action`: {label, run} of a button next to it. */
+export function notify(text, action = null) {
+  clearTimeout(timer);
+  const clear = () => byId("status").replaceChildren();
+  byId("status").replaceChildren(text, ...createButtons(action, clear));
+  timer = setTimeout(clear, NOTICE_MS);
+}
+/** Show an error until it is closed. An error of the same `topic` replaces the one before. */
+export function reportError(text, { action = null, topic = text } = {}) {
+  clearError(topic);
+  const { root, text: span, close } = clone("alert-template");
+  root.dataset.topic = topic;
+  setText(span, text);
+  span.after(...createButtons(action, () => root.remove()));
+  close.onclick = () => root.remove();
+  byId("alerts").append(root);
+}
+
+export function clearError(topic) {
+  for (const alert of [...byId("alerts").children]) if (alert.dataset.topic === topic) alert.remove();
+}
+
+function createButtons(action, close) {
+  if (action === null) return [];
+  const run = () => { close(); action.run(); };
+  return [create("button", { type: "button", textContent: action.label, onclick: run })];
+}
+/** Show the image with an id: the address says which one is open. */
+export const openImage = (id) => (location.hash = `image-${id}`);
 
 export const formatQuality = (quality) => (quality === null ? "–" : quality.toFixed(2));
 export const formatPercent = (fraction) => `${(100 * fraction).toFixed(fraction < 0.1 ? 1 : 0)} %`;

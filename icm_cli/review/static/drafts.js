@@ -45,11 +45,7 @@ class Draft {
     } else this.set(this.saved, this.saved);
   }
   /** Return the promise of the hints as the server takes them. */
-  encode() {
-    const { shapes, width, height } = this;
-    if (this.cache?.shapes !== shapes) this.cache = { shapes, hints: encodeShapes(shapes, width, height) };
-    return this.cache.hints;
-  }
+  encode() { return encodeShapes(this.shapes, this.width, this.height); }
 }
 /** Return the draft of an image whose details the server sent. */
 export async function openDraft(details) {
@@ -57,13 +53,13 @@ export async function openDraft(details) {
   const draft = drafts.get(details.id) ?? new Draft(details, shapes);
   drafts.set(details.id, draft);
   const { width, height, source_version: source } = details;
-  if (source !== draft.source) draft.answer = draft.cache = null; // made for the source as it was before
+  if (source !== draft.source) draft.answer = null; // made for the source as it was before
   Object.assign(draft, { width, height, source });
   draft.receive(shapes);
   return draft;
 }
 /** Return the draft of an image, or undefined if it was never open. */
 export const findDraft = (id) => drafts.get(id);
+/** Return whether an image has hints that are not saved. */
+export const isDraft = (id) => drafts.get(id)?.isDirty ?? false;
 export const hasDirtyDraft = () => [...drafts.values()].some((draft) => draft.isDirty);
-
-store.isDraft = (id) => drafts.get(id)?.isDirty ?? false;

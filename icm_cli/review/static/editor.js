@@ -1,19 +1,20 @@
 // Tools on the image: points, box, brushes, moving and zooming, and a pointer that the keyboard moves.
-import { byId, listen, pressButton, setText } from "./dom.js";
-import { COLOURS, Marks } from "./marks.js";
-import { notify } from "./messages.js";
+import { byId, notify, pressButton, setText } from "./dom.js";
+import { drawMarks } from "./marks.js";
 import { boxCorners, isBox, isPainted, isPoint, isPositive } from "./shapes.js";
 import { store } from "./store.js";
+import { viewer } from "./viewer.js";
 
 const HIT_PX = 9;
 const DIVIDER_PX = 8;
 const MOVE_PX = 4; // a point moves only if it is dragged further than this
 const ZOOM_STEP = 1.2;
 const KEY_STEP_PX = 10;
-const BRUSHES = { keep: COLOURS.positive, drop: COLOURS.negative, erase: COLOURS.erase };
-const OPPOSITES = { keep: "bg", drop: "fg" }; // label of paint -> label of the points that it replaces
+const BRUSHES = ["keep", "drop", "erase"];
+const OPPOSITES = { keep: "bg", drop: "fg", bg: "keep", fg: "drop" }; // labels of paint and of points
 
-export class Editor {
+class Editor {
+  canvas = byId("marks");
   tool = "point";
   draft = null;
   isVisible = true;
@@ -21,19 +22,17 @@ export class Editor {
   /** Where the mouse is, and where the pointer of the keyboard is, in pixels of the image; null: nowhere. */
   cursor = null;
   crosshair = null;
-  drag = null; // the drag in progress: {move(point of the image, event), end()}
-  /** `changed(isDragging)` is called when the hints of the draft have changed. */
-  constructor(viewer, changed) {
-    Object.assign(this, { viewer, changed, canvas: byId("marks") });
-    this.marks = new Marks(this.canvas, viewer);
-    const handlers = {
-      pointerdown: (event) => this.handleDown(event), pointermove: (event) => this.handleMove(event),
-      pointerup: () => this.endDrag(), pointercancel: () => this.endDrag(),
-      pointerleave: () => this.setCursor(null), wheel: (event) => this.handleWheel(event),
-      contextmenu: (event) => event.preventDefault(),
-    };
-    listen(this.canvas, handlers, { passive: false });
-    byId("brush-size").addEventListener("input", (event) => this.setBrush(Number(event.target.value)));
+  drag = null; // the drag in progress: {move(point of the image, event), end?()}
+  before = null; // the hints when it began
+  changed = () => {}; // called with `isDragging` when the hints of the draft have changed
+  constructor() {
+    Object.assign(this.canvas, {
+      onpointerdown: (event) => this.handleDown(event), onpointermove: (event) => this.handleMove(event),
+      onpointerup: () => this.endDrag(), onpointercancel: () => this.endDrag(),
+      onpointerleave: () => this.setCursor(null), onwheel: (event) => this.handleWheel(event),
+      oncontextmenu: (event) => event.preventDefault(),
+    });
+    byId("brush-size").oninput = ({ target }) => this.setBrush(Number(target.value));
     this.setTool(this.tool);
     this.setBrush(store.settings.brush);
   }
@@ -42,30 +41,30 @@ export class Editor {
     this.tool = tool;
     pressButton("tools", "tool", tool);
     setText(byId("tool-hint"), byId("tools").querySelector(`[data-tool="${tool}"]`).title);
-    byId("brush-field").hidden = !(tool in BRUSHES);
+    byId("brush-field").hidden = !BRUSHES.includes(tool);
     this.canvas.dataset.tool = tool;
     this.draw();
   }
   /** Set the radius of the brush in pixels of the image. */
   setBrush(radius) {
     byId("brush-size").value = Math.round(radius); // within its limits
-    const value = Number(byId("brush-size").value);
-    setText(byId("brush-value"), `${value} px`);
-    if (value !== store.settings.brush) store.setSetting("brush", value);
+    const brush = Number(byId("brush-size").value);
+    setText(byId("brush-value"), `${brush} px`);
+    store.setSettings({ brush });
     this.draw();
   }
   setDivision(division) {
     byId("compare-position").value = 100 * division;
-    this.viewer.set({ division: Math.min(1, Math.max(0, division)) });
+    viewer.set({ division: Math.min(1, Math.max(0, division)) });
   }
   setCursor(cursor) { this.cursor = cursor; this.draw(); }
   draw() {
-    const brush = this.tool in BRUSHES ? { radius: store.settings.brush, colour: BRUSHES[this.tool] } : null;
-    this.marks.draw({ ...this, shapes: this.draft?.shapes ?? [], brush });
+    const brush = BRUSHES.includes(this.tool) ? { radius: store.settings.brush, label: this.tool } : null;
+    drawMarks({ ...this, shapes: this.draft?.shapes ?? [], brush });
     this.showPixel(this.crosshair ?? this.cursor);
   }
   showPixel(point) {
-    const pixel = point && this.viewer.readPixel(...point);
+    const pixel = point && viewer.readPixel(...point);
     if (!pixel) return setText(byId("readout"), "");
     const [red, green, blue, alpha] = pixel;
     const position = point.map(Math.floor).join(", ");
@@ -74,42 +73,51 @@ export class Editor {
   }
   handleDown(event) {
     if (this.draft === null || this.drag !== null) return;
-    const { viewer, canvas } = this;
     const { button, offsetX, offsetY } = event;
-    canvas.setPointerCapture(event.pointerId);
+    this.canvas.setPointerCapture(event.pointerId);
     this.crosshair = null;
+    this.before = this.draft.shapes;
     if (button === 1 || this.isSpaceDown || (this.tool === "pan" && button === 0)) {
-      this.drag = { move: (_, { movementX, movementY }) => viewer.panBy(movementX, movementY), end() {} };
-    } else if (viewer.isComparing && Math.abs(offsetX - viewer.division * canvas.clientWidth) < DIVIDER_PX) {
-      this.drag = { move: (_, moved) => this.setDivision(moved.offsetX / canvas.clientWidth), end() {} };
+      this.drag = { move: (_, { movementX, movementY }) => viewer.panBy(movementX, movementY) };
+    } else if (viewer.isComparing && Math.abs(offsetX - viewer.division * this.canvas.clientWidth) < DIVIDER_PX) {
+      this.drag = { move: (_, moved) => this.setDivision(moved.offsetX / this.canvas.clientWidth) };
     } else if (button === 0 || (button === 2 && this.tool === "point")) {
       this.press(viewer.toImage(offsetX, offsetY), button === 2 || event.altKey || event.ctrlKey);
     }
     if (button === 1) event.preventDefault(); // no automatic scrolling
   }
   handleMove(event) {
-    const point = this.viewer.toImage(event.offsetX, event.offsetY);
+    const point = viewer.toImage(event.offsetX, event.offsetY);
     this.drag?.move(point, event);
     this.setCursor(point);
   }
   handleWheel(event) {
     event.preventDefault();
-    const steps = event.deltaMode === WheelEvent.DOM_DELTA_PIXEL ? event.deltaY / 100 : event.deltaY / 3;
-    const speed = event.ctrlKey ? 4 : 1; // a pinch on a touchpad has small steps
-    this.viewer.zoomTo(this.viewer.zoom * ZOOM_STEP ** (-steps * speed), event.offsetX, event.offsetY);
+    const steps = event.deltaY / (event.ctrlKey ? 25 : 100); // a pinch on a touchpad has small steps
+    viewer.zoomTo(viewer.zoom / ZOOM_STEP ** steps, event.offsetX, event.offsetY);
   }
   endDrag() {
-    const { drag } = this;
+    this.drag?.end?.();
+    if (this.drag !== null && this.draft.shapes !== this.before) this.changed(false);
     this.drag = null;
-    drag?.end();
+  }
+  /** Cancel the drag in progress, and take back what it has changed. Returns whether there was one. */
+  cancelDrag() {
+    if (this.drag === null) return false;
+    this.drag = null;
+    if (this.draft.shapes !== this.before && this.draft.undo()) {
+      this.draft.future.pop();
+      this.changed(false);
+    }
+    return true;
   }
   /** Move the pointer of the keyboard by steps of the screen. */
   moveCrosshair(x, y, stepPx = KEY_STEP_PX) {
     const { crosshair, draft } = this;
     if (draft === null) return;
     this.canvas.focus({ preventScroll: true }); // else Enter presses the button with the focus
-    const step = (stepPx * this.viewer.ratio) / this.viewer.zoom;
-    const centre = this.viewer.toImage(this.canvas.clientWidth / 2, this.canvas.clientHeight / 2);
+    const step = (stepPx * viewer.ratio) / viewer.zoom;
+    const centre = viewer.toImage(this.canvas.clientWidth / 2, this.canvas.clientHeight / 2);
     const target = crosshair === null ? centre : [crosshair[0] + x * step, crosshair[1] + y * step];
     this.crosshair = this.clip(target);
     this.drag?.move(this.crosshair);
@@ -119,85 +127,80 @@ export class Editor {
   pressCrosshair(isNegative) {
     if (this.crosshair === null || this.draft === null) return;
     const isBoxStart = this.tool === "box" && this.drag === null;
-    if (this.drag === null) this.press(this.crosshair, isNegative);
+    if (this.drag === null) {
+      this.before = this.draft.shapes;
+      this.press(this.crosshair, isNegative);
+    }
     if (isBoxStart) notify("Move the pointer to the opposite corner, and press Enter.");
     else this.endDrag();
   }
-  /** Begin to use the tool at a point of the image. */
   press(point, isNegative) {
-    if (this.tool in BRUSHES) this.pressBrush(point);
+    if (BRUSHES.includes(this.tool)) this.pressBrush(point);
     else if (this.tool === "box") this.pressBox(this.clip(point).map(Math.round));
-    else if (this.tool === "point") {
-      const hit = this.findPoint(point);
-      if (hit !== undefined) this.movePoint(hit, false);
-      else if (this.isInside(point)) this.addPoint(point, isNegative);
-    }
+    else if (this.tool === "point") this.pressPoint(point, isNegative ? "bg" : "fg");
   }
-  change(shapes, isStep = true) {
-    this.draft.change(shapes, isStep);
+  /** Set the hints during a drag. All changes of a drag are one step for undo. */
+  change(shapes) {
+    this.draft.change(shapes, this.draft.shapes === this.before);
     this.draw();
-    this.changed(true);
   }
-  addPoint(point, isNegative) {
-    const { shapes } = this.draft;
-    const [label, tool] = isNegative ? ["keep", "Keep"] : ["drop", "Drop"];
-    const isRefused = isPainted(shapes, point, label);
-    if (isRefused) return notify(`This is painted with ${tool}. Erase the paint first (E).`);
-    const shape = { label: isNegative ? "bg" : "fg", shape_type: "point", points: [toPixelCentre(point)] };
-    this.change([...(isNegative ? shapes : shapes.map((each) => growBox(each, point))), shape]);
-    this.movePoint(shape, true);
+  /** Begin to move the point at a position, or add one. An old point that is released where it was is removed. */
+  pressPoint(start, label) {
+    const hit = this.findPoint(start);
+    const shape = hit ?? { label, shape_type: "point" };
+    const others = this.before.filter((each) => each !== hit);
+    const place = (target) => {
+      const point = toPixelCentre(this.clip(target));
+      if (this.isTaken(others, point, shape.label)) return;
+      const grown = isPositive(shape) ? others.map((each) => growBox(each, point)) : others;
+      this.change([...grown, { ...shape, points: [point] }]);
+      this.changed(true);
+    };
+    let isMoved = false;
+    const move = ([x, y]) => {
+      isMoved ||= Math.hypot(x - start[0], y - start[1]) * viewer.zoom >= MOVE_PX * viewer.ratio;
+      if (isMoved) place([x, y]);
+    };
+    this.drag = { move, end: () => { if (hit !== undefined && !isMoved) this.change(others); } };
+    if (hit === undefined && this.isInside(start)) place(start);
   }
-  /** Begin to move a point. If an old point is released where it was, that is a click, which removes it. */
-  movePoint(shape, isNew) {
-    let current = shape;
-    const [[startX, startY]] = shape.points;
-    const move = (point) => {
-      const distance = Math.hypot(point[0] - startX, point[1] - startY) * this.viewer.zoom;
-      if (current === shape && distance < MOVE_PX * this.viewer.ratio) return;
-      const moved = { ...current, points: [toPixelCentre(this.clip(point))] };
-      const shapes = this.draft.shapes.map((each) => (each === current ? moved : each));
-      this.change(shapes, current === shape && !isNew);
-      current = moved;
-    };
-    const end = () => {
-      if (!isNew && current === shape) this.change(this.draft.shapes.filter((each) => each !== shape));
-      this.changed(false);
-    };
-    this.drag = { move, end };
+  /** Return whether no point with a label may be placed at a point because of hints that say the opposite. */
+  isTaken(shapes, point, label) {
+    const opposite = OPPOSITES[label];
+    const isPaint = isPainted(shapes, point, opposite);
+    const isOpposite = (each) => each.label !== label && isNear(each, point, 1);
+    if (isPaint) notify(`This is painted with ${opposite === "keep" ? "Keep" : "Drop"}. Erase the paint first (E).`);
+    return isPaint || shapes.some(isOpposite);
   }
   findPoint([x, y]) {
-    const reach = (HIT_PX * this.viewer.ratio) / this.viewer.zoom;
+    const reach = (HIT_PX * viewer.ratio) / viewer.zoom;
     return this.draft.shapes.findLast((shape) => this.isVisible && isNear(shape, [x, y], reach));
   }
   /** Begin a box. It replaces the earlier box, and the points on the object that are outside it. */
   pressBox(start) {
-    const before = this.draft.shapes;
     const move = (point) => {
       const end = this.clip(point).map(Math.round);
       if (start[0] === end[0] || start[1] === end[1]) return;
       const box = { label: "fg", shape_type: "rectangle", points: [start, end] };
       const isOutside = ({ points }) => !points.every((point) => contains(box, point));
       const isReplaced = (each) => isBox(each) || (isPoint(each) && isPositive(each) && isOutside(each));
-      const others = before.filter((each) => !isReplaced(each));
-      this.change([box, ...others], this.draft.shapes === before);
+      this.change([box, ...this.before.filter((each) => !isReplaced(each))]);
+      this.changed(true);
     };
-    this.drag = { move, end: () => this.draft.shapes !== before && this.changed(false) };
+    this.drag = { move };
   }
   /** Begin a stroke. It replaces points with the opposite label; the strokes below it stay in the list. */
-  pressBrush(point) {
-    const [label, radius] = [this.tool, store.settings.brush];
-    let stroke = null;
-    const paint = (target) => {
-      const isOpposite = (each) => each.label === OPPOSITES[label] && isNear(each, target, radius + 1);
-      const kept = this.draft.shapes.filter((each) => each !== stroke && !isOpposite(each));
-      const isFirst = stroke === null;
-      const points = [...(stroke?.points ?? []), target.map(roundTenth)];
-      stroke = { label, shape_type: "brush", radius, points };
-      this.draft.change([...kept, stroke], isFirst);
-      this.draw();
+  pressBrush(start) {
+    const stroke = { label: this.tool, shape_type: "brush", radius: store.settings.brush, points: [] };
+    let kept = this.before;
+    const move = (target) => {
+      const isOpposite = (each) => each.label === OPPOSITES[stroke.label] && isNear(each, target, stroke.radius + 1);
+      stroke.points = [...stroke.points, target.map(roundTenth)];
+      kept = kept.filter((each) => !isOpposite(each));
+      this.change([...kept, { ...stroke }]);
     };
-    paint(point);
-    this.drag = { move: paint, end: () => this.changed(false) };
+    move(start);
+    this.drag = { move };
   }
   isInside([x, y]) { return x >= 0 && y >= 0 && x < this.draft.width && y < this.draft.height; }
   /** Return the point of the image that is nearest to a point. */
@@ -220,7 +223,10 @@ function growBox(shape, [x, y]) {
   const [left, top, right, bottom] = boxCorners([...shape.points, [x, y]]);
   return { ...shape, points: [[Math.floor(left), Math.floor(top)], [Math.ceil(right), Math.ceil(bottom)]] };
 }
+
 function contains(box, [x, y]) {
   const [left, top, right, bottom] = boxCorners(box.points);
   return x >= left && x <= right && y >= top && y <= bottom;
 }
+
+export const editor = new Editor();

@@ -1,30 +1,19 @@
 // Start of the page: connects the parts, the buttons and the keys. The address says which image is open.
 import { api } from "./api.js";
 import * as decisions from "./decisions.js";
-import { byId, setText } from "./dom.js";
+import { byId, clearError, notify, openImage, reportError, setText } from "./dom.js";
 import { hasDirtyDraft } from "./drafts.js";
-import { Filters } from "./filters.js";
-import { Grid } from "./grid.js";
-import { connectKeys } from "./keys.js";
-import { clearError, notify, reportError } from "./messages.js";
-import { Single, findButton } from "./single.js";
+import { editor } from "./editor.js";
+import * as filters from "./filters.js";
+import * as grid from "./grid.js";
+import { findButton, single } from "./single.js";
 import { store } from "./store.js";
-import { TeachDialog } from "./teach.js";
-
-const HASH = /^#image-(\d+)$/;
-const BRUSH_STEP = 1.25;
-const ZOOM_STEP = 1.5;
-
-const open = (id) => (location.hash = `image-${id}`);
-const filters = new Filters();
-const grid = new Grid(open);
-const single = new Single(open);
-const teachDialog = new TeachDialog(open);
-const { editor, viewer } = single;
+import * as teachDialog from "./teach.js";
+import { viewer } from "./viewer.js";
 
 /** Show the page that the address names. */
 function route() {
-  const id = Number(HASH.exec(location.hash)?.[1] ?? NaN);
+  const id = Number(location.hash.slice("#image-".length) || NaN);
   const isSingle = store.items.has(id);
   byId("overview").hidden = isSingle;
   byId("single").hidden = !isSingle;
@@ -65,68 +54,103 @@ function decide(decision, isNext) {
   if (!isNext) return;
   const next = single.nextOpen();
   if (single.id === null) grid.activate(grid.ids[grid.ids.indexOf(id) + 1]);
-  else if (next !== undefined) open(next);
+  else if (next !== undefined) openImage(next);
   else { notify("All alphas of this list are reviewed."); location.hash = ""; }
 }
+
 function undoDecision() {
   const canUndo = single.details?.can_undo || store.pending.has(single.id);
   const id = canUndo ? single.id : decisions.lastDecided();
   if (id === undefined) notify("There is no decision to take back.");
   else decisions.undo(id);
 }
-/** What buttons (by their attribute data-action) and keys (by the help in index.html) do. */
+/** What is done by elements (data-action: "name argument ...") and by the keys of the help (data-run). The last
+ *  argument is the id of the image that the element belongs to. */
 const ACTIONS = {
-  "open-help": () => byId("help").showModal(), "close-help": () => byId("help").close(),
-  "open-teach": () => teachDialog.show(), "close-teach": () => byId("teach").close(),
+  open: (id) => { byId("teach").close(); openImage(id); },
+  "open-help": () => byId("help").showModal(),
+  "open-teach": () => teachDialog.show(),
+  close: (dialog) => byId(dialog).close(),
   recompute: () => teachDialog.send(api.recompute),
   "stop-recompute": () => teachDialog.send(api.stopRecompute),
   "copy-command": () => teachDialog.copyCommand(),
-  search: () => byId("filter-text").focus(), "reset-filters": () => filters.reset(),
-  overview: () => (location.hash = ""), previous: () => single.step(-1), next: () => single.step(1),
-  "previous-frame": () => single.stepInShot(-1), "next-frame": () => single.stepInShot(1),
-  compare: () => single.toggleCompare(), marks: () => single.toggleMarks(),
-  "zoom-in": () => viewer.zoomTo(viewer.zoom * ZOOM_STEP),
-  "zoom-out": () => viewer.zoomTo(viewer.zoom / ZOOM_STEP),
-  "zoom-100": () => viewer.zoomTo(1), fit: () => viewer.fit(), hold: () => (editor.isSpaceDown = true),
-  press: () => editor.pressCrosshair(false), "press-negative": () => editor.pressCrosshair(true),
-  "brush-smaller": () => editor.setBrush(store.settings.brush / BRUSH_STEP),
-  "brush-larger": () => editor.setBrush(store.settings.brush * BRUSH_STEP + 1),
-  "undo-hint": () => single.undoHint(), "redo-hint": () => single.redoHint(),
+  search: () => byId("filter-text").focus(),
+  "reset-filters": () => filters.reset(),
+  overview: () => { if (!editor.cancelDrag()) location.hash = ""; },
+  step: (offset) => single.step(Number(offset)),
+  "step-in-shot": (offset) => single.step(Number(offset), single.shot ?? single.ids),
+  view: (view) => single.setView(view),
+  compare: () => single.toggleCompare(),
+  marks: () => single.toggleMarks(),
+  zoom: (factor) => viewer.zoomTo(viewer.zoom * factor),
+  "zoom-100": () => viewer.zoomTo(1),
+  fit: () => viewer.fit(),
+  hold: () => (editor.isSpaceDown = true),
+  tool: (tool) => editor.setTool(tool),
+  move: (x, y, step) => editor.moveCrosshair(x, y, step),
+  press: (kind) => editor.pressCrosshair(kind === "negative"),
+  brush: (factor, added) => editor.setBrush(store.settings.brush * factor + Number(added)),
+  "undo-hint": () => single.undoHint(),
+  "redo-hint": () => single.redoHint(),
   "clear-hints": () => single.replaceHints([]),
   "discard-hints": () => single.replaceHints(single.draft.saved ?? []),
-  accept: () => decide(decisions.accept, true), "accept-stay": () => decide(decisions.accept, false),
-  reject: () => decide(decisions.reject, true), undo: undoDecision,
+  accept: () => decide(decisions.accept, true),
+  "accept-stay": () => decide(decisions.accept, false),
+  reject: () => decide(decisions.reject, true),
+  undo: undoDecision,
   reference: () => single.details && decisions.teach(single.id, "reference", "alpha"),
   negative: () => single.details && decisions.teach(single.id, "negative", byId("negative-area").value),
   forget: () => decisions.forget(single.id),
+  "forget-row": (id) => decisions.forget(id),
 };
-const datasets = (id) => [...byId(id).children].map(({ dataset }) => dataset);
-for (const { view } of datasets("views")) ACTIONS[`view-${view}`] = () => single.setView(view);
-for (const { tool } of datasets("tools")) ACTIONS[`tool-${tool}`] = () => editor.setTool(tool);
-for (const [name, x, y] of [["Left", -1, 0], ["Right", 1, 0], ["Up", 0, -1], ["Down", 0, 1]]) {
-  ACTIONS[`move-${name}`] = () => editor.moveCrosshair(x, y);
-  ACTIONS[`move-one-${name}`] = () => editor.moveCrosshair(x, y, 1);
+function run(action, id) {
+  const [name, ...values] = action.split(" ");
+  ACTIONS[name](...values, id);
 }
-function connect() {
-  document.addEventListener("click", ({ target }) => ACTIONS[target.closest("button")?.dataset.action]?.());
-  connectKeys(ACTIONS, () => (single.id === null ? "overview" : "single"));
-  document.addEventListener("keyup", ({ key }) => { if (key === " ") editor.isSpaceDown = false; });
-  window.addEventListener("hashchange", route);
-  window.addEventListener("beforeunload", (event) => {
-    if (hasDirtyDraft() || store.pending.size > 0) event.preventDefault();
-  });
-  decisions.setOpener(open);
-  for (const name of ["filter", "items"]) store.on(name, refreshList);
-  store.on("run", showRun);
+/** Return the name of a key, such as "Ctrl+Shift+z". Shift is not named for characters like "?". */
+function keyName(event) {
+  const isLetter = /^[a-z]$/i.test(event.key);
+  const key = event.key === " " ? "Space" : isLetter ? event.key.toLowerCase() : event.key;
+  const shift = event.shiftKey && (isLetter || key.length > 1) ? "Shift+" : "";
+  return (event.ctrlKey || event.metaKey ? "Ctrl+" : "") + (event.altKey ? "Alt+" : "") + shift + key;
 }
+/** Return whether the control with the focus uses a key itself. */
+function isUsedByControl({ target, key }) {
+  if (target.matches('input[type="search"], select')) return key !== "Escape";
+  if (!target.matches("button, summary, input")) return false;
+  return key === "Enter" || key === " " || (target.matches("input") && /^(Arrow|Home|End|Page)/.test(key));
+}
+
 function showRun() {
-  const { folder, model_state: state, model_error: message } = store.run;
+  const { folder, model, model_state: state, model_error: message } = store.run;
   setText(byId("folder"), folder.split("/").slice(-3).join("/"));
   byId("folder").title = folder;
+  setText(byId("model-state"), `model: ${state}`);
+  byId("model-state").dataset.state = state;
+  byId("model-state").title = message || model;
   if (state === "failed") reportError(`The model cannot be loaded: ${message}`, { topic: "model" });
   else clearError("model");
 }
 
-connect();
+document.addEventListener("click", ({ target }) => {
+  const source = target.closest("[data-action]");
+  if (source !== null) run(source.dataset.action, Number(source.closest("[data-id]")?.dataset.id));
+});
+document.addEventListener("keydown", (event) => {
+  if (document.querySelector("dialog[open]") !== null || isUsedByControl(event)) return;
+  const page = single.id === null ? "overview" : "single";
+  const key = `[data-keys~="${CSS.escape(keyName(event))}"]`; // the help says what a key does on which page
+  const source = byId("help").querySelector(`:is([data-page="${page}"], [data-page="any"])${key}`);
+  if (source === null) return;
+  event.preventDefault();
+  run(source.dataset.run);
+});
+document.addEventListener("keyup", ({ key }) => { if (key === " ") editor.isSpaceDown = false; });
+window.addEventListener("hashchange", route);
+window.addEventListener("beforeunload", (event) => {
+  if (hasDirtyDraft() || store.pending.size > 0) event.preventDefault();
+});
+for (const name of ["filter", "items"]) store.on(name, refreshList);
+store.on("run", showRun);
 await store.start();
 route();

@@ -1,105 +1,106 @@
 // Drawing of the hints, the pointer and the divider over the image.
-import { boxCorners, drawArea, drawPaint, isBox, isPaint, isPoint, isPositive } from "./shapes.js";
+import { byId } from "./dom.js";
+import { PAINT_LABELS, boxCorners, drawArea, drawPaint, isBox, isPaint, isPoint, isPositive } from "./shapes.js";
+import { viewer } from "./viewer.js";
 
-export const COLOURS = { positive: "#3ddc72", negative: "#ff5548", box: "#ffd24a", erase: "#fff" };
+const [GREEN, RED] = ["#3ddc72", "#ff5548"];
+const COLOURS = { fg: GREEN, keep: GREEN, bg: RED, drop: RED, box: "#ffd24a", erase: "#fff" };
 const SHADOW = "#000a";
 const PAINT_OPACITY = 0.3;
 const POINT_RADIUS_PX = 8;
 const CROSS_PX = 14;
+const canvas = byId("marks");
+const context = canvas.getContext("2d");
 
-export class Marks {
-  constructor(canvas, viewer) {
-    Object.assign(this, { canvas, viewer, context: canvas.getContext("2d") });
-    this.layer = document.createElement("canvas").getContext("2d");
+/** Draw all. `cursor`, `crosshair`: points of the image or null; `brush`: {radius, label} or null. */
+export function drawMarks({ shapes, isVisible, cursor, crosshair, brush }) {
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  if (viewer.image === null) return;
+  if (isVisible) drawShapes(shapes);
+  if (viewer.isComparing) drawDivider(Math.round(viewer.division * canvas.width));
+  if (cursor !== null && brush !== null) drawBrush(viewer.toCanvas(cursor), brush);
+  if (crosshair !== null) drawCrosshair(viewer.toCanvas(crosshair));
+}
+
+function drawShapes(shapes) {
+  if (shapes.some(isPaint)) {
+    for (const label of PAINT_LABELS) drawTinted(label, (layer) => drawPaint(layer, shapes, label));
   }
-  /** Draw all. `cursor`, `crosshair`: points of the image or null; `brush`: {radius, colour} or null. */
-  draw({ shapes, isVisible, cursor, crosshair, brush }) {
-    const { canvas, context, viewer } = this;
-    const { width, height } = viewer.canvas;
-    for (const target of [canvas, this.layer.canvas]) {
-      if (target.width !== width || target.height !== height) Object.assign(target, { width, height });
-    }
-    context.clearRect(0, 0, canvas.width, canvas.height);
-    if (viewer.image === null) return;
-    if (isVisible) this.drawShapes(shapes);
-    if (viewer.isComparing) this.drawDivider(Math.round(viewer.division * canvas.width));
-    if (cursor !== null && brush !== null) this.drawBrush(viewer.toCanvas(cursor), brush);
-    if (crosshair !== null) this.drawCrosshair(viewer.toCanvas(crosshair));
+  for (const shape of shapes.filter((each) => !isPaint(each))) {
+    if (isPoint(shape)) for (const point of shape.points) drawPoint(point, shape);
+    else if (isBox(shape)) drawBox(boxCorners(shape.points));
+    else drawTinted(shape.label, (layer) => drawArea(layer, shape));
   }
-  drawShapes(shapes) {
-    if (shapes.some(isPaint)) {
-      this.drawTinted(COLOURS.positive, (layer) => drawPaint(layer, shapes, "keep"));
-      this.drawTinted(COLOURS.negative, (layer) => drawPaint(layer, shapes, "drop"));
-    }
-    for (const shape of shapes.filter((each) => !isPaint(each))) {
-      const colour = isPositive(shape) ? COLOURS.positive : COLOURS.negative;
-      if (isPoint(shape)) for (const point of shape.points) this.drawPoint(point, isPositive(shape), colour);
-      else if (isBox(shape)) this.drawBox(boxCorners(shape.points));
-      else this.drawTinted(colour, (layer) => drawArea(layer, shape));
-    }
-  }
-  /** Draw with one colour and opacity, however often the drawing covers a pixel. */
-  drawTinted(colour, draw) {
-    const { canvas, layer, viewer } = this;
-    layer.clearRect(0, 0, canvas.width, canvas.height);
-    layer.setTransform(viewer.zoom, 0, 0, viewer.zoom, ...viewer.toCanvas([0, 0]));
-    layer.fillStyle = layer.strokeStyle = "#fff";
-    draw(layer);
-    layer.resetTransform();
-    layer.globalCompositeOperation = "source-in";
-    layer.fillStyle = colour;
-    layer.fillRect(0, 0, canvas.width, canvas.height);
-    layer.globalCompositeOperation = "source-over";
-    this.context.globalAlpha = PAINT_OPACITY;
-    const [left, top] = viewer.toCanvas([0, 0]);
-    const box = [left, top, viewer.image.width * viewer.zoom, viewer.image.height * viewer.zoom];
-    this.context.drawImage(layer.canvas, ...box, ...box); // not outside of the image
-    this.context.globalAlpha = 1;
-  }
-  drawPoint(point, hasPlus, colour) {
-    const [x, y] = this.viewer.toCanvas(point);
-    const radius = POINT_RADIUS_PX * this.viewer.ratio;
-    this.drawDisc(x, y, radius, colour);
-    const [across, down] = [[x - radius / 2, y, x + radius / 2, y], [x, y - radius / 2, x, y + radius / 2]];
-    this.drawLines(hasPlus ? [across, down] : [across], [2, "#000"]);
-  }
-  drawBox([left, top, right, bottom]) {
-    const [[x0, y0], [x1, y1]] = [this.viewer.toCanvas([left, top]), this.viewer.toCanvas([right, bottom])];
-    this.context.beginPath();
-    this.context.rect(x0, y0, x1 - x0, y1 - y0);
-    this.stroke(4, SHADOW);
-    this.stroke(2, COLOURS.box);
-  }
-  drawBrush([x, y], { radius, colour }) {
-    this.context.beginPath();
-    this.context.arc(x, y, Math.max(1, radius * this.viewer.zoom), 0, 2 * Math.PI);
-    this.stroke(3, SHADOW);
-    this.stroke(1.5, colour);
-  }
-  drawCrosshair([x, y]) {
-    const size = CROSS_PX * this.viewer.ratio;
-    this.drawLines([[x - size, y, x + size, y], [x, y - size, x, y + size]], [4, "#000"], [1.5, "#fff"]);
-  }
-  drawDivider(x) {
-    this.drawLines([[x, 0, x, this.canvas.height]], [3, SHADOW], [1, "#fff"]);
-    this.drawDisc(x, this.canvas.height / 2, 9 * this.viewer.ratio, "#fff");
-  }
-  drawDisc(x, y, radius, colour) {
-    this.context.beginPath();
-    this.context.arc(x, y, radius, 0, 2 * Math.PI);
-    this.context.fillStyle = colour;
-    this.context.fill();
-    this.stroke(1.5, "#000");
-  }
-  /** Draw lines [x0, y0, x1, y1] once for each style [width, colour]. */
-  drawLines(lines, ...styles) {
-    this.context.beginPath();
-    for (const [x0, y0, x1, y1] of lines) { this.context.moveTo(x0, y0); this.context.lineTo(x1, y1); }
-    for (const style of styles) this.stroke(...style);
-  }
-  stroke(width, colour) {
-    this.context.lineWidth = width * this.viewer.ratio;
-    this.context.strokeStyle = colour;
-    this.context.stroke();
-  }
+}
+/** Draw with the colour of a label and one opacity, however often the drawing covers a pixel. */
+function drawTinted(label, draw) {
+  const { layer, zoom, image } = viewer;
+  const [left, top] = viewer.toCanvas([0, 0]);
+  layer.clearRect(0, 0, canvas.width, canvas.height);
+  layer.setTransform(zoom, 0, 0, zoom, left, top);
+  layer.fillStyle = layer.strokeStyle = "#fff";
+  layer.imageSmoothingEnabled = true;
+  draw(layer);
+  layer.resetTransform();
+  layer.globalCompositeOperation = "source-in";
+  layer.fillStyle = COLOURS[label];
+  layer.fillRect(0, 0, canvas.width, canvas.height);
+  layer.globalCompositeOperation = "source-over";
+  context.globalAlpha = PAINT_OPACITY;
+  const box = [left, top, image.width * zoom, image.height * zoom];
+  context.drawImage(layer.canvas, ...box, ...box); // not outside of the image
+  context.globalAlpha = 1;
+}
+
+function drawPoint(point, shape) {
+  const [x, y] = viewer.toCanvas(point);
+  const radius = POINT_RADIUS_PX * viewer.ratio;
+  drawDisc(x, y, radius, COLOURS[shape.label]);
+  const [across, down] = [[x - radius / 2, y, x + radius / 2, y], [x, y - radius / 2, x, y + radius / 2]];
+  drawLines(isPositive(shape) ? [across, down] : [across], [2, "#000"]);
+}
+
+function drawBox([left, top, right, bottom]) {
+  const [[x0, y0], [x1, y1]] = [viewer.toCanvas([left, top]), viewer.toCanvas([right, bottom])];
+  context.beginPath();
+  context.rect(x0, y0, x1 - x0, y1 - y0);
+  stroke(4, SHADOW);
+  stroke(2, COLOURS.box);
+}
+
+function drawBrush([x, y], { radius, label }) {
+  context.beginPath();
+  context.arc(x, y, Math.max(1, radius * viewer.zoom), 0, 2 * Math.PI);
+  stroke(3, SHADOW);
+  stroke(1.5, COLOURS[label]);
+}
+
+function drawCrosshair([x, y]) {
+  const size = CROSS_PX * viewer.ratio;
+  drawLines([[x - size, y, x + size, y], [x, y - size, x, y + size]], [4, "#000"], [1.5, "#fff"]);
+}
+
+function drawDivider(x) {
+  drawLines([[x, 0, x, canvas.height]], [3, SHADOW], [1, "#fff"]);
+  drawDisc(x, canvas.height / 2, 9 * viewer.ratio, "#fff");
+}
+
+function drawDisc(x, y, radius, colour) {
+  context.beginPath();
+  context.arc(x, y, radius, 0, 2 * Math.PI);
+  context.fillStyle = colour;
+  context.fill();
+  stroke(1.5, "#000");
+}
+/** Draw lines [x0, y0, x1, y1] once for each style [width, colour]. */
+function drawLines(lines, ...styles) {
+  context.beginPath();
+  for (const [x0, y0, x1, y1] of lines) { context.moveTo(x0, y0); context.lineTo(x1, y1); }
+  for (const style of styles) stroke(...style);
+}
+
+function stroke(width, colour) {
+  context.lineWidth = width * viewer.ratio;
+  context.strokeStyle = colour;
+  context.stroke();
 }

@@ -2,11 +2,11 @@
 //
 // A stroke is {shape_type: "brush", label: "keep" | "drop" | "erase", radius, points}. The order of shapes
 // counts: paint replaces the paint below it, so that areas to keep and to drop never overlap.
-import { decodeImage } from "./bitmaps.js";
+import { decodeImage } from "./api.js";
 import { createCanvas } from "./viewer.js";
 
 const LABELS = { bg: "bg", background: "bg", keep: "keep", drop: "drop" };
-const PAINT_LABELS = ["keep", "drop"];
+export const PAINT_LABELS = ["keep", "drop"];
 /** Least value of a pixel of a mask, 0..255. Above one half, two masks cannot share a pixel. */
 const MIN_PAINT = 128;
 const LINE_PX = 3;

@@ -1,38 +1,34 @@
 // One image: its views, its hints with their answers, its details and decisions.
-import { api } from "./api.js";
-import { Answers } from "./answers.js";
-import { decodeImage, loadAlpha, loadSource } from "./bitmaps.js";
+import { api, decodeImage, loadAlpha, loadSource } from "./api.js";
+import * as answers from "./answers.js";
 import { lastDecided } from "./decisions.js";
 import {
-  STATUS_LABELS, baseName, byId, create, formatPercent, formatQuality, isChanged, listen, pressButton, setText,
+  STATUS_LABELS, baseName, byId, clearError, create, formatPercent, formatQuality, isChanged, notify, openImage,
+  pressButton, reportError, setText,
 } from "./dom.js";
 import { openDraft } from "./drafts.js";
-import { Editor } from "./editor.js";
-import { clearError, notify, reportError } from "./messages.js";
+import { editor } from "./editor.js";
 import { store } from "./store.js";
-import { Strip } from "./strip.js";
-import { Viewer } from "./viewer.js";
+import * as strip from "./strip.js";
+import { viewer } from "./viewer.js";
 
-const COLOUR_SETTINGS = { overlay: "tint", colour: "background" }; // settings of the colours of views
-
-export class Single {
+class Single {
   id = null;
   ids = []; // the list for previous and next: that of the overview when it was left
   shot = null; // the ids of the shot of the image, also while the next frame is loaded; null: it is in none
   details = null;
   draft = null;
-  constructor(open) {
-    this.open = open;
-    this.viewer = new Viewer(() => {
-      this.editor?.draw();
-      setText(byId("zoom"), `${Math.round(100 * this.viewer.zoom)} %`);
-    });
-    this.editor = new Editor(this.viewer, (isDragging) => this.answer(isDragging));
-    this.strip = new Strip(open);
-    const describe = (text) => setText(byId("answer-state"), text);
-    this.answers = new Answers((...answer) => this.showAnswer(...answer), describe);
-    listen(byId("colour"), { input: ({ target }) => this.setColour(target.value) });
-    listen(byId("compare-position"), { input: ({ target }) => this.editor.setDivision(target.value / 100) });
+  constructor() {
+    viewer.drawn = () => {
+      editor.draw();
+      setText(byId("zoom"), `${Math.round(100 * viewer.zoom)} %`);
+    };
+    editor.changed = (isDragging) => this.answer(isDragging);
+    byId("colour").oninput = ({ target: { value } }) => {
+      store.setSettings({ [viewer.view]: value });
+      viewer.set({ colour: value });
+    };
+    byId("compare-position").oninput = ({ target }) => editor.setDivision(target.value / 100);
     store.on("items", (changed) => this.handleItems(changed));
     store.on("stale", (id) => { if (id === this.id) this.refresh(false); });
     this.setView(store.settings.view);
@@ -49,8 +45,7 @@ export class Single {
     if (this.id !== id) return; // the user has moved on
     this.setBusy(false);
     const next = store.items.get(this.ids[this.ids.indexOf(id) + 1]);
-    if (next === undefined) return;
-    for (const load of [loadSource, loadAlpha]) load(next).catch(() => {}); // reported when it is opened
+    if (next) for (const load of [loadSource, loadAlpha]) load(next).catch(() => {}); // reported when it is opened
   }
   /** Load and show what the server has; unsaved hints stay. `isNew`: another image was shown before. */
   async refresh(isNew) {
@@ -64,26 +59,25 @@ export class Single {
       if (details.error) reportError(`${details.name}: ${details.error}`, { topic: "image" });
       const [source, before] = await Promise.all([loadSource(details), loadAlpha(details)]);
       if (this.id !== id) return;
-      const isShown = !isNew && this.viewer.image?.source.levels[0] === source;
-      if (!isShown) this.viewer.setImage({ ...details, source, before });
-      else this.viewer.setAlpha("before", before);
-      this.editor.setDraft(draft);
+      if (isNew || viewer.image?.source[0] !== source) viewer.setImage({ ...details, source, before });
+      else viewer.setAlpha("before", before);
+      editor.setDraft(draft);
       this.showItem();
       const { answer, shapes } = draft;
-      if (!draft.isDirty) this.viewer.setAlpha("after", null);
-      else if (answer?.shapes === shapes) this.viewer.setAlpha("after", await decodeImage(answer.blob));
-      else this.answers.ask(draft);
+      if (!draft.isDirty) viewer.setAlpha("after", null);
+      else if (answer?.shapes === shapes) viewer.setAlpha("after", await decodeImage(answer.blob));
+      else answers.ask(draft, this.showAnswer);
     } catch (error) {
       if (this.id !== id) return;
-      if (isNew) this.viewer.set({ image: null });
+      if (isNew) viewer.set({ image: null });
       reportError(`${store.items.get(id).name}: ${error.message}.`, { topic: error.topic ?? "image" });
     }
   }
-  close() { this.leave(); this.viewer.set({ image: null }); this.strip.clear(); }
+  close() { this.leave(); viewer.set({ image: null }); strip.show([], null, ""); }
   leave() {
-    this.answers.cancel();
+    answers.cancel();
     this.id = this.details = this.draft = null;
-    this.editor.setDraft(null);
+    editor.setDraft(null);
   }
   handleItems(changed) {
     if (!changed.has(this.id)) return;
@@ -103,50 +97,48 @@ export class Single {
   /** Open an image before (offset -1) or after (1) this one in a list. */
   step(offset, ids = this.ids) {
     const target = ids[ids.indexOf(this.id) + offset];
-    if (target !== undefined) this.open(target);
+    if (target !== undefined) openImage(target);
     else notify(offset > 0 ? "This is the last image." : "This is the first image.");
   }
-  stepInShot(offset) { this.step(offset, this.shot ?? this.ids); }
   /** Show the alpha of the hints, after they have changed. */
   answer(isDragging = false) {
-    this.editor.draw();
+    editor.draw();
     this.showItem();
     if (!this.draft.isDirty) {
-      this.answers.cancel();
-      this.viewer.setAlpha("after", null);
-    } else if (isDragging) this.answers.askWhileDragging(this.draft);
-    else this.answers.ask(this.draft);
+      answers.cancel();
+      viewer.setAlpha("after", null);
+    } else if (isDragging) answers.askWhileDragging(this.draft, this.showAnswer);
+    else answers.ask(this.draft, this.showAnswer);
   }
-  async showAnswer(draft, shapes, blob, isRefined, signal) {
+  showAnswer = async (draft, shapes, blob, isRefined, signal) => {
     const bitmap = await decodeImage(blob);
     if (signal.aborted || draft !== this.draft) return;
     if (draft.answer?.shapes === shapes && !isRefined) return; // the refined one was faster
     if (isRefined) draft.answer = { shapes, blob };
-    this.viewer.setAlpha("after", bitmap);
-  }
-  undoHint() { if (this.editor.draft?.undo()) this.answer(); }
-  redoHint() { if (this.editor.draft?.redo()) this.answer(); }
+    viewer.setAlpha("after", bitmap);
+  };
+  undoHint() { if (editor.draft?.undo()) this.answer(); }
+  redoHint() { if (editor.draft?.redo()) this.answer(); }
   /** Replace all hints: by none, or by the saved ones. */
   replaceHints(shapes) { this.draft.change(shapes); this.answer(); }
   setView(view) {
-    if (view !== store.settings.view) store.setSetting("view", view);
+    const { [view]: colour } = store.settings; // undefined: the view has none
+    store.setSettings({ view });
     pressButton("views", "view", view);
-    const setting = COLOUR_SETTINGS[view];
-    byId("colour").hidden = setting === undefined;
-    if (setting !== undefined) byId("colour").value = store.settings[setting];
-    this.viewer.set({ view, background: store.settings.background, tint: store.settings.tint });
+    byId("colour").hidden = colour === undefined;
+    if (colour !== undefined) byId("colour").value = colour;
+    viewer.set({ view, colour });
   }
-  setColour(colour) { store.setSetting(COLOUR_SETTINGS[this.viewer.view], colour); this.setView(this.viewer.view); }
   toggleCompare() {
-    const isComparing = !this.viewer.isComparing;
+    const isComparing = !viewer.isComparing;
     byId("compare-position").hidden = !isComparing;
     findButton("compare").setAttribute("aria-pressed", isComparing);
-    this.viewer.set({ isComparing });
+    viewer.set({ isComparing });
   }
   toggleMarks() {
-    this.editor.isVisible = !this.editor.isVisible;
-    findButton("marks").setAttribute("aria-pressed", this.editor.isVisible);
-    this.editor.draw();
+    editor.isVisible = !editor.isVisible;
+    findButton("marks").setAttribute("aria-pressed", editor.isVisible);
+    editor.draw();
   }
   /** Show what is known about the image: in the panel, the strip and the buttons. */
   showItem() {
@@ -166,39 +158,37 @@ export class Single {
     const label = draft?.isDirty ? "saved quality" : "quality"; // not that of the alpha that is shown
     setText(byId("quality-value"), `${label} ${formatQuality(item.quality)}`);
     byId("image-reasons").classList.toggle("outdated", draft?.isDirty);
-    byId("image-reasons").replaceChildren(...item.reasons.map((reason) => create("li", {}, reason)));
+    byId("image-reasons").replaceChildren(...item.reasons.map((reason) => create("li", { textContent: reason })));
     setText(byId("hints-state"), draft === null ? "" : describeHints(draft));
     setText(byId("taught-state"), item.taught === null ? "" : `Used as a ${item.taught}.`);
     this.enableButtons(item, details !== null && !isSaving);
     this.showStrip();
     if (details === null) return;
-    const size = `${details.width} × ${details.height}`;
-    const folder = item.folder || "(top folder)";
-    const rows = { Size: size, Folder: folder, Source: details.source, Alpha: details.output };
-    const createRow = ([name, value]) => [create("dt", {}, name), create("dd", {}, value)];
-    byId("image-details").replaceChildren(...Object.entries(rows).flatMap(createRow));
+    setText(byId("detail-size"), `${details.width} × ${details.height}`);
+    setText(byId("detail-folder"), item.folder || "(top folder)");
+    setText(byId("detail-source"), details.source);
+    setText(byId("detail-alpha"), details.output);
   }
   showStrip() {
-    const { ids, shot } = this;
     const describePosition = (list) => `${list.indexOf(this.id) + 1} of ${list.length}`;
-    setText(byId("position"), describePosition(ids));
-    const title = shot ? `Frames of the shot: ${describePosition(shot)} · list:` : "Images of the list:";
-    this.strip.show(shot ?? ids, this.id, title);
+    const title = this.shot ? `Frames of the shot: ${describePosition(this.shot)} · list:` : "Images of the list:";
+    strip.show(this.shot ?? this.ids, this.id, `${title} ${describePosition(this.ids)}`);
   }
   enableButtons(item, isReady) {
-    const { details, draft, editor: { draft: edited } } = this;
+    const { details, draft } = this;
     const canAccept = isReady && (item.has_alpha || draft.isDirty);
     const isEnabled = {
       accept: canAccept, "accept-stay": canAccept, reject: isReady,
       undo: isReady && (details.can_undo || lastDecided() !== undefined),
       reference: canAccept && item.taught !== "reference", negative: isReady && item.taught !== "negative",
-      "undo-hint": edited?.past.length > 0, "redo-hint": edited?.future.length > 0,
-      "clear-hints": edited?.shapes.length > 0, "discard-hints": edited?.isDirty,
+      "undo-hint": editor.draft?.past.length > 0, "redo-hint": editor.draft?.future.length > 0,
+      "clear-hints": editor.draft?.shapes.length > 0, "discard-hints": editor.draft?.isDirty,
     };
     for (const [action, value] of Object.entries(isEnabled)) findButton(action).disabled = !value;
     findButton("forget").hidden = item.taught === null;
   }
 }
+export const single = new Single();
 export const findButton = (action) => document.querySelector(`#single [data-action="${action}"]`);
 
 function describeHints({ shapes, isDirty }) {

@@ -1,11 +1,13 @@
 // State of the page: the run, its images as the server knows them, filters, and settings of the browser.
 import { api } from "./api.js";
-import { clearError, reportError } from "./messages.js";
+import { clearError, reportError } from "./dom.js";
+import { isDraft } from "./drafts.js";
 
 const POLL_MS = 2000;
 const SETTINGS_KEY = "icm-review";
+/** `overlay` and `colour` are the colours of these views. */
 const DEFAULTS = {
-  view: "overlay", background: "#808080", tint: "#ff3030", brush: 24,
+  view: "overlay", overlay: "#ff3030", colour: "#808080", brush: 24,
   thumbnailView: "cutout", thumbnailSize: 176,
 };
 const collator = new Intl.Collator("en", { numeric: true });
@@ -23,11 +25,9 @@ class Store extends EventTarget {
   /** Revisions of the decisions and of the files that are known: {since, files}; {} before the first list. */
   known = {};
   recompute = { state: "idle", done: 0, total: 0, message: "", changed: [] };
-  filter = { text: "", status: "all", folder: "", reasons: new Set(), sort: "quality" };
+  filter = { text: "", status: "all", folder: "", reasons: [], sort: "quality" };
   settings = { ...DEFAULTS, ...JSON.parse(localStorage.getItem(SETTINGS_KEY) ?? "{}") };
-  pending = new Set(); // ids whose decision is being saved
-  /** Returns whether an image has hints that are not saved; set by drafts.js. */
-  isDraft = () => false;
+  pending = new Map(); // promises of the changes that are being saved, by id
   /** Dispatch an event: "run", "items" (detail: Set of changed ids), "filter", "settings" or "recompute". */
   emit(name, detail = null) { this.dispatchEvent(new CustomEvent(name, { detail })); }
   on(name, handle) { this.addEventListener(name, (event) => handle(event.detail)); }
@@ -44,32 +44,30 @@ class Store extends EventTarget {
       this.update(images);
       this.setRecompute(recompute);
       clearError("connection");
-    } catch (error) { reportError(error.message, { topic: "connection" }); }
+    } catch (error) { reportError(`The page is not up to date: ${error.message}.`, { topic: "connection" }); }
   }
   setRecompute(state) { this.recompute = state; this.emit("recompute"); }
   /** Store images that the server sent; older revisions than the known ones are ignored. */
   update(images) {
     const newer = images.filter(({ id, revision }) => revision >= (this.items.get(id)?.revision ?? 0));
-    const foreign = newer.filter((item) => this.isForeignDecision(this.items.get(item.id), item));
+    const isForeign = ({ id, decision }) => // a decision of somebody else, while there are unsaved hints here
+      isDraft(id) && !this.pending.has(id) && decision !== this.items.get(id)?.decision;
+    const foreign = newer.filter(isForeign);
     for (const item of newer) this.items.set(item.id, item);
     if (newer.length > 0) this.emit("items", new Set(newer.map((item) => item.id)));
     for (const { id } of foreign) this.emit("decided-elsewhere", id);
   }
-  /** Return whether somebody else has decided on an image that has unsaved hints here. */
-  isForeignDecision(before, item) {
-    if (before === undefined || !this.isDraft(item.id) || this.pending.has(item.id)) return false;
-    const isDecision = item.status !== "open" || before.status !== "open"; // and not a recompute
-    return item.revision > before.revision && item.taught === before.taught && isDecision;
-  }
   /** Store an image after a conflict, and load it again where it is shown: its source may have changed too. */
   updateStale(item) { this.update([item]); this.emit("stale", item.id); }
-  setPending(id, isPending) {
-    this.pending[isPending ? "add" : "delete"](id);
+  /** Store the promise of a change of an image; null: it has ended. */
+  setPending(id, saving) {
+    if (saving === null) this.pending.delete(id);
+    else this.pending.set(id, saving);
     this.emit("items", new Set([id]));
   }
   setFilter(values) { this.emit("filter", Object.assign(this.filter, values)); }
-  setSetting(name, value) {
-    this.settings[name] = value;
+  setSettings(values) {
+    Object.assign(this.settings, values);
     localStorage.setItem(SETTINGS_KEY, JSON.stringify(this.settings));
     this.emit("settings");
   }
@@ -81,10 +79,10 @@ class Store extends EventTarget {
   /** Return whether an image matches the filters, except the one that is called `without`. */
   matches(item, without = null) {
     const { text, status, folder, reasons } = this.filter;
-    if (!item.name.toLowerCase().includes(text.toLowerCase())) return false;
+    if (!item.name.toLowerCase().includes(text.trim().toLowerCase())) return false;
     if (folder && item.folder !== folder) return false;
     if (without !== "status" && !this.hasStatus(item, status)) return false;
-    return without === "reasons" || reasons.size === 0 || item.reasons.some((reason) => reasons.has(reason));
+    return without === "reasons" || reasons.length === 0 || item.reasons.some((reason) => reasons.includes(reason));
   }
   /** Return whether an image belongs to an entry of the status filter. */
   hasStatus(item, status) {
@@ -92,7 +90,7 @@ class Store extends EventTarget {
     if (status === "below") return item.status === "open" && rank(item) < this.run.review_below;
     if (status === "missing") return !item.has_alpha;
     if (status === "changed") return item.change > 0;
-    if (status === "unsaved") return this.isDraft(item.id);
+    if (status === "unsaved") return isDraft(item.id);
     if (status === "taught") return item.taught !== null;
     return item.status === status;
   }

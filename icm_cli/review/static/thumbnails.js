@@ -1,5 +1,7 @@
 // Thumbnails: requested in batches while an <img> wants them, in the order of asking; the last ones are kept.
 import { api } from "./api.js";
+import { baseName, formatQuality, setText } from "./dom.js";
+import { store } from "./store.js";
 
 /** Few: the server soon answers with what is ready, and the next request asks for what is visible by then. */
 const MAX_REQUESTS = 2;
@@ -7,23 +9,31 @@ const MAX_BATCH = 24;
 const MAX_KEPT = 2000;
 const loaded = new Map(); // thumbnails as data URLs by key, the oldest first
 const waiting = new Map(); // <img> elements without their thumbnail: <img> -> {key, id, view, isRequested}
-const keys = new WeakMap(); // the key of the thumbnail that an <img> shows or waits for
 let running = 0;
 
+/** Fill an element of a list with an item. `remarks`: what a screen reader says, after the name and the quality. */
+export function fillThumbnail({ root, image, name, folder }, item, remarks) {
+  Object.assign(root.dataset, { id: item.id, status: item.status });
+  root.title = item.name;
+  root.ariaLabel = [item.name, `quality ${formatQuality(item.quality)}`, ...remarks].join(", ");
+  setText(name, baseName(item.name));
+  setText(folder, item.folder);
+  showThumbnail(image, item, store.settings.thumbnailView);
+}
 /** Show the thumbnail of an item in an <img>. */
 export function showThumbnail(image, { id, version }, view) {
+  const { key: before } = image.dataset;
   const key = `${id} ${view} ${version}`;
-  const before = keys.get(image);
   if (before === key) return;
-  releaseThumbnail(image);
-  keys.set(image, key);
+  image.dataset.key = key;
+  waiting.delete(image);
   if (!before?.startsWith(`${id} `) || loaded.has(key)) setImage(image, loaded.get(key));
   if (loaded.has(key)) return;
   waiting.set(image, { key, id, view, isRequested: false });
   queueMicrotask(requestBatch);
 }
-/** Stop waiting for the thumbnail of an <img>. */
-export const releaseThumbnail = (image) => [waiting, keys].forEach((map) => map.delete(image));
+/** Stop waiting for the thumbnail of an <img> that is not used any more. */
+export const releaseThumbnail = (image) => waiting.delete(image);
 
 async function requestBatch() {
   if (running === MAX_REQUESTS) return;
@@ -50,6 +60,7 @@ function receiveThumbnail(image, entry, answer) {
   if (jpeg !== undefined) setImage(image, loaded.get(entry.key));
   else image.parentElement.classList.add("failed");
 }
+
 function setImage(image, url) {
   image.parentElement.classList.toggle("loaded", url !== undefined);
   image.parentElement.classList.remove("failed");

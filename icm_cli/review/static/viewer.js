@@ -13,57 +13,41 @@ const CHECKER_GREYS = ["#5a5a5a", "#8c8c8c"];
 const STAGE_GREY = "#262626";
 const TINT_OPACITY = 0.55;
 
-/** An image with copies of half, a quarter, ... of its size. */
-class Pyramid {
-  constructor(bitmap) { this.levels = [bitmap]; }
-  /** Return the smallest copy that is at least `width` pixels wide; `width` is that of the drawing. */
-  findLevel(width) {
-    let level = 0;
-    while (this.levels[level].width >= 2 * width && this.levels[level].height > 1) {
-      level += 1;
-      if (level === this.levels.length) this.levels.push(halve(this.levels[level - 1]));
-    }
-    return this.levels[level];
-  }
-}
-
-export class Viewer {
+class Viewer {
   view = "overlay";
-  background = "#808080";
-  tint = "#ff3030";
+  colour = ""; // of the overlay, or of the background
   isComparing = false;
   division = 0.5; // where the comparison is divided, as a fraction of the width of the stage
-  image = null; // {width, height, source, before, after}: alphas of the file, and of hints that are not saved
+  /** {width, height, source, before, after}: alphas of the file, and of hints that are not saved. Each is a list: the
+   *  image, and copies of half, a quarter, ... of its size as far as they were needed. */
+  image = null;
   zoom = 1;
   left = 0;
   top = 0;
   isFitted = true;
-  /** `drawn()` is called after every drawing of the image. */
-  constructor(drawn) {
-    this.drawn = drawn;
-    this.canvas = byId("view");
-    this.context = this.canvas.getContext("2d", { alpha: false });
-    this.layer = document.createElement("canvas").getContext("2d");
-    this.checker = createChecker(Math.round(CHECKER_PX * window.devicePixelRatio));
-    this.pixel = createCanvas(1, 1, { willReadFrequently: true });
-    new ResizeObserver(() => this.resize()).observe(byId("stage"));
-  }
+  canvas = byId("view");
+  context = this.canvas.getContext("2d", { alpha: false });
+  layer = createCanvas(1, 1); // of the size of the canvas; also for the marks
+  checker = createChecker(Math.round(CHECKER_PX * window.devicePixelRatio));
+  pixel = createCanvas(1, 1, { willReadFrequently: true });
+  drawn = () => {}; // called after every drawing of the image
+  constructor() { new ResizeObserver(() => this.resize()).observe(byId("stage")); }
   /** Show an image. `source` and `before` are ImageBitmaps; the alpha `before` may be null. */
   setImage({ width, height, source, before }) {
     const isSameSize = this.image?.width === width && this.image?.height === height;
-    this.image = { width, height, source: new Pyramid(source), before: toPyramid(before), after: null };
+    this.image = { width, height, source: [source], before: before && [before], after: null };
     if (!isSameSize || this.isFitted) this.fit();
     this.invalidate();
   }
   /** Set the alpha "before" or "after"; null: there is none. */
-  setAlpha(name, bitmap) { this.image[name] = toPyramid(bitmap); this.invalidate(); }
+  setAlpha(name, bitmap) { this.image[name] = bitmap && [bitmap]; this.invalidate(); }
   set(values) { Object.assign(this, values); this.invalidate(); }
   resize() {
     const { width, height } = byId("stage").getBoundingClientRect();
     if (width === 0) return; // hidden
     this.ratio = window.devicePixelRatio;
-    this.canvas.width = this.layer.canvas.width = Math.round(width * this.ratio);
-    this.canvas.height = this.layer.canvas.height = Math.round(height * this.ratio);
+    const size = { width: Math.round(width * this.ratio), height: Math.round(height * this.ratio) };
+    for (const canvas of [this.canvas, this.layer.canvas, byId("marks")]) Object.assign(canvas, size);
     if (this.isFitted) this.fit();
     this.draw(); // not in the next frame: a resized canvas is empty
   }
@@ -102,9 +86,9 @@ export class Viewer {
   /** Return [red, green, blue, alpha] of a pixel, 0..255; null outside the image. */
   readPixel(x, y) {
     if (this.image === null || x < 0 || y < 0 || x >= this.image.width || y >= this.image.height) return null;
-    const read = (pyramid) => {
-      if (pyramid === null) return [0, 0, 0];
-      const [bitmap] = pyramid.levels;
+    const read = (levels) => {
+      if (levels === null) return [0, 0, 0];
+      const [bitmap] = levels;
       const scale = bitmap.width / this.image.width;
       this.pixel.drawImage(bitmap, Math.floor(x * scale), Math.floor(y * scale), 1, 1, 0, 0, 1, 1);
       return this.pixel.getImageData(0, 0, 1, 1).data;
@@ -133,25 +117,23 @@ export class Viewer {
     const [x, y] = [Math.max(start, left), Math.max(0, top)];
     const box = [x, y, Math.min(end, right) - x, Math.min(this.canvas.height, bottom) - y];
     if (box[2] <= 0 || box[3] <= 0) return;
-    const drawPyramid = (context, pyramid) => {
+    const drawScaled = (context, levels) => {
       context.imageSmoothingEnabled = this.zoom < PIXEL_ZOOM;
-      context.drawImage(pyramid.findLevel(right - left), left, top, right - left, bottom - top);
+      context.drawImage(findLevel(levels, right - left), left, top, right - left, bottom - top);
     };
-    const drawSource = (context) => drawPyramid(context, this.image.source);
-    const drawAlpha = (context) => (alpha ? drawPyramid(context, alpha) : fill(context, "#000", box));
+    const drawSource = (context) => drawScaled(context, this.image.source);
+    const drawAlpha = (context) => (alpha ? drawScaled(context, alpha) : fill(context, "#000", box));
     const drawColour = (colour) => (context) => fill(context, colour, box);
-    for (const context of [this.context, this.layer]) {
-      context.save();
-      context.beginPath();
-      context.rect(...box);
-      context.clip();
-    }
+    this.context.save();
+    this.context.beginPath();
+    this.context.rect(...box);
+    this.context.clip(); // to the part on one side of the divider
     if (view === "source") drawSource(this.context);
     else if (view === "alpha") drawAlpha(this.context);
-    else if (view === "overlay") this.blend(box, drawColour(this.tint), drawAlpha, drawSource, TINT_OPACITY);
-    else if (view === "colour") this.blend(box, drawSource, drawAlpha, drawColour(this.background));
+    else if (view === "overlay") this.blend(box, drawColour(this.colour), drawAlpha, drawSource, TINT_OPACITY);
+    else if (view === "colour") this.blend(box, drawSource, drawAlpha, drawColour(this.colour));
     else this.blend(box, drawSource, drawAlpha, drawColour(this.checker));
-    for (const context of [this.context, this.layer]) context.restore();
+    this.context.restore();
   }
   /** Draw top * m + bottom * (1 - m), m = alpha * opacity. The arguments draw into a context. */
   blend(box, drawTop, drawAlpha, drawBottom, opacity = 1) {
@@ -180,8 +162,15 @@ export class Viewer {
   }
 }
 
-const toPyramid = (bitmap) => (bitmap === null ? null : new Pyramid(bitmap));
-
+/** Return the smallest copy of an image that is at least `width` pixels wide. */
+function findLevel(levels, width) {
+  let level = 0;
+  while (levels[level].width >= 2 * width && levels[level].height > 1) {
+    level += 1;
+    if (level === levels.length) levels.push(halve(levels[level - 1]));
+  }
+  return levels[level];
+}
 /** Create a canvas, and return its context. */
 export function createCanvas(width, height, settings = {}) {
   const context = document.createElement("canvas").getContext("2d", settings);
@@ -201,3 +190,5 @@ function createChecker(side) {
   for (const x of [0, side]) fill(tile, CHECKER_GREYS[1], [x, side - x, side, side]); // the other diagonal
   return tile.createPattern(tile.canvas, "repeat");
 }
+
+export const viewer = new Viewer();
