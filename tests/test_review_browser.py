@@ -552,7 +552,7 @@ class TestFixes:
             f"{each['label']} {each['shape_type']}": each["points"]
             for each in server.get(f"/api/images/{image['id']}")["hints"]["shapes"]
         }
-        ((x, y),), (_, (right, _)) = shapes["fg point"], shapes["fg rectangle"]
+        ((x, _),), (_, (right, _)) = shapes["fg point"], shapes["fg rectangle"]
         assert 80 < x <= right < 120
         assert shapes["bg point"] == [[60.5, 40.5]]
 

@@ -356,23 +356,24 @@ def test_a_disk_that_is_full_changes_nothing(
     assert len(state.read(run.names[0]).undo) == 1
 
 
-def test_hints_that_are_accepted_while_the_model_loads_wait_for_it(
-    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hints_and_decisions_wait_while_the_model_loads(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert icm().exit_code == 0
     released, load = threading.Event(), Corrections._load
     monkeypatch.setattr(Corrections, "_load", lambda corrections: released.wait(60) and load(corrections))
     run = ReviewRun(scene / "out", None, lambda _: None)
     state = ReviewState(run.record_folder)
     corrections = Corrections(run, state, None, lambda _: None)
-    with ThreadPoolExecutor(1) as executor:
+    with ThreadPoolExecutor(2) as executor:
         accepting = executor.submit(corrections.accept, 0, 0, [point("bg", 20, 20)])
+        answering = executor.submit(corrections.answer, 1, [point("bg", 20, 20)], refined=False)
         while corrections._loading is None:
             time.sleep(0.01)
         assert corrections.model_state == "loading"
         assert state.read(run.names[0]).status == "open"
+        assert not answering.done()
         released.set()
         accepting.result()
+        assert answering.result().dtype == np.uint8
     assert state.read(run.names[0]).status == "accepted"
     assert run.refresh(0).is_reviewed
     corrections.close()

@@ -29,8 +29,8 @@ SAFE_METHODS = frozenset({"GET", "HEAD"})
 """HTTP methods that change nothing."""
 OPEN_THE_LINK = "icm review prints a link when it starts; open that link in this browser"
 NO_TOKEN = (
-    f"this page needs the link of the icm review that runs now: {OPEN_THE_LINK}. Tabs of the review that are open can be "
-    "used again then"
+    f"this page needs the link of the icm review that runs now: {OPEN_THE_LINK}. Tabs of the review that are open can "
+    "be used again then"
 )
 WRONG_TOKEN = f"this link is incomplete, or from an earlier start: {OPEN_THE_LINK}"
 
