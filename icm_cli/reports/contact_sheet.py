@@ -25,6 +25,8 @@ from icm_cli.reports.result import ImageResult
 MAX_SHEET_ROWS = 48
 """Maximum number of rows."""
 SHEET_CELL_PX = 240
+MARGIN_PX = 2
+"""Smallest distance of an image from the border of its cell."""
 CAPTION_PX = 18
 FONT_PX = 13
 FONTS = (
@@ -99,14 +101,16 @@ def read_alpha_or_none(path: str) -> ImageU8 | None:
 
 
 def make_captioned_row(cells: Sequence[ImageU8], caption: str) -> ImageU8:
-    """Return a row of images of at most SHEET_CELL_PX, all uint8 [H,W,3], with a caption below."""
-    row = Image.new("RGB", (len(cells) * SHEET_CELL_PX, SHEET_CELL_PX + CAPTION_PX), (BACKGROUND,) * 3)
+    """Return a row of images of at most SHEET_CELL_PX, all uint8 [H,W,3], with a caption below.
+
+    The row is as high as its tallest image.
+    """
+    height = max(cell.shape[0] for cell in cells) + 2 * MARGIN_PX
+    row = Image.new("RGB", (len(cells) * SHEET_CELL_PX, height + CAPTION_PX), (BACKGROUND,) * 3)
     for column, cell in enumerate(cells):
-        left, top = (SHEET_CELL_PX - cell.shape[1]) // 2, (SHEET_CELL_PX - cell.shape[0]) // 2
+        left, top = (SHEET_CELL_PX - cell.shape[1]) // 2, (height - cell.shape[0]) // 2
         row.paste(Image.fromarray(cell), (column * SHEET_CELL_PX + left, top))
-    ImageDraw.Draw(row).text(
-        (4, SHEET_CELL_PX + 1), _escape_missing_glyphs(caption), fill=(220, 220, 220), font=_font()
-    )
+    ImageDraw.Draw(row).text((4, height + 1), _escape_missing_glyphs(caption), fill=(220, 220, 220), font=_font())
     return np.asarray(row)
 
 
@@ -141,7 +145,7 @@ def _has_glyph(character: str) -> bool:
 
 def make_thumbnail(image: ImageU8) -> ImageU8:
     """Shrink an image to fit a cell."""
-    return shrink_image(image, SHEET_CELL_PX - 4)
+    return shrink_image(image, SHEET_CELL_PX - 2 * MARGIN_PX)
 
 
 def select_evenly(results: Sequence[ImageResult], count: int) -> list[ImageResult]:
