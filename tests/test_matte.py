@@ -178,23 +178,24 @@ def test_ground_truth_of_another_size_fails_only_its_image(icm: Icm, scene: Path
 def test_contact_sheet(icm: Icm, scene: Path) -> None:
     """The sheet has the reference with its mask, then source, alpha and object of each image, worst quality first."""
     assert icm(contact_sheet=scene / "sheet.png", report=scene / "r.json").exit_code == 0
-    sheet = read(scene / "sheet.png")
-    assert sheet.shape == (4 * 258, 3 * 240, 3)
+    sheet, bottom = read(scene / "sheet.png"), 0
     images = json.loads((scene / "r.json").read_text())["images"]
     files = [(scene / "ref.png", scene / "mask.png")]
     for image in sorted(images, key=lambda image: (image["quality"], image["source"])):
         files.append((Path(image["source"]), Path(image["output"])))
-    for row, (path, alpha_path) in enumerate(files):
+    for path, alpha_path in files:
         alpha, source = read(alpha_path), read(path)[..., :3]
         weight = alpha[..., None] / 255
         on_magenta = source * weight + np.array((220, 0, 220)) * (1 - weight)
+        scale = min(1.0, 236 / max(alpha.shape))
+        height, width = (round(side * scale) for side in alpha.shape)
+        top, bottom = bottom + 2, bottom + height + 22  # margins and caption
         for column, pixels in enumerate((source, np.repeat(alpha[..., None], 3, -1), on_magenta)):
-            scale = min(1.0, 236 / max(alpha.shape))
-            height, width = (round(side * scale) for side in alpha.shape)
             expected = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-            top, left = row * 258 + (240 - height) // 2, column * 240 + (240 - width) // 2
+            left = column * 240 + (240 - width) // 2
             shown = sheet[top : top + height, left : left + width]
             assert np.abs(shown.astype(int) - expected).mean() < 4, (path.name, column)
+    assert sheet.shape == (bottom, 3 * 240, 3)
 
 
 def test_dry_run_lists_and_writes_nothing(icm: Icm, scene: Path) -> None:
