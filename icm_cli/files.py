@@ -82,12 +82,13 @@ _BUSY_ERRORS = _error_numbers("EAGAIN", "EINTR", "EBUSY", "ETXTBSY", "EDEADLK")
 _OPEN_FILES_ERRORS = _error_numbers("EMFILE", "ENFILE")
 _PERMISSION_ERRORS = _error_numbers("EACCES", "EPERM", "EKEYEXPIRED", "EKEYREVOKED", "EKEYREJECTED", "ENOKEY")
 _UNSUPPORTED_ERRORS = _error_numbers("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "ENOTTY")
+_RUN_AGAIN = "run the same command again, which resumes (icm train: with --resume)"
 _ERROR_ADVICE = {
-    _DRIVE_ERRORS: "the drive or the network did not answer; check it and run the same command again, which resumes",
-    _BUSY_ERRORS: "another program uses it; run the same command again, which resumes",
+    _DRIVE_ERRORS: f"the drive or the network did not answer; check it and {_RUN_AGAIN}",
+    _BUSY_ERRORS: f"another program uses it; {_RUN_AGAIN}",
     _OPEN_FILES_ERRORS: "raise the limit, as with ulimit -n 4096, or give fewer --workers",
     _PERMISSION_ERRORS: "give this user permission",
-    _error_numbers("ENOMEM"): "free memory, and run the same command again, which resumes",
+    _error_numbers("ENOMEM"): f"free memory, and {_RUN_AGAIN}",
     _error_numbers("ELOOP"): "the path is a link to itself; check the link",
     _error_numbers("ENAMETOOLONG"): "the path is too long for this file system; use a shorter one",
 }
@@ -174,7 +175,7 @@ def temporary_name() -> str:
 def error_for_failed_write(path: Path, error: OSError) -> OutputError:
     """Return the error for an output that cannot be written: a FileWriteError if other outputs may be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        reason = "no space left on the device; free some space and run the same command again, which resumes"
+        reason = f"no space left on the device; free some space and {_RUN_AGAIN}"
         return OutputError(f"{path} cannot be written: {reason}")
     remedy = "give an output location that you can write to"
     if error.errno in (errno.ENAMETOOLONG, errno.EISDIR, errno.EILSEQ):

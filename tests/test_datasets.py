@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import cv2
 import numpy as np
@@ -17,6 +18,7 @@ from icm_cli.datasets.groups import GroupMetadata
 from icm_cli.datasets.registry import DATASETS, find_dataset
 from icm_cli.errors import UsageError
 from icm_cli.images.reading import CompositeSource, compose_image
+from icm_cli.options import DatasetName
 
 
 def write_images(root: Path, *names: str, size: tuple[int, int] = (6, 8)) -> None:
@@ -125,6 +127,10 @@ TREES: dict[str, tuple[str, list[str], dict[str, tuple[str, str, str | None]]]] 
         {"boy_0": ("Test_set/merged/boy_0.png", "Test_set/alpha_copy/boy_0.png", "Test_set/trimaps/boy_0.png")},
     ),
 }
+
+
+def test_every_dataset_can_be_selected() -> None:
+    assert set(get_args(DatasetName)) == set(DATASETS)
 
 
 @pytest.mark.parametrize("tree", TREES)

@@ -186,7 +186,7 @@ def test_many_unreadable_samples_end_the_run(
     config: Path, out: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (data / "images" / "a" / "lawn.jpg").write_bytes(b"")
-    monkeypatch.setattr("icm_cli.training.train.MIN_DRAWS_TO_JUDGE", 1)
+    monkeypatch.setattr("icm_cli.training.batches.MIN_DRAWS_TO_JUDGE", 1)
     done = train(config, out)
     assert done.exit_code == 1
     assert "more than 1%" in done.stderr.splitlines()[-1]
@@ -217,6 +217,7 @@ def test_last_checkpoint_survives_a_full_disk(config: Path, out: Path, monkeypat
     done = train(config, out)
     assert done.exit_code == 3
     assert "no space left" in done.stderr.splitlines()[-1]
+    assert "with --resume" in done.stderr.splitlines()[-1]
     kept = metadata(out / "last.safetensors")["icm.step"]
     assert kept == "3"
     assert weights(out / "last.safetensors")

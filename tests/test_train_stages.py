@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -188,6 +189,57 @@ class TestMatch:
 
         for once, twice in zip(answers(1), answers(2), strict=True):
             torch.testing.assert_close(once, twice, atol=0.02, rtol=0)  # the null token is one of many
+
+    def test_steps_of_the_command_replace_the_time_limit(self, discs: Path, tmp_path: Path) -> None:
+        config = write_config(tmp_path / "a.yaml", discs, **{**MATCH, "minutes": 60})
+        done = train(config, tmp_path / "run", "--set", "train.steps=2")
+        assert done.exit_code == 0, done.output
+        assert metadata(tmp_path / "run" / "last.safetensors")["icm.step"] == "2"
+
+    def test_setting_that_the_stage_does_not_use_is_refused(self, discs: Path, tmp_path: Path) -> None:
+        config = write_config(tmp_path / "a.yaml", discs, **MATCH)
+        done = train(config, tmp_path / "run", "--set", "train.loss.dice=2")
+        assert done.exit_code == 3
+        assert "--set train.loss.dice has no effect: train.stage is match" in done.stderr
+        assert not (tmp_path / "run").exists()
+
+    def test_unreadable_image_does_not_remove_views_of_others(self, discs: Path, tmp_path: Path) -> None:
+        data = shutil.copytree(discs, tmp_path / "data")
+        bad = data / "images" / "red" / "0.png"
+        bad.write_bytes(b"")
+        recipe = {**MATCH, "steps": 1, "pairs": {"distractor_probability": 1.0, "composite_probability": 0.0}}
+        done = train(write_config(tmp_path / "a.yaml", data, **recipe), tmp_path / "run")
+        assert done.exit_code == 0, done.output
+        assert done.stderr.count(f"skipped: {bad} is empty") == 1
+        files = (tmp_path / "run" / view_sets.TOKENS_FOLDER).iterdir()
+        views = [view for path in files for view in torch.load(path, weights_only=True)["views"]]
+        assert [view is None for view in views].count(True) == 3  # those of the image itself
+
+    def test_many_unreadable_images_end_the_run(
+        self, discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data = shutil.copytree(discs, tmp_path / "data")
+        (data / "images" / "red" / "0.png").write_bytes(b"")
+        monkeypatch.setattr("icm_cli.training.batches.MIN_DRAWS_TO_JUDGE", 1)
+        done = train(write_config(tmp_path / "a.yaml", data, **MATCH), tmp_path / "run")
+        assert done.exit_code == 1
+        assert "more than 1%" in done.stderr.splitlines()[-1]
+
+    @pytest.mark.parametrize(("kind", "message"), [("photograph", "has colour"), ("labels", "the largest value of")])
+    def test_images_that_are_no_alphas_are_refused(self, discs: Path, tmp_path: Path, kind: str, message: str) -> None:
+        data = shutil.copytree(discs, tmp_path / "data")
+        for path in (data / "alphas").rglob("*.png"):
+            if kind == "photograph":
+                cv2.imwrite(str(path), cv2.imread(str(path)) // (1, 2, 3))
+            else:
+                cv2.imwrite(str(path), cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) // 255)
+        config = write_config(tmp_path / "a.yaml", data, **MATCH)
+        done = train(config, tmp_path / "run")
+        assert done.exit_code == 1
+        assert message in done.stderr
+        assert str(data / "alphas" / "red" / "0.png") in done.stderr
+        assert "no training image could be read" in done.stderr.splitlines()[-1]
+        assert not (tmp_path / "run" / "last.safetensors").exists()
 
     def test_other_heads_are_refused(self, discs: Path, tmp_path: Path) -> None:
         detail = {"name": "detail", "canvas_px": 96, "feature_channels": 8}

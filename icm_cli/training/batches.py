@@ -22,7 +22,11 @@ from icm_cli.errors import ImageError, TrainingError
 
 WORKER_NICENESS = 15
 MAX_ATTEMPTS = 10
-"""Training ends if a sample could not be read in this many draws."""
+"""Training ends if a sample could not be read in this many draws. A view is skipped then."""
+MAX_SKIPPED_FRACTION = 0.01
+"""If a larger fraction of the drawn samples cannot be read, the run ends."""
+MIN_DRAWS_TO_JUDGE = 100
+"""The fraction is checked only after this many draws."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,15 @@ def load_batches(
         if stop_workers is not None:
             with contextlib.suppress(RuntimeError):
                 stop_workers()
+
+
+def check_skipped_fraction(skipped: int, drawn: int, last_reason: str) -> None:
+    """Check that few of the draws could not be read. Raises TrainingError."""
+    if drawn >= MIN_DRAWS_TO_JUDGE and skipped > MAX_SKIPPED_FRACTION * drawn:
+        raise TrainingError(
+            f"{skipped} of {drawn} draws could not be read, more than {MAX_SKIPPED_FRACTION:.0%}; the last: "
+            f"{last_reason}. Repair the data, or exclude files with 'exclude'"
+        )
 
 
 def _keep_batch(batch: Any) -> Any:

@@ -65,12 +65,6 @@ CHANGEABLE_SETTINGS = frozenset(
 
 ``train.steps`` may differ, too, if the learning rate is constant.
 """
-STAGE_SETTINGS = {
-    "train.match": ("match", "end-to-end", "objects"),
-    "train.clicks": ("objects",),
-    "train.refine": ("refine",),
-}
-"""Section of settings -> the stages that read it. Runs of other stages can be resumed with other settings in it."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +280,7 @@ class RunFolder:
         changeable = set(CHANGEABLE_SETTINGS)
         if train.schedule == "constant":
             changeable.add("train.steps")
-        unused_sections = tuple(section for section, stages in STAGE_SETTINGS.items() if train.stage not in stages)
+        unused_sections = tuple(train.unused_sections)
         changed = []
         for difference in list_differences(before, now):
             setting = difference.partition(":")[0]
@@ -295,7 +289,8 @@ class RunFolder:
         if changed:
             raise UsageError(
                 f"{path} belongs to a run with other settings, so it cannot be resumed: {'; '.join(changed)}. Give the "
-                "same configuration, data and --set options again, or another --out"
+                "same configuration, data and --set options again. To continue with these settings, give another --out "
+                f"and --checkpoint {self.folder / LAST_NAME} to start from the weights of this run"
             )
 
     def save_progress(self, learner: Learner, done: RunProgress) -> None:

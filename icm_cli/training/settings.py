@@ -34,6 +34,13 @@ LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
 """Rows and columns of the mosaics that the stages "match", "end-to-end" and "objects" train on."""
 EXPECTED_DATA = "expected a YAML file with 'sources', given by --data FILE (docs/train.md shows one)"
 MIN_CROP_PX = 64
+STAGE_SETTINGS = {
+    "train.loss": ("matte",),
+    "train.match": ("match", "end-to-end", "objects"),
+    "train.clicks": ("objects",),
+    "train.refine": ("refine",),
+}
+"""Section of settings -> the stages that read it. Runs of other stages can be resumed with other settings in it."""
 REFINE_LOSS_NAMES = ("l1", "cross_entropy", "gradient", "laplacian")
 """Losses of the stage "refine", named like the settings of their weights."""
 MAX_SEED = 1 << 62
@@ -481,6 +488,11 @@ class TrainConfig(Section, title="train"):
         check_setting("train: refine:", self.refine, "crop_px", is_valid, f"at most canvas_px, {self.canvas_px}")
 
     @property
+    def unused_sections(self) -> list[str]:
+        """The sections of the settings that this stage does not read."""
+        return [section for section, stages in STAGE_SETTINGS.items() if self.stage not in stages]
+
+    @property
     def changes_pixels(self) -> bool:
         """Whether the images of any sample may differ from the files."""
         return self.augment.changes_pixels or self.pairs.changes_pixels
@@ -504,7 +516,8 @@ class Settings:
 def read_settings(config: str | Path, data: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
     """Read settings from a YAML file (or a preset's name); ``--data`` and ``--set key=value`` take precedence.
 
-    Keys of overrides are paths such as ``train.loss.dice``. Raises ConfigError, or UsageError for the data.
+    Keys of overrides are paths such as ``train.loss.dice``. An override of ``train.steps`` removes ``train.minutes`` of
+    the file. Raises ConfigError, also for an override that the stage does not read, or UsageError for the data.
     """
     where, mapping = read_config_mapping(str(config))
     fields = dict(require_mapping(mapping, where))
@@ -512,11 +525,22 @@ def read_settings(config: str | Path, data: str | Path | None = None, overrides:
     if data is not None:
         fields["data"] = _read_data_file(Path(data))
         data_title = f"data file {data}"
+    names = [override.partition("=")[0] for override in overrides]
+    if "train.steps" in names and "train.minutes" not in names:
+        overrides = ["train.minutes=null", *overrides]
     for override in overrides:
         fields = _apply_override(fields, override)
     reject_unknown_keys(fields, MODEL_KEYS, where)
     model = parse_model_config({key: fields[key] for key in MODEL_SECTIONS if key in fields}, where)
     train = parse_dataclass(TrainConfig, fields.get("train") or {}, f"{where}: train")
+    for name in names:
+        for section in train.unused_sections:
+            if name == section or name.startswith(f"{section}."):
+                stages = " and ".join(STAGE_SETTINGS[section])
+                raise ConfigError(
+                    f"--set {name} has no effect: train.stage is {train.stage}, and {section} is only for {stages}; "
+                    "omit it"
+                )
     return Settings(model, train, _parse_data(fields.get("data"), data_title))
 
 

@@ -37,7 +37,7 @@ from icm_cli.options import TrainOptions, keyword_arguments
 from icm_cli.reports.contact_sheet import make_captioned_row, make_thumbnail
 from icm_cli.reports.result import ImageResult
 from icm_cli.signals import StopSignals
-from icm_cli.training.batches import Batch
+from icm_cli.training.batches import Batch, check_skipped_fraction
 from icm_cli.training.data.pool import explain_data_error, read_pool
 from icm_cli.training.learner import Learner
 from icm_cli.training.log import RunLog, StepStats
@@ -49,10 +49,6 @@ MAX_REPORTED_SKIPS = 20
 """Number of unreadable samples that are reported one by one."""
 MAX_LOSS = 1e4
 """A sample whose loss is above this ends the run, as in the code released with the paper."""
-MAX_SKIPPED_FRACTION = 0.01
-"""If a larger fraction of the drawn samples cannot be read, the run ends."""
-MIN_DRAWS_TO_JUDGE = 100
-"""The fraction is checked only after this many draws."""
 
 
 @keyword_arguments(TrainOptions)
@@ -249,12 +245,8 @@ class _TrainingLoop:
                 self._listener.on_notice(f"skipped: {reason}")
         # Samples are numbered over all processes, and this process makes an equal part of them.
         samples = (max(batch.counters) + 1) // self._learner.accelerator.num_processes
-        drawn = samples + skipped
-        if batch.skipped and drawn >= MIN_DRAWS_TO_JUDGE and skipped > MAX_SKIPPED_FRACTION * drawn:
-            raise TrainingError(
-                f"{skipped} of {drawn} draws could not be read, more than {MAX_SKIPPED_FRACTION:.0%}; the last: "
-                f"{batch.skipped[-1]}. Repair the data, or exclude files with 'exclude'"
-            )
+        if batch.skipped:
+            check_skipped_fraction(skipped, samples + skipped, batch.skipped[-1])
         return skipped
 
     def _validate(self, stop: StopSignals) -> None:

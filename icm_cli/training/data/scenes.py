@@ -28,7 +28,7 @@ from icm_cli.geometry import (
     resize,
     round_to_u8,
 )
-from icm_cli.images.reading import read_alpha, read_image
+from icm_cli.images.reading import read_alpha, read_ground_truth, read_image
 from icm_cli.model.training_free.closed_form import load_foreground_estimator
 from icm_cli.scoring.metrics import UNKNOWN_RANGE
 from icm_cli.training.data.augment import (
@@ -147,7 +147,7 @@ def _read_image_and_alpha(item: TrainingItem) -> tuple[ImageU8, ImageU8]:
     """Read the image, uint8 [H,W,3], and the alpha, uint8 [H,W], of an item. Raises ImageError."""
     image = read_image(item.image).to_display_window()
     if item.alpha is not None:
-        alpha = read_alpha(item.alpha)
+        alpha = _read_true_alpha(item.alpha, is_binary=item.is_binary)
     elif image.alpha is not None:
         alpha = image.alpha
     else:
@@ -164,6 +164,19 @@ def _read_image_and_alpha(item: TrainingItem) -> tuple[ImageU8, ImageU8]:
     if item.soften_px:
         alpha = np.asarray(cv2.GaussianBlur(alpha, (0, 0), item.soften_px), np.uint8)
     return image.rgb, alpha
+
+
+def _read_true_alpha(path: Path, *, is_binary: bool) -> ImageU8:
+    """Read a true alpha, uint8 [H,W]. Raises ImageError, also for colour and for the values 0 and 1.
+
+    A binary mask may have the colours of a palette.
+    """
+    truth = read_ground_truth(path)
+    if truth.has_colour and not is_binary:
+        raise ImageError(f"{path} has colour; expected an alpha with a single grey channel; check 'alphas' of the data")
+    if truth.alpha.max() == 1:
+        raise ImageError(f"the largest value of {path} is 1; expected values of 0..255; multiply the alpha by 255")
+    return truth.alpha
 
 
 def _read_trimap(path: Path, shape: tuple[int, ...], size: tuple[int, int]) -> ImageU8:

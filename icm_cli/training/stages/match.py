@@ -156,8 +156,7 @@ class MatchStage(MosaicStage[MosaicBatch]):
 
         @functools.cache
         def make_scene(key: tuple[int, int]) -> Scene | None:
-            scene = scenes[key]
-            return scene if isinstance(scene, Scene) else None
+            return scenes[key][0]
 
         sources = _split_by_size(self.pool, scene_keys, make_scene)
         return draw_mosaics(self._config, *sources, len(counters), self._batch_rng(counters))

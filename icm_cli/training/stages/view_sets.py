@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from icm_cli.errors import ImageError
+from icm_cli.errors import ImageError, TrainingError
 from icm_cli.events import TrainingListener
 from icm_cli.files import atomic_write, combined_digest
 from icm_cli.model.contracts import Objects
 from icm_cli.model.lite.head import TokenMatchHead
-from icm_cli.training.batches import worker_options
+from icm_cli.training.batches import MAX_ATTEMPTS, check_skipped_fraction, worker_options
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene, SceneMaker
 from icm_cli.training.learner import Learner
@@ -56,9 +56,10 @@ class ViewFile:
     def name(self) -> str:
         return f"{self.rotation_part:05d}-{'large' if self.is_large else 'small'}-{self.number:03d}.pt"
 
-    def scene_seed(self, seed: int, index: int) -> tuple[int, ...]:
+    def scene_seed(self, seed: int, index: int, attempt: int = 0) -> tuple[int, ...]:
         """Return the seed of the scene of item number ``index``."""
-        return (seed, 3, self.rotation_part, int(self.is_large), self.number, index)
+        further = (attempt,) if attempt else ()
+        return (seed, 3, self.rotation_part, int(self.is_large), self.number, index, *further)
 
 
 class ViewPlan:
@@ -120,10 +121,11 @@ def _shuffle_groups(pool: TrainingPool, seed: int) -> list[list[TrainingItem]]:
     return [[items[index] for index in rng.permutation(len(items))] for items in pool.groups.values()]
 
 
-class SceneDataset(Dataset["Scene | str"]):
-    """Scenes of the items of view files, with random distractors. An unreadable item is a str with the reason.
+class SceneDataset(Dataset["tuple[Scene | None, list[str]]"]):
+    """Scenes of the items of view files, with random distractors, and why attempts to make the scene failed.
 
-    Keys are pairs: the index of the file in ``files``, and the index of the item in the file.
+    The scene is None if all attempts failed. Keys are pairs: the index of the file in ``files``, and the index of the
+    item in the file.
     """
 
     def __init__(self, pool: TrainingPool, settings: Settings, files: Sequence[ViewFile]) -> None:
@@ -133,16 +135,20 @@ class SceneDataset(Dataset["Scene | str"]):
         self._seed = train.seed
         self._files = files
 
-    def __getitem__(self, key: tuple[int, int]) -> Scene | str:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Scene | None, list[str]]:
         file_index, item_index = key
         file = self._files[file_index]
         maker = self._large_scenes if file.is_large else self._small_scenes
-        rng = np.random.default_rng(file.scene_seed(self._seed, item_index))
-        try:
-            scene = maker.make_view(file.items[item_index], rng)
-        except ImageError as error:
-            return str(error)
-        return replace(scene, trimap=None, coarse=None)
+        reasons = []
+        for attempt in range(MAX_ATTEMPTS):  # each draws other distractors and another background
+            rng = np.random.default_rng(file.scene_seed(self._seed, item_index, attempt))
+            try:
+                scene = maker.make_view(file.items[item_index], rng)
+            except ImageError as error:
+                reasons.append(str(error))
+            else:
+                return replace(scene, trimap=None, coarse=None), reasons
+        return None, reasons
 
 
 class ViewEncoder:
@@ -166,6 +172,10 @@ class ViewEncoder:
         self._objects = _copy_objects_for_inference(learner) if needs_embeddings else None
         data = DataRecord.from_files(pool.files, DataRecord.load(run_folder))
         self._recipe = _recipe_digest(settings, learner, data, needs_embeddings=needs_embeddings)
+        self._view_count = self._skipped_count = 0
+        """Number of views that were encoded so far, and of those that could not be made."""
+        self._reported: set[str] = set()
+        """Reasons that were reported why scenes could not be made."""
         if learner.is_main:
             self._folder.mkdir(exist_ok=True)
 
@@ -174,7 +184,8 @@ class ViewEncoder:
     ) -> dict[ViewFile, Views]:
         """Return the views of files. Those that are not stored yet are encoded. ``is_start``: report the progress.
 
-        Each file is stored as soon as it is encoded, so that an interrupted run can be resumed.
+        Each file is stored as soon as it is encoded, so that an interrupted run can be resumed. Raises TrainingError if
+        too many images cannot be read.
         """
         views: dict[ViewFile, Views] = {}
         for file in files:
@@ -194,6 +205,8 @@ class ViewEncoder:
                 if len(views_of_file) == len(file.items):
                     views[file] = self._store_views(file, views_of_file)
                     views_of_file = []
+        if is_start and not any(view is not None for file in files for view in views[file]):
+            raise TrainingError("no training image could be read; repair the data, or exclude files with 'exclude'")
         return {file: views[file] for file in files}
 
     def remove_parts_before(self, part: int) -> None:
@@ -219,13 +232,23 @@ class ViewEncoder:
             **worker_options(workers),
         )
         for batch_keys, scenes in zip(batches, loader, strict=True):
-            for scene in scenes:
-                if isinstance(scene, str):  # why the image could not be read
-                    self._listener.on_notice(f"skipped: {scene}")
-            readable = [scene for scene in scenes if isinstance(scene, Scene)]
+            readable = [scene for scene, _ in scenes if scene is not None]
+            reasons = [reason for _, failures in scenes for reason in failures]
+            self._report_reasons(reasons)
+            self._view_count += len(scenes)
+            self._skipped_count += len(scenes) - len(readable)
+            if len(readable) < len(scenes):
+                check_skipped_fraction(self._skipped_count, self._view_count, reasons[-1])
             views = _encode_scenes(self._learner, readable, self._objects) if readable else iter(())
             file_index, _ = batch_keys[0]
-            yield files[file_index], [None if isinstance(scene, str) else next(views) for scene in scenes]
+            yield files[file_index], [None if scene is None else next(views) for scene, _ in scenes]
+
+    def _report_reasons(self, reasons: Sequence[str]) -> None:
+        """Report why scenes could not be made, each reason once."""
+        for reason in dict.fromkeys(reasons):
+            if reason not in self._reported:
+                self._reported.add(reason)
+                self._listener.on_notice(f"skipped: {reason}")
 
     def _load_file(self, file: ViewFile) -> Views | None:
         """Return the stored views of a file, memory-mapped; None if there are none, or if they have another digest."""
