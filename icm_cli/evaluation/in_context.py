@@ -142,7 +142,7 @@ def _plan_jobs(evaluation: Evaluation, examples: Sequence[Example], folder: Path
 def _make_collector(
     evaluation: Evaluation, choice: AnyModelChoice, jobs: Sequence[Job], references: ReferenceRounds, learn_steps: int
 ) -> ResultCollector:
-    """Return the collector of the results, with notes about groups and training images, and all settings."""
+    """Return the collector of the results. It gets all settings, and notes about groups and training images."""
     options = evaluation.options.matting
     notes = describe_group_problems(evaluation.groups, len(references), options.refs_per_group or 1)
     trained_on = read_training_digests(choice.checkpoint) if choice.checkpoint else None

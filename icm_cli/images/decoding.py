@@ -325,7 +325,7 @@ def _decode_with_pillow(
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # one channel of more than 8 bits
             values = np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None]
             scale = wanted.white or (1.0 if image.mode == "F" else 65535.0)
-            return DecodedImage(values, None, scale, space, bits=32).reorient(orientation)
+            return DecodedImage(values, None, scale, space, bits=32).reorient(orientation)  # ``values`` are float32
         alpha, indices, has_grey_palette = None, None, False
         colours: Image.Image = image
         if image.has_transparency_data:

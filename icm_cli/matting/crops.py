@@ -124,7 +124,7 @@ def matte_in_crops(
 def paste_crop(alpha: Tensor, box: CropBox, size: tuple[int, int], fade: float = 0.0) -> Tensor:
     """Return a frame of ``size``, float32 [H,W], with the alpha of a crop, float32 [h,w], and 0 elsewhere.
 
-    At the borders of the crop inside the frame, the alpha fades to 0 over the fraction ``fade`` of the crop's side.
+    The alpha fades to 0 over the fraction ``fade`` of the crop's side, except at the borders of the frame.
     """
     frame = torch.zeros(size, dtype=torch.float32, device=alpha.device)
     if fade:

@@ -247,10 +247,10 @@ class _MattingRun:
         def add_reason(job: Job, existing: ExistingAlpha) -> None:
             reasons[job.output] = existing.outdated_reason(job, options.job_digest(job), options.hints_digest(job))
 
-        remaining = self._select_remaining(kept_results.append, add_reason)
+        remaining = self._select_remaining(kept_results.append, add_reason)  # includes the jobs with a reason
         kept = {Path(result.output): result for result in kept_results}
         for job in remaining:
-            if os.path.lexists(job.output):
+            if os.path.lexists(job.output):  # without a reason so far, the file is overwritten or damaged
                 reasons.setdefault(job.output, "--overwrite" if options.overwrite else _find_damage(job))
         results = [kept.get(job.output) or _planned_result(job, reasons.get(job.output, "")) for job in plan.jobs]
         failing = {result.output for result in results if result.status == "failed"}

@@ -34,7 +34,7 @@ from icm_cli.model.contracts import Head, Matte, Objects, ObjectTokens, Prepared
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import FOUND_FRACTION, confidence_and_found
 from icm_cli.options import MAX_LEARN_STEPS, MatteOptions
-from icm_cli.options.definition import argument_names
+from icm_cli.options.definition import name_arguments_in_errors
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Predictor:
                 references.
         """
         check_not_forked()
-        with argument_names(MatteOptions):
+        with name_arguments_in_errors(MatteOptions):
             check_learn_steps(learn_steps or 0, type(self.model.head))
         make_mask = self._mask_maker.make_mask
         references = [*_as_references(pairs, make_mask), *_as_negatives(negatives, make_mask)]

@@ -386,7 +386,12 @@ def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., R
             values = signature.bind(*arguments, **keywords).arguments
             other_names = [parameter.name for parameter in other_parameters]
             other_values = {name: values.pop(name) for name in other_names if name in values}
-            with argument_names(options_class), resource_errors(), warnings.catch_warnings(), _restore_environment():
+            with (
+                name_arguments_in_errors(options_class),
+                resource_errors(),
+                warnings.catch_warnings(),
+                _restore_environment(),
+            ):
                 return function(options_class.from_values(values), **other_values)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
@@ -397,7 +402,7 @@ def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., R
 
 
 @contextlib.contextmanager
-def argument_names(options_class: type[CommandOptions]) -> Iterator[None]:
+def name_arguments_in_errors(options_class: type[CommandOptions]) -> Iterator[None]:
     """Name arguments in the messages of errors, such as ``depth=``, instead of the flags of the command."""
     try:
         yield

@@ -359,7 +359,10 @@ class _Augmentation(NamedTuple):
     def draw_random(
         cls, scale: float, source: np.ndarray, target: np.ndarray, rng: np.random.Generator
     ) -> _Augmentation:
-        """Draw a transformation with a given scale that moves the point ``source`` (x, y), in px, to ``target``."""
+        """Draw an augmentation: a change of the colours, and a transformation with a given scale.
+
+        The transformation moves the point ``source`` (x, y), in px, to ``target``.
+        """
         max_gain, max_shear = FINETUNING.max_gain, FINETUNING.max_shear
         angle = math.radians(rng.uniform(-FINETUNING.max_angle, FINETUNING.max_angle))
         flip = rng.choice([-1.0, 1.0])
@@ -367,6 +370,7 @@ class _Augmentation(NamedTuple):
         matrix = np.eye(3)  # scale, rotation, mirroring and shear; then the shift from source to target
         matrix[:2, :2] = [[scale * flip * cos, shear - scale * sin], [scale * flip * sin, scale * cos]]
         matrix[:2, 2] = target - matrix[:2, :2] @ source
+        # The gain of each channel times a gain of all channels.
         gain = rng.uniform(1.0 - max_gain, 1.0 + max_gain, (3, 1, 1)) * rng.uniform(1.0 - max_gain, 1.0 + max_gain)
         return cls(matrix, gain, float(rng.uniform(-FINETUNING.max_offset, FINETUNING.max_offset)))
 

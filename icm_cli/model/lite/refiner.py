@@ -274,7 +274,10 @@ class Refine(Edges):
         return bool(largest_distance > self.config.decided_margin) or has_both
 
     def _weight_near_unknown(self, coarse: Tensor) -> Tensor:
-        """Return weights [h,w]: 1 up to half of ``config.change_radius`` from unknown pixels, 0 beyond this radius."""
+        """Return weights [h,w] that fall with the distance from unknown pixels.
+
+        They are 1 up to half of ``config.change_radius``, then fall linearly, and are 0 beyond ``change_radius``.
+        """
         alpha = coarse.numpy(force=True)
         inside = (alpha > 0.5).astype(np.uint8)
         edge = cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0

@@ -105,7 +105,7 @@ def _draw_hairy_body(style: ObjectStyle, size: int, rng: Rng) -> Float:
 
 
 def _draw_wire(style: ObjectStyle, size: int, rng: Rng) -> Float:
-    """Draw spokes, a mesh or twigs: straight or bent lines with much background between them."""
+    """Draw the spokes of a wheel or a grille: straight or bent lines with much background between them."""
     large = SUPERSAMPLING * size
     canvas = np.zeros((large, large, 4), np.uint8)
     centre, reach = large * rng.uniform(0.45, 0.55, 2), large * rng.uniform(0.3, 0.42)
@@ -113,11 +113,11 @@ def _draw_wire(style: ObjectStyle, size: int, rng: Rng) -> Float:
     thickness = max(2, round(2 * SUPERSAMPLING * style.thickness_px))
     _draw_line(canvas, np.vstack([rim, rim[:1]]), style.base, 2 * thickness)
     spokes = int(rng.integers(8, 40))
-    is_mesh = rng.random() < 0.5
+    is_grille = rng.random() < 0.5  # lines from rim to rim instead of from the centre to the rim
     for number in range(spokes):
         rim_index = number * len(rim) // spokes
         end = rim[rim_index]
-        start = rim[len(rim) - 1 - rim_index] if is_mesh else centre
+        start = rim[len(rim) - 1 - rim_index] if is_grille else centre
         middle = (start + end) / 2 + rng.normal(0.0, 0.05 * reach * style.curl, 2)
         light = rng.uniform(1.0 - style.spread, 1.0 + style.spread)
         _draw_line(canvas, _bezier_curve(start, middle, end), style.base * light, thickness)

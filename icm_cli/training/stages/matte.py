@@ -134,9 +134,9 @@ class FeatureCache:
     """
 
     def __init__(self, backbone_digest: str, limit_bytes: int, *, notice: Callable[[str], None]) -> None:
-        """Open the cache. ``limit_bytes``: largest size of all entries, also those of other backbones.
+        """Open the cache. ``limit_bytes``: limit of the total size of all entries, also those of other backbones.
 
-        Entries of other backbones are deleted, oldest first, if space is needed.
+        If later entries need space, those of other backbones are deleted, oldest first.
         """
         self._folder = cache_folder() / "features" / backbone_digest[:32]
         entries = [(path, path.stat()) for path in self._folder.parent.glob("*/*.pt")]
