@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import DEMO, arguments, read, shrink
 from eval_data import NAMES, Evaluate, by_name, copy_alphas, report_of
+from PIL import Image
 
 from icm_cli.scoring.metrics import compute_scores
 
@@ -159,6 +160,17 @@ def test_unusable_reference_is_reported_and_replaced_by_the_next(
     ]
     assert by_name(report)[first]["status"] == "failed"
     assert sum(bool(image["scores"]) for image in report["images"]) == 3
+
+
+def test_alpha_with_colour_is_no_reference(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+    evaluate(report=tmp_path / "r.json")
+    (first,) = report_of(tmp_path / "r.json")["references"][0]["a"]
+    alpha = data / "alphas" / f"{first}.png"
+    Image.open(data / "images" / f"{first}.jpg").save(alpha)
+    result = evaluate(report=tmp_path / "r.json")
+    assert result.exit_code == 1
+    assert f"bad-reference: alpha {alpha} has colour" in result.stderr
+    assert report_of(tmp_path / "r.json")["references"][0]["a"] != [first]
 
 
 @pytest.mark.slow

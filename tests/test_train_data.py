@@ -463,7 +463,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("override", "message"),
         [
-            ("train.stepps=3", "Did you mean 'steps'"),
+            ("train.stepps=3", "with --set: train: unknown key 'stepps'. Did you mean 'steps'"),
             ("train.steps=many", "steps is 'many'; expected an integer"),
             ("train.steps", "expected key=value"),
             ("train.steps=[", "is not YAML"),

@@ -22,7 +22,7 @@ from icm_cli.evaluation.rounds import (
     select_targets,
 )
 from icm_cli.files import cache_folder, combined_digest, error_for_failed_write, remove_stale_temporaries, write_json
-from icm_cli.images.reading import read_alpha, read_source_image
+from icm_cli.images.reading import HAS_COLOUR, read_ground_truth, read_source_image
 from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
@@ -245,10 +245,16 @@ class ReferenceStore:
         return name in self.digests
 
     def read_reference(self, name: str) -> Reference:
-        """Read a sample as a reference: its image, and its alpha above one half as guidance."""
+        """Read a sample as a reference: its image, and its alpha above one half as guidance.
+
+        Raises ImageError, also for an alpha with colour, or UsageError.
+        """
         sample = self.evaluation.by_name[name]
         image = read_source_image(sample.image)
-        mask = read_alpha(sample.alpha, is_label_map=self.evaluation.rule.has_shots, target_windows=image.windows)
+        is_label_map = self.evaluation.rule.has_shots
+        truth = read_ground_truth(sample.alpha, is_label_map=is_label_map, target_windows=image.windows)
+        if truth.has_colour:
+            raise ImageError(f"alpha {sample.alpha} {HAS_COLOUR}")
         notice = self.evaluation.listener.on_notice
-        guidance = make_guidance(mask, image.windows, f"alpha {sample.alpha}", notice)
+        guidance = make_guidance(truth.alpha, image.windows, f"alpha {sample.alpha}", notice)
         return Reference(image.rgb, guidance, windows=image.windows)

@@ -97,6 +97,10 @@ def read_stored_pixels(
     return replace(decoded, pixels=pixels, alpha=alpha, scale=float(decoded.file_white), file_white=None)
 
 
+HAS_COLOUR = "has colour; expected an alpha with a single grey channel"
+"""Description of an alpha with :attr:`GroundTruthAlpha.has_colour`, for messages."""
+
+
 @dataclass(frozen=True)
 class GroundTruthAlpha:
     """A ground-truth alpha."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from icm_cli.errors import ImageError, Problem
 from icm_cli.geometry import UNKNOWN, ImageU8, format_size, has_same_aspect
 from icm_cli.images.decoding import image_size
-from icm_cli.images.reading import GroundTruthAlpha, file_digest, read_alpha, read_ground_truth
+from icm_cli.images.reading import HAS_COLOUR, GroundTruthAlpha, file_digest, read_alpha, read_ground_truth
 from icm_cli.options import MetricVariant, Region, ScoredSize
 from icm_cli.reports.result import ImageEvaluation, ImageResult
 from icm_cli.scoring.metrics import as_unit_range, compute_boundary_f, compute_dt_ssd, compute_jaccard, compute_scores
@@ -167,7 +167,7 @@ class ScoreTask:
     def _check_values(self, path: Path, alpha: GroundTruthAlpha) -> list[Problem]:
         """Return at most one problem: the alpha has colour, or the values 0 and 1 instead of 0 and 255."""
         if alpha.has_colour:
-            reason = f"{path} has colour; expected an alpha with a single grey channel"
+            reason = f"{path} {HAS_COLOUR}"
             return [Problem("colour-alpha", self.name, reason)]
         if alpha.alpha.max() == 1 and "unscaled-alpha" not in self.allowed:
             reason = f"the largest value of {path} is 1; expected values of 0..255, so scale the alpha"

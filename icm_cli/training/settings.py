@@ -530,6 +530,8 @@ def read_settings(config: str | Path, data: str | Path | None = None, overrides:
         overrides = ["train.minutes=null", *overrides]
     for override in overrides:
         fields = _apply_override(fields, override)
+    if names:
+        where = f"{where} with --set"
     reject_unknown_keys(fields, MODEL_KEYS, where)
     model = parse_model_config({key: fields[key] for key in MODEL_SECTIONS if key in fields}, where)
     train = parse_dataclass(TrainConfig, fields.get("train") or {}, f"{where}: train")

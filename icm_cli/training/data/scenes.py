@@ -28,7 +28,7 @@ from icm_cli.geometry import (
     resize,
     round_to_u8,
 )
-from icm_cli.images.reading import read_alpha, read_ground_truth, read_image
+from icm_cli.images.reading import HAS_COLOUR, read_alpha, read_ground_truth, read_image
 from icm_cli.model.training_free.closed_form import load_foreground_estimator
 from icm_cli.scoring.metrics import UNKNOWN_RANGE
 from icm_cli.training.data.augment import (
@@ -173,7 +173,7 @@ def _read_true_alpha(path: Path, *, is_binary: bool) -> ImageU8:
     """
     truth = read_ground_truth(path)
     if truth.has_colour and not is_binary:
-        raise ImageError(f"{path} has colour; expected an alpha with a single grey channel; check 'alphas' of the data")
+        raise ImageError(f"{path} {HAS_COLOUR}; check 'alphas' of the data")
     if truth.alpha.max() == 1:
         raise ImageError(f"the largest value of {path} is 1; expected values of 0..255; multiply the alpha by 255")
     return truth.alpha
