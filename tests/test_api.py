@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DEMO, read
+from PIL import Image
 
 import icm_cli
 from icm_cli.errors import UsageError
@@ -49,6 +50,7 @@ def reference(predictor: Predictor) -> PreparedReferences:
         (RGB[None], "expected sRGB, uint8 [H,W,3]"),
         (RGB.tolist(), "image is of type builtins.list; expected"),
         ("image.png", "image is of type builtins.str; expected"),
+        (Image.fromarray(RGB), "give an array, such as numpy.asarray(PIL.Image.open(path)"),
         (np.ma.masked_equal(RGB, 0), "image is a masked array"),
         (None, "image is None; expected"),
     ],

@@ -669,6 +669,8 @@ def _as_rgb(image: Any, name: str) -> ImageU8:
             remedy = "; convert sRGB values in 0..1 with (255 * image + 0.5).astype(numpy.uint8)"
         elif isinstance(image, np.ndarray) and image.dtype == np.uint16:
             remedy = "; convert 16-bit values with (image / 257 + 0.5).astype(numpy.uint8)"
+        elif not isinstance(image, np.ndarray) and image is not None:
+            remedy = "; give an array, such as numpy.asarray(PIL.Image.open(path).convert('RGB'))"
         raise UsageError(f"{name} is {_describe(image)}; expected sRGB, uint8 [H,W,3]{remedy}")
     if image.ndim == 2 or (image.ndim == 3 and image.shape[-1] == 1):
         image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=-1)
