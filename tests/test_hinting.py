@@ -20,8 +20,8 @@ from icm_cli.guidance.hints import Area, Hints, area_points
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.hinting import (
     BORDER_PX,
-    bind_alpha,
-    bind_trimap,
+    apply_hints_to_alpha,
+    apply_hints_to_trimap,
     clip_to_boxes,
     edit_coarse_alpha,
     make_prompts,
@@ -86,7 +86,7 @@ def pixels_that_hold(hints: Hints) -> tuple[Area, Area]:
 def test_points_and_areas_hold_in_the_bound_alpha(case: tuple[Hints, Float]) -> None:
     hints, alpha = case
     before = alpha.copy()
-    bound = bind_alpha(alpha, hints)
+    bound = apply_hints_to_alpha(alpha, hints)
     on, off = pixels_that_hold(hints)
     assert np.array_equal(alpha, before)
     assert bound.dtype == np.float32
@@ -108,16 +108,16 @@ def test_points_and_areas_hold_in_the_bound_alpha(case: tuple[Hints, Float]) -> 
     distance = cv2.distanceTransform((~touched).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     far = distance >= BORDER_PX if touched.any() else np.ones(hints.size, np.bool_)
     assert np.array_equal(bound[far], alpha[far])
-    assert np.array_equal(bind_alpha(bound, hints), bound), "what is bound stays as it is"
+    assert np.array_equal(apply_hints_to_alpha(bound, hints), bound), "what is bound stays as it is"
 
 
 def test_a_point_that_holds_changes_nothing() -> None:
     alpha = np.full((9, 9), 0.8, np.float32)
-    assert np.array_equal(bind_alpha(alpha, Hints(size=(9, 9), points=[(4.5, 4.5)])), alpha)
+    assert np.array_equal(apply_hints_to_alpha(alpha, Hints(size=(9, 9), points=[(4.5, 4.5)])), alpha)
 
 
 def test_a_correction_is_small_and_soft() -> None:
-    bound = bind_alpha(np.zeros((20, 20), np.float32), Hints(size=(20, 20), points=[(10.2, 10.9)]))
+    bound = apply_hints_to_alpha(np.zeros((20, 20), np.float32), Hints(size=(20, 20), points=[(10.2, 10.9)]))
     assert bound[10, 10] == 1
     assert (bound > 0).sum() < 30
     assert np.abs(np.diff(bound[10])).max() < 0.4
@@ -128,11 +128,11 @@ def test_a_line_holds_as_a_whole_with_a_soft_border() -> None:
     line[9:12, 5:35] = True
     for name, value in (("object_area", 1.0), ("background_area", 0.0)):
         hints = Hints(size=(20, 40), **{name: line}, is_outlined=True)
-        bound = bind_alpha(np.full((20, 40), 1 - value, np.float32), hints)
+        bound = apply_hints_to_alpha(np.full((20, 40), 1 - value, np.float32), hints)
         assert (bound[line] == value).all()
         np.testing.assert_allclose(np.abs(bound[6:10, 20] - (1 - value)), [0, 1 / 3, 2 / 3, 1], atol=1e-6)
         holds = np.full((20, 40), 0.6 if value else 0.4, np.float32)
-        assert np.array_equal(bind_alpha(holds, hints), holds)
+        assert np.array_equal(apply_hints_to_alpha(holds, hints), holds)
 
 
 def test_the_edge_of_a_rough_mask_does_not_bind() -> None:
@@ -142,17 +142,17 @@ def test_the_edge_of_a_rough_mask_does_not_bind() -> None:
     alpha[:, :15] = 1
     for unmarked in (0, 1):
         hints = Hints(size=(40, 40), object_area=left, background_area=~left & (np.arange(40) >= 20 + unmarked))
-        bound = bind_alpha(alpha, hints)
+        bound = apply_hints_to_alpha(alpha, hints)
         assert np.array_equal(bound, alpha)
     strokes = Hints(size=(40, 40), object_area=left, background_area=~left & (np.arange(40) >= 30))
-    assert (bind_alpha(alpha, strokes)[left] > 0.5).all()
+    assert (apply_hints_to_alpha(alpha, strokes)[left] > 0.5).all()
 
 
 def test_border_of_an_area_is_soft() -> None:
     area = np.zeros((20, 20), np.bool_)
     area[5:15, 5:15] = True
     for name, value in (("keep", 1.0), ("drop", 0.0)):
-        bound = bind_alpha(np.full((20, 20), 1 - value, np.float32), Hints(size=(20, 20), **{name: area}))
+        bound = apply_hints_to_alpha(np.full((20, 20), 1 - value, np.float32), Hints(size=(20, 20), **{name: area}))
         assert (bound[area] == value).all()
         np.testing.assert_allclose(np.abs(bound[10, :6] - (1 - value)), [0, 0, 0, 1 / 3, 2 / 3, 1], atol=1e-6)
 
@@ -191,7 +191,7 @@ def test_a_point_wins_over_a_rough_mask() -> None:
     left = np.zeros((40, 40), np.bool_)
     left[:, :20] = True
     hints = Hints(size=(40, 40), object_area=left, background_area=~left, points=[(30, 9)], not_points=[(10, 30)])
-    bound = bind_alpha(left.astype(np.float32), hints)
+    bound = apply_hints_to_alpha(left.astype(np.float32), hints)
     assert (bound[9, 30], bound[30, 10]) == (1, 0)
     with pytest.raises(UsageError, match="point 10,30 is off the object and in a stroke or an area on it"):
         replace(hints, background_area=None)
@@ -201,7 +201,7 @@ def test_points_hold_in_the_trimap() -> None:
     keep = np.zeros((40, 40), np.bool_)
     keep[30:] = True
     hints = Hints(size=(40, 40), points=[(10.5, 3)], not_points=[(20, 3)], keep=keep)
-    bound = bind_trimap(np.full((40, 40), 128, np.uint8), hints)
+    bound = apply_hints_to_trimap(np.full((40, 40), 128, np.uint8), hints)
     assert (bound[3, 10], bound[3, 20], bound[3, 15]) == (255, 0, 128)
     assert (bound[30:] == 255).all()
 

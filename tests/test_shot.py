@@ -25,7 +25,7 @@ from icm_cli.guidance.hints import Hints
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.writing import read_provenance, write_alpha
 from icm_cli.matting.hint_files import ImageHints
-from icm_cli.matting.hinting import bind_alpha
+from icm_cli.matting.hinting import apply_hints_to_alpha
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor
 from icm_cli.matting.propagation import (
@@ -196,13 +196,13 @@ def test_a_propagated_alpha_is_valid(seed: int, height: int, width: int, size: t
     rgb = rng.integers(0, 256, (2, height, width, 3), np.uint8)
     coarse = torch.from_numpy(rng.random(size, np.float32).round(1))
     earlier = FrameMemory.from_frame(rgb[0], rng.random((5, 5), np.float32), CONFIG)
-    alpha = FlowField.estimate(earlier, rgb[1], CONFIG).propagate(coarse)
+    alpha = FlowField.estimate(earlier, rgb[1], CONFIG).combine_with_earlier(coarse)
     assert alpha.shape == size
     assert alpha.dtype == torch.float32
     assert alpha.min() >= 0
     assert alpha.max() <= 1
     undecided = FrameMemory(rgb[0], np.full((height, width), 127, np.uint8))
-    unchanged = FlowField.estimate(undecided, rgb[1], CONFIG).propagate(coarse)
+    unchanged = FlowField.estimate(undecided, rgb[1], CONFIG).combine_with_earlier(coarse)
     torch.testing.assert_close(unchanged, coarse, atol=0.01, rtol=1e-7)
 
 
@@ -231,7 +231,7 @@ def flow_of(
 
 
 def propagate(flow: FlowField, coarse: Float) -> Float:
-    return flow.propagate(torch.from_numpy(np.ascontiguousarray(coarse))).numpy()
+    return flow.combine_with_earlier(torch.from_numpy(np.ascontiguousarray(coarse))).numpy()
 
 
 def test_a_part_that_the_model_misses_is_propagated() -> None:
@@ -337,7 +337,7 @@ def test_a_correction_is_propagated_against_a_model_that_is_certain(hinted: bool
             stabilise: Callable[[Float], Float] | None = None,
         ) -> list[FrameAlpha]:
             (frame,), (result,) = frames, super().refine_alphas(frames, coarse, stabilise)
-            return [replace(result, alpha=bind_alpha(result.alpha, frame.hints)) if frame.hints else result]
+            return [replace(result, alpha=apply_hints_to_alpha(result.alpha, frame.hints)) if frame.hints else result]
 
     propagator, jobs, frames = propagator_of(FollowsHints(*wrong), 4)
     if hinted:

@@ -84,7 +84,10 @@ def read_references_file(path: Path, groups: Mapping[str, Sequence[Sample]]) -> 
 
 
 def describe_group_problems(groups: Mapping[str, Sequence[Sample]], rounds: int, refs_per_group: int) -> list[str]:
-    """Return notes about missing groups, and about groups too small for the requested rounds or references."""
+    """Return notes if the dataset has no groups, and about groups too small for the rounds or references.
+
+    Groups of one image are not among them: :func:`choose_references` reports them.
+    """
     sizes = {group: len(samples) for group, samples in groups.items() if len(samples) > 1}
     notes = []
     if set(groups) == {ONE_GROUP}:

@@ -215,16 +215,16 @@ def to_scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]
 def colour_space_attributes(space: str, config: str) -> dict[str, Any]:
     """Return the attributes that label an EXR with a linear space of the configuration: its id and chromaticities.
 
-    Rec.709 needs none, because it is the default of EXR.
+    Linear Rec.709 (``LINEAR``) needs none, because it is the default of EXR.
     """
-    labelled = None if space == LINEAR else _load_config(config).getColorSpace(space)
-    if labelled is None or labelled.getName() == find_colour_space(LINEAR, config):
+    ocio_space = None if space == LINEAR else _load_config(config).getColorSpace(space)
+    if ocio_space is None or ocio_space.getName() == find_colour_space(LINEAR, config):
         return {}
-    interop_id = labelled.getInteropID() if hasattr(labelled, "getInteropID") else ""  # not in every OpenColorIO 2
-    attributes: dict[str, Any] = {"colorInteropID": interop_id or labelled.getName()}
-    for primaries, label in PRIMARIES.items():
-        if find_colour_space(label, config) == labelled.getName():
-            attributes["chromaticities"] = (*primaries, *(ACES_WHITE if label in ACES else D65))
+    interop_id = ocio_space.getInteropID() if hasattr(ocio_space, "getInteropID") else ""  # not in every OpenColorIO 2
+    attributes: dict[str, Any] = {"colorInteropID": interop_id or ocio_space.getName()}
+    for primaries, name in PRIMARIES.items():
+        if find_colour_space(name, config) == ocio_space.getName():
+            attributes["chromaticities"] = (*primaries, *(ACES_WHITE if name in ACES else D65))
             break
     return attributes
 

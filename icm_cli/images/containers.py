@@ -257,8 +257,8 @@ def _png_chunks(file: ImageFile, stop_before: bytes = b"") -> Iterator[tuple[byt
         length, name = struct.unpack(">I4s", head)
         if not (name.isalpha() and name.isascii()):
             raise ValueError(f"it has a chunk named {name.hex()}")
-        is_header, is_first = name == b"IHDR", stream.tell() == PNG_HEADER_OFFSET
-        if is_header != is_first:
+        is_first = stream.tell() == PNG_HEADER_OFFSET
+        if (name == b"IHDR") != is_first:
             raise ValueError("its header is not the first chunk, or occurs twice")
         if name == stop_before:
             return

@@ -271,14 +271,14 @@ def as_image_errors(path: Path, file_type: FileType = UNKNOWN_TYPE) -> Iterator[
 def _decode_tiff_or_pnm(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
     """Decode with Pillow if the file has 8 bits and straight alpha, else with OpenImageIO.
 
-    Pillow is also used if OpenImageIO cannot open the file. ``frame``: index among the pages that are counted, which
-    may differ from the index in the file; see :func:`~icm_cli.images.containers.tiff_pages`.
+    Pillow is also used if OpenImageIO cannot open the file. ``frame``: index among the pages that are frames;
+    others are skipped, see :func:`~icm_cli.images.containers.tiff_pages`.
     """
     if file.type.name == "tiff":
         pages = containers.tiff_pages(file)
         if frame >= len(pages):
             raise ImageError(f"{file.path} has no frame {frame + 1}; it has {len(pages)}")
-        frame = pages[frame]
+        frame = pages[frame]  # index in the file
     with openimageio.open_reader(file, must_open=False) as reader:
         if reader is not None and reader.seek_subimage(frame, 0) and not openimageio.is_plain_8_bit(reader.spec()):
             return openimageio.read_pixels(reader, file, frame, wanted)

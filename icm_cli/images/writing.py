@@ -103,7 +103,7 @@ class OutputFormat:
         return FORMAT_SUFFIXES[self.format][0]
 
     @property
-    def has_windows(self) -> bool:
+    def keeps_windows(self) -> bool:
         """Whether the format stores a data window and a display window."""
         return self.format == "exr"
 

@@ -30,7 +30,7 @@ from icm_cli.images.pixels import (
     too_large_message,
 )
 from icm_cli.images.writing import DEFAULT_OUTPUT, OutputFormat, write_alpha, write_foreground, write_trimap
-from icm_cli.matting.hinting import bind_trimap
+from icm_cli.matting.hinting import apply_hints_to_trimap
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor, Session
 from icm_cli.matting.resume import Origin, check_unchanged, file_identities, find_kept_result, make_provenance
@@ -387,10 +387,10 @@ class Engine:
     def _report_windows(self, job: Job, windows: ImageWindows) -> None:
         """Give a notice once if the output format cannot store the data and display windows of an EXR."""
         output = self.options.output
-        written = "trimap" if output.has_windows else output.format.upper()
-        if windows.is_full or (output.has_windows and output.trimap == "none"):
+        written = "trimap" if output.keeps_windows else output.format.upper()
+        if windows.is_full or (output.keeps_windows and output.trimap == "none"):
             return
-        remedy = "" if output.has_windows else "; icm matte --format exr keeps both"
+        remedy = "" if output.keeps_windows else "; icm matte --format exr keeps both"
         self._notice_once(
             "windows",
             f"{job.source} has {windows}; every {written} covers the display window: pixels outside of it are cut off, "
@@ -511,14 +511,14 @@ class Engine:
         return replace(job.planned, status="done", matting=replace(details, seconds=round(seconds, 4)))
 
     def _write_files(self, image: LoadedImage, alpha: Float, provenance: dict[str, str]) -> None:
-        """Write the trimap, and then the alpha: if the alpha exists, the image is finished."""
+        """Write the files of an image. The one at ``job.output`` comes last: if it exists, the image is finished."""
         output, job, windows = self.options.output, image.job, image.windows
         digest = self.options.job_digest(job)
         check = partial(check_unchanged, job=job, digest=digest, replaceable=image.replaceable)
         if output.trimap != "none":
             trimap = trimap_from_alpha(alpha, output.band_px)
             if image.frame.hints is not None:
-                trimap = bind_trimap(trimap, image.frame.hints)
+                trimap = apply_hints_to_trimap(trimap, image.frame.hints)
             trimap = windows.move_pixels(trimap, windows.display_window)
             path = job.trimap if output.trimap == "also" else job.output
             write_trimap(path, trimap, provenance, partial(check, path))
@@ -527,7 +527,7 @@ class Engine:
         if output.foreground != "none":
             colours = estimate_foreground(image.stored, alpha)
             self._report_clipping(image, colours)
-            if not output.has_windows:
+            if not output.keeps_windows:
                 colours = windows.move_pixels(colours, windows.display_window)
                 alpha = windows.move_pixels(alpha, windows.display_window)
             config = job.colour.config
@@ -535,7 +535,7 @@ class Engine:
                 job.output, colours, alpha, provenance, output, image.stored, config, partial(check, job.output)
             )
         else:
-            if not output.has_windows:
+            if not output.keeps_windows:
                 alpha = windows.move_pixels(alpha, windows.display_window)
             write_alpha(job.output, alpha, provenance, output, image.stored, partial(check, job.output))
 

@@ -159,7 +159,7 @@ def clip_to_boxes(alpha: Tensor, hints: Hints) -> Tensor:
     return alpha * weights_of_rows[:, None] * weights_of_columns
 
 
-def bind_alpha(alpha: Float, hints: Hints) -> Float:
+def apply_hints_to_alpha(alpha: Float, hints: Hints) -> Float:
     """Return a final alpha, float32 [H,W] of the size of the hints, corrected where it does not follow them.
 
     The result is above one half at points and in areas on the object, and below one half at those off it, also after
@@ -184,10 +184,10 @@ def bind_alpha(alpha: Float, hints: Hints) -> Float:
     return bound
 
 
-def bind_trimap(trimap: NDArray[np.uint8], hints: Hints) -> NDArray[np.uint8]:
+def apply_hints_to_trimap(trimap: NDArray[np.uint8], hints: Hints) -> NDArray[np.uint8]:
     """Return a trimap, uint8 [H,W] of the size of the hints, set to 255 on the object and 0 off it.
 
-    These are the pixels of :func:`bind_alpha`. Without this, those close to an edge would be unknown (128).
+    These are the pixels of :func:`apply_hints_to_alpha`. Without this, those close to an edge would be unknown (128).
     """
     on, off, keep, drop = _binding_areas(hints)
     bound = trimap.copy()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from icm_cli.device import Device, device_errors
 from icm_cli.geometry import ImageU8
 from icm_cli.guidance.hints import Hints
-from icm_cli.matting.hinting import bind_alpha, clip_to_boxes, make_prompts
+from icm_cli.matting.hinting import apply_hints_to_alpha, clip_to_boxes, make_prompts
 from icm_cli.model.contracts import Edges, Objects
 from icm_cli.model.loading import load_objects_and_edges
 
@@ -50,5 +50,5 @@ class MaskMaker:
         with device_errors(self._device, "the mask of a reference was made"), torch.inference_mode():
             (coarse,) = objects.complete_embedded_alphas(objects.embed_images([rgb]), [None], [make_prompts(hints)])
             (alpha,) = edges.refine_alphas([rgb], [clip_to_boxes(coarse, hints)])
-        mask: NDArray[np.bool_] = bind_alpha(alpha.numpy(force=True), hints) > 0.5
+        mask: NDArray[np.bool_] = apply_hints_to_alpha(alpha.numpy(force=True), hints) > 0.5
         return mask

@@ -372,9 +372,9 @@ def _make_setups(options: MatteOptions, plan: MattingPlan, choices: Sequence[Mod
     Raises UsageError or ConfigError.
     """
     engine = EngineOptions(
-        [run_digest(options, plan.references, plan.output, choices[0])],
-        choices[0].batch_size,
-        options.resources.workers or DEFAULT_WORKERS,
+        digests=[run_digest(options, plan.references, plan.output, choices[0])],
+        batch_size=choices[0].batch_size,
+        workers=options.resources.workers or DEFAULT_WORKERS,
         overwrite=options.output.overwrite,
         keep_existing=options.output.keep_existing,
         fail_fast=options.sequences.fail_fast,

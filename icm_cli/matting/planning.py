@@ -97,11 +97,12 @@ def _pattern_and_format(out: str, format_: ImageFormat | None) -> tuple[FramePat
             f"--out {out} is named like an image, and every image has its own alpha; expected a folder, or a frame "
             f"pattern such as {path.with_suffix('.####' + path.suffix)}"
         )
+    # Path finds a suffix only after a name, such as "x".
     suffix = "" if pattern is None else Path(f"x{pattern.after}").suffix.lower()
-    if not suffix:
+    if not suffix:  # the name of a folder
         return None, format_ or "png"
     fitting = next((name for name, suffixes in FORMAT_SUFFIXES.items() if suffix in suffixes), None)
-    if fitting is None and _VERSION_SUFFIX.fullmatch(suffix):
+    if fitting is None and _VERSION_SUFFIX.fullmatch(suffix):  # a folder named like show.####.v2
         return None, format_ or "png"
     if fitting is None:
         raise UsageError(f"--out {out} is a frame pattern with extension {suffix}; expected .png, .tif, .tiff or .exr")

@@ -22,7 +22,7 @@ from icm_cli.guidance.hints import Hints
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
-from icm_cli.matting.hinting import bind_alpha, edit_coarse_alpha, make_prompts, says_present
+from icm_cli.matting.hinting import apply_hints_to_alpha, edit_coarse_alpha, make_prompts, says_present
 from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.mattes import Mattes
 from icm_cli.matting.object_match import keep_same_objects
@@ -561,7 +561,7 @@ def _follow_corrections(alpha: Float, frame: Frame) -> Float:
     """Return an alpha of the size of its frame after its garbage matte, its keep matte and its hints, in this order."""
     if frame.mattes is not None:
         alpha = frame.mattes.apply_to_alpha(alpha)
-    return alpha if frame.hints is None else bind_alpha(alpha, frame.hints)
+    return alpha if frame.hints is None else apply_hints_to_alpha(alpha, frame.hints)
 
 
 def _hide_garbage(coarse: CoarseAlpha, frame: Frame) -> CoarseAlpha:

@@ -141,7 +141,7 @@ class FlowField:
         agreement = np.asarray(np.exp(-((difference / config.colour_tolerance) ** 2)), np.float32)
         return cls(earlier, flow, agreement, windows, config)
 
-    def propagate(self, coarse: Tensor) -> Tensor:
+    def combine_with_earlier(self, coarse: Tensor) -> Tensor:
         """Return a coarse alpha [h,w] in 0..1, combined with the alpha of the earlier frame.
 
         The logit of the earlier alpha is moved along the flow, and weighted by the agreement of the colours. Its weight
@@ -259,6 +259,9 @@ class FlowPropagator:
         """Matte one frame, and keep its alpha for later frames if the object is found.
 
         ``source``: the coarse alpha of the frame, or the references with which it is computed by tracking.
+
+        If hints change the alpha, their correction (:attr:`FrameMemory.correction`) is remembered too. It moves along
+        the flow from frame to frame, and gives the propagated alpha more weight against that of the model.
         """
         earlier = self._find_earlier(job, _reduce_image(frame.rgb, frame.windows, self._config).shape)
         if isinstance(source, TrackingReferences):
@@ -270,26 +273,35 @@ class FlowPropagator:
             return self._predictor.refine_alphas([frame], [coarse])[0]
         flow = None if earlier is None else FlowField.estimate(earlier, frame.rgb, self._config, frame.windows)
         if flow is not None:
-            coarse = replace(coarse, alpha=flow.propagate(coarse.alpha))
+            coarse = replace(coarse, alpha=flow.combine_with_earlier(coarse.alpha))
+        # The hard edges of a mask must not change those of the alpha.
         stabilise = None if flow is None or flow.earlier.is_mask else functools.partial(flow.stabilise, frame.rgb)
         (result,) = self._predictor.refine_alphas([frame], [coarse], stabilise)
         memory = FrameMemory.from_frame(frame.rgb, result.alpha, self._config, frame.windows)
-        if flow is not None:
-            memory = replace(memory, correction=flow.moved_correction())
         if job.hints is not None:
-            before = FrameMemory.from_frame(frame.rgb, coarse.alpha.numpy(force=True), self._config, frame.windows)
-            memory = replace(memory, correction=_find_correction(before.alpha, memory.alpha))
-            # Alphas are propagated from this frame forward, and later backward, so it is kept for longer.
+            uncorrected = FrameMemory.from_frame(frame.rgb, coarse.alpha.numpy(force=True), self._config, frame.windows)
+            memory = replace(memory, correction=_find_correction(uncorrected.alpha, memory.alpha))
+        elif flow is not None:
+            memory = replace(memory, correction=flow.moved_correction())
+        self._remember_frame(job, memory)
+        provenance = {PROPAGATED_KEY: encode_alpha(memory.alpha)}
+        if memory.correction is not None:
+            provenance[CORRECTED_KEY] = encode_alpha(memory.correction)
+        return replace(result, provenance=provenance)
+
+    def _remember_frame(self, job: Job, memory: FrameMemory) -> None:
+        """Keep the memory of a frame for later frames, and delete memories that are no longer needed.
+
+        A frame with hints is the start of its part of the shot: no memory of a frame before it is needed. Its own is
+        kept, because alphas are propagated from it first forward and then backward.
+        """
+        if job.hints is not None:
             self._memories = {}
             self._start = job.output
         self._memories[job.output] = memory
         deletable = [output for output in self._memories if output != self._start]
         for output in deletable[: -self._config.max_frames_back]:
             del self._memories[output]
-        provenance = {PROPAGATED_KEY: encode_alpha(memory.alpha)}
-        if memory.correction is not None:
-            provenance[CORRECTED_KEY] = encode_alpha(memory.correction)
-        return replace(result, provenance=provenance)
 
     def _find_earlier(self, job: Job, size: tuple[int, ...]) -> FrameMemory | None:
         """Return the nearest earlier frame that has an alpha and a reduced image of this size [h,w,3]; None if none.
@@ -468,9 +480,9 @@ def decode_alpha(text: str) -> ImageU8 | None:
 
 
 def _find_correction(before: ImageU8, after: ImageU8) -> ImageU8 | None:
-    """Return how much an alpha was corrected, uint8 [h,w]: 0 for changes of up to one half, 255 for a change of 255.
+    """Return how much an alpha was corrected, uint8 [h,w]: 0 for a change of up to 127, 255 for one of 255.
 
-    Returns None if it was corrected nowhere. ``before`` and ``after``: the alpha, uint8 [h,w].
+    Returns None if no pixel changed by more. ``before`` and ``after``: the alpha, uint8 [h,w].
     """
     change = cv2.absdiff(before, after).astype(np.float32)
     correction = np.asarray(np.clip(2 * change - 255, 0, 255), np.uint8)

@@ -65,7 +65,9 @@ class RunModel:
         whose network is used again, so that only the references are prepared. Raises UsageError or ConfigError.
         """
         self._run, self._options, self._notice = run, options, notice
-        self._choice = ModelChoice.from_options(options.model, 1, device=parse_devices(options.model.device)[0])
+        self._choice = ModelChoice.from_options(
+            options.model, batch_size=1, device=parse_devices(options.model.device)[0]
+        )
         self.references = read_all_references(options, notice)
         self._choice.check_guidance(self.references)
         steps = self._choice.resolve_learn_steps(options.sequences.learn_steps, is_shot=run.is_shot)
@@ -75,7 +77,7 @@ class RunModel:
         for sentence in self._prepared.notices:
             notice(sentence)
         self._images: OrderedDict[int, OpenImage] = OrderedDict()
-        """Images that are ready for answers, by id; the one that was used last is at the end."""
+        """Images for which answers can be computed, by id; the one that was used last is at the end."""
 
     @property
     def name(self) -> str:

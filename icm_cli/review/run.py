@@ -333,7 +333,7 @@ class ReviewRun:
                     yield Job(source, name, path, result, colour=self.colour, root=root)
 
     def _read_alpha_file(self, id: int) -> AlphaFile:
-        """Return what the file of an alpha says. It is opened only if its size or time has changed since last time."""
+        """Return what is known about the alpha of an image. Its file is opened only if its size or time has changed."""
         path, known = self.jobs[id].output, self._alphas[id]
         identity = identify_file(path)
         if identity is None:
@@ -343,7 +343,7 @@ class ReviewRun:
         with contextlib.suppress(ImageError):
             provenance = read_provenance_header(path)
             if DIGEST_KEY in provenance and provenance.get(NAME_KEY) == escape_name(self.names[id]):
-                return AlphaFile(identity, True, recorded_details(provenance))
+                return AlphaFile(identity, is_own=True, details=recorded_details(provenance))
         return AlphaFile(identity)
 
 
@@ -363,7 +363,7 @@ def _with_output_folder(options: MatteOptions, folder: Path) -> MatteOptions:
 
 
 def _without_taught(options: MatteOptions) -> MatteOptions:
-    """Return the options of a run without references and negatives taught in a review, which a recompute has."""
+    """Return options without the references and negatives that were taught in a review, as a recompute records them."""
     references = options.references
     positives = _untaught_pairs(references.ref, references.mask)
     negatives = _untaught_pairs(references.not_ref, references.not_mask)

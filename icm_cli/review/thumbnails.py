@@ -40,7 +40,7 @@ class ThumbnailWorkers:
         self._condition = threading.Condition()
         self._requests = 0
         """Number of requests that are being answered or wait."""
-        self._next = range(min(MAX_AHEAD, len(order)))
+        self._next_ranks = range(min(MAX_AHEAD, len(order)))
         """Ranks of the images whose thumbnails are made ahead."""
         self._view: View = "cutout"
         self._is_closed = False
@@ -48,7 +48,10 @@ class ThumbnailWorkers:
         self._thread.start()
 
     async def make(self, ids: Sequence[int], view: View) -> Batch:
-        """Return the thumbnails of the first images of ``ids``: at least one, and as many as are ready in a moment."""
+        """Return thumbnails for the first of ``ids``: as many as can be made in BATCH_S seconds, but at least one.
+
+        Afterwards, the thumbnails of the next images are made in advance, while no request waits.
+        """
         with self._condition:
             self._requests += 1
         try:
@@ -57,7 +60,7 @@ class ThumbnailWorkers:
             with self._condition:
                 self._requests -= 1
                 start = 1 + max(self._ranks[id] for id in ids)
-                self._next = range(start, min(start + MAX_AHEAD, len(self._order)))
+                self._next_ranks = range(start, min(start + MAX_AHEAD, len(self._order)))
                 self._view = view
                 self._condition.notify()
 
@@ -88,10 +91,10 @@ class ThumbnailWorkers:
         _skip_memory_checks()
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._is_closed or (self._next and not self._requests))
+                self._condition.wait_for(lambda: self._is_closed or (self._next_ranks and not self._requests))
                 if self._is_closed:
                     return
-                rank, self._next = self._next[0], self._next[1:]
+                rank, self._next_ranks = self._next_ranks[0], self._next_ranks[1:]
             self._make_batch([self._order[rank]], self._view)
 
 

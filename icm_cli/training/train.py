@@ -56,9 +56,9 @@ MAX_LOSS = 1e4
 def train(options: TrainOptions, *, listener: TrainingListener | None = None) -> TrainingSummary:
     """Train a model by the recipe of a configuration (Guo et al. 2024, section 4), saving regularly.
 
-    ``overrides`` are settings such as ``train.steps=500``. With ``preview`` above 0 a contact sheet of that many
-    samples is written and nothing is trained. A signal (Ctrl-C, SIGTERM) ends the run after the current step is saved;
-    ``resume`` continues with the next step.
+    The option ``overrides`` contains settings such as ``train.steps=500``. With the option ``preview`` above 0, a
+    contact sheet of that many samples is written and nothing is trained. A signal (Ctrl-C, SIGTERM) ends the run after
+    the current step is saved; the option ``resume`` continues with the next step.
 
     Raises UsageError, ConfigError or OutputError, and TrainingError if training cannot continue.
     """

@@ -216,6 +216,7 @@ def load_pretrained(cls: Any, folder: Path) -> Any:
                 f"{cls.__name__}, get them again"
             )
     tensors = model.state_dict()
+    # Names and shapes were checked above. Here only values that are not finite are found.
     check_tensor_values(tensors, tensors, f"the weights in {folder}")
     return model.eval().requires_grad_(False)
 
