@@ -501,6 +501,19 @@ class TestFixes:
         page.mouse.click(*to_page(page, image, ON_OBJECT))
         expect(page.locator("#hints-state")).to_have_text("No hints")
 
+    def test_a_press_outside_of_the_image_is_no_hint(self, server: ReviewServer, open_page: Open) -> None:
+        """Also if the mouse moves a little, with an arrow key for the pointer of the keyboard during the press."""
+        page = open_page(server)
+        image = open_image(page, server, WRONG)
+        for tool in ("p", "h"):
+            page.keyboard.press(tool)
+            page.mouse.move(*to_page(page, image, (-6, 50)))
+            page.mouse.down()
+            page.mouse.move(*to_page(page, image, (-2, 50)), steps=3)
+            page.keyboard.press("Shift+ArrowRight")
+            page.mouse.up()
+        assert hints_of(page) == []
+
     @pytest.mark.parametrize("uses_keys", [False, True])
     def test_escape_cancels_a_box(self, server: ReviewServer, open_page: Open, uses_keys: bool) -> None:
         """The hints stay as they were before it. Without a box, Escape goes back to the overview."""
@@ -731,10 +744,18 @@ class TestSeveralPeople:
         expect(page.locator('#alerts .alert[data-topic^="decision"]')).to_have_count(0)
 
     def test_other_tabs_follow(self, server: ReviewServer, open_page: Open) -> None:
+        """A press of the mouse in another tab is not interrupted, and the focus stays."""
         first, second = open_page(server), open_page(server)
         open_image(first, server, IMAGES[1])
+        open_image(second, server, WRONG)
+        frame = second.locator("#strip .frame").nth(1)
+        frame.hover()
+        second.mouse.down()
         first.locator('[data-action="reject"]').click()
         expect(second.locator("#counts")).to_contain_text("1 rejected")
+        expect(frame).to_be_focused()
+        second.mouse.up()
+        expect(frame).to_have_attribute("aria-current", "true")
 
 
 class TestKills:

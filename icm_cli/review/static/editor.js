@@ -114,7 +114,7 @@ class Editor {
   /** Move the pointer of the keyboard by steps of the screen. */
   moveCrosshair(x, y, stepPx = KEY_STEP_PX) {
     const { crosshair, draft } = this;
-    if (draft === null) return;
+    if (draft === null || (this.drag !== null && crosshair === null)) return; // the mouse drags
     this.canvas.focus({ preventScroll: true }); // else Enter presses the button with the focus
     const step = (stepPx * viewer.ratio) / viewer.zoom;
     const centre = viewer.toImage(this.canvas.clientWidth / 2, this.canvas.clientHeight / 2);
@@ -147,6 +147,7 @@ class Editor {
   /** Begin to move the point at a position, or add one. An old point that is released where it was is removed. */
   pressPoint(start, label) {
     const hit = this.findPoint(start);
+    if (hit === undefined && !this.isInside(start)) return;
     const shape = hit ?? { label, shape_type: "point" };
     const others = this.before.filter((each) => each !== hit);
     const place = (target) => {
@@ -162,7 +163,7 @@ class Editor {
       if (isMoved) place([x, y]);
     };
     this.drag = { move, end: () => { if (hit !== undefined && !isMoved) this.change(others); } };
-    if (hit === undefined && this.isInside(start)) place(start);
+    if (hit === undefined) place(start);
   }
   /** Return whether no point with a label may be placed at a point because of hints that say the opposite. */
   isTaken(shapes, point, label) {

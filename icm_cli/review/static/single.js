@@ -157,7 +157,7 @@ class Single {
     byId("quality").value = item.quality ?? 0;
     const label = draft?.isDirty ? "saved quality" : "quality"; // not that of the alpha that is shown
     setText(byId("quality-value"), `${label} ${formatQuality(item.quality)}`);
-    byId("image-reasons").classList.toggle("outdated", draft?.isDirty);
+    byId("image-reasons").classList.toggle("outdated", draft?.isDirty ?? false);
     byId("image-reasons").replaceChildren(...item.reasons.map((reason) => create("li", { textContent: reason })));
     setText(byId("hints-state"), draft === null ? "" : describeHints(draft));
     setText(byId("taught-state"), item.taught === null ? "" : `Used as a ${item.taught}.`);

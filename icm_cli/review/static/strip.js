@@ -30,5 +30,6 @@ function draw() {
     fillThumbnail(frame, item, [STATUS_LABELS[item.status]]);
     frame.root.ariaCurrent = id === current;
   }
+  if (String([...frames.keys()]) === String([...before.keys()])) return; // the focus stays
   box.replaceChildren(...[...frames.values()].map(({ root }) => root));
 }
