@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -21,7 +21,7 @@ import pytest
 from conftest import Icm, alphas, arguments, copy_many, output_files, read
 from PIL import Image, PngImagePlugin
 
-from icm_cli.files import RECORD_FOLDER
+from icm_cli.files import RECORD_FOLDER, SkippedPaths
 from icm_cli.images.image_file import ReopeningFile
 from icm_cli.images.writing import read_provenance
 from icm_cli.matting import resume
@@ -445,6 +445,32 @@ def test_alphas_without_source_are_counted(icm: Icm, scene: Path) -> None:
         assert "without source" not in icm(*flags, trimap="also").stderr
     assert "without source" not in icm(src=scene / "imgs" / "wall.jpg", trimap="also").stderr
     assert alphas(scene / "out") == before
+
+
+@pytest.mark.parametrize(("limit", "fails", "is_counted"), [(60, False, True), (60, True, False), (4, False, False)])
+def test_other_files_in_the_output_folder_do_not_stop_a_run(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, limit: int, fails: bool, is_counted: bool
+) -> None:
+    """If the drive does not answer, or after too many files, alphas without source are not counted."""
+    assert icm().exit_code == 0
+    (scene / "imgs" / "wall.jpg").unlink()
+    copy_many(scene / "ref.png", scene / "out", 40)
+    visited: list[Path] = []
+    walk_files = resume.walk_files
+
+    def walk(folder: Path, skipped: SkippedPaths) -> Iterator[Path]:
+        for path in walk_files(folder, skipped):
+            visited.append(path)
+            yield path
+        if fails:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(resume, "walk_files", walk)
+    monkeypatch.setattr(resume, "MAX_OTHER_FILES", limit)
+    result = icm()
+    assert result.exit_code == 0
+    assert ("without source: 1 file" in result.stderr) == is_counted
+    assert (len(visited) > 40) == (limit > 40)
 
 
 def test_pages_of_an_excluded_file_have_their_source(icm: Icm, scene: Path) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -299,12 +300,26 @@ def keep_existing_alphas(
 def report_alphas_without_source(folder: Path, jobs: Sequence[Job], notice: Callable[[str], None]) -> None:
     """Give a notice that counts the alphas and trimaps below a folder whose source was removed or renamed.
 
-    ``jobs``: those of all sources of the run. Files of sources below other roots are not counted.
+    ``jobs``: those of all sources of the run. Files of sources below other roots are not counted. If a drive does not
+    answer, there is no notice.
     """
+    try:
+        without_source = _find_files_without_source(folder, jobs)
+    except OSError:
+        return
+    if without_source:
+        notice(
+            f"without source: {format_count(len(without_source), 'file')} of icm in {folder}, such as "
+            f"{min(without_source)}, whose images were removed or renamed; delete the files that you do not need"
+        )
+
+
+def _find_files_without_source(folder: Path, jobs: Sequence[Job]) -> list[Path]:
+    """Return the alphas and trimaps below a folder whose source does not exist. Raises OSError."""
     names = {escape_name(job.planned.name) for job in jobs}
     roots = {escape_name(job.root): Path(job.root) for job in jobs}
     own = {path for job in jobs for path in (*job.files, job.output, job.trimap)}
-    others = [path for path in walk_files(folder, {}) if path not in own]
+    others = list(islice((path for path in walk_files(folder, {}) if path not in own), MAX_OTHER_FILES + 1))
     without_source: list[Path] = []
     for path in others if len(others) <= MAX_OTHER_FILES else ():
         with contextlib.suppress(ImageError):
@@ -312,11 +327,7 @@ def report_alphas_without_source(folder: Path, jobs: Sequence[Job], notice: Call
             name, root = provenance.get(NAME_KEY, ""), roots.get(provenance.get(ROOT_KEY, ""))
             if name and root is not None and name not in names and not is_file(root / name):
                 without_source.append(path)
-    if without_source:
-        notice(
-            f"without source: {format_count(len(without_source), 'file')} of icm in {folder}, such as "
-            f"{min(without_source)}, whose images were removed or renamed; delete the files that you do not need"
-        )
+    return without_source
 
 
 def _report_kept(
