@@ -473,11 +473,14 @@ def test_other_files_in_the_output_folder_do_not_stop_a_run(
     assert (len(visited) > 40) == (limit > 40)
 
 
-def test_pages_of_an_excluded_file_have_their_source(icm: Icm, scene: Path) -> None:
+def test_sources_that_a_glob_does_not_match_exist(icm: Icm, scene: Path) -> None:
+    """Also the pages of a file, and names that are not UTF-8. Pages that were removed from a file do not exist."""
     pages = [Image.fromarray(read(scene / "imgs" / "wall.jpg")[..., ::-1])] * 3
     pages[0].save(scene / "imgs" / "book.tif", save_all=True, append_images=pages[1:])
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / os.fsdecode(b"latin-\xe9.jpg"))
     assert icm().exit_code == 0
-    assert "without source" not in icm().stderr
+    for source in ("imgs", "imgs/*.tif", "imgs/**/*.png"):
+        assert "without source" not in icm(src=scene / source).stderr
     pages[0].save(scene / "imgs" / "book.tif", save_all=True, append_images=pages[2:])
     assert "without source: 1 file of icm in" in icm().stderr
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +65,8 @@ UNRECORDED_VERSION = "0.1"
 """Version of alphas that do not record one: those of icm 0.1.x."""
 MAX_OTHER_FILES = 10_000
 """If an output folder has more files that are no outputs of the run, alphas without source are not counted."""
+_PAGE_NUMBER = re.compile(r"\.\d{4,}(?=(\.[^./]*)?$)")
+"""Number in the name of a page, which the name of its file does not have."""
 
 
 class OtherSourceError(ImageError):
@@ -315,9 +319,14 @@ def report_alphas_without_source(folder: Path, jobs: Sequence[Job], notice: Call
 
 
 def _find_files_without_source(folder: Path, jobs: Sequence[Job]) -> list[Path]:
-    """Return the alphas and trimaps below a folder whose source does not exist. Raises OSError."""
+    """Return the alphas and trimaps below a folder whose source does not exist. Raises OSError.
+
+    A source that this run does not matte, such as one that a glob does not match, exists. Sources whose name is not
+    UTF-8 are not looked for, because their recorded name differs from that of the file.
+    """
     names = {escape_name(job.planned.name) for job in jobs}
     roots = {escape_name(job.root): Path(job.root) for job in jobs}
+    sources = {os.path.abspath(path) for job in jobs for path in job.files}  # noqa: PTH100
     own = {path for job in jobs for path in (*job.files, job.output, job.trimap)}
     others = list(islice((path for path in walk_files(folder, {}) if path not in own), MAX_OTHER_FILES + 1))
     without_source: list[Path] = []
@@ -325,8 +334,10 @@ def _find_files_without_source(folder: Path, jobs: Sequence[Job]) -> list[Path]:
         with contextlib.suppress(ImageError):
             provenance = read_provenance_header(path)
             name, root = provenance.get(NAME_KEY, ""), roots.get(provenance.get(ROOT_KEY, ""))
-            if name and root is not None and name not in names and not is_file(root / name):
-                without_source.append(path)
+            if name and root is not None and name not in names and "\\" not in name:
+                possible_sources = (root / name, root / _PAGE_NUMBER.sub("", name))
+                if not any(is_file(source) and str(source) not in sources for source in possible_sources):
+                    without_source.append(path)
     return without_source
 
 
