@@ -473,7 +473,7 @@ class TestFixes:
 
     @pytest.mark.parametrize("uses_keys", [False, True])
     def test_one_press_of_a_brush_paints(self, server: ReviewServer, open_page: Open, uses_keys: bool) -> None:
-        """Also: a click on the object is not possible on paint of the opposite kind."""
+        """Also: a click is not possible on paint of the opposite kind, or on a hidden point of it."""
         page = open_page(server)
         image = open_image(page, server, WRONG)
         server.wait_until_ready()
@@ -492,6 +492,11 @@ class TestFixes:
         page.mouse.click(*to_page(page, image, (x, y)), button="right")
         expect(page.locator("#status")).to_contain_text("painted with Keep")
         expect(page.locator("#hints-state")).to_have_text("2 hints, not saved")
+        page.mouse.click(*to_page(page, image, OFF_OBJECT))
+        page.keyboard.press("m")
+        page.mouse.click(*to_page(page, image, OFF_OBJECT), button="right")
+        expect(page.locator("#status")).to_contain_text("A point here says the opposite")
+        expect(page.locator("#hints-state")).to_have_text("3 hints, not saved")
 
     def test_hints_that_are_taken_back_are_no_change(self, server: ReviewServer, open_page: Open) -> None:
         page = open_page(server)
@@ -516,10 +521,12 @@ class TestFixes:
 
     @pytest.mark.parametrize("uses_keys", [False, True])
     def test_escape_cancels_a_box(self, server: ReviewServer, open_page: Open, uses_keys: bool) -> None:
-        """The hints stay as they were before it. Without a box, Escape goes back to the overview."""
+        """The hints and the redo stay as they were before it. Without a box, Escape goes back to the overview."""
         page = open_page(server)
         image = open_image(page, server, WRONG)
-        page.mouse.click(*to_page(page, image, ON_OBJECT))
+        for point in (ON_OBJECT, OFF_OBJECT):
+            page.mouse.click(*to_page(page, image, point))
+        page.keyboard.press("Control+z")
         expect(page.locator("#hints-state")).to_have_text("1 hint, not saved")
         page.keyboard.press("x")
         if uses_keys:
@@ -536,6 +543,8 @@ class TestFixes:
         page.mouse.move(*to_page(page, image, (80, 80)))
         page.mouse.up()
         assert hints_of(page) == ["fg point"]
+        page.keyboard.press("Control+y")
+        assert hints_of(page) == ["fg point", "fg point"]
         expect(page.locator('[data-action="redo-hint"]')).to_be_disabled()
         page.keyboard.press("Escape")
         expect(page.locator("#overview")).to_be_visible()

@@ -56,19 +56,17 @@ async function decide(id, action, request) {
 /** Send a change of an image. Returns whether the server has made it. */
 async function send(id, action, request) {
   const save = async () => store.update([await request(store.items.get(id))]);
-  const saving = save().then(() => true, (error) => reportFailure(id, action, error));
+  const saving = save().then(() => true, (error) => {
+    if (error.image) store.updateStale(error.image);
+    reportDecision(id, `${nameOf(id)} ${FAILURES[action]}: ${error.message}.`, error.status !== 410);
+    return false;
+  });
   store.setPending(id, saving);
   const isDone = await saving;
   if (isDone) clearError(`decision ${id}`);
   else if (action === "accept" || action === "reject") decided.delete(id);
   store.setPending(id, null);
   return isDone;
-}
-/** Report why a change was not made. Returns false. */
-function reportFailure(id, action, error) {
-  if (error.image) store.updateStale(error.image);
-  reportDecision(id, `${nameOf(id)} ${FAILURES[action]}: ${error.message}.`, error.status !== 410);
-  return false;
 }
 
 function reportDecision(id, text, isKept = true) {

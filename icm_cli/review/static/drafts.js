@@ -9,13 +9,14 @@ const isEqual = (shapes, others) => JSON.stringify(shapes) === JSON.stringify(ot
 class Draft {
   past = [];
   future = [];
+  earlierFuture = []; // that before the last step
   answer = null; // the last refined answer: {shapes, blob}
   constructor({ id }, shapes) { Object.assign(this, { id, shapes, saved: shapes }); }
   /** Whether the shapes differ from those that the server has. */
   get isDirty() { return this.shapes !== this.saved; }
   /** Set new shapes. `isStep`: whether undo returns to the shapes before. */
   change(shapes, isStep = true) {
-    if (isStep) this.past.push(this.shapes);
+    if (isStep) Object.assign(this, { past: [...this.past, this.shapes], earlierFuture: this.future });
     this.future = [];
     this.set(shapes, this.saved);
   }
@@ -27,6 +28,8 @@ class Draft {
     return true;
   }
   redo() { return this.undo(this.future, this.past); }
+  /** Take back the last step as if it had never been made. */
+  cancel() { this.undo(); this.future = this.earlierFuture; }
   set(changed, saved) {
     const isSaved = changed.length === saved?.length && changed.every((shape, index) => shape === saved[index]);
     const shapes = isSaved ? saved : changed;

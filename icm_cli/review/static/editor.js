@@ -105,8 +105,8 @@ class Editor {
   cancelDrag() {
     if (this.drag === null) return false;
     this.drag = null;
-    if (this.draft.shapes !== this.before && this.draft.undo()) {
-      this.draft.future.pop();
+    if (this.draft.past.at(-1) === this.before) {
+      this.draft.cancel();
       this.changed(false);
     }
     return true;
@@ -169,9 +169,10 @@ class Editor {
   isTaken(shapes, point, label) {
     const opposite = OPPOSITES[label];
     const isPaint = isPainted(shapes, point, opposite);
-    const isOpposite = (each) => each.label !== label && isNear(each, point, 1);
+    const isOpposite = shapes.some((each) => each.label !== label && isNear(each, point, 1));
     if (isPaint) notify(`This is painted with ${opposite === "keep" ? "Keep" : "Drop"}. Erase the paint first (E).`);
-    return isPaint || shapes.some(isOpposite);
+    else if (isOpposite) notify("A point here says the opposite. Remove it first (M shows the hints).");
+    return isPaint || isOpposite;
   }
   findPoint([x, y]) {
     const reach = (HIT_PX * viewer.ratio) / viewer.zoom;
