@@ -290,9 +290,9 @@ def test_contact_sheet_begins_with_the_lowest_quality(tmp_path: Path) -> None:
     ]
     write_report(tmp_path / "s.png", Report({}, results))
     sheet = read(tmp_path / "s.png")
-    assert sheet.shape[0] == 2 * 258
-    assert (sheet[120, 360] == 100).all()
-    assert (sheet[258 + 120, 360] == 0).all()
+    assert sheet.shape[0] == 2 * 122
+    assert (sheet[60, 360] == 100).all()
+    assert (sheet[122 + 60, 360] == 0).all()
 
 
 USUAL = {

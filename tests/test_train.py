@@ -382,12 +382,12 @@ def test_preview_writes_a_contact_sheet_only(config: Path, out: Path) -> None:
     done = train(config, out, preview=3)
     assert done.exit_code == 0, done.output
     sheet = read(out / "preview.png")
-    assert sheet.shape == (3 * 258, 5 * 240, 3)
+    assert sheet.shape == (3 * 118, 5 * 240, 3)
     settings = read_settings(str(config))
     stage = make_stage(settings, read_pool(settings.data))
     for row in range(3):
         for column, cell in enumerate(stage.preview_sample(row)[1]):
-            shown = sheet[row * 258 :][72:168, column * 240 + 72 : column * 240 + 168]  # the central 96 px of a cell
+            shown = sheet[row * 118 :][2:98, column * 240 + 72 : column * 240 + 168]  # 96 px of a cell
             assert (shown[..., ::-1] == cell).all(), (row, column)
     assert [path.name for path in out.iterdir()] == ["preview.png"]
 

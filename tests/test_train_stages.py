@@ -303,11 +303,11 @@ class TestMatch:
         assert done.exit_code == 0, done.output
         assert f"the preview of samples is {tmp_path / 'run' / 'preview.png'}" in done.stdout
         sheet = cv2.imread(str(tmp_path / "run" / "preview.png")).astype(int)
-        assert sheet.shape == (8 * 258, 3 * 240, 3)
+        assert sheet.shape == (8 * 190, 3 * 240, 3)
         found = set()
         for row in range(8):
             reference, mosaic, alpha = (
-                sheet[row * 258 :][:240, column * 240 : (column + 1) * 240] for column in range(3)
+                sheet[row * 190 :][:172, column * 240 : (column + 1) * 240] for column in range(3)
             )
             bright = reference[(reference.max(axis=-1) > 180)]
             colour = {name: np.array(value) for name, value in COLOURS.items()}
