@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Self
 
@@ -47,16 +48,22 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-IMPORT_POLL_S = 0.05
-"""Seconds after which a signal that came during an import is sent again."""
+POLL_S = 0.05
+"""Seconds after which a signal that could not take effect is sent again."""
+UNINTERRUPTIBLE_FILES = ("<frozen importlib._bootstrap>", str(Path("numba/core/serialize.py")))
+"""Ends of the names of files whose functions lose a KeyboardInterrupt.
+
+Libraries suppress it during an import. numba calls its function from C, and replaces the exception by a SystemError.
+"""
 SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class Interrupt:
     """Context that raises KeyboardInterrupt for the first Ctrl-C or SIGTERM.
 
-    If the signal comes during an import, the exception is raised after the import: otherwise some libraries would
-    suppress it and stay incomplete. Later signals are ignored, so that writes finish.
+    If the signal comes in a function of UNINTERRUPTIBLE_FILES, for example during an import, the exception is raised
+    afterwards. Otherwise some libraries would suppress it and stay incomplete. Later signals are ignored, so that
+    writes finish.
     """
 
     def __init__(self) -> None:
@@ -74,19 +81,19 @@ class Interrupt:
     def _receive_signal(self, number: int, frame: FrameType | None) -> None:
         if self._is_raised:
             return
-        if _is_importing(frame):  # send the same signal again later
+        if _is_uninterruptible(frame):  # send the same signal again later
             main_thread = threading.main_thread().ident
-            threading.Timer(IMPORT_POLL_S, signal.pthread_kill, [main_thread, number]).start()
+            threading.Timer(POLL_S, signal.pthread_kill, [main_thread, number]).start()
             return
         self._is_raised = True
         self.exit_code = SIGNAL_EXIT_CODES[signal.Signals(number)]
         raise KeyboardInterrupt
 
 
-def _is_importing(frame: FrameType | None) -> bool:
-    """Return whether a frame, or a frame that called it, belongs to Python's import system."""
+def _is_uninterruptible(frame: FrameType | None) -> bool:
+    """Return whether a frame, or a frame that called it, belongs to one of UNINTERRUPTIBLE_FILES."""
     while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+        if frame.f_code.co_filename.endswith(UNINTERRUPTIBLE_FILES):
             return True
         frame = frame.f_back
     return False

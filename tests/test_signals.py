@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during imports and during training."""
+"""Ctrl-C and SIGTERM during imports, in callbacks of numba, and during training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import numba
 import pytest
 
 from icm_cli.signals import Interrupt, StopSignals
@@ -55,3 +56,14 @@ def test_interrupt_waits_for_the_end_of_an_import(tmp_path: Path, monkeypatch: p
         with pytest.raises(KeyboardInterrupt):
             time.sleep(10)
     assert interrupt.exit_code == 130
+
+
+def test_interrupt_waits_for_the_end_of_a_callback_of_numba() -> None:
+    """In such a callback, which C calls, a KeyboardInterrupt would become a SystemError."""
+    source = "signal.raise_signal(signal.SIGINT)\ntime.sleep(0.2)\nis_complete = True"
+    names = {"signal": signal, "time": time}
+    with Interrupt():
+        exec(compile(source, numba.core.serialize.__file__, "exec"), names)
+        assert names["is_complete"]
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(10)

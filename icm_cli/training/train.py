@@ -106,6 +106,7 @@ def train(options: TrainOptions, *, listener: TrainingListener | None = None) ->
         if training.pack is not None and summary.checkpoint is not None and learner.is_main:
             pack_checkpoint(summary.checkpoint, training.pack)
             summary = replace(summary, pack=training.pack)
+    learner.accelerator.end_training()  # else threads of a data-parallel run can abort a process at its exit
     if learner.is_main:
         listener.on_training_end(summary)
     return summary
