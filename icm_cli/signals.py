@@ -48,7 +48,7 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-POLL_S = 0.05
+RESEND_S = 0.05
 """Seconds after which a signal that could not take effect is sent again."""
 UNINTERRUPTIBLE_FILES = ("<frozen importlib._bootstrap>", str(Path("numba/core/serialize.py")))
 """Ends of the names of files whose functions lose a KeyboardInterrupt.
@@ -83,7 +83,7 @@ class Interrupt:
             return
         if _is_uninterruptible(frame):  # send the same signal again later
             main_thread = threading.main_thread().ident
-            threading.Timer(POLL_S, signal.pthread_kill, [main_thread, number]).start()
+            threading.Timer(RESEND_S, signal.pthread_kill, [main_thread, number]).start()
             return
         self._is_raised = True
         self.exit_code = SIGNAL_EXIT_CODES[signal.Signals(number)]

@@ -113,18 +113,24 @@ def read_hints(
     try:
         if not is_annotation(path):
             return read_scribble(path, size)
-        content = read_json(path, "annotation", {}, EXPECTED)
+        content = read_annotation(path)
         if "shapes" in content:
             check_schema(content, LABELME_SCHEMA, "")
             shapes = list(_labelme_shapes(content, size))
-        elif "annotations" in content:
+        else:
             check_schema(content, COCO_SCHEMA, "")
             shapes = list(_coco_shapes(content, size, image))
-        else:
-            raise ValueError(f"it has neither shapes nor annotations; {EXPECTED}")
         return _combine_shapes(_select_shapes(shapes, label, can_select=can_select), size)
     except (ValueError, OverflowError) as error:
         raise UsageError(f"annotation {path} cannot be used: {error}") from error
+
+
+def read_annotation(path: Path) -> dict[str, Any]:
+    """Read the JSON of labelme or COCO in a file, without checking its schema. Raises UsageError for other JSON."""
+    content: dict[str, Any] = read_json(path, "annotation", {}, EXPECTED)
+    if not content.keys() & {"shapes", "annotations"}:
+        raise UsageError(f"annotation {path} cannot be used: it has neither shapes nor annotations; {EXPECTED}")
+    return content
 
 
 def hints_from_shapes(shapes: Sequence[dict[str, Any]], size: tuple[int, int]) -> Hints:
@@ -147,7 +153,7 @@ def find_other_image(path: Path, image: Path) -> str:
 
     Folders, suffixes and page numbers may differ. Raises UsageError.
     """
-    content = read_json(path, "annotation", {}, EXPECTED)
+    content = read_annotation(path)
     stated_name = PureWindowsPath(str(content.get("imagePath") or "")).name  # splits at both / and backslash
     if not stated_name or "shapes" not in content:
         return ""

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from pathlib import Path
+from typing import Any
 
 from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import ImageError, UsageError
@@ -18,12 +19,10 @@ from icm_cli.files import (
     SkippedPaths,
     combined_digest,
     describe_os_error,
-    read_json,
     retry_transient,
     walk_files,
 )
-from icm_cli.guidance.annotations import EXPECTED as EXPECTED_ANNOTATION
-from icm_cli.guidance.annotations import OTHER_IMAGE, find_other_image, is_annotation, read_hints
+from icm_cli.guidance.annotations import OTHER_IMAGE, find_other_image, is_annotation, read_annotation, read_hints
 from icm_cli.guidance.hints import Area, Hints
 from icm_cli.images.decoding import image_size
 from icm_cli.images.image_file import IMAGE_SUFFIXES
@@ -102,12 +101,10 @@ class ImageHints:
         They are those that the file states, or else those of the source.
         """
         if path.suffix.lower() == JSON_SUFFIX:
-            content = read_json(path, "annotation", {}, EXPECTED_ANNOTATION)
-            if not content.keys() & {"shapes", "annotations"}:
-                self._read_file(path, (1, 1))  # raises UsageError
+            content = read_annotation(path)
             if content.get("shapes") == []:
                 raise UsageError(f"annotation {path} has no shape; delete the file to remove the hints of {self.image}")
-            size = content.get("imageHeight"), content.get("imageWidth")
+            size: tuple[Any, Any] = content.get("imageHeight"), content.get("imageWidth")
             if size == (None, None) and source is not None and "shapes" in content:
                 with contextlib.suppress(ImageError):  # is reported when the image is matted
                     size = image_size(source)

@@ -88,7 +88,8 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
     _check_devices(options)
     plan = make_plan(options, listener)
     if not options.given & PARTIAL_OPTIONS and not is_file(options.sources.src) and options.sources.src != "-":
-        report_alphas_without_source(plan.layout.folder, plan.jobs, listener.on_notice)
+        workers = options.resources.workers or DEFAULT_WORKERS
+        report_alphas_without_source(plan.layout.folder, plan.jobs, workers=workers, notice=listener.on_notice)
     if path := options.references.save_mask:
         check_writable(path.parent)
         write_mask(path, plan.references[0].display_mask)

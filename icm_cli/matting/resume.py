@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -301,14 +301,16 @@ def keep_existing_alphas(
     return [job for job in jobs if job.output not in kept]
 
 
-def report_alphas_without_source(folder: Path, jobs: Sequence[Job], notice: Callable[[str], None]) -> None:
+def report_alphas_without_source(
+    folder: Path, jobs: Sequence[Job], *, workers: int, notice: Callable[[str], None]
+) -> None:
     """Give a notice that counts the alphas and trimaps below a folder whose source was removed or renamed.
 
     ``jobs``: those of all sources of the run. Files of sources below other roots are not counted. If a drive does not
-    answer, there is no notice.
+    answer, there is no notice. ``workers``: number of threads that read files.
     """
     try:
-        without_source = _find_files_without_source(folder, jobs)
+        without_source = _find_files_without_source(folder, jobs, workers)
     except OSError:
         return
     if without_source:
@@ -318,7 +320,7 @@ def report_alphas_without_source(folder: Path, jobs: Sequence[Job], notice: Call
         )
 
 
-def _find_files_without_source(folder: Path, jobs: Sequence[Job]) -> list[Path]:
+def _find_files_without_source(folder: Path, jobs: Sequence[Job], workers: int) -> list[Path]:
     """Return the alphas and trimaps below a folder whose source does not exist. Raises OSError.
 
     A source that this run does not matte, such as one that a glob does not match, exists. Sources whose name is not
@@ -329,16 +331,22 @@ def _find_files_without_source(folder: Path, jobs: Sequence[Job]) -> list[Path]:
     sources = {os.path.abspath(path) for job in jobs for path in job.files}  # noqa: PTH100
     own = {path for job in jobs for path in (*job.files, job.output, job.trimap)}
     others = list(islice((path for path in walk_files(folder, {}) if path not in own), MAX_OTHER_FILES + 1))
-    without_source: list[Path] = []
-    for path in others if len(others) <= MAX_OTHER_FILES else ():
-        with contextlib.suppress(ImageError):
+    if len(others) > MAX_OTHER_FILES:
+        return []
+
+    def is_without_source(path: Path) -> bool:
+        try:
             provenance = read_provenance_header(path)
-            name, root = provenance.get(NAME_KEY, ""), roots.get(provenance.get(ROOT_KEY, ""))
-            if name and root is not None and name not in names and "\\" not in name:
-                possible_sources = (root / name, root / _PAGE_NUMBER.sub("", name))
-                if not any(is_file(source) and str(source) not in sources for source in possible_sources):
-                    without_source.append(path)
-    return without_source
+        except ImageError:
+            return False
+        name, root = provenance.get(NAME_KEY, ""), roots.get(provenance.get(ROOT_KEY, ""))
+        if not name or root is None or name in names or "\\" in name:
+            return False
+        possible_sources = (root / name, root / _PAGE_NUMBER.sub("", name))
+        return not any(is_file(source) and str(source) not in sources for source in possible_sources)
+
+    with ThreadPoolExecutor(workers, "icm-inspect") as executor:
+        return list(compress(others, executor.map(is_without_source, others)))
 
 
 def _report_kept(

@@ -86,7 +86,7 @@ class Corrections:
 
     def base_references(self) -> Sequence[Reference]:
         """Return the references of the run without taught images. Raises ModelNotReadyError."""
-        return self._loaded_model().references[: len(self._run.options.references.ref)]
+        return self._model_without_waiting().references[: len(self._run.options.references.ref)]
 
     def reload(self) -> None:
         """Start to prepare the references again, after other images were taught. The network is not loaded again."""
@@ -226,7 +226,7 @@ class Corrections:
             raise ModelNotReadyError(f"the model could not be loaded: {self.model_error}")
         return self._model
 
-    def _loaded_model(self) -> RunModel:
+    def _model_without_waiting(self) -> RunModel:
         """Return the model. Raises ModelNotReadyError unless it is loaded. Starts to load it if nobody has."""
         self.load_model()
         if self.model_state == "loading":

@@ -22,7 +22,7 @@ from icm_cli.errors import ImageError, TrainingError
 
 WORKER_NICENESS = 15
 MAX_ATTEMPTS = 10
-"""Training ends if a sample could not be read in this many draws. A view is skipped then."""
+"""Number of draws after which a sample that cannot be read ends the training, and such a view is skipped."""
 MAX_SKIPPED_FRACTION = 0.01
 """If a larger fraction of the drawn samples cannot be read, the run ends."""
 MIN_DRAWS_TO_JUDGE = 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import shlex
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from icm_cli.datasets.groups import Sample, group_samples
 from icm_cli.datasets.registry import find_dataset
-from icm_cli.device import is_main_process
+from icm_cli.device import is_main_process, process_count
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
 from icm_cli.errors import ImageError, TrainingError, UsageError
 from icm_cli.evaluation.evaluate import evaluate
@@ -106,7 +107,8 @@ def train(options: TrainOptions, *, listener: TrainingListener | None = None) ->
         if training.pack is not None and summary.checkpoint is not None and learner.is_main:
             pack_checkpoint(summary.checkpoint, training.pack)
             summary = replace(summary, pack=training.pack)
-    learner.accelerator.end_training()  # else threads of a data-parallel run can abort a process at its exit
+    if process_count() > 1:  # otherwise threads of the process group can abort a process at its exit
+        atexit.register(learner.accelerator.state.destroy_process_group)
     if learner.is_main:
         listener.on_training_end(summary)
     return summary
