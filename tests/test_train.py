@@ -302,7 +302,7 @@ def test_training_starts_from_a_checkpoint(config: Path, out: Path, tmp_path: Pa
         config,
         more,
         "--set",
-        "train.learning_rate=0",
+        "train.learning_rate=1e-12",
         "--set",
         "train.backbone_learning_rate=0",
         checkpoint=out / "last.safetensors",

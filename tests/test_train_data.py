@@ -471,6 +471,8 @@ class TestSettings:
             ("train.loss.binary_rule=both", "binary_rule is 'both'"),
             ("train.steps.more=1", "steps is {'more': 1}"),
             ("train.clip_norm=0", "more than 0"),
+            ("train.learning_rate=0", "learning_rate is 0.0; expected more than 0"),
+            ("train.learning_rate=-1", "learning_rate is -1.0; expected more than 0"),
             ("train.learning_rate=.nan", "rate is nan; expected a number"),
             ("train.learning_rate=.inf", "rate is inf; expected a number"),
             ("train.optimiser=sgd", "expected 'adam' or 'adamw'"),

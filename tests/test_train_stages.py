@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -666,3 +667,29 @@ class TestEndToEnd:
         changed = train(config, tmp_path / "parts", "--resume", "--set", "train.match.presence_weight=1")
         assert changed.exit_code == 2
         assert "train.match.presence_weight: 0.3 -> 1" in changed.stderr
+
+
+MATTE = {"steps": 12, "batch_size": 2, "pairs": {"composite_probability": 0, "negative_probability": 0}}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "workers"),
+    [
+        (MATTE, 0),
+        ({**MATCH, "steps": 2}, 0),
+        ({**REFINE, "steps": 8, "refine": {"crop_px": 64}}, 1),
+        ({**END_TO_END, "steps": 2}, 0),
+    ],
+    ids=["matte", "match", "refine", "end-to-end"],
+)
+def test_alphas_without_an_object_are_reported_once(
+    discs: Path, tmp_path: Path, recipe: dict[str, Any], workers: int
+) -> None:
+    data = shutil.copytree(discs, tmp_path / "data")
+    black = data / "alphas" / "red" / "1.png"
+    cv2.imwrite(str(black), np.zeros((96, 96), np.uint8))
+    config = change(write_config(tmp_path / "a.yaml", data, **recipe), backgrounds=[])
+    done = train(config, tmp_path / "run", workers=workers)
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("without an object") == 1
+    assert f"1 alpha without an object: {black}; the model learns that" in done.stderr

@@ -8,8 +8,9 @@ import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Generic, Self, TypeAlias, TypeGuard, TypeVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeGuard, TypeVar
 
 import cv2
 import numpy as np
@@ -37,6 +38,8 @@ class Batch:
     counters: tuple[int, ...]
     skipped: tuple[str, ...]
     """Reasons for the draws that could not be read."""
+    black_alphas: tuple[Path, ...] = field(default=(), kw_only=True)
+    """Files of targets' alphas that have no object."""
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Return the tensors by field name; tensors of a tuple are numbered ("scales.0")."""
@@ -81,6 +84,15 @@ Layers: TypeAlias = dict[str, NDArray[Any]]
 """Arrays of one sample, by the names of the tensors of its batch."""
 
 
+class Sample(NamedTuple):
+    """A training sample."""
+
+    name: str
+    layers: Layers
+    black_alpha: Path | None
+    """File of the target's alpha, if it has no object."""
+
+
 class BatchMaker(Dataset[Any], ABC, Generic[BatchT]):
     """Makes batches that depend only on the numbers of their samples and on the seed of the run."""
 
@@ -105,18 +117,21 @@ class SampleMaker(BatchMaker[BatchT]):
         self._seed = seed
 
     @abstractmethod
-    def draw_sample(self, rng: np.random.Generator) -> tuple[str, Layers]:
-        """Draw the name and the arrays of a sample. Raises ImageError if an image cannot be read."""
+    def draw_sample(self, rng: np.random.Generator) -> Sample:
+        """Draw a sample. Raises ImageError if an image cannot be read."""
 
     def make_batch(self, counters: Sequence[int]) -> BatchT:
         skipped: list[str] = []
-        named_samples = [self._make_sample(counter, skipped) for counter in counters]
-        names = tuple(name for name, _ in named_samples)
-        samples = [layers for _, layers in named_samples]
-        tensors = {layer: torch.from_numpy(np.stack([sample[layer] for sample in samples])) for layer in samples[0]}
-        return self.batch_class(names, tuple(counters), tuple(skipped), **tensors)
+        samples = [self._make_sample(counter, skipped) for counter in counters]
+        names = tuple(sample.name for sample in samples)
+        tensors = {
+            layer: torch.from_numpy(np.stack([sample.layers[layer] for sample in samples]))
+            for layer in samples[0].layers
+        }
+        black_alphas = tuple(sample.black_alpha for sample in samples if sample.black_alpha is not None)
+        return self.batch_class(names, tuple(counters), tuple(skipped), **tensors, black_alphas=black_alphas)
 
-    def _make_sample(self, counter: int, skipped: list[str]) -> tuple[str, Layers]:
+    def _make_sample(self, counter: int, skipped: list[str]) -> Sample:
         """Make sample number ``counter``. If an image cannot be read, add the reason to ``skipped`` and draw again."""
         for attempt in range(MAX_ATTEMPTS):
             try:

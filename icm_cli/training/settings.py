@@ -448,7 +448,7 @@ class TrainConfig(Section, title="train"):
     canvas_px: int = limited(768, 64)
     """Side of the square canvas to which reference and target are resized."""
     optimiser: Literal["adam", "adamw"] = "adam"
-    learning_rate: float = limited(4e-4)
+    learning_rate: float = limited(4e-4, is_open=True)
     """Learning rate of all parts except the backbone."""
     backbone_learning_rate: float = limited(0.0)
     """Learning rate of the backbone; 0 keeps it frozen."""

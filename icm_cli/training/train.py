@@ -19,7 +19,7 @@ from icm_cli.datasets.groups import Sample, group_samples
 from icm_cli.datasets.registry import find_dataset
 from icm_cli.device import is_main_process, process_count
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
-from icm_cli.errors import ImageError, TrainingError, UsageError
+from icm_cli.errors import ImageError, TrainingError, UsageError, format_count
 from icm_cli.evaluation.evaluate import evaluate
 from icm_cli.events import (
     BestStep,
@@ -48,6 +48,10 @@ from icm_cli.training.stages import AnyStage, make_stage
 
 MAX_REPORTED_SKIPS = 20
 """Number of unreadable samples that are reported one by one."""
+MIN_DRAWS_PER_IMAGE = 3
+"""Alphas without an object are reported after this many draws per image, when nearly all images were drawn."""
+MAX_LISTED_ALPHAS = 5
+"""Number of alphas without an object that the notice names."""
 MAX_LOSS = 1e4
 """A sample whose loss is above this ends the run, as in the code released with the paper."""
 
@@ -129,6 +133,8 @@ class _TrainingLoop:
         self._progress = RunProgress()
         self._loss: float | None = None
         """Mean loss of the last logged steps."""
+        self._black_alphas: set[Path] | None = set()
+        """Alphas without an object that were drawn; None after they were reported."""
 
     def run_steps(self, *, resume: bool) -> TrainingSummary:
         """Take all steps, and log, validate and save in between."""
@@ -158,6 +164,8 @@ class _TrainingLoop:
                 is_stopped = learner.is_true_anywhere(stop.received is not None)
                 is_done = is_stopped or learner.is_true_anywhere(self._is_finished)
                 listener.on_step_end(step)
+                if is_done or stats.samples >= MIN_DRAWS_PER_IMAGE * len(self._stage.pool):
+                    self._report_black_alphas()
                 if step % recipe.log_every == 0 or is_done:
                     self._log_metrics(learning_rate)
                 if learner.is_main:
@@ -198,6 +206,8 @@ class _TrainingLoop:
         for _ in range(learner.accumulation):
             batch = self._stats.take_next_batch(batches).to(learner.device.torch_device)
             skipped = self._report_skipped(batch, skipped)
+            if self._black_alphas is not None:
+                self._black_alphas.update(batch.black_alphas)
             with learner.accumulate_gradients():
                 prediction = stage.predict(learner.forward, batch)
                 self._check_predictions(prediction, batch)
@@ -251,6 +261,18 @@ class _TrainingLoop:
         if batch.skipped:
             check_skipped_fraction(skipped, samples + skipped, batch.skipped[-1])
         return skipped
+
+    def _report_black_alphas(self) -> None:
+        """Report once the alphas without an object. Such an image may be meant as one that does not show the object."""
+        alphas, self._black_alphas = sorted(self._black_alphas or ()), None
+        if alphas:
+            names = ", ".join(map(str, alphas[:MAX_LISTED_ALPHAS]))
+            more = f" and {len(alphas) - MAX_LISTED_ALPHAS} more" if len(alphas) > MAX_LISTED_ALPHAS else ""
+            self._listener.on_notice(
+                f"{format_count(len(alphas), 'alpha')} without an object: {names}{more}; the model learns that these "
+                "images do not show the object of their group; if they show it, correct the alphas, or exclude the "
+                "images with 'exclude'"
+            )
 
     def _validate(self, stop: StopSignals) -> None:
         """Score the last checkpoint on the validation data, if there are any; keep it if it is the best so far."""

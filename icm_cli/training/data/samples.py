@@ -11,7 +11,7 @@ from icm_cli.errors import ImageError
 from icm_cli.geometry import binarize_alpha
 from icm_cli.model.core import TARGET_NOISE_KEY, Pairs, reference_noise_key
 from icm_cli.scoring.task import make_trimap
-from icm_cli.training.batches import Batch, Layers, SampleMaker
+from icm_cli.training.batches import Batch, Sample, SampleMaker
 from icm_cli.training.data.augment import Rng, draw_guidance
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene, SceneMaker
@@ -76,7 +76,7 @@ class PairMaker(SampleMaker[PairBatch]):
         self.config = config
         self._scenes = SceneMaker(pool, config)
 
-    def draw_sample(self, rng: Rng) -> tuple[str, Layers]:
+    def draw_sample(self, rng: Rng) -> Sample:
         pairs, scenes = self.config.pairs, self._scenes
         item = self.pool.draw_item(rng)
         partner = self.pool.draw_partner(item, rng, pairs.same_image_probability)
@@ -86,6 +86,7 @@ class PairMaker(SampleMaker[PairBatch]):
             target, name = self._make_negative(partner, rng)
         else:
             target, name = scenes.make_scene(item, rng), item.name
+        black_alpha = None if is_negative or target.alpha.any() else item.alpha
         target = scenes.augment_colours(scenes.add_distractors(target, distractors, rng), rng)
         reference = scenes.make_scene(partner, rng)
         if distractors and rng.random() < pairs.reference_distractor_probability:
@@ -95,7 +96,7 @@ class PairMaker(SampleMaker[PairBatch]):
         reference = scenes.augment_colours(reference, rng)
         alpha = binarize_alpha(target.alpha) if item.is_binary else target.alpha
         trimap = make_trimap(alpha, self.config.trimap_kernel_px) if target.trimap is None else target.trimap
-        return f"{name} by {partner.name}", {
+        layers = {
             "rgb": target.rgb,
             "alpha": alpha,
             "trimap": trimap,
@@ -104,6 +105,7 @@ class PairMaker(SampleMaker[PairBatch]):
             "guidance": draw_guidance(reference.alpha, pairs, rng),
             "reference_valid": reference.valid,
         }
+        return Sample(f"{name} by {partner.name}", layers, black_alpha)
 
     def _make_negative(self, reference: TrainingItem, rng: Rng) -> tuple[Scene, str]:
         """Make a scene without the reference's object, with an alpha of 0; return it and its name."""

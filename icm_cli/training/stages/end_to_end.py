@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -64,33 +65,42 @@ class SceneMosaicMaker(BatchMaker[SceneBatch]):
         self._small = SceneMaker(pool, train)
         self._large = SceneMaker(pool, train, LARGE_FACTOR * train.canvas_px) if config.large_views_per_group else None
 
-    def draw_mosaics(self, counters: Sequence[int]) -> tuple[list[Mosaic[Scene]], list[str]]:
-        """Draw the mosaics of a batch; also return why images could not be read. Raises TrainingError."""
+    def draw_mosaics(self, counters: Sequence[int]) -> tuple[list[Mosaic[Scene]], list[str], list[Path]]:
+        """Draw the mosaics of a batch. Raises TrainingError.
+
+        Also returns why images could not be read, and the alphas without an object.
+        """
         rng = np.random.default_rng((self._seed, 1, counters[0]))
         skipped: list[str] = []
+        black_alphas: list[Path] = []
 
         def make_source(maker: SceneMaker) -> ImageSource[Scene]:
             """Return a source that makes a new scene whenever an image is drawn."""
 
             def make_scene(item: TrainingItem) -> Scene | None:
                 try:
-                    return maker.make_view(item, rng)
+                    scene = maker.make_view(item, rng)
                 except ImageError as error:
                     skipped.append(str(error))
                     return None
+                if item.alpha is not None and not scene.alpha.any():
+                    black_alphas.append(item.alpha)
+                return scene
 
             views = {item: [item] for item in maker.pool}  # every image has one view: a new one whenever it is drawn
             return ImageSource(maker.pool, views, make_scene)
 
         large = None if self._large is None else make_source(self._large)
-        return draw_mosaics(self._config, make_source(self._small), large, len(counters), rng), skipped
+        mosaics = draw_mosaics(self._config, make_source(self._small), large, len(counters), rng)
+        return mosaics, skipped, black_alphas
 
     def make_batch(self, counters: Sequence[int]) -> SceneBatch:
-        mosaics, skipped = self.draw_mosaics(counters)
+        mosaics, skipped, black_alphas = self.draw_mosaics(counters)
         return SceneBatch(
             names=tuple(mosaic.name for mosaic in mosaics),
             counters=tuple(counters),
             skipped=tuple(skipped),
+            black_alphas=tuple(black_alphas),
             rows=mosaics[0].rows,
             columns=mosaics[0].columns,
             is_positive=torch.tensor([mosaic.is_positive for mosaic in mosaics]),
