@@ -363,8 +363,34 @@ def test_photograph_is_no_mask(icm: Icm, scene: Path) -> None:
     """As if --ref and --mask were exchanged."""
     result = icm("--dry-run", ref=scene / "mask.png", mask=scene / "ref.png")
     assert result.exit_code == 2
-    assert f"mask {scene}/ref.png is a photograph: it has colours" in result.stderr
+    assert f"mask {scene}/ref.png is a photograph: it has many colours" in result.stderr
     assert "check the order of --ref and --mask" in result.stderr
+
+
+def draw_lines(folder: Path, line_type: int, *colours: tuple[int, int, int]) -> Path:
+    """Write a mask of thin lines over the whole image, so that no area has one colour."""
+    mask = np.zeros((120, 160, 3), np.uint8)
+    for number, start in enumerate(range(-120, 160, 3)):
+        cv2.line(mask, (start, 0), (start + 100, 120), colours[number % len(colours)], 1, line_type)
+    return saved(folder, mask)
+
+
+@pytest.mark.parametrize("line_type", [cv2.LINE_8, cv2.LINE_AA], ids=["hard", "antialiased"])
+@pytest.mark.parametrize("colour", [(255, 0, 0), (40, 180, 90), (0, 0, 90)])
+def test_thin_lines_of_one_colour_are_a_mask(tmp_path: Path, line_type: int, colour: tuple[int, int, int]) -> None:
+    path = draw_lines(tmp_path, line_type, colour)
+    mask, notices = read(path)
+    assert not notices
+    assert np.array_equal(mask.inside, np.asarray(Image.open(path)).max(axis=-1) > max(colour) / 2)
+    assert mask.inside.any()
+
+
+def test_thin_lines_of_several_colours_are_labels(icm: Icm, tmp_path: Path) -> None:
+    result = icm("--dry-run", mask=draw_lines(tmp_path, cv2.LINE_8, (255, 0, 0), (0, 0, 255)))
+    assert result.exit_code == 2
+    assert "has several labels: #" in result.stderr
+    mask, _ = read(tmp_path / "mask.png", "#0000ff")
+    assert np.array_equal(mask.inside, (np.asarray(Image.open(tmp_path / "mask.png")) == (0, 0, 255)).all(axis=-1))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])

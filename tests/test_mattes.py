@@ -221,7 +221,7 @@ class TestFiles:
             for flags in (["--dry-run"], []):
                 assert icm(*flags, src=source.parent, keep=keep).exit_code == code, size
 
-    @pytest.mark.parametrize("name", ["missing.png", "imgs", "broken.png"])
+    @pytest.mark.parametrize("name", ["missing.png", "imgs", "broken.png", "imgs/wall.jpg"])
     def test_unusable_file(self, icm: Icm, scene: Path, name: str) -> None:
         (scene / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
         result = icm(keep=scene / name)

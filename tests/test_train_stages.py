@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import refine_alpha
+from conftest import DEMO, refine_alpha
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -667,6 +667,23 @@ class TestEndToEnd:
         changed = train(config, tmp_path / "parts", "--resume", "--set", "train.match.presence_weight=1")
         assert changed.exit_code == 2
         assert "train.match.presence_weight: 0.3 -> 1" in changed.stderr
+
+
+@pytest.mark.parametrize(("key", "is_binary"), [("alphas", True), ("trimaps", False), ("coarse", False)])
+def test_photographs_are_refused(discs: Path, tmp_path: Path, key: str, is_binary: bool) -> None:
+    data = shutil.copytree(discs, tmp_path / "data")
+    photograph = cv2.resize(cv2.imread(str(DEMO / "ref.jpg")), (96, 96), interpolation=cv2.INTER_AREA)
+    for path in (data / "alphas").rglob("*.png"):
+        copy = data / key / path.relative_to(data / "alphas")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(copy), photograph)
+    source = {name: str(data / name) for name in {"images", "alphas", key}}
+    config = write_config(tmp_path / "a.yaml", data, **REFINE)
+    change(config, sources=[{**source, "binary": is_binary}], backgrounds=[])
+    done = train(config, tmp_path / "run")
+    assert done.exit_code == 1
+    assert f"{data / key / 'red'}" in done.stderr
+    assert f"has colour; expected an alpha with a single grey channel; check '{key}' of the data" in done.stderr
 
 
 MATTE = {"steps": 12, "batch_size": 2, "pairs": {"composite_probability": 0, "negative_probability": 0}}

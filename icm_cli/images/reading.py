@@ -11,6 +11,7 @@ import numpy as np
 
 from icm_cli.errors import ImageError
 from icm_cli.geometry import ImageU8, format_size, round_to_u8, scale_to_u8
+from icm_cli.images.areas import is_photograph, pack_colours
 from icm_cli.images.colour import DEFAULT_COLOUR, SRGB, ColourSettings, to_display_srgb
 from icm_cli.images.decoding import decode_image, frame_count, open_image
 from icm_cli.images.image_file import ImageFile
@@ -111,6 +112,8 @@ class GroundTruthAlpha:
     """Whether the file has 16 bits or more, which are rounded to 8 here."""
     has_colour: bool
     """Whether the channels differ, so that it is not clear which one is the alpha."""
+    is_photograph: bool = False
+    """Whether it has so many colours that it is not a mask with colours either."""
 
 
 def read_ground_truth(
@@ -134,7 +137,7 @@ def read_ground_truth(
     brightest = np.maximum(np.maximum(red, green), blue)  # ten times as fast as max(axis=-1)
     darkest = np.minimum(np.minimum(red, green), blue)
     has_colour = bool((brightest - darkest).max() > GREY_TOLERANCE)
-    return GroundTruthAlpha(brightest, is_deep, has_colour)
+    return GroundTruthAlpha(brightest, is_deep, has_colour, has_colour and is_photograph(pack_colours(image.rgb, 255)))
 
 
 def extra_frame_notices(role: str, path: Path) -> list[str]:

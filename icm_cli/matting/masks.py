@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.errors import UsageError
 from icm_cli.geometry import has_same_aspect
+from icm_cli.images.areas import MAX_LABELS, find_flat_pixels, has_colours, is_photograph, pack_colours, value_fractions
 from icm_cli.images.decoding import open_image
 from icm_cli.images.pixels import GREY_TOLERANCE, TRANSPOSING_ORIENTATIONS, DecodedImage, ImageWindows
 from icm_cli.images.reading import extra_frame_notices, read_stored_pixels
@@ -28,8 +28,6 @@ END_TOLERANCE = 0.05
 """A value this close to black or white, as a fraction of the scale, counts as black or white."""
 MIN_FLAT_FRACTION = 1e-4
 """A value is a label if at least this fraction of the pixels has it and only neighbours with the same value."""
-MAX_LABELS = 64
-"""An image with more values than this is a soft mask and not a label map."""
 WHITES = 255.0, 1023.0, 4095.0, 16383.0
 """Possible values of white in a 16-bit file: 8, 10, 12 and 14 bits may be stored in it without scaling."""
 LOSSY_TYPES = frozenset({"jpeg", "avif", "heic"})
@@ -38,8 +36,6 @@ MAX_SOFT_STEP = 2
 """In a soft mask, neighbouring pixels of a gradient usually differ by at most this."""
 MAX_LISTED_LABELS = 12
 """Largest number of labels that a message lists."""
-MIN_FLAT_MASK = 0.25
-"""Smallest fraction of pixels with the colour of all their neighbours in a mask with colours."""
 UPRIGHT = 1
 """EXIF orientation of an image that is upright as stored."""
 
@@ -111,8 +107,7 @@ def read_mask(
         notice(f"mask {path} has a palette with a transparent colour, which is used as black")
         values = np.where(opaque[..., None], values, 0)
     if values.ndim == 3:
-        spread = values.max(axis=-1) - values.min(axis=-1)
-        if spread.max() > GREY_TOLERANCE * stored.scale / 255.0:
+        if has_colours(values, stored.scale):
             return _mask_from_colours(values, stored.scale, path, notice)
         values = values.max(axis=-1)
     return _mask_from_greys(values, stored.scale, path, notice)
@@ -197,15 +192,16 @@ def _mask_from_indices(stored: DecodedImage, opaque: NDArray[np.bool_] | None, p
 def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
     """Return the mask of a file with one colour on black. Raises AmbiguousMaskError for several colours.
 
-    Raises UsageError for a photograph, in which few pixels have the colour of their neighbours.
+    Raises UsageError for a photograph.
     """
-    packed = _pack_colours(values, scale)
-    if _is_flat(packed).mean() < MIN_FLAT_MASK:
+    packed = pack_colours(values, scale)
+    is_flat = find_flat_pixels(packed)
+    if is_photograph(packed, is_flat):
         raise UsageError(
-            f"mask {path} is a photograph: it has colours, and nearly no areas of one colour; expected the object in "
-            "white, and black elsewhere; check the order of --ref and --mask"
+            f"mask {path} is a photograph: it has many colours, and nearly no areas of one colour; expected the object "
+            "in white, and black elsewhere; check the order of --ref and --mask; save a mask of thin lines as PNG"
         )
-    all_colours = _merge_noise(_label_fractions(packed), path)
+    all_colours = _merge_noise(_label_fractions(packed, is_flat), path)
     bright = {colour: part for colour, part in all_colours.items() if _max_channel(colour) > END_TOLERANCE * 255}
     labels = bright or all_colours
     if near_black := [f"#{int(colour):06x}" for colour in all_colours if colour not in labels]:
@@ -216,8 +212,11 @@ def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: C
     if len(labels) > 1:
         named = {f"#{int(colour):06x}": fraction for colour, fraction in labels.items()}
         raise AmbiguousMaskError(path, named, f"'{next(iter(named))}'")
-    object_channel = max((_max_channel(colour) for colour in labels), default=255)
     brightness = (values.max(axis=-1).astype(np.float32) * (255.0 / scale) + 0.5).astype(np.uint32)
+    if not labels and not _has_one_colour(values):
+        named = {f"#{int(colour):06x}": fraction for colour, fraction in value_fractions(packed).items() if colour}
+        raise AmbiguousMaskError(path, named, f"'{next(iter(named))}'")
+    object_channel = max((_max_channel(colour) for colour in labels), default=int(brightness.max()))
     return _mask_without_unknown(brightness > 0.5 * object_channel)
 
 
@@ -241,7 +240,7 @@ def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Cal
     has_black = present[0] <= low
     if not has_black:
         return _mask_without_unknown(values > 0.5 * scale)
-    labels = _merge_noise(_label_fractions(values), path)
+    labels = _merge_noise(_label_fractions(values, find_flat_pixels(values)), path)
     if present[-1] >= high and (near_black := [f"{value:g}" for value in labels if value <= low]):
         notice(
             f"mask {path} has areas of {', '.join(near_black[:MAX_LISTED_LABELS])} of {scale:g} "
@@ -264,8 +263,9 @@ def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Cal
 
 def _mask_from_soft_values(values: NDArray[Any], scale: float, path: Path) -> Mask:
     """Return the mask of an image with many values. Raises UsageError if they are labels, or if none is above half."""
-    if values.dtype.kind in "iu" and _has_label_areas(values, (1.0 - END_TOLERANCE) * scale):
-        labels = _merge_noise(_label_fractions(values), path)
+    is_flat = find_flat_pixels(values)
+    if values.dtype.kind in "iu" and _has_label_areas(values, is_flat, (1.0 - END_TOLERANCE) * scale):
+        labels = _merge_noise(_label_fractions(values, is_flat), path)
         if len(labels) > 1:
             named = {_label_text(value): fraction for value, fraction in labels.items()}
             raise AmbiguousMaskError(path, named, next(iter(named)))
@@ -322,15 +322,9 @@ def _all_labels(stored: DecodedImage) -> dict[str, float]:
     """Return all labels, as text for --mask-label, each with its fraction of the image."""
     values = stored.indices if stored.indices is not None and stored.has_label_palette else stored.values
     if values.ndim == 2:
-        return {_label_text(value): fraction for value, fraction in _value_fractions(values).items()}
-    packed = _pack_colours(values, stored.scale)
-    return {f"#{int(colour):06x}": fraction for colour, fraction in _value_fractions(packed).items()}
-
-
-def _pack_colours(values: NDArray[Any], scale: float) -> NDArray[np.uint32]:
-    """Return colours [H,W,3] in 0..``scale`` as numbers 0xrrggbb."""
-    colours = (values.astype(np.float32) * (255.0 / scale) + 0.5).astype(np.uint32)
-    return np.asarray((colours[..., 0] << 16) | (colours[..., 1] << 8) | colours[..., 2], np.uint32)
+        return {_label_text(value): fraction for value, fraction in value_fractions(values).items()}
+    packed = pack_colours(values, stored.scale)
+    return {f"#{int(colour):06x}": fraction for colour, fraction in value_fractions(packed).items()}
 
 
 def _label_text(label: Any) -> str:
@@ -338,13 +332,21 @@ def _label_text(label: Any) -> str:
     return f"{float(label):.10g}"
 
 
-def _label_fractions(values: NDArray[Any]) -> dict[Any, float]:
+def _has_one_colour(values: NDArray[Any]) -> bool:
+    """Return whether all colours, [H,W,3], are shades between black and one colour, as in antialiased lines."""
+    colours = values.reshape(-1, 3).astype(np.float32)
+    brightness = colours.max(axis=-1, keepdims=True)
+    brightest = colours[brightness.argmax()] / brightness.max()
+    return bool(np.abs(colours - brightness * brightest).max() <= GREY_TOLERANCE / 255.0 * brightness.max())
+
+
+def _label_fractions(values: NDArray[Any], is_flat: NDArray[np.bool_]) -> dict[Any, float]:
     """Return the fraction of pixels of every value that fills areas, and so may be a label. 0 is excluded.
 
-    Values that occur only in antialiased edges fill no areas.
+    Values that occur only in antialiased edges fill no areas. ``is_flat``: see :func:`find_flat_pixels`.
     """
-    in_areas = _value_fractions(values[_is_flat(values)], values.size)
-    everywhere = _value_fractions(values)
+    in_areas = value_fractions(values[is_flat], values.size)
+    everywhere = value_fractions(values)
     return {value: everywhere[value] for value, part in in_areas.items() if value != 0 and part >= MIN_FLAT_FRACTION}
 
 
@@ -373,32 +375,16 @@ def _is_lossy(path: Path) -> bool:
         return file.type.name in LOSSY_TYPES or (file.type.name == "webp" and b"VP8L" not in file.head)
 
 
-def _is_flat(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Return where all neighbours of a pixel have its value, bool [H,W]."""
-    numbers, kernel = np.asarray(values, np.float64), np.ones((3, 3), np.uint8)
-    return np.asarray(cv2.dilate(numbers, kernel) == cv2.erode(numbers, kernel))
-
-
-def _has_label_areas(values: NDArray[Any], white: float) -> bool:
+def _has_label_areas(values: NDArray[Any], is_flat: NDArray[np.bool_], white: float) -> bool:
     """Return whether values between black and white fill areas with steps between them, as labels do.
 
     In a soft mask they form gradients instead.
     """
     is_between = (values != 0) & (values < white)
-    if not is_between.any() or _is_flat(values)[is_between].mean() <= 0.5:
+    if not is_between.any() or is_flat[is_between].mean() <= 0.5:
         return False
     steps = np.abs(np.diff(values.astype(np.float64), axis=1))
     return bool(np.median(steps[steps > 0]) > MAX_SOFT_STEP)
-
-
-def _value_fractions(values: NDArray[Any], total: int | None = None) -> dict[Any, float]:
-    """Return the fraction of pixels of each value, the most frequent first.
-
-    ``total``: number of pixels by which counts are divided; None for that of ``values``.
-    """
-    distinct, counts = np.unique(values, return_counts=True)
-    order = np.argsort(-counts)
-    return {distinct[index]: float(counts[index]) / (total or values.size) for index in order}
 
 
 def _max_channel(packed: Any) -> int:

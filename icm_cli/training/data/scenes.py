@@ -28,7 +28,7 @@ from icm_cli.geometry import (
     resize,
     round_to_u8,
 )
-from icm_cli.images.reading import HAS_COLOUR, read_alpha, read_ground_truth, read_image
+from icm_cli.images.reading import HAS_COLOUR, read_ground_truth, read_image
 from icm_cli.model.training_free.closed_form import load_foreground_estimator
 from icm_cli.scoring.metrics import UNKNOWN_RANGE
 from icm_cli.training.data.augment import (
@@ -96,7 +96,7 @@ def read_photograph(item: TrainingItem, long_side_px: int | None = None) -> Scen
     rgb, alpha = _read_image_and_alpha(item)
     size = downscaled_size(alpha.shape, long_side_px or max(alpha.shape))
     trimap = None if item.trimap is None else _read_trimap(item.trimap, alpha.shape, size)
-    coarse = None if item.coarse is None else resize(read_alpha(item.coarse), size)
+    coarse = None if item.coarse is None else resize(_read_alpha(item.coarse, "coarse"), size)
     small_alpha = resize(alpha, size)
     if item.is_binary:
         small_alpha = binarize_alpha(small_alpha)
@@ -147,7 +147,11 @@ def _read_image_and_alpha(item: TrainingItem) -> tuple[ImageU8, ImageU8]:
     """Read the image, uint8 [H,W,3], and the alpha, uint8 [H,W], of an item. Raises ImageError."""
     image = read_image(item.image).to_display_window()
     if item.alpha is not None:
-        alpha = _read_true_alpha(item.alpha, is_binary=item.is_binary)
+        alpha = _read_alpha(item.alpha, "alphas", is_binary=item.is_binary)
+        if alpha.max() == 1:
+            raise ImageError(
+                f"the largest value of {item.alpha} is 1; expected values of 0..255; multiply the alpha by 255"
+            )
     elif image.alpha is not None:
         alpha = image.alpha
     else:
@@ -166,22 +170,20 @@ def _read_image_and_alpha(item: TrainingItem) -> tuple[ImageU8, ImageU8]:
     return image.rgb, alpha
 
 
-def _read_true_alpha(path: Path, *, is_binary: bool) -> ImageU8:
-    """Read a true alpha, uint8 [H,W]. Raises ImageError, also for colour and for the values 0 and 1.
+def _read_alpha(path: Path, key: str, *, is_binary: bool = False) -> ImageU8:
+    """Read the alpha or trimap that ``key`` of the data names, uint8 [H,W]. Raises ImageError, also for colour.
 
-    A binary mask may have the colours of a palette.
+    A binary mask may have the colours of a palette, but it may not be a photograph.
     """
-    truth = read_ground_truth(path)
-    if truth.has_colour and not is_binary:
-        raise ImageError(f"{path} {HAS_COLOUR}; check 'alphas' of the data")
-    if truth.alpha.max() == 1:
-        raise ImageError(f"the largest value of {path} is 1; expected values of 0..255; multiply the alpha by 255")
-    return truth.alpha
+    alpha = read_ground_truth(path)
+    if alpha.is_photograph or (alpha.has_colour and not is_binary):
+        raise ImageError(f"{path} {HAS_COLOUR}; check '{key}' of the data")
+    return alpha.alpha
 
 
 def _read_trimap(path: Path, shape: tuple[int, ...], size: tuple[int, int]) -> ImageU8:
     """Read a trimap for an image of ``shape``, and resize it. Raises ImageError."""
-    trimap = read_alpha(path)
+    trimap = _read_alpha(path, "trimaps")
     if trimap.shape != shape:
         raise ImageError(f"trimap {path} is {trimap.shape[1]}x{trimap.shape[0]}, not its image's {shape[1]}x{shape[0]}")
     lowest, known = UNKNOWN_RANGE
