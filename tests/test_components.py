@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import Icm
 
 from icm_cli.config import COMPONENTS, component_class, parse_model_config
 from icm_cli.errors import ConfigError
@@ -54,6 +55,17 @@ def test_unusable_class_is_reported(monkeypatch: pytest.MonkeyPatch, entry: str,
     monkeypatch.setitem(COMPONENTS["head"], "mine", entry)
     with pytest.raises(ConfigError, match=said):
         component_class("head", "mine")
+
+
+def test_prepared_references_without_notices_are_reported(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = component_class("head", "training-free")
+    monkeypatch.setattr(head, "prepare_references", lambda *_: object())
+    result = icm()
+    assert result.exit_code == 3
+    assert f"head {head.__name__} prepares references without an attribute 'notices'" in result.stderr
+    assert not list((scene / "out").rglob("*.png"))
 
 
 def test_preset_without_pretrained_weights_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

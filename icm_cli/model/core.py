@@ -139,7 +139,7 @@ class InContextMatting(nn.Module):
 
         With ``learn_steps`` above 0, a copy of the head is fine-tuned on the references in this number of steps. The
         head must have ``can_learn_references``; ``on_progress`` is called with the finished fraction. Raises
-        ConfigError if the features of a reference are not finite.
+        ConfigError if the features of a reference are not finite, or if the result of the head lacks ``notices``.
         """
         extracted = []
         for index, (image, guidance, valid) in enumerate(references):
@@ -150,9 +150,17 @@ class InContextMatting(nn.Module):
                     "the range of the dtype is too small; use --dtype float32, or get the weights again"
                 )
             extracted.append(ReferenceFeatures(features, guidance, valid))
+        prepared: PreparedReferences | LearnedReferences
         if learn_steps:
-            return self.head.learn_references(self.backbone, references, learn_steps, on_progress)
-        return self.head.prepare_references(extracted)
+            prepared = self.head.learn_references(self.backbone, references, learn_steps, on_progress)
+        else:
+            prepared = self.head.prepare_references(extracted)
+        if not hasattr(prepared, "notices"):
+            raise ConfigError(
+                f"head {type(self.head).__name__} prepares references without an attribute 'notices'; expected "
+                "PreparedReferences of icm_cli/model/contracts.py; add 'notices', an empty list if there are none"
+            )
+        return prepared
 
     def extend_guidance(
         self, reference: ReferenceImage, points: Sequence[tuple[float, float]], index: int
