@@ -180,6 +180,9 @@ def test_few_unreadable_samples_are_skipped_and_counted(config: Path, out: Path,
     assert done.exit_code == 0, done.output
     assert f"skipped: {bad} is empty" in done.stderr
     assert "samples were skipped" in done.stdout
+    train(config, out, "--resume", "--set", "train.steps=6")
+    (reason,) = (out / "skipped.txt").read_text().splitlines()
+    assert reason.startswith(f"{bad} is empty")
 
 
 def test_many_unreadable_samples_end_the_run(

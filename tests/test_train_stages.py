@@ -212,6 +212,8 @@ class TestMatch:
         done = train(write_config(tmp_path / "a.yaml", data, **recipe), tmp_path / "run")
         assert done.exit_code == 0, done.output
         assert done.stderr.count(f"skipped: {bad} is empty") == 1
+        (reason,) = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
+        assert reason.startswith(f"{bad} is empty")
         files = (tmp_path / "run" / view_sets.TOKENS_FOLDER).iterdir()
         views = [view for path in files for view in torch.load(path, weights_only=True)["views"]]
         assert [view is None for view in views].count(True) == 3  # those of the image itself

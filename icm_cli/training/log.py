@@ -1,4 +1,4 @@
-"""The log of a training run: metrics of its steps, in a CSV file and for TensorBoard."""
+"""The log of a training run: metrics of its steps, in a CSV file and for TensorBoard, and skipped images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from icm_cli.reports.result import METRICS
 from icm_cli.training.batches import Batch
 
 LOG_NAME = "log.csv"
+SKIPPED_NAME = "skipped.txt"
 TENSORBOARD_FOLDER = "tensorboard"
+MAX_REPORTED_SKIPS = 20
+"""Number of skipped images that are reported one by one."""
 RUN_COLUMNS = ("learning_rate", "gradient_norm", "samples_per_second", "waiting_fraction", "seconds")
 
 
@@ -110,6 +113,28 @@ class RunLog:
             table.writeheader()
         table.writerows(rows)
         return text.getvalue()
+
+
+class SkippedLog:
+    """Reports why images are skipped, each reason once, and writes all reasons to a file of the run folder."""
+
+    def __init__(self, folder: Path, notice: Callable[[str], None]) -> None:
+        self._path = folder / SKIPPED_NAME
+        self._notice = notice
+        self._reported: set[str] = set()
+
+    def report(self, reasons: Sequence[str]) -> None:
+        """Report reasons. At most MAX_REPORTED_SKIPS are notices; the file lists the others, too."""
+        for reason in reasons:
+            if reason in self._reported:
+                continue
+            self._reported.add(reason)
+            if len(self._reported) <= MAX_REPORTED_SKIPS:
+                self._notice(f"skipped: {reason}")
+            with contextlib.suppress(OSError), self._path.open("a+", encoding="utf-8", errors="replace") as file:
+                file.seek(0)
+                if reason not in file.read().splitlines():  # written before the run was resumed, or by another process
+                    file.write(f"{reason}\n")
 
 
 class StepStats:

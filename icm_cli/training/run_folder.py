@@ -43,6 +43,7 @@ from icm_cli.model.checkpoint import (
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import TrainingPool
 from icm_cli.training.learner import Learner
+from icm_cli.training.log import SKIPPED_NAME
 from icm_cli.training.settings import Settings, list_differences
 
 RECORD_NAME = "data.json"
@@ -200,6 +201,8 @@ class RunFolder:
                 f"folder with --out, and --checkpoint {self.folder / existing[0]} to start from that model"
             )
         check_writable(self.folder)
+        if not existing:
+            (self.folder / SKIPPED_NAME).unlink(missing_ok=True)  # of a run that ended before its first step
         remove_stale_temporaries(self.folder)
 
     @contextlib.contextmanager

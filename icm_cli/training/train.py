@@ -41,13 +41,11 @@ from icm_cli.signals import StopSignals
 from icm_cli.training.batches import Batch, check_skipped_fraction
 from icm_cli.training.data.pool import explain_data_error, read_pool
 from icm_cli.training.learner import Learner
-from icm_cli.training.log import RunLog, StepStats
+from icm_cli.training.log import RunLog, SkippedLog, StepStats
 from icm_cli.training.run_folder import BEST_NAME, LAST_NAME, RunFolder, RunProgress
 from icm_cli.training.settings import Settings, ValidationConfig, read_settings
 from icm_cli.training.stages import AnyStage, make_stage
 
-MAX_REPORTED_SKIPS = 20
-"""Number of unreadable samples that are reported one by one."""
 MIN_DRAWS_PER_IMAGE = 3
 """Alphas without an object are reported after this many draws per image, when nearly all images were drawn."""
 MAX_LISTED_ALPHAS = 5
@@ -131,6 +129,7 @@ class _TrainingLoop:
         self._run = run
         self._listener = listener
         self._progress = RunProgress()
+        self._skipped_log = SkippedLog(run.folder, listener.on_notice)
         self._loss: float | None = None
         """Mean loss of the last logged steps."""
         self._black_alphas: set[Path] | None = set()
@@ -252,10 +251,8 @@ class _TrainingLoop:
 
     def _report_skipped(self, batch: Batch, skipped: int) -> int:
         """Report unreadable draws and return their number so far. Raises TrainingError if there are too many."""
-        for reason in batch.skipped:
-            skipped += 1
-            if skipped <= MAX_REPORTED_SKIPS:
-                self._listener.on_notice(f"skipped: {reason}")
+        self._skipped_log.report(batch.skipped)
+        skipped += len(batch.skipped)
         # Samples are numbered over all processes, and this process makes an equal part of them.
         samples = (max(batch.counters) + 1) // self._learner.accelerator.num_processes
         if batch.skipped:

@@ -31,6 +31,7 @@ from icm_cli.training.batches import MAX_ATTEMPTS, check_skipped_fraction, worke
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene, SceneMaker
 from icm_cli.training.learner import Learner
+from icm_cli.training.log import SkippedLog
 from icm_cli.training.run_folder import DataRecord
 from icm_cli.training.settings import MatchStageConfig, Settings
 from icm_cli.training.stages.mosaics import LARGE_FACTOR, View, encode_scenes, stack_scenes
@@ -174,8 +175,7 @@ class ViewEncoder:
         self._recipe = _recipe_digest(settings, learner, data, needs_embeddings=needs_embeddings)
         self._view_count = self._skipped_count = 0
         """Number of views that were encoded so far, and of those that could not be made."""
-        self._reported: set[str] = set()
-        """Reasons that were reported why scenes could not be made."""
+        self._skipped_log = SkippedLog(run_folder, listener.on_notice)
         if learner.is_main:
             self._folder.mkdir(exist_ok=True)
 
@@ -234,7 +234,7 @@ class ViewEncoder:
         for batch_keys, scenes in zip(batches, loader, strict=True):
             readable = [scene for scene, _ in scenes if scene is not None]
             reasons = [reason for _, failures in scenes for reason in failures]
-            self._report_reasons(reasons)
+            self._skipped_log.report(reasons)
             self._view_count += len(scenes)
             self._skipped_count += len(scenes) - len(readable)
             if len(readable) < len(scenes):
@@ -242,13 +242,6 @@ class ViewEncoder:
             views = _encode_scenes(self._learner, readable, self._objects) if readable else iter(())
             file_index, _ = batch_keys[0]
             yield files[file_index], [None if scene is None else next(views) for scene, _ in scenes]
-
-    def _report_reasons(self, reasons: Sequence[str]) -> None:
-        """Report why scenes could not be made, each reason once."""
-        for reason in dict.fromkeys(reasons):
-            if reason not in self._reported:
-                self._reported.add(reason)
-                self._listener.on_notice(f"skipped: {reason}")
 
     def _load_file(self, file: ViewFile) -> Views | None:
         """Return the stored views of a file, memory-mapped; None if there are none, or if they have another digest."""
