@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DEMO, arguments, read, shrink
-from eval_data import NAMES, Evaluate, by_name, copy_alphas, report_of
+from eval_data import NAMES, Evaluate, bad_truth, by_name, copy_alphas, report_of
 from PIL import Image
 
+from icm_cli.matting.engine import Engine
 from icm_cli.scoring.metrics import compute_scores
 
 
@@ -171,6 +172,26 @@ def test_alpha_with_colour_is_no_reference(evaluate: Evaluate, data: Path, tmp_p
     assert result.exit_code == 1
     assert f"bad-reference: alpha {alpha} has colour" in result.stderr
     assert report_of(tmp_path / "r.json")["references"][0]["a"] != [first]
+
+
+def test_images_of_alphas_with_colour_are_not_matted(
+    evaluate: Evaluate, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(report=tmp_path / "r.json")
+    (first,) = report_of(tmp_path / "r.json")["references"][0]["a"]
+    targets = [name for name in NAMES if name.startswith("a/") and name != first]
+    for name in targets:
+        bad_truth("colour-alpha", data / "alphas" / f"{name}.png")
+    matted: list[str] = []
+    run = Engine.run
+    monkeypatch.setattr(Engine, "run", lambda engine, jobs: [matted.extend(map(str, jobs)), run(engine, jobs)])
+    result = evaluate(report=tmp_path / "r.json")
+    assert result.exit_code == 1
+    report = report_of(tmp_path / "r.json")
+    assert report["summary"]["problems"] == {"colour-alpha": len(targets)}
+    assert {by_name(report)[name]["status"] for name in targets} == {"unscored"}
+    assert len(matted) == len(report["images"]) - len(targets)
+    assert sum(bool(image["scores"]) for image in report["images"]) == len(matted)
 
 
 @pytest.mark.slow

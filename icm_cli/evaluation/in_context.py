@@ -8,7 +8,8 @@ import functools
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from icm_cli.evaluation.rounds import (
     select_targets,
 )
 from icm_cli.files import cache_folder, combined_digest, error_for_failed_write, remove_stale_temporaries, write_json
-from icm_cli.images.reading import HAS_COLOUR, read_ground_truth, read_source_image
+from icm_cli.images.reading import HAS_COLOUR, has_colour, read_ground_truth, read_source_image
 from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
@@ -86,6 +87,8 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
             collector.add_problem(problem)
         listener.on_run_start(len(jobs))
         with collector:
+            if shot is None:  # the frames of a shot depend on each other
+                jobs = _exclude_colour_truths(evaluation, jobs, collector)
             settings = EngineOptions(digests, choice.batch_size, evaluation.workers, shot=shot)
             remaining = keep_existing_alphas(
                 shot.order if shot else jobs,
@@ -137,6 +140,26 @@ def _plan_jobs(evaluation: Evaluation, examples: Sequence[Example], folder: Path
             planned = evaluation.plan_result(sample, output, example.round)
             jobs.append(Job(sample.image, Path(sample.name), output, planned, index))
     return jobs
+
+
+def _exclude_colour_truths(evaluation: Evaluation, jobs: Sequence[Job], collector: ResultCollector) -> list[Job]:
+    """Report ground truths with colour, which cannot be scored, before matting; return the jobs of all others."""
+
+    def has_colour_truth(job: Job) -> bool:
+        with contextlib.suppress(ImageError):  # scoring reports files that cannot be read
+            return has_colour(Path(job.planned.truth), is_label_map=evaluation.rule.has_shots)
+        return False
+
+    kept_jobs = []
+    with ThreadPoolExecutor(evaluation.workers) as threads:
+        for job, is_excluded in zip(jobs, threads.map(has_colour_truth, jobs), strict=True):
+            if is_excluded:
+                problem = Problem("colour-alpha", job.planned.name, f"{job.planned.truth} {HAS_COLOUR}")
+                collector.add_problem(problem)
+                collector.add(replace(job.planned, status="unscored", reason=problem.reason))
+            else:
+                kept_jobs.append(job)
+    return kept_jobs
 
 
 def _make_collector(

@@ -89,6 +89,11 @@ def is_deep_png(head: bytes) -> bool:
     return head.startswith(PNG_SIGNATURE) and head[PNG_DEPTH_OFFSET : PNG_DEPTH_OFFSET + 1] == b"\x10"
 
 
+def is_grey_png(head: bytes) -> bool:
+    """Return whether a file with this head is a PNG with a grey channel, with or without alpha."""
+    return head.startswith(PNG_SIGNATURE) and head[PNG_DEPTH_OFFSET + 1 : PNG_DEPTH_OFFSET + 2] in (b"\x00", b"\x04")
+
+
 def has_unusual_gamma(file: ImageFile) -> bool:
     """Return whether a PNG has a gamma that differs from that of sRGB (about 1/2.2).
 

@@ -13,6 +13,7 @@ from icm_cli.errors import ImageError
 from icm_cli.geometry import ImageU8, format_size, round_to_u8, scale_to_u8
 from icm_cli.images.areas import is_photograph, pack_colours
 from icm_cli.images.colour import DEFAULT_COLOUR, SRGB, ColourSettings, to_display_srgb
+from icm_cli.images.containers import is_grey_png
 from icm_cli.images.decoding import decode_image, frame_count, open_image
 from icm_cli.images.image_file import ImageFile
 from icm_cli.images.openimageio import NOT_FINITE
@@ -138,6 +139,12 @@ def read_ground_truth(
     darkest = np.minimum(np.minimum(red, green), blue)
     has_colour = bool((brightest - darkest).max() > GREY_TOLERANCE)
     return GroundTruthAlpha(brightest, is_deep, has_colour, has_colour and is_photograph(pack_colours(image.rgb, 255)))
+
+
+def has_colour(path: Path, *, is_label_map: bool = False) -> bool:
+    """Return :attr:`GroundTruthAlpha.has_colour` of a file. Of a grey PNG, no pixels are read. Raises ImageError."""
+    with open_image(path) as file:
+        return not is_grey_png(file.head) and read_ground_truth(file, is_label_map=is_label_map).has_colour
 
 
 def extra_frame_notices(role: str, path: Path) -> list[str]:
