@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from icm_cli.environment import resource_errors
 from icm_cli.errors import IcmError, UsageError
-from icm_cli.files import describe_os_error, is_system_error
+from icm_cli.files.system_errors import describe_os_error, is_system_error
 from icm_cli.options import EvaluateOptions, MatteOptions, ReviewOptions, TrainOptions
 from icm_cli.options.definition import OptionField, Options, Panel
 from icm_cli.signals import Interrupt

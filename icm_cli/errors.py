@@ -13,6 +13,8 @@ from typing import ClassVar
 
 LONGEST_QUOTE = 120
 """Maximum number of characters of a value in a message."""
+MAX_SHOWN_CHARACTERS = 100
+"""Maximum number of characters of a wrong path that a message shows."""
 
 
 class IcmError(Exception):
@@ -98,6 +100,11 @@ def quote_value(value: object) -> str:
     """Return a value as messages show it: its repr, shortened in the middle if it is long."""
     text = repr(value)
     return text if len(text) <= LONGEST_QUOTE else f"{text[: LONGEST_QUOTE - 30]} ... {text[-20:]}"
+
+
+def shorten(text: str) -> str:
+    """Return a wrong value for a message, cut off after ``MAX_SHOWN_CHARACTERS``."""
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
 PROBLEM_KINDS: Mapping[str, str] = {

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from icm_cli import environment
+from icm_cli.errors import shorten
 from icm_cli.events import Listener, ReviewListener, TrainingListener, TrainingSummary
-from icm_cli.files import is_too_long, shorten
+from icm_cli.files.paths import is_too_long
 from icm_cli.reports.means import SHOT_SCORE_TITLES, format_mean, format_metric
 from icm_cli.reports.published import comparison_caveats, published_scores
 from icm_cli.reports.result import METRIC_TITLES, METRICS

@@ -20,7 +20,7 @@ from click.testing import Result
 from hypothesis import settings
 from typer.testing import CliRunner
 
-from icm_cli.files import RECORD_FOLDER
+from icm_cli.files.paths import RECORD_FOLDER
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from icm_cli.files import cached_file_digest
+from icm_cli.files.digests import cached_file_digest
 from icm_cli.training.data.export import export_shards
 from icm_cli.training.data.pool import read_pool
 from icm_cli.training.data.scenes import read_photograph

@@ -23,7 +23,7 @@ from conftest import Icm, alphas, arguments, copy_many, output_files, read
 from test_formats import written
 
 from icm_cli.errors import OutputError
-from icm_cli.files import temporary_name
+from icm_cli.files.atomic_writes import temporary_name
 from icm_cli.images.writing import OutputFormat, write_alpha
 from icm_cli.matting.predictor import Predictor
 from icm_cli.model.contracts import Features

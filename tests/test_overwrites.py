@@ -21,7 +21,7 @@ import pytest
 from conftest import Icm, alphas, arguments, copy_many, output_files, read
 from PIL import Image, PngImagePlugin
 
-from icm_cli.files import RECORD_FOLDER, SkippedPaths
+from icm_cli.files.paths import RECORD_FOLDER, SkippedPaths
 from icm_cli.images.image_file import ReopeningFile
 from icm_cli.images.writing import read_provenance
 from icm_cli.matting import resume
@@ -493,7 +493,7 @@ def test_output_that_cannot_be_written_fails_alone(
     icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, number: int, step: str
 ) -> None:
     """Whether its folder, its temporary file or its final name is refused."""
-    monkeypatch.setattr("icm_cli.files.RETRY_DELAYS_S", (0.01, 0.01))
+    monkeypatch.setattr("icm_cli.files.system_errors.RETRY_DELAYS_S", (0.01, 0.01))
     real = getattr(Path, step)
     folder = scene / "out" / "sub"
 
@@ -512,7 +512,7 @@ def test_output_that_cannot_be_written_fails_alone(
 
 
 def test_transient_errors_of_writing_are_retried(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("icm_cli.files.RETRY_DELAYS_S", (0.01, 0.01))
+    monkeypatch.setattr("icm_cli.files.system_errors.RETRY_DELAYS_S", (0.01, 0.01))
     real, failures = Path.replace, []
 
     def replace(self: Path, target: Path) -> Path:

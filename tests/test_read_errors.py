@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from conftest import DEMO, Icm, output_files, shrink
 
-from icm_cli import files
 from icm_cli.errors import FileAccessError, ImageError
+from icm_cli.files import system_errors
 from icm_cli.images.image_file import ReopeningFile
 from icm_cli.images.reading import read_alpha
 from icm_cli.images.writing import OutputFormat, read_provenance, write_alpha
@@ -131,8 +131,8 @@ def test_too_many_open_files_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, further: int
 ) -> None:
     """``further``: 1 lets Python open the file, and OpenImageIO not."""
-    monkeypatch.setattr(files.time, "sleep", lambda _: None)
-    monkeypatch.setattr(files, "_wasted_s", 0.0)
+    monkeypatch.setattr(system_errors.time, "sleep", lambda _: None)
+    monkeypatch.setattr(system_errors, "_wasted_s", 0.0)
     path = tmp_path / f"a{suffix}"
     write_alpha(path, np.eye(40, dtype=np.float32), {"icm-digest": "d"}, OutputFormat(suffix[1:]))  # type: ignore[arg-type]
     read_alpha(path)
@@ -144,7 +144,7 @@ def test_too_many_open_files_are_reported(
 
 
 def test_stale_handle_is_opened_again_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    monkeypatch.setattr(system_errors.time, "sleep", lambda _: None)
     path = tmp_path / "a.bin"
     content = np.random.default_rng(0).bytes(100_000)
     path.write_bytes(content)
@@ -153,7 +153,7 @@ def test_stale_handle_is_opened_again_where_it_was(tmp_path: Path, monkeypatch: 
         stale = os.open(tmp_path, os.O_RDONLY)  # reads of a folder fail, as those of a stale handle do
         os.lseek(stale, file.tell(), os.SEEK_SET)
         os.dup2(stale, file.fileno())
-        monkeypatch.setattr(files, "is_transient", lambda error: error.errno == errno.EISDIR)
+        monkeypatch.setattr(system_errors, "is_transient", lambda error: error.errno == errno.EISDIR)
         assert file.readall() == content[10_000:]
         os.dup2(stale, file.fileno())
         path.write_bytes(content[::-1] + b"more")
@@ -166,7 +166,7 @@ def test_stale_handle_is_opened_again_where_it_was(tmp_path: Path, monkeypatch: 
 def test_sources_on_a_drive_that_fails_end_the_run_with_one_message(
     icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    monkeypatch.setattr(system_errors.time, "sleep", lambda _: None)
     scan = os.scandir
 
     def fail_to_scan(path: str) -> object:

@@ -25,8 +25,8 @@ from test_formats import linear
 from test_objects import small_objects
 from test_windows import write_cropped_exr
 
-from icm_cli import files
 from icm_cli.errors import IcmError, OutputError, UsageError
+from icm_cli.files import atomic_writes
 from icm_cli.images.writing import read_provenance, set_provenance_entry
 from icm_cli.matting.resume import REVIEWED_KEY
 from icm_cli.review.corrections import Corrections
@@ -441,7 +441,7 @@ def snapshots(scene: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
         return changed
 
-    monkeypatch.setattr("icm_cli.files._rename", take_around(files._rename))
+    monkeypatch.setattr("icm_cli.files.atomic_writes._rename", take_around(atomic_writes._rename))
     monkeypatch.setattr("icm_cli.review.undo.shutil.copy2", take_around(copy_file))
     monkeypatch.setattr(Path, "unlink", take_around(Path.unlink))
     return taken

@@ -25,8 +25,8 @@ from PIL import Image
 from test_windows import write_cropped_exr
 from typer.testing import CliRunner
 
-from icm_cli import files
-from icm_cli.errors import ImageError, UsageError
+from icm_cli.errors import ImageError, OutputError, UsageError
+from icm_cli.files import atomic_writes
 from icm_cli.images.writing import read_provenance_header
 from icm_cli.matting.run_record import command_line, read_run_record
 from icm_cli.review.corrections import Corrections
@@ -838,8 +838,8 @@ class TestState:
 
         with pytest.raises(ZeroDivisionError):
             reject(0)
-        monkeypatch.setattr(files, "_rename", lambda *_: (_ for _ in ()).throw(OSError(5, "killed")))
-        with pytest.raises(files.OutputError):
+        monkeypatch.setattr(atomic_writes, "_rename", lambda *_: (_ for _ in ()).throw(OSError(5, "killed")))
+        with pytest.raises(OutputError):
             reject(1)
         monkeypatch.undo()
         assert alphas(tmp_path) == before
@@ -850,7 +850,7 @@ class TestState:
     def test_a_held_lock_is_a_message(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("icm_cli.review.state.LOCK_TIMEOUT_S", 0.05)
         with (
-            files.locked_file(tmp_path / "review.lock", 0),
+            atomic_writes.locked_file(tmp_path / "review.lock", 0),
             pytest.raises(StateBusyError),
             ReviewState(tmp_path).edit("a"),
         ):

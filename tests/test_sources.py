@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import icm_cli
 from icm_cli.errors import ImageError, UsageError
-from icm_cli.files import LINK_INTO_TREE, LINK_LOOP
+from icm_cli.files.paths import LINK_INTO_TREE, LINK_LOOP
 from icm_cli.matting.frames import FramePattern, missing_frames, parse_frame_range
 from icm_cli.matting.jobs import Job, OutputLayout, SourceFilter, parse_shard, plan_jobs
 from icm_cli.matting.sources import SkippedFiles, find_sources, natural_sort_key

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from icm_cli.config import ModelConfig, load_model_config
 from icm_cli.errors import ConfigError
-from icm_cli.files import cache_folder
+from icm_cli.files.digests import cache_folder
 from icm_cli.model.checkpoint import save_checkpoint
 from icm_cli.model.contracts import Features
 from icm_cli.model.core import ATTENDED_TOKENS, TARGET_NOISE_KEY, InContextMatting, reference_noise_key

@@ -17,7 +17,7 @@ from conftest import Icm, alphas, read
 from tiny_sd import tiny_detail_yaml, write_tiny_sd
 from train_data import PLAIN, change, log, metadata, same_weights, train, weights, write_config
 
-from icm_cli.files import cache_folder
+from icm_cli.files.digests import cache_folder
 from icm_cli.training.data.pool import read_pool
 from icm_cli.training.settings import read_settings
 from icm_cli.training.stages import make_stage

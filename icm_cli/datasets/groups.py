@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli.errors import Problem, UsageError
-from icm_cli.files import read_json
+from icm_cli.files.json_files import read_json
 from icm_cli.images.reading import CompositeSource
 
 GROUP_FIELDS = ("class", "sub_class", "HalfOrFull")

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from icm_cli.datasets.groups import Sample
 from icm_cli.errors import Problem, UsageError
-from icm_cli.files import UNREADABLE, SkippedPaths, expand_glob, split_glob, walk_files
+from icm_cli.files.paths import UNREADABLE, SkippedPaths, expand_glob, split_glob, walk_files
 from icm_cli.images.image_file import IMAGE_SUFFIXES
 from icm_cli.images.reading import CompositeSource
 

@@ -22,7 +22,10 @@ from icm_cli.evaluation.rounds import (
     read_references_file,
     select_targets,
 )
-from icm_cli.files import cache_folder, combined_digest, error_for_failed_write, remove_stale_temporaries, write_json
+from icm_cli.files.atomic_writes import remove_stale_temporaries
+from icm_cli.files.digests import cache_folder, combined_digest
+from icm_cli.files.json_files import write_json
+from icm_cli.files.system_errors import error_for_failed_write
 from icm_cli.images.reading import HAS_COLOUR, has_colour, read_ground_truth, read_source_image
 from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import Engine, EngineOptions

@@ -11,7 +11,7 @@ from pathlib import Path
 from icm_cli.datasets.groups import Sample
 from icm_cli.datasets.registry import ONE_GROUP
 from icm_cli.errors import Problem, UsageError, format_count
-from icm_cli.files import read_json
+from icm_cli.files.json_files import read_json
 from icm_cli.reports.report import REFERENCES_SCHEMA
 
 ReferenceRounds = list[dict[str, list[str]]]

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from icm_cli.errors import UsageError
-from icm_cli.files import check_schema, format_json, read_json
+from icm_cli.files.json_files import check_schema, format_json, read_json
 from icm_cli.geometry import format_size
 from icm_cli.guidance.hints import Area, Box, Hints, Point
 from icm_cli.guidance.scribbles import read_scribble

@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.errors import UsageError
-from icm_cli.files import combined_digest, shorten
+from icm_cli.errors import UsageError, shorten
+from icm_cli.files.digests import combined_digest
 from icm_cli.geometry import distance_inside, format_size
 
 Point: TypeAlias = tuple[float, float]

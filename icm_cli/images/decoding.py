@@ -25,7 +25,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from icm_cli.environment import OUT_OF_MEMORY, is_out_of_memory, measure_free_memory
 from icm_cli.errors import FileAccessError, ImageError, ImageMemoryError
-from icm_cli.files import describe_os_error, is_system_error, is_transient
+from icm_cli.files.system_errors import describe_os_error, is_system_error, is_transient
 from icm_cli.images import colour, containers, openimageio
 from icm_cli.images.image_file import EMPTY_FILE, UNKNOWN_TYPE, FileType, ImageFile, has_state, movie_message
 from icm_cli.images.pixels import (

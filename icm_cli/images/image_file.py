@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from icm_cli.errors import ImageError
-from icm_cli.files import retry_transient, special_file_kind
+from icm_cli.files.paths import special_file_kind
+from icm_cli.files.system_errors import retry_transient
 
 HEAD_BYTES = 4096
 """Size of the head: the bytes at the start of a file from which its type and its state are found."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from icm_cli.errors import FileAccessError, ImageError, UsageError
-from icm_cli.files import WriteCheck, atomic_write
+from icm_cli.files.atomic_writes import WriteCheck, atomic_write
 from icm_cli.geometry import Float, round_to_u8
 from icm_cli.images import openimageio
 from icm_cli.images.colour import colour_space_attributes, to_scene_linear
@@ -142,7 +142,8 @@ def write_alpha(
     """Write an alpha, float32 [H,W] in 0..1, atomically.
 
     ``source``: the image from which an EXR copies its windows and timecode. ``check``: see
-    :func:`~icm_cli.files.atomic_write`. Raises OutputError, and FileWriteError if only this file cannot be written.
+    :func:`~icm_cli.files.atomic_writes.atomic_write`. Raises OutputError, and FileWriteError if only this file cannot
+    be written.
     """
     pixels = (1.0 - alpha if output.invert else alpha)[..., None]
     depth = output.depth_for(None)
@@ -251,7 +252,8 @@ def set_provenance_entry(path: Path, key: str, value: str | None, check: WriteCh
     """Set one entry of the provenance of a file of icm, or with None remove it, atomically.
 
     The pixels and everything else in the file stay as they are. ``value``: ASCII text. ``check``: see
-    :func:`~icm_cli.files.atomic_write`. Raises ImageError for a file that icm did not write, and OutputError.
+    :func:`~icm_cli.files.atomic_writes.atomic_write`. Raises OutputError, and ImageError for a file that icm did not
+    write.
     """
     with open_image(path) as file:
         if file.type.name == "png":

@@ -20,7 +20,8 @@ from typing import Any, Self
 import cv2
 
 from icm_cli.errors import ConfigError, DeviceError, IcmError, UsageError, format_count
-from icm_cli.files import error_for_failed_write, remove_stale_temporaries, temporary_name
+from icm_cli.files.atomic_writes import remove_stale_temporaries, temporary_name
+from icm_cli.files.system_errors import error_for_failed_write
 from icm_cli.matting.devices import EngineSetup, WorkerIdle
 from icm_cli.matting.digest import describe_build
 from icm_cli.matting.engine import Engine

@@ -16,7 +16,7 @@ import torch
 
 from icm_cli.environment import start_module
 from icm_cli.errors import DeviceError, IcmError, format_count
-from icm_cli.files import remove_stale_temporaries
+from icm_cli.files.atomic_writes import remove_stale_temporaries
 from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import ModelChoice

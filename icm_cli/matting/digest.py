@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from importlib.resources.abc import Traversable
 
 from icm_cli.environment import __version__
-from icm_cli.files import combined_digest
+from icm_cli.files.digests import combined_digest
 
 FINGERPRINTED = ("geometry.py", "guidance", "guided_filter.py", "images", "matting", "model")
 """Modules and packages of ``icm_cli`` that decide pixels, apart from those in ``EXCLUDED``."""

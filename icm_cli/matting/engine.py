@@ -21,7 +21,8 @@ import numpy as np
 from icm_cli.device import is_device_lost, release_memory
 from icm_cli.environment import OUT_OF_MEMORY, FreeMemory, free_threads, is_out_of_memory, measure_free_memory
 from icm_cli.errors import DeviceError, FileWriteError, ImageError, ImageMemoryError, OutputError
-from icm_cli.files import FileIdentity, combined_digest, is_writable
+from icm_cli.files.atomic_writes import FileIdentity, is_writable
+from icm_cli.files.digests import combined_digest
 from icm_cli.geometry import Float, alpha_to_u8, trimap_from_alpha
 from icm_cli.images.pixels import (
     DecodedImage,

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from fileseq import constants, filesequence, frameset
 
-from icm_cli.errors import UsageError
-from icm_cli.files import MAX_NAME_BYTES, shorten
+from icm_cli.errors import UsageError, shorten
+from icm_cli.files.paths import MAX_NAME_BYTES
 
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<frame>[._-]?(?P<number>[0-9]{1,255}))", re.DOTALL)
 _PLACEHOLDER = re.compile(

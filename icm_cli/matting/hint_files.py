@@ -14,14 +14,9 @@ from typing import Any
 
 from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import ImageError, UsageError
-from icm_cli.files import (
-    UNREADABLE,
-    SkippedPaths,
-    combined_digest,
-    describe_os_error,
-    retry_transient,
-    walk_files,
-)
+from icm_cli.files.digests import combined_digest
+from icm_cli.files.paths import UNREADABLE, SkippedPaths, walk_files
+from icm_cli.files.system_errors import describe_os_error, retry_transient
 from icm_cli.guidance.annotations import OTHER_IMAGE, find_other_image, is_annotation, read_annotation, read_hints
 from icm_cli.guidance.hints import Area, Hints
 from icm_cli.images.decoding import image_size

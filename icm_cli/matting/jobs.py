@@ -18,18 +18,10 @@ from pathlib import Path
 
 import cachetools
 
-from icm_cli.errors import ImageError, UsageError, format_count
-from icm_cli.files import (
-    MAX_NAME_BYTES,
-    RECORD_FOLDER,
-    TEMPORARY_PREFIX,
-    TEMPORARY_SUFFIX,
-    FileIdentity,
-    combined_digest,
-    describe_obstacle,
-    shorten,
-    temporary_name,
-)
+from icm_cli.errors import ImageError, UsageError, format_count, shorten
+from icm_cli.files.atomic_writes import TEMPORARY_PREFIX, TEMPORARY_SUFFIX, FileIdentity, temporary_name
+from icm_cli.files.digests import combined_digest
+from icm_cli.files.paths import MAX_NAME_BYTES, RECORD_FOLDER, describe_obstacle
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.decoding import SourceFile, library_settings, open_image
 from icm_cli.images.image_file import ImageFile

@@ -16,14 +16,9 @@ from icm_cli.device import parse_devices, resolve_device
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
 from icm_cli.errors import ImageError, Problem, UsageError, format_count
 from icm_cli.events import Listener, check_argument
-from icm_cli.files import (
-    check_would_be_writable,
-    check_writable,
-    combined_digest,
-    is_file,
-    remove_stale_temporaries,
-    special_file_kind,
-)
+from icm_cli.files.atomic_writes import check_would_be_writable, check_writable, remove_stale_temporaries
+from icm_cli.files.digests import combined_digest
+from icm_cli.files.paths import is_file, special_file_kind
 from icm_cli.images.colour import ColourSettings
 from icm_cli.images.decoding import image_windows
 from icm_cli.images.image_file import EMPTY_FILE, movie_message

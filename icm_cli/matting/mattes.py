@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from icm_cli.errors import ImageError, UsageError, format_count
-from icm_cli.files import combined_digest
+from icm_cli.files.digests import combined_digest
 from icm_cli.geometry import Float, ImageU8, format_size, has_same_aspect, resize, round_to_u8
 from icm_cli.images.areas import has_colours, is_photograph, pack_colours
 from icm_cli.images.decoding import image_size

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.errors import ImageError, ImageMemoryError, ResourceError, UsageError, format_count
-from icm_cli.files import combined_digest
+from icm_cli.files.digests import combined_digest
 from icm_cli.geometry import ImageU8, format_size, has_same_aspect, resize
 from icm_cli.guidance.annotations import OTHER_IMAGE, find_other_image, is_annotation, read_hints
 from icm_cli.guidance.hints import Hints, Point

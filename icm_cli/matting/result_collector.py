@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from icm_cli import environment
 from icm_cli.errors import OutputError, Problem
 from icm_cli.events import Listener
-from icm_cli.files import is_file
+from icm_cli.files.paths import is_file
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import ReportFiles

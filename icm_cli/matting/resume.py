@@ -18,17 +18,9 @@ from typing import Any
 
 from icm_cli.environment import __version__
 from icm_cli.errors import ImageError, OutputError, UsageError, format_count
-from icm_cli.files import (
-    RECORD_FOLDER,
-    FileIdentity,
-    check_schema,
-    describe_obstacle,
-    identify_file,
-    is_file,
-    read_json,
-    walk_files,
-    write_json,
-)
+from icm_cli.files.atomic_writes import FileIdentity, identify_file
+from icm_cli.files.json_files import check_schema, read_json, write_json
+from icm_cli.files.paths import RECORD_FOLDER, describe_obstacle, is_file, walk_files
 from icm_cli.images.decoding import open_image
 from icm_cli.images.image_file import ICM_ALPHA_MARK
 from icm_cli.images.writing import has_changed_pixels, read_provenance, read_provenance_header, set_provenance_entry
@@ -59,7 +51,7 @@ DETAILS_SCHEMA = {
     "signals?": {"*": (float, int)},
     "not_found?": (bool, type(None)),
 }
-"""Schema of the values under RESULT_KEY; see :func:`icm_cli.files.check_schema`."""
+"""Schema of the values under RESULT_KEY; see :func:`icm_cli.files.json_files.check_schema`."""
 RECORDED_DETAILS = tuple(name.removesuffix("?") for name in DETAILS_SCHEMA)
 UNRECORDED_VERSION = "0.1"
 """Version of alphas that do not record one: those of icm 0.1.x."""

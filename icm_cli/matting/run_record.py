@@ -11,7 +11,9 @@ from typing import Any
 
 from icm_cli.environment import __version__
 from icm_cli.errors import OutputError, UsageError
-from icm_cli.files import LIST_SUFFIXES, RECORD_FOLDER, atomic_write, read_json, write_json
+from icm_cli.files.atomic_writes import atomic_write
+from icm_cli.files.json_files import read_json, write_json
+from icm_cli.files.paths import LIST_SUFFIXES, RECORD_FOLDER
 from icm_cli.matting.jobs import Job, SourceFilter, is_wanted
 from icm_cli.options import MatteOptions
 from icm_cli.options.definition import OptionField

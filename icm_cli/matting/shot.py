@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icm_cli.files import combined_digest
+from icm_cli.files.digests import combined_digest
 from icm_cli.matting.frames import FrameName
 from icm_cli.matting.hint_files import ImageHints
 from icm_cli.matting.jobs import Job

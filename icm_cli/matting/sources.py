@@ -14,17 +14,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from icm_cli.errors import UsageError
-from icm_cli.files import (
+from icm_cli.files.paths import (
     LIST_SUFFIXES,
     ROOT_MARK,
     SkippedPaths,
-    describe_os_error,
     expand_glob,
-    retry_transient,
     special_file_kind,
     split_glob,
     walk_files,
 )
+from icm_cli.files.system_errors import describe_os_error, retry_transient
 from icm_cli.images.decoding import SourceFile
 from icm_cli.images.image_file import IMAGE_SUFFIXES, movie_message
 from icm_cli.matting.frames import FramePattern
@@ -64,7 +63,7 @@ class SkippedFiles(Counter[str]):
         return [path for path in paths if path not in excluded]
 
     def add_skipped_paths(self, skipped: SkippedPaths) -> None:
-        """Count and report what :func:`icm_cli.files.walk_files` has skipped."""
+        """Count and report what :func:`icm_cli.files.paths.walk_files` has skipped."""
         for reason, paths in skipped.items():
             self.add(paths, reason)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from icm_cli.config import COMPONENT_KEYS, ModelConfig, parse_model_config
 from icm_cli.errors import ConfigError, did_you_mean
-from icm_cli.files import atomic_write
+from icm_cli.files.atomic_writes import atomic_write
 
 T = TypeVar("T")
 

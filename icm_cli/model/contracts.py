@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError, UsageError
-from icm_cli.files import cached_file_digest, combined_digest
+from icm_cli.files.digests import cached_file_digest, combined_digest
 from icm_cli.geometry import CanvasRule, ImageU8
 from icm_cli.model.alphas import resize_alpha
 

@@ -23,7 +23,7 @@ from icm_cli.config import (
 )
 from icm_cli.device import Device, resolve_device
 from icm_cli.errors import ConfigError, UsageError
-from icm_cli.files import cached_file_digest, combined_digest
+from icm_cli.files.digests import cached_file_digest, combined_digest
 from icm_cli.model.checkpoint import (
     Checkpoint,
     check_tensor_shapes,

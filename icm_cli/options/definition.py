@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from icm_cli.environment import resource_errors
 from icm_cli.errors import IcmError, UsageError, did_you_mean, join_words, quote_value
-from icm_cli.files import check_path
+from icm_cli.files.paths import check_path
 
 Returned = TypeVar("Returned")
 NO_LIMIT = math.inf

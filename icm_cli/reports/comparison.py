@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from icm_cli.errors import UsageError
-from icm_cli.files import format_json, read_json
+from icm_cli.files.json_files import format_json, read_json
 from icm_cli.options import Region
 from icm_cli.reports.report import REFERENCES_SCHEMA, SCHEMA_VERSION
 from icm_cli.reports.result import METRICS, REGIONS

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from icm_cli.errors import ImageError
-from icm_cli.files import atomic_write
+from icm_cli.files.atomic_writes import atomic_write
 from icm_cli.geometry import ImageU8, resize, round_to_u8
 from icm_cli.images.image_file import ICM_SHEET_MARK
 from icm_cli.images.reading import read_alpha

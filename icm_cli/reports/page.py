@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from icm_cli.errors import format_count
-from icm_cli.files import atomic_write, is_file
+from icm_cli.files.atomic_writes import atomic_write
+from icm_cli.files.paths import is_file
 from icm_cli.geometry import ImageU8, resize
 from icm_cli.options import Region
 from icm_cli.reports.contact_sheet import composite_on_backdrop, read_alpha_or_none

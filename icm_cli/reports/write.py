@@ -13,15 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icm_cli.errors import OutputError, UsageError
-from icm_cli.files import (
-    LIST_SUFFIXES,
-    ROOT_MARK,
-    atomic_write,
-    check_writable,
-    describe_obstacle,
-    is_file,
-    write_json,
-)
+from icm_cli.files.atomic_writes import atomic_write, check_writable
+from icm_cli.files.json_files import write_json
+from icm_cli.files.paths import LIST_SUFFIXES, ROOT_MARK, describe_obstacle, is_file
 from icm_cli.images.image_file import HEAD_BYTES, ICM_MASK_MARK, ICM_SHEET_MARK, detect_file_type
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import COLUMNS, METRICS, REGIONS, ImageResult

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from icm_cli.environment import resource_errors
 from icm_cli.errors import IcmError, UsageError
-from icm_cli.files import error_for_failed_write, identify_file, write_json
+from icm_cli.files.atomic_writes import identify_file
+from icm_cli.files.json_files import write_json
+from icm_cli.files.system_errors import error_for_failed_write
 from icm_cli.geometry import ImageU8
 from icm_cli.matting.resume import mark_reviewed
 from icm_cli.options import MatteOptions

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from icm_cli.errors import ImageError, OutputError
-from icm_cli.files import atomic_write, combined_digest
+from icm_cli.files.atomic_writes import atomic_write
+from icm_cli.files.digests import combined_digest
 from icm_cli.geometry import ImageU8
 from icm_cli.images.decoding import open_image
 from icm_cli.images.reading import RAW_VALUES, read_alpha, read_image

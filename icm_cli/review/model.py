@@ -13,7 +13,8 @@ import numpy as np
 
 from icm_cli.device import parse_devices
 from icm_cli.errors import IcmError
-from icm_cli.files import FileIdentity, identify_file, write_json
+from icm_cli.files.atomic_writes import FileIdentity, identify_file
+from icm_cli.files.json_files import write_json
 from icm_cli.geometry import ImageU8, alpha_to_u8
 from icm_cli.guidance.hints import Hints
 from icm_cli.images.pixels import ImageWindows

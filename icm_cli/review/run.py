@@ -18,16 +18,10 @@ from typing import Any
 
 from icm_cli.environment import __version__
 from icm_cli.errors import ImageError, OutputError, UsageError
-from icm_cli.files import (
-    RECORD_FOLDER,
-    FileIdentity,
-    SkippedPaths,
-    atomic_write,
-    combined_digest,
-    error_for_failed_write,
-    identify_file,
-    walk_files,
-)
+from icm_cli.files.atomic_writes import FileIdentity, atomic_write, identify_file
+from icm_cli.files.digests import combined_digest
+from icm_cli.files.paths import RECORD_FOLDER, SkippedPaths, walk_files
+from icm_cli.files.system_errors import error_for_failed_write
 from icm_cli.images.colour import ColourSettings
 from icm_cli.images.decoding import library_settings
 from icm_cli.images.writing import FORMAT_SUFFIXES, read_provenance_header

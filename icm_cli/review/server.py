@@ -23,7 +23,8 @@ from typing import Any, TypeAlias
 from icm_cli.environment import __version__
 from icm_cli.errors import IcmError, ImageError, OutputError, UsageError, format_count
 from icm_cli.events import ReviewListener
-from icm_cli.files import check_schema, describe_os_error
+from icm_cli.files.json_files import check_schema
+from icm_cli.files.system_errors import describe_os_error
 from icm_cli.matting.run_record import command_line
 from icm_cli.options import ReviewOptions
 from icm_cli.review.corrections import Corrections

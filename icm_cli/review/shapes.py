@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from icm_cli.errors import UsageError
-from icm_cli.files import check_schema, read_json
+from icm_cli.files.json_files import check_schema, read_json
 from icm_cli.guidance.annotations import LABELME_SCHEMA, LABELS, hints_from_shapes, is_annotation, read_hints
 from icm_cli.guidance.hints import Area, Hints, Point
 

@@ -14,7 +14,8 @@ from types import MappingProxyType, NoneType
 from typing import Any, Literal, get_args
 
 from icm_cli.errors import IcmError, UsageError
-from icm_cli.files import atomic_write, locked_file, read_json
+from icm_cli.files.atomic_writes import atomic_write, locked_file
+from icm_cli.files.json_files import read_json
 
 STATE_NAME, LOCK_NAME = "review.json", "review.lock"
 SCHEMA_VERSION = 1

@@ -28,7 +28,9 @@ import numpy as np
 
 from icm_cli.environment import start_module
 from icm_cli.errors import IcmError, ImageError, UsageError, format_count
-from icm_cli.files import combined_digest, describe_os_error, error_for_failed_write, open_locked, process_space
+from icm_cli.files.atomic_writes import open_locked, process_space
+from icm_cli.files.digests import combined_digest
+from icm_cli.files.system_errors import describe_os_error, error_for_failed_write
 from icm_cli.matting.run_record import command_line
 from icm_cli.options import MatteOptions
 from icm_cli.review.corrections import Corrections

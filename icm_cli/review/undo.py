@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from icm_cli.errors import IcmError
-from icm_cli.files import atomic_write, describe_os_error, error_for_failed_write, identify_file
+from icm_cli.files.atomic_writes import atomic_write, identify_file
+from icm_cli.files.system_errors import describe_os_error, error_for_failed_write
 
 UNDO_NAME = "undo"
 Entry: TypeAlias = dict[str, Any]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from icm_cli.errors import ImageError, OutputError
-from icm_cli.files import atomic_write
+from icm_cli.files.atomic_writes import atomic_write
 from icm_cli.reports.result import METRICS
 from icm_cli.training.batches import Batch
 

@@ -25,14 +25,9 @@ from safetensors.torch import save
 from icm_cli.device import is_main_process
 from icm_cli.environment import __version__
 from icm_cli.errors import ConfigError, UsageError
-from icm_cli.files import (
-    atomic_write,
-    cached_file_digest,
-    check_writable,
-    combined_digest,
-    remove_stale_temporaries,
-    write_json,
-)
+from icm_cli.files.atomic_writes import atomic_write, check_writable, remove_stale_temporaries
+from icm_cli.files.digests import cached_file_digest, combined_digest
+from icm_cli.files.json_files import write_json
 from icm_cli.model.checkpoint import (
     SOURCES_KEY,
     TRAINED_ON_KEY,

@@ -30,7 +30,7 @@ from icm_cli.events import (
     TrainingSummary,
     check_argument,
 )
-from icm_cli.files import atomic_write
+from icm_cli.files.atomic_writes import atomic_write
 from icm_cli.geometry import HALF_U8
 from icm_cli.images.reading import read_alpha
 from icm_cli.model.packing import pack_checkpoint

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import cv2
 
-from icm_cli.files import TEMPORARY_PREFIX
+from icm_cli.files.atomic_writes import TEMPORARY_PREFIX
 
 DEMO = Path(__file__).parents[1] / "demo"
 FEW = 500

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from icm_cli.config import check_setting
 from icm_cli.errors import ConfigError
-from icm_cli.files import cached_file_digest
+from icm_cli.files.digests import cached_file_digest
 from icm_cli.geometry import Float, ImageU8, resize
 from icm_cli.model.alphas import apply_in_batches, max_batch_size, resize_alpha
 from icm_cli.model.checkpoint import load_strict, read_checkpoint

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from icm_cli.config import check_setting
 from icm_cli.errors import ConfigError
-from icm_cli.files import atomic_write, cache_folder, cached_file_digest, combined_digest
+from icm_cli.files.atomic_writes import atomic_write
+from icm_cli.files.digests import cache_folder, cached_file_digest, combined_digest
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.checkpoint import check_tensor_shapes, check_tensor_values
 from icm_cli.model.contracts import Backbone, Features

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from icm_cli.config import GuidedFilterConfig, check_setting
-from icm_cli.files import cache_folder
+from icm_cli.files.digests import cache_folder
 from icm_cli.geometry import Float, ImageU8, downscaled_size, resize, trimap_from_coarse
 from icm_cli.guided_filter import guided_upsample
 from icm_cli.images.pixels import DecodedImage

@@ -24,7 +24,8 @@ import typer
 import yaml
 
 from icm_cli.errors import IcmError, ImageError
-from icm_cli.files import atomic_write, cached_file_digest
+from icm_cli.files.atomic_writes import atomic_write
+from icm_cli.files.digests import cached_file_digest
 from icm_cli.geometry import ImageU8, downscaled_size, resize
 from icm_cli.images.reading import read_image
 from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool

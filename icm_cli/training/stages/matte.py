@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ImageError, OutputError, UsageError
 from icm_cli.events import TrainingListener
-from icm_cli.files import atomic_write, cache_folder, combined_digest
+from icm_cli.files.atomic_writes import atomic_write
+from icm_cli.files.digests import cache_folder, combined_digest
 from icm_cli.geometry import ImageU8, alpha_to_u8
 from icm_cli.model.contracts import Features, IntraSimilarity, TrainedHead
 from icm_cli.model.core import InContextMatting, PairFeatures, Pairs

@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from icm_cli.errors import ImageError, TrainingError
 from icm_cli.events import TrainingListener
-from icm_cli.files import atomic_write, combined_digest
+from icm_cli.files.atomic_writes import atomic_write
+from icm_cli.files.digests import combined_digest
 from icm_cli.model.contracts import Objects
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.training.batches import MAX_ATTEMPTS, check_skipped_fraction, worker_options

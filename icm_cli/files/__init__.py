@@ -1,0 +1,1 @@
+"""Files: paths, system errors, atomic writes, digests, JSON."""
