@@ -688,7 +688,7 @@ def test_photographs_are_refused(discs: Path, tmp_path: Path, key: str, is_binar
     assert f"has colour; expected an alpha with a single grey channel; check '{key}' of the data" in done.stderr
 
 
-MATTE = {"steps": 12, "batch_size": 2, "pairs": {"composite_probability": 0, "negative_probability": 0}}
+MATTE = {"steps": 12, "batch_size": 2}
 
 
 @pytest.mark.parametrize(
@@ -707,8 +707,9 @@ def test_alphas_without_an_object_are_reported_once(
     data = shutil.copytree(discs, tmp_path / "data")
     black = data / "alphas" / "red" / "1.png"
     cv2.imwrite(str(black), np.zeros((96, 96), np.uint8))
-    config = change(write_config(tmp_path / "a.yaml", data, **recipe), backgrounds=[])
+    config = change(write_config(tmp_path / "a.yaml", data, **recipe), backgrounds=[str(discs / "images" / "green")])
     done = train(config, tmp_path / "run", workers=workers)
     assert done.exit_code == 0, done.output
+    assert not (tmp_path / "run" / "skipped.txt").exists()
     assert done.stderr.count("without an object") == 1
     assert f"1 alpha without an object: {black}; the model learns that" in done.stderr

@@ -21,6 +21,8 @@ from icm_cli.options import Split
 from icm_cli.training.settings import CUTOUTS, EXPECTED_DATA, DataConfig, SourceConfig
 
 MAX_NEGATIVE_DRAWS = 20
+MAX_PARTNER_DRAWS = 20
+"""If no reference was found for a target in this many draws, another target is drawn."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from icm_cli.model.core import TARGET_NOISE_KEY, Pairs, reference_noise_key
 from icm_cli.scoring.task import make_trimap
 from icm_cli.training.batches import Batch, Sample, SampleMaker
 from icm_cli.training.data.augment import Rng, draw_guidance
-from icm_cli.training.data.pool import TrainingItem, TrainingPool
+from icm_cli.training.data.pool import MAX_PARTNER_DRAWS, TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene, SceneMaker
 from icm_cli.training.losses import quantise_trimap
 from icm_cli.training.settings import TrainConfig
@@ -88,11 +89,7 @@ class PairMaker(SampleMaker[PairBatch]):
             target, name = scenes.make_scene(item, rng), item.name
         black_alpha = None if is_negative or target.alpha.any() else item.alpha
         target = scenes.augment_colours(scenes.add_distractors(target, distractors, rng), rng)
-        reference = scenes.make_scene(partner, rng)
-        if distractors and rng.random() < pairs.reference_distractor_probability:
-            reference = scenes.add_distractors(reference, distractors[:1], rng)
-        if not reference.has_object:
-            raise ImageError(f"the alpha of {partner.image} has no pixel above one half, so it cannot be a reference")
+        partner, reference = self._make_reference(item, partner, distractors[:1], rng)
         reference = scenes.augment_colours(reference, rng)
         alpha = binarize_alpha(target.alpha) if item.is_binary else target.alpha
         trimap = make_trimap(alpha, self.config.trimap_kernel_px) if target.trimap is None else target.trimap
@@ -106,6 +103,25 @@ class PairMaker(SampleMaker[PairBatch]):
             "reference_valid": reference.valid,
         }
         return Sample(f"{name} by {partner.name}", layers, black_alpha)
+
+    def _make_reference(
+        self, item: TrainingItem, partner: TrainingItem, distractors: Sequence[TrainingItem], rng: Rng
+    ) -> tuple[TrainingItem, Scene]:
+        """Make a scene of ``partner``, or if its alpha has no object, of another partner of ``item``; return both.
+
+        Raises ImageError if none was found in MAX_PARTNER_DRAWS draws.
+        """
+        pairs = self.config.pairs
+        for _ in range(MAX_PARTNER_DRAWS):
+            reference = self._scenes.make_scene(partner, rng)
+            if distractors and rng.random() < pairs.reference_distractor_probability:
+                reference = self._scenes.add_distractors(reference, distractors, rng)
+            if reference.has_object:
+                return partner, reference
+            partner = self.pool.draw_partner(item, rng, pairs.same_image_probability)
+        raise ImageError(
+            f"no reference was found for {item.image}: the alphas of its group have no pixel above one half"
+        )
 
     def _make_negative(self, reference: TrainingItem, rng: Rng) -> tuple[Scene, str]:
         """Make a scene without the reference's object, with an alpha of 0; return it and its name."""

@@ -28,7 +28,7 @@ from icm_cli.model.lite.finetuning import LOSS_TERMS
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.model.similarity import ReferenceTokens, background_token_mask, foreground_token_mask
 from icm_cli.training.batches import Batch, BatchT
-from icm_cli.training.data.pool import TrainingItem, TrainingPool
+from icm_cli.training.data.pool import MAX_PARTNER_DRAWS, TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import LAYOUTS, MatchStageConfig, Settings
@@ -42,8 +42,6 @@ FURTHER_PROBABILITY = 0.7
 """Probability that a further tile shows the object, in mosaics where several tiles may show it."""
 MAX_ATTEMPTS = 1000
 """Training ends if no image was found for a tile of a mosaic in this many draws."""
-MAX_PARTNER_DRAWS = 20
-"""If no reference was found for a target in this many draws, another target is drawn."""
 
 
 class View(NamedTuple):
