@@ -148,21 +148,20 @@ def _plan_jobs(evaluation: Evaluation, examples: Sequence[Example], folder: Path
 def _exclude_colour_truths(evaluation: Evaluation, jobs: Sequence[Job], collector: ResultCollector) -> list[Job]:
     """Report ground truths with colour, which cannot be scored, before matting; return the jobs of all others."""
 
-    def has_colour_truth(job: Job) -> bool:
+    def is_coloured(truth: str) -> bool:
         with contextlib.suppress(ImageError):  # scoring reports files that cannot be read
-            return has_colour(Path(job.planned.truth), is_label_map=evaluation.rule.has_shots)
+            return has_colour(Path(truth), is_label_map=evaluation.rule.has_shots)
         return False
 
-    kept_jobs = []
+    truths = list(dict.fromkeys(job.planned.truth for job in jobs))
     with ThreadPoolExecutor(evaluation.workers) as threads:
-        for job, is_excluded in zip(jobs, threads.map(has_colour_truth, jobs), strict=True):
-            if is_excluded:
-                problem = Problem("colour-alpha", job.planned.name, f"{job.planned.truth} {HAS_COLOUR}")
-                collector.add_problem(problem)
-                collector.add(replace(job.planned, status="unscored", reason=problem.reason))
-            else:
-                kept_jobs.append(job)
-    return kept_jobs
+        coloured = {truth for truth, has in zip(truths, threads.map(is_coloured, truths), strict=True) if has}
+    for job in jobs:
+        if job.planned.truth in coloured:
+            problem = Problem("colour-alpha", job.planned.name, f"{job.planned.truth} {HAS_COLOUR}")
+            collector.add_problem(problem)
+            collector.add(replace(job.planned, status="unscored", reason=problem.reason))
+    return [job for job in jobs if job.planned.truth not in coloured]
 
 
 def _make_collector(
