@@ -607,6 +607,8 @@ class TestFixes:
         expect(page.locator(f"{CELLS} .cell-name")).to_have_count(3)
         assert listed_ids(page)[-1] == server.images()["night/deepfield.jpg"]["id"]
         expect(page.locator("#counts")).to_contain_text(f"0 of {total - 1} reviewed")
+        page.locator('#filter-status [value="open"]').check()
+        expect(page.locator(f"{CELLS} .cell-name")).to_have_count(2)
         page.locator('#filter-status [value="missing"]').check()
         expect(page.locator(f"{CELLS} .cell-name")).to_have_text(["deepfield.jpg"])
         page.locator(CELLS).click()
@@ -736,14 +738,16 @@ class TestSeveralPeople:
         image = open_image(page, server, WRONG)
         page.mouse.click(*to_page(page, image, ON_OBJECT))
         wait_for_answer(page)
-        page.locator('[data-action="reference"]').click()  # accepts it first
+        page.keyboard.press("Shift+A")
+        page.keyboard.press("t")  # waits until the decision is saved
         expect(page.locator("#taught-state")).to_contain_text("reference")
         open_image(page, server, IMAGES[0])
         page.locator('[data-action="reject"]').click()
         expect(page.locator("#status")).to_contain_text("brickwall.jpg: rejected")
         image = open_image(page, server, IMAGES[0])
         page.mouse.click(*to_page(page, image, (20, 20)), button="right")
-        expect(page.locator("#hints-state")).to_have_text("1 hint, not saved")
+        expect(page.locator("#hints-state")).to_contain_text("1 hint, not saved. The whole alpha may change: ")
+        expect(page.locator("#hints-state")).to_contain_text("references or mattes changed")
         page.locator('[data-action="open-teach"]').click()
         page.locator('[data-action="recompute"]').click()
         expect(page.locator("#recompute-state")).to_contain_text("Done", timeout=90_000)
@@ -803,6 +807,8 @@ class TestKills:
 
     def test_a_recompute_continues_and_is_followed(self, start: Callable[..., ReviewServer], folder: Path) -> None:
         """Kill the server during a recompute; the next server shows that recompute, and does not start another one."""
+        damaged = folder / "imgs" / IMAGES[0]
+        damaged.write_bytes(damaged.read_bytes()[:2000])
         server = start()
         lawn = server.images()[IMAGES[1]]["id"]
         server.post("/api/references", {"id": lawn, "kind": "negative", "area": "image"})
@@ -819,10 +825,13 @@ class TestKills:
         os.kill(process_id, signal.SIGCONT)
         wait_until(lambda: server.get("/api/recompute")["state"] != "running", "it does not end", 300)
         ended = server.get("/api/recompute")
-        assert (ended["state"], ended["message"]) == ("done", "")
+        log = folder / "alphas" / ".icm" / "recompute.log"
+        assert (ended["state"], ended["message"]) == ("done", f"1 image failed; see {log}")
         changes = {item["id"]: item["change"] for item in server.images().values() if item["change"]}
         assert {each["id"]: each["difference"] for each in ended["changed"]} == changes != {}
         assert not (folder / "alphas" / ".icm" / "before").exists()
+        server.kill()
+        assert start().get("/api/recompute") == ended
 
     def test_the_page_reports_a_stopped_server(self, start: Callable[..., ReviewServer], open_page: Open) -> None:
         """Its message names the port of the server, also if the browser uses another one that is forwarded to it."""
@@ -925,6 +934,36 @@ class TestTeaching:
         line = [sys.executable, "-m", "icm_cli.cli", *shlex.split(command)[1:], "--dry-run"]
         outcome = subprocess.run(line, capture_output=True, text=True, timeout=60)
         assert outcome.returncode == 0, outcome.stderr
+
+    def test_a_reference_is_an_accepted_alpha(self, server: ReviewServer, open_page: Open, folder: Path) -> None:
+        """What the page shows but has not saved is neither taught nor accepted."""
+        server.wait_until_ready()
+        page, written = open_page(server), folder / "alphas" / "night" / "cat.png"
+        image, before = open_image(page, server, WRONG), written.read_bytes()
+        alert, state = page.locator("#alerts .alert"), page.locator("#taught-state")
+        page.keyboard.press("t")
+        expect(alert).to_contain_text("cat.jpg is not used: night/cat.jpg is not accepted")
+        page.mouse.click(*to_page(page, image, ON_OBJECT))
+        wait_for_answer(page)
+        page.keyboard.press("t")
+        expect(alert).to_contain_text("cat.jpg is not used: its hints are not saved")
+        assert (written.read_bytes(), server.images()[WRONG]["status"]) == (before, "open")
+        page.keyboard.press("Shift+A")
+        expect(page.locator("#image-status")).to_have_attribute("data-status", "accepted")
+        accepted = written.read_bytes()
+        page.mouse.click(*to_page(page, image, OFF_OBJECT), button="right")
+        wait_for_answer(page)
+        page.keyboard.press("t")
+        expect(alert).to_contain_text("cat.jpg is not used: its hints are not saved")
+        assert (written.read_bytes(), server.images()[WRONG]["taught"]) == (accepted, None)
+        page.locator('[data-action="discard-hints"]').click()
+        page.keyboard.press("t")
+        expect(state).to_have_text("Used as a reference.")
+        expect(alert).to_have_count(0)
+        page.keyboard.press("u")
+        expect(page.locator("#status")).to_have_text("cat.jpg: decision taken back, and no longer a reference")
+        expect(state).to_have_text("")
+        assert written.read_bytes() == before
 
 
 class TestFailures:

@@ -23,7 +23,7 @@ from icm_cli.matting.matte import read_all_references
 from icm_cli.matting.run_record import command_line
 from icm_cli.review.run import ReviewRun
 from icm_cli.review.state import ReviewState
-from icm_cli.review.teaching import Teaching
+from icm_cli.review.teaching import Teaching, measure_change
 
 __all__ = ["open_review", "small_decoder"]
 pytestmark = pytest.mark.usefixtures("small_decoder")
@@ -87,7 +87,7 @@ def test_references_negatives_and_recompute(icm: Icm, scene: Path, open_review: 
     after = alphas(scene / "out")
     assert after["wall.png"] == kept
     differences = {
-        id: np.abs(read_bytes(before[name]).astype(float) - read_bytes(after[name])).mean() / 255
+        id: measure_change(read_bytes(before[name]), read_bytes(after[name]))
         for id, name in ((pad, "pad.0101.png"), (deep, "sub/deep.png"))
     }
     found = {each["id"]: each["difference"] for each in progress["changed"]}
@@ -99,7 +99,9 @@ def test_references_negatives_and_recompute(icm: Icm, scene: Path, open_review: 
     assert not (run.record_folder / "before").exists()
     # The command reproduces everything, and the review that is opened again knows what was taught.
     fresh = command.replace(f"--out {scene}/out", f"--out {scene}/fresh")
-    assert run_command(fresh).exit_code == 0
+    outcome = run_command(fresh)
+    assert outcome.exit_code == 0
+    assert f"{scene}/imgs/wall.jpg skipped: a reference or its mask" in outcome.stderr
     made = alphas(scene / "fresh")
     assert {name: after[name] for name in made if name != "wall.png"} == {n: d for n, d in made.items()}
     again, _, other = open_teaching(open_review)
@@ -148,6 +150,48 @@ def test_references_of_the_run_stay_the_same_when_others_are_added(
     assert reopened.names == run.names
 
 
+@pytest.mark.parametrize("decision", ["undo", "reject"])
+def test_an_image_that_is_not_accepted_any_more_is_no_reference(
+    icm: Icm, open_review: OpenReview, decision: str
+) -> None:
+    assert icm().exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    plain = command_line(teaching.options())
+    wall = accept(run, state, teaching, "wall.jpg")
+    pad = accept(run, state, teaching, "pad.0101.png")
+    teaching.teach(wall, "reference", "alpha")
+    teaching.teach(pad, "negative", "alpha")
+    for id in (wall, pad):
+        getattr(teaching._corrections, decision)(id, revision(state, run, id))
+    assert (state.read("wall.jpg").taught, (state.read("pad.0101.png").taught or {})["kind"]) == (None, "negative")
+    teaching.forget(pad)
+    assert command_line(teaching.options()) == plain
+    assert not any([*(run.record_folder / name).iterdir()] for name in ("references", "negatives"))
+
+
+def test_other_references_make_an_alpha_outdated(icm: Icm, open_review: OpenReview) -> None:
+    assert icm().exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    wall, pad = (accept(run, state, teaching, name) for name in ("wall.jpg", "pad.0101.png"))
+    teaching._corrections.accept(pad, revision(state, run, pad), [point("fg", 40, 40)])
+    assert [teaching._corrections.outdated_reason(id) for id in (wall, pad)] == ["", ""]
+    teaching.teach(wall, "reference", "alpha")
+    assert "references" in teaching._corrections.outdated_reason(pad)
+    teaching.forget(wall)
+    assert teaching._corrections.outdated_reason(pad) == ""
+
+
+def test_the_change_of_an_alpha_is_relative_to_its_object() -> None:
+    before, after, empty = (np.zeros((400, 400), np.uint8) for _ in range(3))
+    before[:20, :20], after[20:40, :20] = 255, 255
+    assert measure_change(before, after) == measure_change(before, empty) == measure_change(empty, before) == 1
+    assert measure_change(before, before) == measure_change(empty, empty) == 0
+    assert measure_change(before, before // 2) == pytest.approx(0.5, abs=0.01)
+    noise = empty.copy()
+    noise[0, :3] = 1
+    assert measure_change(noise, empty) < 0.001
+
+
 def test_what_cannot_be_taught_is_refused(icm: Icm, open_review: OpenReview) -> None:
     assert icm(ref_colorspace="Linear Rec.709 (sRGB)").exit_code == 0
     run, state, teaching = open_teaching(open_review)
@@ -155,6 +199,19 @@ def test_what_cannot_be_taught_is_refused(icm: Icm, open_review: OpenReview) -> 
     with pytest.raises(UsageError, match="ref-colorspace"):
         teaching.teach(wall, "reference", "alpha")
     assert state.read("wall.jpg").taught is None
+
+
+def test_an_empty_alpha_is_no_reference(icm: Icm, open_review: OpenReview) -> None:
+    assert icm().exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    pad = run.find_id("pad.0101.png")
+    assert pad is not None
+    shape = {"label": "drop", "shape_type": "rectangle", "points": [[0, 0], [200, 133]]}
+    teaching._corrections.accept(pad, 0, [shape])
+    with pytest.raises(UsageError, match="the alpha is empty"):
+        teaching.teach(pad, "reference", "alpha")
+    assert state.read("pad.0101.png").taught is None
+    assert not any((run.record_folder / "references").glob("*"))
 
 
 @pytest.mark.slow
@@ -264,4 +321,25 @@ def test_a_recompute_that_learns_the_references_shows_its_last_message(
     teaching.stop()
     wait_until(lambda: teaching.progress()["state"] != "running")
     assert teaching.progress()["state"] == "stopped"
+    teaching.close()
+
+
+def test_kept_alphas_are_no_progress(icm: Icm, open_review: OpenReview, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert icm().exit_code == 0
+    _, _, teaching = open_teaching(open_review)
+    statuses = ["kept", "kept", "failed", "done"]
+    events = [
+        {"event": "image", "name": "other", "status": status, "ended": number, "total": 5}
+        for number, status in enumerate(statuses, start=1)
+    ]
+    lines = "\n".join(json.dumps(event) for event in events)
+    program = f"import time; print({lines!r}, flush=True); time.sleep(60)"
+
+    def start_matting(*_: str, **streams: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", program], **streams)
+
+    monkeypatch.setattr("icm_cli.review.teaching.start_module", start_matting)
+    teaching.start()
+    wait_until(lambda: teaching.progress()["done"] == 2)
+    assert teaching.progress()["total"] == 3
     teaching.close()

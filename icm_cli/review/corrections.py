@@ -26,10 +26,10 @@ from icm_cli.files.system_errors import error_for_failed_write
 from icm_cli.geometry import ImageU8
 from icm_cli.matting.resume import mark_reviewed
 from icm_cli.options import MatteOptions
-from icm_cli.review.references import add_taught
+from icm_cli.review.references import add_taught, mask_path
 from icm_cli.review.run import ReviewRun, with_values
 from icm_cli.review.shapes import Annotation, Shapes
-from icm_cli.review.state import ModelNotReadyError, ReviewState, ReviewStatus, StaleAnswerError
+from icm_cli.review.state import ImageState, ModelNotReadyError, ReviewState, ReviewStatus, StaleAnswerError, Taught
 from icm_cli.review.undo import Entry, UndoCopies
 
 if TYPE_CHECKING:
@@ -90,11 +90,10 @@ class Corrections:
         """Return the references of the run without taught images. Raises ModelNotReadyError."""
         return self._model_without_waiting().references[: len(self._run.options.references.ref)]
 
-    def reload(self) -> None:
-        """Start to prepare the references again, after other images were taught. The network is not loaded again."""
-        with self._lock:
-            if self._loading is not None:
-                self._begin_loading()
+    def set_taught(self, id: int, taught: Taught | None) -> None:
+        """Store how an image is taught, and prepare the references again if that changes them."""
+        with self._edit_taught(self._run.names[id]) as image:
+            image.taught = taught
 
     def prepare(self, id: int) -> None:
         """Start to read an image, so that its first answer is fast. Returns at once."""
@@ -129,6 +128,13 @@ class Corrections:
                 if self._pending.get(client) is future:  # not if a newer request has replaced it
                     del self._pending[client]
 
+    def outdated_reason(self, id: int) -> str:
+        """Return why hints on another part of an image may change the rest of its saved alpha; "" if they do not.
+
+        Such a reason is that the references have changed since the alpha was made. Raises ModelNotReadyError.
+        """
+        return self._submit(lambda: self._ready_model().outdated_reason(id)).result()
+
     def accept(self, id: int, revision: int, shapes: Shapes | None) -> None:
         """Accept an alpha as it is, or save hints and accept the alpha that is computed from them.
 
@@ -152,7 +158,10 @@ class Corrections:
                 mark_reviewed(job, _make_stamp("accepted"))
 
     def reject(self, id: int, revision: int) -> None:
-        """Reject an alpha. Its file stays, but the stamp of an earlier acceptance is removed from it."""
+        """Reject an alpha. Its file stays, but the stamp of an earlier acceptance is removed from it.
+
+        A rejected image is no longer used as a reference.
+        """
         job = self._run.jobs[id]
         with self._image_lock(id):
             has_stamp = self._run.refresh(id).is_reviewed
@@ -161,7 +170,10 @@ class Corrections:
                     mark_reviewed(job, None)
 
     def undo(self, id: int, revision: int) -> None:
-        """Restore the alpha, the hints and the status that an image had before its last change."""
+        """Restore the alpha, the hints and the status that an image had before its last change.
+
+        The image is no longer used as a reference, because its mask may be that of the change.
+        """
         name, alpha = self._run.names[id], self._run.jobs[id].output
         with self._image_lock(id):
             self._check_revision(id, revision)
@@ -170,9 +182,10 @@ class Corrections:
                 raise UsageError(f"{name} has no change that can be undone")
             last = entries[-1]
             self._copies.restore(last, alpha)
-            with self._state.edit(name) as image:
+            with self._edit_taught(name) as image:
                 image.undo = _without_entry(image.undo, last)
                 image.status = last["status"]
+                _stop_use_as_reference(image)
             self._copies.discard(last)
 
     def can_undo(self, id: int) -> bool:
@@ -187,6 +200,24 @@ class Corrections:
         """Return the lock that a thread of this process holds while it changes an image."""
         with self._lock:
             return self._image_locks[id]
+
+    @contextlib.contextmanager
+    def _edit_taught(self, name: str) -> Iterator[ImageState]:
+        """Context that yields the state of an image for editing.
+
+        If it is taught in another way at the end, its old mask is removed, and the references are prepared again. The
+        network is not loaded again.
+        """
+        with self._state.edit(name) as image:
+            before = image.taught
+            yield image
+        if image.taught == before:
+            return
+        if before is not None:
+            mask_path(self._run.record_folder, before["kind"], before["mask"]).unlink(missing_ok=True)
+        with self._lock:
+            if self._loading is not None:
+                self._begin_loading()
 
     def _submit(self, task: Callable[[], Result]) -> Future[Result]:
         """Queue a task for the thread of the model, and return its future."""
@@ -278,8 +309,10 @@ class Corrections:
                 image.undo = _without_entry(image.undo, entry)
             self._copies.discard(entry)
             raise
-        with self._state.edit(name) as image:
+        with self._edit_taught(name) as image:
             image.status = status
+            if status == "rejected":
+                _stop_use_as_reference(image)
             for recorded in image.undo:
                 if recorded["folder"] == entry["folder"]:
                     recorded["alpha"] = identify_file(alpha)
@@ -291,6 +324,12 @@ class Corrections:
 def _without_entry(entries: Sequence[Entry], removed: Entry) -> list[Entry]:
     """Return the entries of the undo list except one. An entry is identified by its folder."""
     return [entry for entry in entries if entry["folder"] != removed["folder"]]
+
+
+def _stop_use_as_reference(image: ImageState) -> None:
+    """Edit the state of an image so that it is not used as a reference. A negative stays one."""
+    if image.taught is not None and image.taught["kind"] == "reference":
+        image.taught = None
 
 
 def _describe_failure(future: Future[None]) -> str:

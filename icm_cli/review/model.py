@@ -26,7 +26,7 @@ from icm_cli.matting.matte import order_as_shot, read_all_references, run_digest
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor, Session
 from icm_cli.matting.propagation import FlowPropagator, create_matting, prepare_references
-from icm_cli.matting.resume import REVIEWED_KEY, file_identities
+from icm_cli.matting.resume import REVIEWED_KEY, file_identities, read_existing_alpha
 from icm_cli.matting.shot import Shot
 from icm_cli.matting.sources import real_path
 from icm_cli.options import MatteOptions
@@ -120,6 +120,19 @@ class RunModel:
             alpha = image.session.matte(hints) if refined else image.session.coarse(hints)
         return image.windows.move_pixels(alpha, image.windows.display_window)
 
+    def outdated_reason(self, id: int) -> str:
+        """Return why a run would make the saved alpha of an image again, such as other references; "" if it would not.
+
+        That the alpha is accepted does not count. "" also if files of the image cannot be read.
+        """
+        with contextlib.suppress(IcmError):
+            job = self._with_saved_hints(id)
+            options = self._engine_options(self._find_shot(id, job))
+            existing, digest = read_existing_alpha(job), options.job_digest(job)
+            if existing is not None and existing.is_outdated(job, digest):
+                return existing.outdated_reason(job, digest, options.hints_digest(job))
+        return ""
+
     def correct(self, id: int, shapes: Shapes, stamp: str, begin_writing: Callable[[Annotation | None], None]) -> None:
         """Matte an image with ``shapes`` as its hints, as a run does, and write its alpha with a stamp.
 
@@ -150,7 +163,13 @@ class RunModel:
         """Matte one image as a run does, and replace its outputs."""
         planned = replace(job.planned, has_hints=job.hints is not None)
         job = replace(job, planned=planned, replaceable=file_identities(job))
-        options = EngineOptions(
+        options, results = self._engine_options(shot), list[ImageResult]()
+        Engine(self._predictor, matting, options, on_result=results.append, notice=self._notice).run([job])
+        return results[-1]
+
+    def _engine_options(self, shot: Shot | None) -> EngineOptions:
+        """Return the options with which single images are matted."""
+        return EngineOptions(
             [self._digest],
             batch_size=1,
             workers=1,
@@ -159,9 +178,6 @@ class RunModel:
             shot=shot,
             decoder_digest=self._choice.decoder_digest(),
         )
-        results: list[ImageResult] = []
-        Engine(self._predictor, matting, options, on_result=results.append, notice=self._notice).run([job])
-        return results[-1]
 
     def _create_matting(self, shot: Shot | None) -> IndependentMatting | FlowPropagator:
         """Return the matting of a run with the prepared references. ``shot``: with propagation between its frames."""

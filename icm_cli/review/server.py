@@ -77,6 +77,8 @@ STATIC_TYPES = {
     ".png": "image/png",
 }
 SOURCE_VERSION_HEADER = "Source-Version"
+OUTDATED_HEADER = "Outdated-Alpha"
+"""Header of an answer: why the saved alpha would be made again, such as other references; "" if it would not."""
 IMAGE_LIST_HEADER = "Image-List"
 """Header of requests of the page: the list of images that their ids refer to."""
 CACHED = {"Cache-Control": "private, max-age=31536000, immutable"}
@@ -339,12 +341,19 @@ class ReviewApp:
         return image_response(request, self.images.alpha_png(request.id), "png")
 
     def answer(self, request: ApiRequest) -> Response:
-        """Compute the alpha for hints, and return it as a PNG. Nothing is saved."""
+        """Compute the alpha for hints, and return it as a PNG. Nothing is saved.
+
+        With a refined alpha, a header says why its parts without new hints may differ from the saved alpha, if so.
+        """
         shapes, tab = request.shapes, request.body.get("tab", "")
         assert shapes is not None
         self._check_source(request)
-        alpha = self.corrections.answer(request.id, shapes, request.body["refined"], tab)
-        return image_response(request, encode_alpha(alpha), "png")
+        is_refined = request.body["refined"]
+        alpha = self.corrections.answer(request.id, shapes, is_refined, tab)
+        response = image_response(request, encode_alpha(alpha), "png")
+        if is_refined:
+            response.headers[OUTDATED_HEADER] = self.corrections.outdated_reason(request.id)
+        return response
 
     def accept(self, request: ApiRequest) -> dict[str, Any]:
         """Accept an alpha as it is, or save new hints and accept the alpha that they give."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from icm_cli.errors import IcmError, UsageError
 from icm_cli.files.atomic_writes import atomic_write, locked_file
@@ -52,6 +52,10 @@ class StateBusyError(IcmError):
     """Another process holds the lock of the state."""
 
 
+Taught: TypeAlias = dict[str, Any]
+"""How an image is taught: ``kind`` and ``area`` as in :meth:`Teaching.teach`, and the file name of the ``mask``."""
+
+
 @dataclass
 class ImageState:
     """What is stored about one image of a review."""
@@ -59,11 +63,9 @@ class ImageState:
     status: ReviewStatus = "open"
     revision: int = 0
     """Revision of the whole state at the last change of this image; 0 if it was never changed."""
-    taught: dict[str, Any] | None = None
-    """``kind`` and ``area`` as in :meth:`Teaching.teach`, and the file name of the ``mask``; None if not taught."""
-
+    taught: Taught | None = None
     change: float | None = None
-    """Mean absolute difference between the alphas before and after the last recompute, 0..1."""
+    """Difference between the alphas before and after the last recompute, 0..1; see :func:`measure_change`."""
     undo: list[dict[str, Any]] = field(default_factory=list)
     """Entries of :class:`icm_cli.review.undo.UndoCopies`, one for each change that can be undone, newest last."""
 

@@ -31,6 +31,7 @@ from icm_cli.errors import IcmError, ImageError, UsageError, format_count
 from icm_cli.files.atomic_writes import open_locked, process_space
 from icm_cli.files.digests import combined_digest
 from icm_cli.files.system_errors import describe_os_error, error_for_failed_write
+from icm_cli.geometry import ImageU8
 from icm_cli.matting.run_record import command_line
 from icm_cli.options import MatteOptions
 from icm_cli.review.corrections import Corrections
@@ -58,9 +59,13 @@ INTERRUPTED_CODES = (130, 143, -15)
 SAVE_INTERVAL_S = 3.0
 """Interval at which the differences of recomputed alphas are saved, and then shown by the page."""
 DIFFERENCE_DIGITS = 3
-"""Mean differences of alphas (0..1) are rounded to this many decimal places, so that invisible ones become 0."""
+"""Differences of alphas (0..1) are rounded to this many decimal places, so that invisible ones become 0."""
+MIN_OBJECT_PX = 64
+"""Smallest area, in pixels, that a difference of alphas refers to, so that noise in an empty alpha counts little."""
 STOP_TIMEOUT_S = 60.0
 """Seconds that a recompute has to finish its files when the server stops. Then it is killed."""
+READ_TIMEOUT_S = 0.3
+"""Seconds that the first request for the progress waits for the events of the last recompute to be read."""
 LOW_PRIORITY = 3
 """Unix niceness of a recompute, so that the server still answers fast."""
 RecomputeState = Literal["idle", "running", "done", "stopped", "failed"]
@@ -72,10 +77,17 @@ class _Progress:
 
     state: RecomputeState = "idle"
     done: int = 0
+    """Number of images that have ended, and number of all; without those whose alpha is kept."""
     total: int = 0
+    kept: int = 0
     message: str = ""
     changed: dict[int, float] = field(default_factory=dict)
-    """Mean absolute difference of each recomputed alpha to the one before, 0..1, by the id of the image."""
+    """Difference of each recomputed alpha to the one before, 0..1, by the id of the image."""
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Count an image that has ended. ``event``: the event of the image."""
+        self.kept += event["status"] == "kept"
+        self.done, self.total = event["ended"] - self.kept, event["total"] - self.kept
 
 
 class Teaching:
@@ -92,6 +104,8 @@ class Teaching:
         self._is_closed = threading.Event()
         self._is_followed = False
         """Whether the running recompute was started by another server."""
+        self._is_unread = self._events.exists()
+        """Whether it is not known yet how the last recompute has ended."""
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
 
@@ -104,18 +118,18 @@ class Teaching:
         run, name = self._run, self._run.names[id]
         check_teachable(run.options, run.jobs[id], kind, area)
         if kind == "reference" and not run.refresh(id).is_reviewed:
-            raise UsageError(f"{name} is not accepted; a reference needs a correct alpha: accept it first")
+            raise UsageError(f"{name} is not accepted; a reference needs a correct alpha: accept it first (A)")
         if kind == "reference" and needs_base_masks(run.options):
             write_base_masks(run.record_folder, self._corrections.base_references())
         height, width = self._images.display_size(id)
         alpha = np.full((height, width), 255, np.uint8) if area == "image" else self._images.read_alpha(id)
         file_name = f"{combined_digest(name, alpha.tobytes())[:16]}.png"
         write_taught_mask(mask_path(run.record_folder, kind, file_name), alpha, kind)
-        self._replace_taught(name, {"kind": kind, "area": area, "mask": file_name})
+        self._corrections.set_taught(id, {"kind": kind, "area": area, "mask": file_name})
 
     def forget(self, id: int) -> None:
         """Stop using an image as a reference or negative."""
-        self._replace_taught(self._run.names[id], None)
+        self._corrections.set_taught(id, None)
 
     def options(self) -> MatteOptions:
         """Return the options of the recompute: those of the run, with the hints and the taught images."""
@@ -153,6 +167,7 @@ class Teaching:
             if lock is None:
                 return  # another server runs one, which progress() will follow
             os.truncate(lock, 0)
+            self._is_unread = False
             self._events.write_bytes(b"")
             (self._run.record_folder / LOG_NAME).write_bytes(b"")
             self._progress = _Progress("running", total=len(self._run.jobs))
@@ -181,14 +196,23 @@ class Teaching:
             self._process.kill()
 
     def _follow_other(self) -> None:
-        """Begin to follow the recompute of another server, if there is one. That server may have been killed."""
+        """Begin to follow the recompute of another server, if there is one. That server may have been killed.
+
+        The first call also reads how the last recompute has ended.
+        """
         with self._lock:
-            if self._progress.state == "running" or not self._is_locked():
+            if self._progress.state == "running":
                 return
-            self._progress = _Progress("running", total=len(self._run.jobs), message="started by another icm review")
+            is_locked = self._is_locked()
+            if not (is_locked or self._is_unread):
+                return
+            self._is_unread = False
+            message = "started by another icm review" if is_locked else "comparing the alphas of the last recompute"
+            self._progress = _Progress("running", total=len(self._run.jobs), message=message)
             self._is_followed = True
             self._thread = threading.Thread(target=self._follow, name="icm-recompute")
             self._thread.start()
+        self._thread.join(READ_TIMEOUT_S)
 
     def _is_locked(self) -> bool:
         """Return whether a process holds the lock of the recompute."""
@@ -201,6 +225,8 @@ class Teaching:
 
     def _stop_other(self) -> None:
         """Stop the recompute of another server on this machine. Raises UsageError."""
+        if not self._is_locked():  # it has ended, and another process may have its id
+            return
         space, _, pid = self._lock_path.read_text().partition(" ")
         if space != process_space() or not pid.isdigit():
             raise UsageError("the recompute runs on another machine, or is just starting; stop it where it was started")
@@ -210,21 +236,25 @@ class Teaching:
             raise UsageError(f"the recompute cannot be stopped: {describe_os_error(error)}") from error
 
     def _follow(self) -> None:
-        """Follow the recompute of another server, in a thread. If that was killed, compare the alphas at the end."""
+        """Follow the recompute of another server, in a thread. If that was killed, compare the alphas at the end.
+
+        A recompute that has ended is followed too: its events say how it ended.
+        """
         before = self._run.record_folder / BEFORE_NAME
         state: RecomputeState = "stopped"
         message = "it ended before all images were recomputed; start it again to continue"
-        image_events: list[dict[str, Any]] = []
+        image_events, failures = list[dict[str, Any]](), 0
         try:
             for event in self._follow_events(self._is_locked):
                 if event["event"] == "image":
                     image_events.append(event)
+                    failures += self._has_failed(event)
                     with self._lock:
-                        self._progress.done, self._progress.total = event["ended"], event["total"]
+                        self._progress.add(event)
                 elif event["event"] == "error" and event["exit_code"] not in INTERRUPTED_CODES:
                     state, message = "failed", event["message"]
                 elif event["event"] == "finished" and event["exit_code"] is not None:
-                    state, message = "done", ""
+                    state, message = "done", self._describe_failures(failures)
             if before.exists() and not self._is_closed.is_set():
                 changes: dict[int, float] = {}
                 for event in image_events:
@@ -262,15 +292,6 @@ class Teaching:
                 if has_ended:
                     return
                 time.sleep(FOLLOW_INTERVAL_S)
-
-    def _replace_taught(self, name: str, taught: dict[str, Any] | None) -> None:
-        """Store how an image is taught, remove its old mask, and prepare the references again."""
-        with self._state.edit(name) as image:
-            before, image.taught = image.taught, taught
-        if before is not None and before != taught:
-            mask_path(self._run.record_folder, before["kind"], before["mask"]).unlink(missing_ok=True)
-        if before != taught:
-            self._corrections.reload()
 
     def _recompute(self, lock: int) -> None:
         """Run the whole recompute, in its own thread. ``lock``: descriptor of the locked file, which is closed."""
@@ -333,7 +354,7 @@ class Teaching:
             return "stopped", "stopped; the alphas that are not recomputed yet are unchanged"
         if error or code not in (0, 1):  # 1: some images failed
             return "failed", error or f"icm matte ended with exit code {code}; see {log.name}"
-        return "done", f"{format_count(failures, 'image')} failed; see {log.name}" if failures else ""
+        return "done", self._describe_failures(failures)
 
     def _read_events(self, process: subprocess.Popen[bytes], before: Path) -> tuple[int, str]:
         """Read the events of ``icm matte`` until it ends, and report its progress.
@@ -349,7 +370,7 @@ class Teaching:
                 failures += self._has_failed(event)
                 unsaved |= self._compare(event, before)
                 with self._lock:
-                    self._progress.done, self._progress.total = event["ended"], event["total"]
+                    self._progress.add(event)
                     self._progress.changed |= unsaved
             if time.monotonic() - saved_at > SAVE_INTERVAL_S:
                 self._save_changes(unsaved)
@@ -364,6 +385,11 @@ class Teaching:
         id = self._run.find_id(event["name"])
         return id is None or not self._run.refresh(id).is_reviewed
 
+    def _describe_failures(self, failures: int) -> str:
+        """Return the message about images that failed in a recompute; "" without any."""
+        log = self._run.record_folder / LOG_NAME
+        return f"{format_count(failures, 'image')} failed; see {log}" if failures else ""
+
     def _compare(self, event: Mapping[str, Any], before: Path) -> dict[int, float]:
         """Return the difference of a recomputed alpha to the one before, as {id: 0..1}; {} if none was written.
 
@@ -376,8 +402,7 @@ class Teaching:
             after, saved = self._images.read_alpha(id), self._saved_alpha(before, id)
             earlier = self._images.read_alpha(id, saved) if saved.exists() else np.zeros_like(after)
             if earlier.shape == after.shape:
-                difference = float(np.abs(after.astype(np.float32) - earlier).mean()) / 255
-                return {id: round(difference, DIFFERENCE_DIGITS)}
+                return {id: round(measure_change(earlier, after), DIFFERENCE_DIGITS)}
         return {id: 1.0}
 
     def _save_changes(self, changes: Mapping[int, float]) -> None:
@@ -390,3 +415,12 @@ class Teaching:
                 image.change = difference
                 if image.status == "rejected" and difference:
                     image.status = "open"
+
+
+def measure_change(before: ImageU8, after: ImageU8) -> float:
+    """Return the difference of two alphas, uint8 [H,W]: 1 - IoU, so 0 if they are equal, 1 if they share nothing.
+
+    The IoU is the sum of their minima divided by that of their maxima. It does not depend on the size of the image.
+    """
+    common, union = (function(before, after).sum(dtype=np.int64) / 255 for function in (np.minimum, np.maximum))
+    return float((union - common) / max(union, MIN_OBJECT_PX))

@@ -26,10 +26,11 @@ async function call(method, path, { body, signal } = {}) {
 const createError = (message, properties) => Object.assign(new Error(message), properties);
 
 const json = async (...request) => (await call(...request)).json();
-/** Return a blob; that of a source has the `version` of its files. */
+/** Return a blob: a source with the `version` of its files, or a refined answer with `outdated`, a text or "". */
 async function blob(...request) {
   const response = await call(...request);
-  return Object.assign(await response.blob(), { version: response.headers.get("Source-Version") });
+  const [version, outdated] = ["Source-Version", "Outdated-Alpha"].map((name) => response.headers.get(name));
+  return Object.assign(await response.blob(), { version, outdated });
 }
 const change = (id, action, body) => json("POST", part(id, action), { body });
 const part = (id, name, query = {}) => `/api/images/${id}/${name}?${new URLSearchParams(query)}`;

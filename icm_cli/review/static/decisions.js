@@ -9,20 +9,20 @@ const FAILURES = {
   accept: "was not accepted", reject: "was not rejected", undo: "still has its last decision",
   teach: "is not used", forget: "is still used",
 };
+const UNSAVED = "is not used: its hints are not saved. Accept (A) or revert them first.";
 /** Return the id of the last image that was decided on in this page and not taken back, or undefined. */
 export const lastDecided = () => [...decided].at(-1);
 const nameOf = (id) => baseName(store.items.get(id).name);
 
-/** Accept an image with its unsaved hints. Returns whether the server has saved it. */
-export async function accept(id) {
-  const draft = findDraft(id);
-  const shapes = draft?.shapes;
-  const isSaved = await decide(id, "accept", async ({ revision }) =>
-    api.accept(id, draft?.source, revision, draft?.isDirty ? await draft.encode() : null),
-  );
-  if (isSaved) draft?.markSaved(shapes);
-  return isSaved;
-}
+/** Accept an image with its unsaved hints. */
+export const accept = (id) =>
+  decide(id, "accept", async ({ revision }) => {
+    const draft = findDraft(id);
+    const shapes = draft?.shapes;
+    const item = await api.accept(id, draft?.source, revision, draft?.isDirty ? await draft.encode() : null);
+    draft?.markSaved(shapes);
+    return item;
+  });
 
 export const reject = (id) =>
   decide(id, "reject", ({ revision }) => api.reject(id, findDraft(id)?.source, revision));
@@ -30,31 +30,33 @@ export const reject = (id) =>
 /** Take back the last decision on an image, also one that is being saved. Its hints stay in the page. */
 export async function undo(id) {
   await store.pending.get(id);
-  if (!(await send(id, "undo", ({ revision }) => api.undo(id, revision)))) return;
+  const end = await send(id, "undo", ({ revision }) => api.undo(id, revision));
+  if (end === null) return;
   decided.delete(id);
   findDraft(id)?.markSaved(null);
-  notify(`${nameOf(id)}: decision taken back`);
+  notify(`${nameOf(id)}: decision taken back${end}`);
   openImage(id);
 }
-/** Use an image as "reference" or "negative". `area`: "alpha" or "image". A reference is accepted first. */
+/** Use the saved alpha of an image, or the whole image, as "reference" or "negative". `area`: "alpha" or "image". */
 export async function teach(id, kind, area) {
-  const isAccepted = store.items.get(id).status === "accepted" && !isDraft(id);
-  if (kind === "reference" && !isAccepted && !(await accept(id))) return;
-  const isDone = await send(id, "teach", () => api.teach(id, kind, area));
-  if (isDone) notify(`${nameOf(id)} is used as a ${kind} when the rest is recomputed.`);
+  await store.pending.get(id);
+  if (area === "alpha" && isDraft(id)) return reportDecision(id, `${nameOf(id)} ${UNSAVED}`, false);
+  const end = await send(id, "teach", () => api.teach(id, kind, area));
+  if (end !== null) notify(`${nameOf(id)} is used as a ${kind} when the rest is recomputed.`);
 }
 export const forget = (id) => send(id, "forget", () => api.forget(id));
 
 async function decide(id, action, request) {
-  if (store.pending.has(id)) return false;
+  if (store.pending.has(id)) return;
   decided.delete(id);
   decided.add(id); // as the newest, and at once, so that undo means this decision
-  const isSaved = await send(id, action, request);
-  if (isSaved) notify(`${nameOf(id)}: ${store.items.get(id).status}`, { label: "Undo (U)", run: () => undo(id) });
-  return isSaved;
+  const end = await send(id, action, request);
+  if (end === null) return;
+  notify(`${nameOf(id)}: ${store.items.get(id).status}${end}`, { label: "Undo (U)", run: () => undo(id) });
 }
-/** Send a change of an image. Returns whether the server has made it. */
+/** Send a change of an image. Returns null after a failure; else the end of a notice: what the change has ended. */
 async function send(id, action, request) {
+  const { taught } = store.items.get(id);
   const save = async () => store.update([await request(store.items.get(id))]);
   const saving = save().then(() => true, (error) => {
     if (error.image) store.updateStale(error.image);
@@ -66,7 +68,8 @@ async function send(id, action, request) {
   if (isDone) clearError(`decision ${id}`);
   else if (action === "accept" || action === "reject") decided.delete(id);
   store.setPending(id, null);
-  return isDone;
+  if (!isDone) return null;
+  return taught !== null && store.items.get(id).taught === null ? `, and no longer a ${taught}` : "";
 }
 
 function reportDecision(id, text, isKept = true) {

@@ -55,9 +55,9 @@ export async function openDraft(details) {
   const shapes = await readShapes(details.hints);
   const draft = drafts.get(details.id) ?? new Draft(details, shapes);
   drafts.set(details.id, draft);
-  const { width, height, source_version: source } = details;
-  if (source !== draft.source) draft.answer = null; // made for the source as it was before
-  Object.assign(draft, { width, height, source });
+  const { width, height, version, source_version: source } = details;
+  if (source !== draft.source || version !== draft.version) draft.answer = null; // made for earlier files
+  Object.assign(draft, { width, height, version, source });
   draft.receive(shapes);
   return draft;
 }

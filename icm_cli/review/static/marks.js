@@ -23,9 +23,8 @@ export function drawMarks({ shapes, isVisible, cursor, crosshair, brush }) {
 }
 
 function drawShapes(shapes) {
-  if (shapes.some(isPaint)) {
-    for (const label of PAINT_LABELS) drawTinted(label, (layer) => drawPaint(layer, shapes, label));
-  }
+  const painted = shapes.some(isPaint) ? PAINT_LABELS : [];
+  for (const label of painted) drawTinted(label, (layer) => drawPaint(layer, shapes, label));
   for (const shape of shapes.filter((each) => !isPaint(each))) {
     if (isPoint(shape)) for (const point of shape.points) drawPoint(point, shape);
     else if (isBox(shape)) drawBox(boxCorners(shape.points));

@@ -116,6 +116,7 @@ class Single {
     if (draft.answer?.shapes === shapes && !isRefined) return; // the refined one was faster
     if (isRefined) draft.answer = { shapes, blob };
     viewer.setAlpha("after", bitmap);
+    this.showItem();
   };
   undoHint() { if (editor.draft?.undo()) this.answer(); }
   redoHint() { if (editor.draft?.redo()) this.answer(); }
@@ -180,7 +181,7 @@ class Single {
     const isEnabled = {
       accept: canAccept, "accept-stay": canAccept, reject: isReady,
       undo: isReady && (details.can_undo || lastDecided() !== undefined),
-      reference: canAccept && item.taught !== "reference", negative: isReady && item.taught !== "negative",
+      reference: isReady && item.taught !== "reference", negative: isReady && item.taught !== "negative",
       "undo-hint": editor.draft?.past.length > 0, "redo-hint": editor.draft?.future.length > 0,
       "clear-hints": editor.draft?.shapes.length > 0, "discard-hints": editor.draft?.isDirty,
     };
@@ -191,8 +192,10 @@ class Single {
 export const single = new Single();
 export const findButton = (action) => document.querySelector(`#single [data-action="${action}"]`);
 
-function describeHints({ shapes, isDirty }) {
+function describeHints({ shapes, isDirty, answer }) {
   const count = shapes.filter(({ label }) => label !== "erase").length;
   if (count === 0) return isDirty ? "Hints removed, not saved" : "No hints";
-  return `${count} ${count === 1 ? "hint" : "hints"}, ${isDirty ? "not saved" : "saved"}`;
+  const outdated = isDirty && answer?.blob.outdated;
+  const rest = outdated ? `. The whole alpha may change: ${outdated}.` : "";
+  return `${count} ${count === 1 ? "hint" : "hints"}, ${isDirty ? "not saved" : "saved"}${rest}`;
 }

@@ -87,6 +87,7 @@ class Store extends EventTarget {
   /** Return whether an image belongs to an entry of the status filter. */
   hasStatus(item, status) {
     if (status === "all") return true;
+    if (status === "open") return item.status === "open" && item.has_alpha;
     if (status === "below") return item.status === "open" && rank(item) < this.run.review_below;
     if (status === "missing") return !item.has_alpha;
     if (status === "changed") return item.change > 0;

@@ -131,8 +131,7 @@ class Viewer {
     if (view === "source") drawSource(this.context);
     else if (view === "alpha") drawAlpha(this.context);
     else if (view === "overlay") this.blend(box, drawColour(this.colour), drawAlpha, drawSource, TINT_OPACITY);
-    else if (view === "colour") this.blend(box, drawSource, drawAlpha, drawColour(this.colour));
-    else this.blend(box, drawSource, drawAlpha, drawColour(this.checker));
+    else this.blend(box, drawSource, drawAlpha, drawColour(view === "colour" ? this.colour : this.checker));
     this.context.restore();
   }
   /** Draw top * m + bottom * (1 - m), m = alpha * opacity. The arguments draw into a context. */
