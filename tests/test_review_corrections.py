@@ -423,8 +423,12 @@ def test_newer_requests_of_a_tab_replace_those_that_wait(
 
 
 @pytest.fixture
-def snapshots(scene: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Copies of the scene before and after every file that is put in place or removed: what a killed process leaves."""
+def snapshots(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Copies of the scene before and after every file that is put in place or removed: what a killed process leaves.
+
+    The run under review, whose threads would write files while others are copied, is made before.
+    """
+    assert icm(trimap="also").exit_code == 0
     taken: list[Path] = []
     copy_file, numbers = shutil.copy2, itertools.count()
 
@@ -449,9 +453,8 @@ def snapshots(scene: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 @pytest.mark.slow
 def test_a_killed_process_loses_nothing(
-    icm: Icm, open_review: OpenReview, scene: Path, snapshots: list[Path], monkeypatch: pytest.MonkeyPatch
+    open_review: OpenReview, scene: Path, snapshots: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert icm(trimap="also").exit_code == 0
     run, state, corrections = open_review()
     alpha = run.jobs[0].output
     outputs = [alpha, run.jobs[0].trimap]
