@@ -150,10 +150,8 @@ def test_references_of_the_run_stay_the_same_when_others_are_added(
     assert reopened.names == run.names
 
 
-@pytest.mark.parametrize("decision", ["undo", "reject"])
-def test_an_image_that_is_not_accepted_any_more_is_no_reference(
-    icm: Icm, open_review: OpenReview, decision: str
-) -> None:
+@pytest.mark.parametrize("decision", ["undo", "reject", "correct"])
+def test_an_image_whose_decision_changes_is_no_reference(icm: Icm, open_review: OpenReview, decision: str) -> None:
     assert icm().exit_code == 0
     run, state, teaching = open_teaching(open_review)
     plain = command_line(teaching.options())
@@ -162,7 +160,10 @@ def test_an_image_that_is_not_accepted_any_more_is_no_reference(
     teaching.teach(wall, "reference", "alpha")
     teaching.teach(pad, "negative", "alpha")
     for id in (wall, pad):
-        getattr(teaching._corrections, decision)(id, revision(state, run, id))
+        if decision == "correct":
+            teaching._corrections.accept(id, revision(state, run, id), [point("fg", 40, 40)])
+        else:
+            getattr(teaching._corrections, decision)(id, revision(state, run, id))
     assert (state.read("wall.jpg").taught, (state.read("pad.0101.png").taught or {})["kind"]) == (None, "negative")
     teaching.forget(pad)
     assert command_line(teaching.options()) == plain

@@ -154,14 +154,11 @@ class Corrections:
                 self.load_model()
                 self._submit(lambda: self._correct(id, revision, shapes)).result()
                 return
-            with self._recorded_change(id, revision, job.outputs, "accepted"):
+            with self._recorded_change(id, revision, job.outputs, "accepted", keeps_alpha=True):
                 mark_reviewed(job, _make_stamp("accepted"))
 
     def reject(self, id: int, revision: int) -> None:
-        """Reject an alpha. Its file stays, but the stamp of an earlier acceptance is removed from it.
-
-        A rejected image is no longer used as a reference.
-        """
+        """Reject an alpha. Its file stays, but the stamp of an earlier acceptance is removed from it."""
         job = self._run.jobs[id]
         with self._image_lock(id):
             has_stamp = self._run.refresh(id).is_reviewed
@@ -172,7 +169,7 @@ class Corrections:
     def undo(self, id: int, revision: int) -> None:
         """Restore the alpha, the hints and the status that an image had before its last change.
 
-        The image is no longer used as a reference, because its mask may be that of the change.
+        The image is no longer used as a reference: the mask of a reference is that of its last decision.
         """
         name, alpha = self._run.names[id], self._run.jobs[id].output
         with self._image_lock(id):
@@ -291,10 +288,13 @@ class Corrections:
             self._ready_model().correct(id, shapes, _make_stamp("corrected"), begin_writing)
 
     @contextlib.contextmanager
-    def _recorded_change(self, id: int, revision: int, paths: Sequence[Path], status: ReviewStatus) -> Iterator[None]:
+    def _recorded_change(
+        self, id: int, revision: int, paths: Sequence[Path], status: ReviewStatus, *, keeps_alpha: bool = False
+    ) -> Iterator[None]:
         """Context in which the files ``paths`` of an image are replaced, so that this can be undone.
 
-        At its end, the image gets the status. After an exception, the files and the state are restored. Raises
+        At its end, the image gets the status, and is no longer used as a reference unless the change ``keeps_alpha``:
+        an accepted alpha with the same pixels. After an exception, the files and the state are restored. Raises
         StaleRevisionError if the image has another revision.
         """
         name, alpha = self._run.names[id], self._run.jobs[id].output
@@ -311,7 +311,7 @@ class Corrections:
             raise
         with self._edit_taught(name) as image:
             image.status = status
-            if status == "rejected":
+            if not keeps_alpha:
                 _stop_use_as_reference(image)
             for recorded in image.undo:
                 if recorded["folder"] == entry["folder"]:

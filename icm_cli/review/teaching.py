@@ -110,7 +110,7 @@ class Teaching:
         self._thread: threading.Thread | None = None
 
     def teach(self, id: int, kind: Kind, area: Area) -> None:
-        """Use an image as a reference or a negative. Its mask is saved, so later changes of its alpha do not matter.
+        """Use an image as a reference or a negative, with a mask that is saved now.
 
         ``area``: what the mask covers, "alpha" (the object in the alpha) or "image" (everything). Raises UsageError,
         ImageError, OutputError, or ModelNotReadyError.
