@@ -344,3 +344,30 @@ def test_kept_alphas_are_no_progress(icm: Icm, open_review: OpenReview, monkeypa
     wait_until(lambda: teaching.progress()["done"] == 2)
     assert teaching.progress()["total"] == 3
     teaching.close()
+
+
+def test_the_next_server_compares_what_a_killed_one_has_not(icm: Icm, scene: Path, open_review: OpenReview) -> None:
+    """A recompute of two images was stopped. The server had compared the first one, which was rejected then."""
+    assert icm().exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    teaching._save_alphas(run.record_folder / "before")
+    names = ["wall.jpg", "pad.0101.png"]
+    for name in ("wall.png", "pad.0101.png"):
+        alpha = np.zeros_like(read(scene / "out" / name))
+        (scene / "out" / name).unlink()  # not the saved alpha, which is the same file
+        cv2.imwrite(str(scene / "out" / name), alpha)
+    with state.edit(names[0]) as image:
+        image.status, image.change = "rejected", 0.5
+    events = [
+        {"event": "image", "name": name, "status": "done", "ended": number, "total": 9}
+        for number, name in enumerate(names, start=1)
+    ]
+    (run.record_folder / "recompute.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    _, _, other = open_teaching(open_review)
+    wait_until(lambda: other.progress()["state"] == "stopped")
+    ids = [run.find_id(name) for name in names]
+    assert {each["id"]: each["difference"] for each in other.progress()["changed"]} == dict(
+        zip(ids, (0.5, 1), strict=True)
+    )
+    assert state.read(names[0]).status == "rejected"
+    assert (other.progress()["done"], other.progress()["total"]) == (2, 9)

@@ -256,9 +256,12 @@ class Teaching:
                 elif event["event"] == "finished" and event["exit_code"] is not None:
                     state, message = "done", self._describe_failures(failures)
             if before.exists() and not self._is_closed.is_set():
+                _, states = self._state.read_all()
+                compared = {name for name, image in states.items() if image.change is not None}  # by the killed server
                 changes: dict[int, float] = {}
                 for event in image_events:
-                    changes |= self._compare(event, before)
+                    if event["name"] not in compared:
+                        changes |= self._compare(event, before)
                 self._save_changes(changes)
                 if state == "done":
                     shutil.rmtree(before, ignore_errors=True)

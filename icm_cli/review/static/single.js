@@ -194,8 +194,8 @@ export const findButton = (action) => document.querySelector(`#single [data-acti
 
 function describeHints({ shapes, isDirty, answer }) {
   const count = shapes.filter(({ label }) => label !== "erase").length;
-  if (count === 0) return isDirty ? "Hints removed, not saved" : "No hints";
   const outdated = isDirty && answer?.blob.outdated;
   const rest = outdated ? `. The whole alpha may change: ${outdated}.` : "";
+  if (count === 0) return isDirty ? `Hints removed, not saved${rest}` : "No hints";
   return `${count} ${count === 1 ? "hint" : "hints"}, ${isDirty ? "not saved" : "saved"}${rest}`;
 }
