@@ -598,6 +598,18 @@ class TestFixes:
         expect(page.locator("#status")).to_contain_text("cat.jpg: accepted")
         expect(page.locator("#alerts .alert")).to_have_count(0)
 
+    def test_images_that_another_run_adds_appear(self, server: ReviewServer, open_page: Open, folder: Path) -> None:
+        page = open_page(server)
+        expect(page.locator("#counts")).to_contain_text(f"of {len(IMAGES) + len(HOSTILE_NAMES)} reviewed")
+        (folder / "imgs" / "added").mkdir()
+        shutil.copy(folder / "imgs" / WRONG, folder / "imgs" / "added" / "new.jpg")
+        run_matte(folder, folder / "alphas")
+        page.reload()
+        expect(page.locator("#counts")).to_contain_text(f"of {len(IMAGES) + len(HOSTILE_NAMES) + 1} reviewed")
+        page.locator("#filter-folder").select_option("added")
+        expect(page.locator(f"{CELLS} .cell-name")).to_have_text(["new.jpg"])
+        expect(page.locator("#grid .thumbnail.loaded")).to_have_count(1)
+
     def test_images_without_an_alpha_come_last(self, server: ReviewServer, open_page: Open, folder: Path) -> None:
         """A run of a few frames of a sequence has no alphas of the others."""
         (folder / "alphas" / "night" / "deepfield.png").unlink()
@@ -847,6 +859,41 @@ class TestKills:
             other = page.context.new_page()
             other.goto(server.url.replace(f":{server.port}/", f":{forwarded}/"))
             expect(message).to_have_count(0)
+
+    def test_the_image_that_was_opened_meanwhile_is_loaded(
+        self, start: Callable[..., ReviewServer], open_page: Open
+    ) -> None:
+        """When a stopped server answers again: also thumbnails, and the alpha of hints that are not saved."""
+        server = start()
+        server.wait_until_ready()
+        page = open_page(server)
+        page.locator("#filter-folder").select_option("night")
+        page.locator(CELLS).first.wait_for()
+        server_items = server.images()
+        image = open_image(page, server, WRONG)
+        page.mouse.click(*to_page(page, image, OFF_OBJECT), button="right")
+        wait_for_answer(page)
+        server.kill()
+        page.mouse.click(*to_page(page, image, ON_OBJECT))
+        expect(page.locator("#model-state")).to_have_text("no connection")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Escape")
+        page.locator('[data-action="reset-filters"]').click()
+        page.goto(f"{server.origin}/#image-{server_items[IMAGES[0]]['id']}")
+        expect(page.locator('[data-action="reject"]')).to_be_disabled()
+        server = start("--port", str(server.port))
+        page.context.new_page().goto(server.url)
+        expect(page.locator('[data-action="accept-stay"]')).to_be_enabled()
+        expect(page.locator("#image-name")).to_have_text("brickwall.jpg")
+        expect(page.locator("#model-state")).to_contain_text("model: ")
+        page.locator("#stage").hover()
+        expect(page.locator("#readout")).to_contain_text("RGB")
+        expect(page.locator("#strip-frames .thumbnail:not(.loaded)")).to_have_count(0)
+        expect(page.locator("#alerts .alert")).to_have_count(0)
+        page.goto(f"{server.origin}/#image-{image['id']}")
+        wait_for_answer(page)
+        expect(page.locator("#hints-state")).to_have_text("2 hints, not saved")
+        assert shown_alpha(page, image, ON_OBJECT) > 127
 
     def test_a_tab_with_the_images_of_an_earlier_server(
         self, start: Callable[..., ReviewServer], open_page: Open, folder: Path

@@ -393,6 +393,33 @@ def test_a_page_with_the_images_of_an_earlier_server_is_refused(
     assert restarted.request("POST", f"{IMAGE}/reject", {"revision": 0}, image_list=now).json["status"] == "rejected"
 
 
+def test_images_that_another_run_adds_are_listed(
+    client: Client, scene: Path, icm: Icm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ids of the others stay, so pages that show the earlier list can still be used."""
+    monkeypatch.setattr("icm_cli.review.server.SCAN_INTERVAL_S", 0)
+    monkeypatch.setattr("icm_cli.review.server.SCAN_PAUSE", 0)
+    known = client.get("/api/run")["list"]
+    first = client.get("/api/images")
+    for folder in ("imgs", "imgs/new", "others"):
+        (scene / folder).mkdir(exist_ok=True)
+        shutil.copy(scene / "imgs" / "wall.jpg", scene / folder / f"a {Path(folder).name}.jpg")
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "out" / "no alpha.jpg")
+    assert icm().exit_code == 0
+    changes = client.get(f"/api/images?since={first['revision']}&files={first['files']}")
+    assert [(item["id"], item["name"]) for item in changes["images"]] == [(3, "a imgs.jpg"), (4, "new/a new.jpg")]
+    assert all(item["has_alpha"] for item in changes["images"])
+    assert icm(src=scene / "others").exit_code == 0
+    names = list(client.items())
+    assert names == [*(item["name"] for item in first["images"]), "a imgs.jpg", "new/a new.jpg", "a others.jpg"]
+    assert f"--src {scene}/others" in client.get("/api/run")["command"]
+    assert client.get("/api/run")["list"] != known
+    assert isinstance(client.thumbnail(5), bytes)
+    for id in (0, 5):
+        answer = client.request("POST", f"/api/images/{id}/accept", {"revision": 0, "hints": None}, image_list=known)
+        assert (answer.json["name"], answer.json["status"]) == (names[id], "accepted")
+
+
 def test_only_decisions_change_the_decision_of_an_image(client: Client) -> None:
     """The page shows a message if it changes elsewhere; a recompute must not cause one."""
     item = next(iter(client.items().values()))

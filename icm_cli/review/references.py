@@ -99,7 +99,8 @@ def add_taught(run: ReviewRun, states: Mapping[str, ImageState]) -> MatteOptions
     """
     sources: dict[Kind, list[Path]] = {kind: [] for kind in KINDS}
     masks: dict[Kind, list[Path]] = {kind: [] for kind in KINDS}
-    for name, job in zip(run.names, run.jobs, strict=True):
+    for job in run.jobs:
+        name = job.planned.name
         taught = states[name].taught if name in states else None
         if taught is not None:
             sources[taught["kind"]].append(job.files[0])

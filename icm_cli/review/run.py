@@ -47,6 +47,7 @@ BASE_PREFIX = "base-"
 INDEX_VERSION = 1
 OUTPUT_SUFFIXES = frozenset(suffix for suffixes in FORMAT_SUFFIXES.values() for suffix in suffixes)
 NO_DETAILS = MattingDetails()
+SOURCE_OPTIONS = ("src", "root", "include", "exclude")
 
 
 @dataclass(frozen=True)
@@ -90,25 +91,29 @@ class ReviewRun:
         self.colour: ColourSettings = choose_colour_settings(self.options.colour)[0]
         self.errors: dict[int, str] = {}
         """Why the source of an image cannot be read, by the id of the image."""
-        self.jobs: Sequence[Job] = self._plan(notice)
-        self.names = [job.planned.name for job in self.jobs]
-        self.list_digest = combined_digest(str(self.folder), *self.names)[:16]
-        """Digest that identifies the list of images, to which ids refer."""
-        self._ids = {name: number for number, name in enumerate(self.names)}
-        self._stem_counts = Counter(job.name.with_suffix("").as_posix() for job in self.jobs)
+        self.jobs: list[Job] = []
+        self.names: list[str] = []
+        self._ids: dict[str, int] = {}
+        self._list_digests: list[str] = []
+        self._stem_counts: Counter[str] = Counter()
         """Number of images by their name without the extension."""
-        self._has_hints = [job.hints is not None for job in self.jobs]
+        self._has_hints: list[bool] = []
         self._lock = threading.Lock()
         self._index = self.record_folder / INDEX_NAME
-        known = _read_index(self._index)
-        self._alphas = [known.get(name, NO_ALPHA) for name in self.names]
-        self._reasons: list[tuple[str, ...]] = [()] * len(self.jobs)
+        self._alphas: list[AlphaFile] = []
+        self._reasons: list[tuple[str, ...]] = []
         """Why each alpha has a low quality, including reasons from the comparison with other alphas."""
         self._scan_lock, self._is_scanned = threading.Lock(), False
-        self._revision, self._revisions = 0, [0] * len(self.jobs)
+        self._revision = 0
+        self._revisions: list[int] = []
         """Number of changes of alphas that were found, and this number at the last change of each image."""
         self._shots: dict[int, list[int]] | None = None
         """The frames of the shot of each image, by id; None until they are needed."""
+        self._add_images(*self._plan(notice), _read_index(self._index))
+        if not self.jobs:
+            raise UsageError(f"{self.folder} has no alphas, and its sources cannot be found; check the folder")
+        self._unlisted = self._find_unlisted()
+        """Files that may be alphas, but are not those of a listed image."""
 
     @property
     def is_shot(self) -> bool:
@@ -120,13 +125,26 @@ class ReviewRun:
         model = self.options.model
         return model.model or str(model.checkpoint or "lite")
 
+    @property
+    def list_digest(self) -> str:
+        """Digest that identifies the list of images, to which ids refer."""
+        return self._list_digests[-1]
+
+    def is_valid_list(self, digest: str) -> bool:
+        """Return whether the ids of a list of images are those of now. Images that were added later do not matter."""
+        return digest in self._list_digests
+
     def find_id(self, name: str) -> int | None:
         """Return the id of an image, given by its name."""
         return self._ids.get(name)
 
     def scan_alphas(self) -> None:
-        """Read the provenance of all alphas, and compare the alphas with each other. Only changed files are opened."""
+        """Read the provenance of all alphas, and compare the alphas with each other. Only changed files are opened.
+
+        If another process has written alphas of images that are not listed, these images are added to the list.
+        """
         with self._scan_lock:
+            self._add_new_images()
             before = list(self._alphas)
             with library_settings():  # entered once instead of for each file
                 alphas = [self._read_alpha_file(id) for id in range(len(self.jobs))]
@@ -227,13 +245,14 @@ class ReviewRun:
         """Return the ids of all frames of the shot that contains an image, in order; None if the run has no shots."""
         if not self.is_shot:
             return None
-        if self._shots is None:
-            shots: dict[int, list[int]] = {}
+        shots = self._shots
+        if shots is None:
+            shots = {}
             for frames, _ in split_shots(self.jobs, keys=[]):
                 ids = [self._ids[frame.planned.name] for frame in frames]
                 shots |= dict.fromkeys(ids, ids)
             self._shots = shots
-        return self._shots[id]
+        return shots[id]
 
     def hint_paths(self, id: int) -> list[Path]:
         """Return the hint files of an image that exist now."""
@@ -295,28 +314,73 @@ class ReviewRun:
             raise error_for_failed_write(folder, error) from error
         return with_values(options, hints=str(folder)), folder, None
 
-    def _plan(self, notice: Callable[[str], None]) -> list[Job]:
-        """Return the jobs of all images, and set ``errors``. Those without a source are last. Raises UsageError."""
+    def _add_new_images(self) -> None:
+        """Plan the run again if there are alphas of images that are not listed, and add these images to the list.
+
+        If the record names other sources by now, these are planned. The other options of this review stay.
+        """
+        before, self._unlisted = self._unlisted, self._find_unlisted()
+        if self._unlisted <= before:
+            return
+        with contextlib.suppress(UsageError):  # a damaged record is reported at the next start
+            recorded = read_run_record(self.folder)
+            sources = {name: recorded.get_value(name) for name in SOURCE_OPTIONS if name in recorded.given}
+            self.options = with_values(self.options, dropped=SOURCE_OPTIONS, **sources)
+        self._add_images(*self._plan(lambda _: None), {})
+
+    def _add_images(self, planned: Sequence[Job], sourceless: Sequence[Job], known: Mapping[str, AlphaFile]) -> None:
+        """Add the images that are not listed yet, and replace the jobs of the others. No image gets another id.
+
+        ``sourceless``: jobs of images without a source. ``known``: what is known about the alphas, by name.
+        """
+        with self._lock:
+            for job in (*planned, *sourceless):
+                name = job.planned.name
+                id = self._ids.setdefault(name, len(self.jobs))
+                self.errors.pop(id, None)
+                if id < len(self.jobs):
+                    self.jobs[id] = job
+                    continue
+                self._revision += 1
+                self._revisions.append(self._revision)
+                self._alphas.append(known.get(name, NO_ALPHA))
+                self._reasons.append(())
+                self._has_hints.append(job.hints is not None)
+                self.jobs.append(job)
+                self.names.append(name)
+            self.errors |= {self._ids[job.planned.name]: f"{job.source} does not exist any more" for job in sourceless}
+            self._stem_counts = Counter(job.name.with_suffix("").as_posix() for job in self.jobs)
+            self._list_digests.append(combined_digest(str(self.folder), *self.names)[:16])
+            self._shots = None
+
+    def _plan(self, notice: Callable[[str], None]) -> tuple[Sequence[Job], Sequence[Job]]:
+        """Return the jobs of all images of the run, and those of alphas whose source does not exist any more."""
         skipped = SkippedFiles(lambda _: None)  # the run has printed the notices already
+        jobs: Sequence[Job] = []
         try:
             with library_settings():  # entered once instead of for each file
                 jobs = list(plan_images(self.options, self.layout, self.colour, skipped, lambda _: None).jobs)
         except UsageError as error:
             notice(f"the sources of the run cannot be found, so only the alphas are shown: {error}")
-            jobs = []
-        planned = {output for job in jobs for output in job.outputs}
-        sourceless = list(self._jobs_without_source(planned))
-        if not jobs and not sourceless:
-            raise UsageError(f"{self.folder} has no alphas, and its sources cannot be found; check the folder")
-        for id, job in enumerate(sourceless, start=len(jobs)):
-            self.errors[id] = f"{job.source} does not exist any more"
-        return jobs + sourceless
+        names = {job.planned.name for job in jobs}
+        sourceless = self._jobs_without_source({output for job in jobs for output in job.outputs})
+        return jobs, [job for job in sourceless if job.planned.name not in names]
+
+    def _find_unlisted(self) -> set[Path]:
+        """Return the files that may be alphas, but are not those of a listed image."""
+        return set(self._walk_alphas()).difference(*(job.outputs for job in self.jobs))
+
+    def _walk_alphas(self) -> Iterator[Path]:
+        """Yield the files of the output folder that may be alphas, in the order of their names."""
+        skipped: SkippedPaths = {}
+        for path in sorted(walk_files(self.layout.folder, skipped)):
+            if path.suffix.lower() in OUTPUT_SUFFIXES and not path.name.endswith(TRIMAP_SUFFIX):
+                yield path
 
     def _jobs_without_source(self, planned: set[Path]) -> Iterator[Job]:
         """Yield jobs for alphas whose sources do not exist any more. ``planned``: outputs of all other images."""
-        skipped: SkippedPaths = {}
-        for path in sorted(walk_files(self.layout.folder, skipped)):
-            if path in planned or path.suffix.lower() not in OUTPUT_SUFFIXES or path.name.endswith(TRIMAP_SUFFIX):
+        for path in self._walk_alphas():
+            if path in planned:
                 continue
             with contextlib.suppress(ImageError):
                 provenance = read_provenance_header(path)

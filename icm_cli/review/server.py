@@ -454,7 +454,7 @@ class ReviewApp:
 
     def _check_list(self, request: Request) -> None:
         """Raise StaleListError if the page has the images of a server that ran before, so that its ids are invalid."""
-        if request.headers.get(IMAGE_LIST_HEADER, self.run.list_digest) != self.run.list_digest:
+        if not self.run.is_valid_list(request.headers.get(IMAGE_LIST_HEADER, self.run.list_digest)):
             raise StaleListError(
                 "icm review was started again with other images; reload the page. Hints that are not saved are lost "
                 "then: write them down, or start icm review with the earlier images"

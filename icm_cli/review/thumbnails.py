@@ -31,7 +31,10 @@ class ThumbnailWorkers:
     """Two threads that answer requests, and one that works ahead while there are none."""
 
     def __init__(self, make: Callable[[int, View], bytes], order: Sequence[int]) -> None:
-        """``make`` returns the thumbnail of an image in a view as a JPEG. ``order``: the ids as the page lists them."""
+        """``make`` returns the thumbnail of an image in a view as a JPEG.
+
+        ``order``: the ids as the page lists them. Thumbnails of other images are not made ahead.
+        """
         self._make, self._order = make, order
         self._ranks = {id: rank for rank, id in enumerate(order)}
         self._settings = contextlib.ExitStack()
@@ -59,7 +62,7 @@ class ThumbnailWorkers:
         finally:
             with self._condition:
                 self._requests -= 1
-                start = 1 + max(self._ranks[id] for id in ids)
+                start = 1 + max(self._ranks.get(id, -1) for id in ids)
                 self._next_ranks = range(start, min(start + MAX_AHEAD, len(self._order)))
                 self._view = view
                 self._condition.notify()

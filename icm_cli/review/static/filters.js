@@ -30,8 +30,8 @@ function draw() {
     setText(row.querySelector(".count"), number);
     row.hidden = number === 0 && row.classList.contains("rare") && !input.checked;
   }
-  const folders = [...new Set(items.map((item) => item.folder))].sort();
-  if (byId("filter-folder").options.length > folders.length) return; // folders of a run never change
+  const known = new Set([...byId("filter-folder").options].slice(1).map(({ value }) => value));
+  const folders = [...new Set(items.map((item) => item.folder))].filter((folder) => !known.has(folder)).sort();
   const options = folders.map((value) => create("option", { value, textContent: value || "(top folder)" }));
   byId("filter-folder").append(...options);
 }

@@ -125,8 +125,8 @@ function showRun() {
   const { folder, model, model_state: state, model_error: message } = store.run;
   setText(byId("folder"), folder.split("/").slice(-3).join("/"));
   byId("folder").title = folder;
-  setText(byId("model-state"), `model: ${state}`);
-  byId("model-state").dataset.state = state;
+  setText(byId("model-state"), store.isConnected ? `model: ${state}` : "no connection");
+  byId("model-state").dataset.state = store.isConnected ? state : "failed";
   byId("model-state").title = message || model;
   if (state === "failed") reportError(`The model cannot be loaded: ${message}`, { topic: "model" });
   else clearError("model");
@@ -151,6 +151,6 @@ window.addEventListener("beforeunload", (event) => {
   if (hasDirtyDraft() || store.pending.size > 0) event.preventDefault();
 });
 for (const name of ["filter", "items"]) store.on(name, refreshList);
-store.on("run", showRun);
+for (const name of ["run", "connection"]) store.on(name, showRun);
 await store.start();
 route();

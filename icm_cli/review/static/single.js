@@ -30,6 +30,9 @@ class Single {
     };
     byId("compare-position").oninput = ({ target }) => editor.setDivision(target.value / 100);
     store.on("items", (changed) => this.handleItems(changed));
+    store.on("connection", () => {
+      if (store.isConnected && this.id !== null) this.refresh(viewer.image === null);
+    });
     store.on("stale", (id) => { if (id === this.id) this.refresh(false); });
     this.setView(store.settings.view);
   }

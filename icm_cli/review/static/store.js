@@ -21,6 +21,7 @@ const ORDERS = {
 
 class Store extends EventTarget {
   run = null;
+  isConnected = true; // whether the server has answered the last poll
   items = new Map(); // images by id, as the server sent them
   /** Revisions of the decisions and of the files that are known: {since, files}; {} before the first list. */
   known = {};
@@ -28,7 +29,7 @@ class Store extends EventTarget {
   filter = { text: "", status: "all", folder: "", reasons: [], sort: "quality" };
   settings = { ...DEFAULTS, ...JSON.parse(localStorage.getItem(SETTINGS_KEY) ?? "{}") };
   pending = new Map(); // promises of the changes that are being saved, by id
-  /** Dispatch an event: "run", "items" (detail: Set of changed ids), "filter", "settings" or "recompute". */
+  /** Dispatch an event: "run", "items" (detail: Set of changed ids), "filter", "settings", "recompute", ... */
   emit(name, detail = null) { this.dispatchEvent(new CustomEvent(name, { detail })); }
   on(name, handle) { this.addEventListener(name, (event) => handle(event.detail)); }
   /** Ask the server for changes now and every few seconds. */
@@ -44,7 +45,16 @@ class Store extends EventTarget {
       this.update(images);
       this.setRecompute(recompute);
       clearError("connection");
-    } catch (error) { reportError(`The page is not up to date: ${error.message}.`, { topic: "connection" }); }
+      this.setConnected(true);
+    } catch (error) {
+      this.setConnected(false);
+      reportError(`The page is not up to date: ${error.message}.`, { topic: "connection" });
+    }
+  }
+  setConnected(isConnected) {
+    if (this.isConnected === isConnected) return;
+    this.isConnected = isConnected;
+    if (this.run !== null) this.emit("connection");
   }
   setRecompute(state) { this.recompute = state; this.emit("recompute"); }
   /** Store images that the server sent; older revisions than the known ones are ignored. */

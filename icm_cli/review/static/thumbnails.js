@@ -7,6 +7,7 @@ import { store } from "./store.js";
 const MAX_REQUESTS = 2;
 const MAX_BATCH = 24;
 const MAX_KEPT = 2000;
+const RETRY_MS = 2000; // pause after an error of the connection
 const loaded = new Map(); // thumbnails as data URLs by key, the oldest first
 const waiting = new Map(); // <img> elements without their thumbnail: <img> -> {key, id, view, isRequested}
 let running = 0;
@@ -44,6 +45,7 @@ async function requestBatch() {
   for (const [, entry] of batch) entry.isRequested = true;
   running += 1;
   const answer = await api.thumbnails(batch.map(([, { id }]) => id), view).catch(() => null);
+  if (answer === null) await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
   running -= 1;
   for (const [image, entry] of batch) receiveThumbnail(image, entry, answer);
   while (loaded.size > MAX_KEPT) loaded.delete(loaded.keys().next().value);
@@ -54,7 +56,7 @@ function receiveThumbnail(image, entry, answer) {
   const jpeg = answer?.jpegs[entry.id];
   entry.isRequested = false;
   if (jpeg !== undefined) loaded.set(entry.key, `data:image/jpeg;base64,${jpeg}`);
-  else if (answer !== null && !(entry.id in answer.errors)) return;
+  else if (!(entry.id in (answer?.errors ?? {}))) return;
   if (waiting.get(image) !== entry) return; // the <img> shows another image by now
   waiting.delete(image);
   if (jpeg !== undefined) setImage(image, loaded.get(entry.key));
