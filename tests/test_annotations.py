@@ -484,6 +484,8 @@ def test_scribble_of_another_size_or_damaged_is_refused(tmp_path: Path) -> None:
         ("pad.0101.png", "pad.0101.exr", ""),
         ("pad.0102.png", "pad.0101.png", "pad.0102.png"),
         ("/data/imgs/floor.jpg", "wall.jpg", "floor.jpg"),
+        ("../back\\slash.jpg", "back\\slash.jpg", ""),
+        ("../back\\slash.jpg", "back.jpg", "slash.jpg"),
         (None, "wall.jpg", ""),
         ("", "wall.jpg", ""),
     ],

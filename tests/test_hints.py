@@ -138,6 +138,20 @@ def test_names_of_hints(icm: Icm, scene: Path, hints: Path) -> None:
     assert not statuses(scene / "r.json")["sub/deep.png"][1]
 
 
+@pytest.mark.parametrize("size", [(6000, 20), (20, 6000)])
+def test_an_image_with_a_tiny_object_of_a_hint_is_not_empty(
+    icm: Icm, scene: Path, hints: Path, size: tuple[int, int]
+) -> None:
+    """Its quality is not that of an empty alpha, although its object vanishes at the size of the measurements."""
+    Image.new("RGB", size).save(scene / "imgs" / "long.png")
+    x, y = (length // 2 for length in size)
+    write_hint(hints / "long.json", "fg", [[x - 2, y - 2], [x + 2, y - 2], [x + 2, y + 2], [x - 2, y + 2]])
+    done = icm("--include", "long.png", hints=hints, report=scene / "r.json")
+    assert done.exit_code == 0, done.output
+    (image,) = json.loads((scene / "r.json").read_text())["images"]
+    assert (image["not_found"], image["quality"] < 0.8, "nothing found" in image["reasons"]) == (False, True, False)
+
+
 @pytest.mark.slow
 def test_annotation_and_painted_hint_of_one_image_are_merged(icm: Icm, scene: Path, hints: Path) -> None:
     size = size_of(scene / "imgs" / "wall.jpg")

@@ -593,7 +593,9 @@ def test_damaged_files_have_an_error_and_harm_nothing_else(client: Client, scene
         response = client.request("GET", f"/api/images/{id}/{target}")
         assert response.status == 404
         assert "wall" in response.json["error"]
-    assert client.get(f"/api/images/{id}")["error"]
+    assert str(scene / "imgs" / "wall.jpg") in client.get(f"/api/images/{id}")["error"]
+    taught = client.request("POST", "/api/references", {"id": id, "kind": "negative", "area": "image"})
+    assert str(scene / "imgs" / "wall.jpg") in taught.json["error"]
     assert isinstance(client.thumbnail(0), bytes)
 
 
@@ -671,7 +673,7 @@ def test_hostile_names_are_data(icm: Icm, scene: Path, open_review: OpenReview) 
 
 class TestRuns:
     def test_a_folder_without_a_run(self, scene: Path) -> None:
-        with pytest.raises(UsageError, match="run the same icm matte command again"):
+        with pytest.raises(UsageError, match="is not the output folder of a run of icm matte .*; give the folder"):
             ReviewRun(scene / "imgs", None, print)
         with pytest.raises(UsageError, match="is not a folder"):
             ReviewRun(scene / "nowhere", None, print)
@@ -753,6 +755,11 @@ class TestRuns:
         notices: list[str] = []
         assert len(open_review(notice=notices.append).items()) == 3
         assert "only the alphas are shown" in notices[0]
+
+    @pytest.mark.usefixtures("client")
+    def test_hints_must_be_a_folder(self, scene: Path) -> None:
+        with pytest.raises(UsageError, match=r"--hints .*ref\.png is a file; expected the folder"):
+            ReviewRun(scene / "out", scene / "ref.png", print)
 
     def test_a_moved_folder_is_reviewed_where_it_is(self, icm: Icm, scene: Path, open_review: OpenReview) -> None:
         assert icm().exit_code == 0

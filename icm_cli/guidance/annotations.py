@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import NoneType
 from typing import Any
 
@@ -154,12 +154,13 @@ def find_other_image(path: Path, image: Path) -> str:
     Folders, suffixes and page numbers may differ. Raises UsageError.
     """
     content = read_annotation(path)
-    stated_name = PureWindowsPath(str(content.get("imagePath") or "")).name  # splits at both / and backslash
-    if not stated_name or "shapes" not in content:
+    stated = str(content.get("imagePath") or "")
+    if not stated or "shapes" not in content:
         return ""
-    stated_names = {stated_name.casefold(), Path(stated_name).stem.casefold()}
+    paths = PurePosixPath(stated), PureWindowsPath(stated)  # a backslash may be a part of a name, or separate names
+    stated_names = {name.casefold() for path in paths for name in (path.name, path.stem)}
     own_names = {name.casefold() for name in (image.name, image.stem, image.stem.rpartition(".")[0])}
-    return "" if stated_names & own_names else stated_name
+    return "" if stated_names & own_names else paths[1].name
 
 
 def fill_polygon(points: Sequence[Point], size: tuple[int, int]) -> Area:

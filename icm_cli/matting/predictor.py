@@ -420,7 +420,8 @@ class Predictor:
         earlier = {} if self.model.edges is None else {"completed_agreement": before}
         if earlier and frame.hints is None:
             earlier["coarse_agreement"] = coarse.alpha.numpy(force=True)
-        return FrameAlpha(alpha, found, measure_signals(frame.rgb, alpha, before, earlier, coarse.signals))
+        signals = measure_signals(frame.rgb, alpha, before, earlier, coarse.signals, shows_object=frame.shows_object)
+        return FrameAlpha(alpha, found, signals)
 
     @property
     def prompted_objects(self) -> Objects:

@@ -25,13 +25,20 @@ INTERIOR_PX = 4.0
 
 
 def measure_signals(
-    rgb: ImageU8, alpha: Float, completed: Float, earlier: Mapping[str, Float], of_head: Mapping[str, float]
+    rgb: ImageU8,
+    alpha: Float,
+    completed: Float,
+    earlier: Mapping[str, Float],
+    of_head: Mapping[str, float],
+    *,
+    shows_object: bool = False,
 ) -> dict[str, float]:
     """Return the signals of an alpha by name: those of the head, and those that are measured here.
 
     ``rgb`` is the image, sRGB uint8 [H,W,3]. All alphas are float32 [h,w] in 0..1. They may have any size and show the
     whole image. ``completed``: the alpha before its edges were refined. ``earlier``: other alphas of the image, by the
-    name of the signal that compares ``alpha`` with them.
+    name of the signal that compares ``alpha`` with them. ``shows_object``: whether a hint marks the object. Then the
+    alpha is empty only if no pixel of it is above one half; else, if no pixel of the reduced alpha is.
 
     Signals of the head (``of_head``):
 
@@ -42,8 +49,7 @@ def measure_signals(
     - ``object_similarity``: with ``--match same``, the similarity of the best object before others were removed.
       Missing if a hint marks the object.
 
-    Signals that are measured here. If the alpha is empty (nowhere above one half), those from ``soft_interior`` on are
-    missing:
+    Signals that are measured here. If the alpha is empty, those from ``soft_interior`` on are missing:
 
     - ``aspect_ratio``: width / height of the image;
     - ``foreground``: mean of the alpha;
@@ -64,7 +70,10 @@ def measure_signals(
         "completed_confidence": _confidence(resize(completed, size)),
     }
     signals |= {name: _soft_iou(resize(each, size), reduced) for name, each in earlier.items()}
-    if (mask := reduced > 0.5).any():
+    mask = reduced > 0.5
+    if shows_object and not mask.any() and (alpha > 0.5).any():
+        mask = reduced >= reduced.max()
+    if mask.any():
         signals |= _measure_interior(mask, is_soft) | _measure_components(mask) | _measure_position(mask)
         signals |= _measure_colour(resize(rgb, size), mask)
     return {name: round(value, DIGITS) for name, value in signals.items()}

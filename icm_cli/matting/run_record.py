@@ -100,7 +100,10 @@ def read_run_record(folder: Path) -> MatteOptions:
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; expected the folder with the alphas of a run, its --out")
     if not path.is_file():
-        raise UsageError(f"{folder} has no record of its run ({path} does not exist); {RERUN}")
+        raise UsageError(
+            f"{folder} is not the output folder of a run of icm matte ({path} does not exist); give the folder that "
+            "was its --out. If icm 0.2.0 or earlier wrote alphas there, run the same command again first"
+        )
     record = read_json(path, "run record", RECORD_SCHEMA, RERUN)
     if record["schema_version"] != SCHEMA_VERSION:
         raise UsageError(

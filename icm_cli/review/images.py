@@ -138,19 +138,22 @@ class DisplayImages:
         return self._run.jobs[id].read_image().to_display_window().rgb
 
     def _read_size(self, id: int) -> tuple[int, int]:
-        """Return height and width of an image, from an alpha of this source, else from the source. Raises ImageError.
+        """Return height and width of an image, from an alpha of this source, else from the source.
 
-        If there is no source, the size is that of the alpha.
+        If the source cannot be read, the size is that of any alpha. Raises ImageError about the source if there is none.
         """
         job = self._run.jobs[id]
         with contextlib.suppress(ImageError):
             if read_provenance_header(job.output).get(SOURCE_KEY) == job.state():
                 height, width = self.read_alpha(id).shape
                 return height, width
-        with contextlib.suppress(ImageError):
+        try:
             height, width = self._read_source(id).shape[:2]
-            return height, width
-        height, width = self.read_alpha(id).shape
+        except ImageError as error:
+            try:
+                height, width = self.read_alpha(id).shape
+            except ImageError:
+                raise error from None
         return height, width
 
     def _thumbnail_path(self, id: int, view: View) -> Path:

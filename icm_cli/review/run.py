@@ -300,7 +300,7 @@ class ReviewRun:
         """Choose where the hints are: ``hints``, else ``--hints`` of the run, else ``.icm/hints``.
 
         Returns the options with this choice, the folder of the hints, and the pattern of their files if ``--hints`` is
-        one, such as hints/####.json. Raises OutputError if the folder cannot be created.
+        one, such as hints/####.json. Raises UsageError for a file, and OutputError if the folder cannot be created.
         """
         recorded = options.hints.hints
         if hints is None and recorded is not None and not Path(recorded).is_dir():
@@ -308,6 +308,8 @@ class ReviewRun:
             if pattern is not None:
                 return options, Path(pattern.folder), pattern
         folder = Path(os.path.abspath(hints or recorded or self.record_folder / HINTS_NAME))  # noqa: PTH100
+        if folder.is_file():
+            raise UsageError(f"--hints {folder} is a file; expected the folder to which hint files are saved")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
