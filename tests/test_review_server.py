@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -673,7 +675,7 @@ def test_hostile_names_are_data(icm: Icm, scene: Path, open_review: OpenReview) 
 
 class TestRuns:
     def test_a_folder_without_a_run(self, scene: Path) -> None:
-        with pytest.raises(UsageError, match="is not the output folder of a run of icm matte .*; give the folder"):
+        with pytest.raises(UsageError, match=r"is not the output folder of a run of icm matte .*; give the folder"):
             ReviewRun(scene / "imgs", None, print)
         with pytest.raises(UsageError, match="is not a folder"):
             ReviewRun(scene / "nowhere", None, print)
@@ -746,6 +748,8 @@ class TestRuns:
         assert isinstance(client.thumbnail(2, "alpha"), bytes)
         assert "does not exist" in str(client.thumbnail(2, "source"))
         before = (scene / "out" / "wall.png").read_bytes()
+        assert "restore the source" in client.get("/api/images/2")["source_error"]
+        assert client.get("/api/images/1")["source_error"] == ""
         refused = client.request("POST", "/api/images/2/accept", {"revision": 0, "hints": None})
         assert refused.status == 400
         assert f"its source {scene}/imgs/wall.jpg does not exist any more; restore the source" in refused.json["error"]
@@ -755,6 +759,16 @@ class TestRuns:
         notices: list[str] = []
         assert len(open_review(notice=notices.append).items()) == 3
         assert "only the alphas are shown" in notices[0]
+
+    @pytest.mark.usefixtures("client")
+    def test_a_read_only_folder_can_be_looked_at(self, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The terminal and the page say at the start why nothing can be saved."""
+        shutil.rmtree(scene / "out" / ".icm" / "hints")
+        for name in ("touch", "mkdir"):
+            monkeypatch.setattr(Path, name, Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
+        run = ReviewRun(scene / "out", None, print)
+        assert len(run.jobs) == 3
+        assert run.save_error.startswith(f"{scene}/out/.icm cannot be written: Read-only file system")
 
     @pytest.mark.usefixtures("client")
     def test_hints_must_be_a_folder(self, scene: Path) -> None:

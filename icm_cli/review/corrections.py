@@ -145,9 +145,7 @@ class Corrections:
         """
         job = self._run.jobs[id]
         if reason := self._run.source_error(id):
-            raise UsageError(
-                f"{job.planned.name} cannot be accepted: {reason}; restore the source, or reject the alpha"
-            )
+            raise UsageError(f"{job.planned.name} cannot be accepted: {reason}")
         with self._image_lock(id):
             self._check_revision(id, revision)
             if shapes is not None:

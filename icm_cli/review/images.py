@@ -104,6 +104,9 @@ class DisplayImages:
         """Return the thumbnail of a view."""
         if view == "source":
             return self._draw_source(id)
+        if not self._run.jobs[id].output.exists():
+            self._draw_source(id, use_cache=True)  # raises an error if that is the reason
+            raise ImageError("no alpha: the image failed, or the run did not include it")
         alpha = Image.fromarray(shrink_image(self.read_alpha(id), THUMBNAIL_PX))
         if view == "alpha":
             return alpha
@@ -140,7 +143,7 @@ class DisplayImages:
     def _read_size(self, id: int) -> tuple[int, int]:
         """Return height and width of an image, from an alpha of this source, else from the source.
 
-        If the source cannot be read, the size is that of any alpha. Raises ImageError about the source if there is none.
+        If the source cannot be read, the size is that of any alpha. Raises ImageError, about the source.
         """
         job = self._run.jobs[id]
         with contextlib.suppress(ImageError):

@@ -18,10 +18,9 @@ from typing import Any
 
 from icm_cli.environment import __version__
 from icm_cli.errors import ImageError, OutputError, UsageError
-from icm_cli.files.atomic_writes import FileIdentity, atomic_write, identify_file
+from icm_cli.files.atomic_writes import FileIdentity, atomic_write, check_writable, identify_file
 from icm_cli.files.digests import combined_digest
 from icm_cli.files.paths import RECORD_FOLDER, SkippedPaths, walk_files
-from icm_cli.files.system_errors import error_for_failed_write
 from icm_cli.images.colour import ColourSettings
 from icm_cli.images.decoding import library_settings
 from icm_cli.images.writing import FORMAT_SUFFIXES, read_provenance_header
@@ -81,12 +80,14 @@ class ReviewRun:
         """Find the images of the run whose alphas are in ``folder``.
 
         ``hints``: folder for hint files, instead of that of the run. Images whose source was removed are found by the
-        provenance of their alphas. Raises UsageError and OutputError.
+        provenance of their alphas. Raises UsageError.
         """
         self.folder = Path(os.path.abspath(folder))  # noqa: PTH100  resolve() follows links
         self.record_folder = self.folder / RECORD_FOLDER
         recorded = _with_output_folder(read_run_record(self.folder), self.folder)
         self.options, self.hints_folder, self._pattern = self._choose_hints(_without_taught(recorded), hints)
+        self.save_error = self._find_save_error()
+        """Why decisions and hints cannot be saved; "" if they can."""
         self.output, self.layout = choose_output(self.options.output)
         self.colour: ColourSettings = choose_colour_settings(self.options.colour)[0]
         self.errors: dict[int, str] = {}
@@ -235,11 +236,11 @@ class ReviewRun:
             return self._alphas[id]
 
     def source_error(self, id: int) -> str:
-        """Return why the source of an image cannot be read; "" if its files exist."""
+        """Return why an image whose source does not exist cannot be accepted; "" if all its files exist."""
         for path in self.jobs[id].files:
             if not path.is_file():
-                return f"its source {path} does not exist any more"
-        return self.errors.get(id, "")
+                return f"its source {path} does not exist any more; restore the source, or reject the alpha"
+        return ""
 
     def shot_of(self, id: int) -> list[int] | None:
         """Return the ids of all frames of the shot that contains an image, in order; None if the run has no shots."""
@@ -300,7 +301,8 @@ class ReviewRun:
         """Choose where the hints are: ``hints``, else ``--hints`` of the run, else ``.icm/hints``.
 
         Returns the options with this choice, the folder of the hints, and the pattern of their files if ``--hints`` is
-        one, such as hints/####.json. Raises UsageError for a file, and OutputError if the folder cannot be created.
+        one, such as hints/####.json. If the folder cannot be created, the options have no hints. Raises
+        UsageError for a file.
         """
         recorded = options.hints.hints
         if hints is None and recorded is not None and not Path(recorded).is_dir():
@@ -312,9 +314,18 @@ class ReviewRun:
             raise UsageError(f"--hints {folder} is a file; expected the folder to which hint files are saved")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise error_for_failed_write(folder, error) from error
+        except OSError:  # save_error says why
+            return with_values(options, dropped=["hints"]), folder, None
         return with_values(options, hints=str(folder)), folder, None
+
+    def _find_save_error(self) -> str:
+        """Return why files cannot be created where decisions, alphas and hints are saved; "" if they can."""
+        try:
+            for folder in (self.record_folder, self.folder, self.hints_folder):
+                check_writable(folder)
+        except OutputError as error:
+            return str(error)
+        return ""
 
     def _add_new_images(self) -> None:
         """Plan the run again if there are alphas of images that are not listed, and add these images to the list.

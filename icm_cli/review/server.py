@@ -162,6 +162,8 @@ def review(options: ReviewOptions, listener: ReviewListener) -> None:
                 f"the page is served at {page.host}: everyone in the network who has the link sees the images and can "
                 "change the alphas, and the connection is not encrypted"
             )
+        if run.save_error:
+            listener.on_notice(f"changes cannot be saved: {run.save_error}")
         listener.on_link(link)
         if not page.no_browser and _has_desktop():
             threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()
@@ -250,6 +252,7 @@ class ReviewApp:
             "count": len(self.run.jobs),
             "model_state": self.corrections.model_state,
             "model_error": self.corrections.model_error,
+            "save_error": self.run.save_error,
             "review_below": REVIEW_BELOW,
         }
 
@@ -323,6 +326,7 @@ class ReviewApp:
             "height": height,
             "source": str(job.source),
             "source_version": self.images.source_version(id),
+            "source_error": self.run.source_error(id),
             "output": str(job.output),
             "hints": None if shapes is None else {"shapes": shapes},
             "shot": self.run.shot_of(id),

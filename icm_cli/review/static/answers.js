@@ -14,8 +14,7 @@ export function cancel() {
   isBusy = false;
   describe("");
 }
-/** Ask for the coarse answer, and for the refined one if the hints stay the same for a moment.
- *  `show(draft, shapes, blob, isRefined, signal)` shows an answer. */
+/** Ask for the coarse answer, and after a pause for the refined one. `show(draft, shapes, ...)` shows them. */
 export async function ask(draft, show) {
   cancel();
   const { signal } = controller;
@@ -34,9 +33,8 @@ async function request(draft, show, isRefined) {
   const { signal } = controller;
   const { shapes } = draft;
   isBusy = true;
-  const isLoading = store.run.model_state === "loading";
-  if (isLoading) describe("The model is loading. The alpha follows.");
-  else describe(isRefined ? "Refining edges …" : "Computing alpha …");
+  const task = isRefined ? "Refining edges …" : "Computing alpha …";
+  describe(store.run.model_state === "loading" ? "The model is loading. The alpha follows." : task);
   try {
     const hints = await draft.encode();
     if (signal.aborted) return;

@@ -1,6 +1,7 @@
 // Helpers for the page's elements, and its messages. Text always becomes text nodes, never HTML.
 
 const NOTICE_MS = 6000;
+const BIDI = /[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g; // they change the order of the text around them
 let timer = 0; // of the notice that is shown
 
 export const byId = (id) => document.getElementById(id);
@@ -14,7 +15,8 @@ export function clone(id) {
 }
 /** Write a text into an element, only if it differs: equal text is not announced again. */
 export function setText(element, text) {
-  if (element.textContent !== String(text)) element.textContent = text;
+  const escaped = String(text).replace(BIDI, (character) => `\\u{${character.charCodeAt(0).toString(16)}}`);
+  if (element.textContent !== escaped) element.textContent = escaped;
 }
 /** Show the button of a group as pressed whose attribute data-`name` has a value, and the others as not. */
 export function pressButton(group, name, value) {

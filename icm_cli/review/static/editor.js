@@ -41,7 +41,6 @@ class Editor {
     this.tool = tool;
     pressButton("tools", "tool", tool);
     setText(byId("tool-hint"), byId("tools").querySelector(`[data-tool="${tool}"]`).title);
-    byId("brush-field").hidden = !BRUSHES.includes(tool);
     this.canvas.dataset.tool = tool;
     this.draw();
   }
@@ -152,17 +151,22 @@ class Editor {
     const others = this.before.filter((each) => each !== hit);
     const place = (target) => {
       const point = toPixelCentre(this.clip(target));
-      if (this.isTaken(others, point, shape.label)) return;
+      isRefused = this.isTaken(others, point, shape.label);
+      if (isRefused) return;
       const grown = isPositive(shape) ? others.map((each) => growBox(each, point)) : others;
       this.change([...grown, { ...shape, points: [point] }]);
       this.changed(true);
     };
-    let isMoved = false;
+    let [isMoved, isRefused] = [false, false];
     const move = ([x, y]) => {
       isMoved ||= Math.hypot(x - start[0], y - start[1]) * viewer.zoom >= MOVE_PX * viewer.ratio;
       if (isMoved) place([x, y]);
     };
-    this.drag = { move, end: () => { if (hit !== undefined && !isMoved) this.change(others); } };
+    const end = () => {
+      if (isRefused) this.cancelDrag(); // the point goes back
+      else if (hit !== undefined && !isMoved) this.change(others);
+    };
+    this.drag = { move, end };
     if (hit === undefined) place(start);
   }
   /** Return whether no point with a label may be placed at a point because of hints that say the opposite. */

@@ -41,8 +41,7 @@ function drawHeader(items) {
   const [accepted, rejected] = [count("accepted"), count("rejected")];
   const total = items.filter((item) => item.has_alpha || item.status !== "open").length;
   Object.assign(byId("reviewed-bar"), { max: total || 1, value: accepted + rejected });
-  const reviewed = `${accepted + rejected} of ${total} reviewed`;
-  setText(byId("counts"), `${reviewed} · ${accepted} accepted · ${rejected} rejected`);
+  setText(byId("counts"), `${accepted + rejected} of ${total} reviewed · ${accepted} accepted · ${rejected} rejected`);
 }
 
 function drawReasons(items) {

@@ -47,7 +47,7 @@ function decide(decision, isNext) {
   const id = single.id ?? grid.active;
   if (id === null) return;
   if (single.id !== null && findButton(decision.name).disabled) {
-    if (!store.items.get(id).has_alpha) notify("There is no alpha to accept.");
+    if (single.obstacle) notify(single.obstacle);
     return;
   }
   decision(id);
@@ -61,11 +61,10 @@ function decide(decision, isNext) {
 function undoDecision() {
   const canUndo = single.details?.can_undo || store.pending.has(single.id);
   const id = canUndo ? single.id : decisions.lastDecided();
-  if (id === undefined) notify("There is no decision to take back.");
+  if (id === undefined) notify("Nothing was decided in this window. Open an image to take back its decision.");
   else decisions.undo(id);
 }
-/** What is done by elements (data-action: "name argument ...") and by the keys of the help (data-run). The last
- *  argument is the id of the image that the element belongs to. */
+/** What elements (data-action: "name argument ...") and keys (data-run) do. The last argument: the id of an image. */
 const ACTIONS = {
   open: (id) => { byId("teach").close(); openImage(id); },
   "open-help": () => byId("help").showModal(),
@@ -90,8 +89,8 @@ const ACTIONS = {
   move: (x, y, step) => editor.moveCrosshair(x, y, step),
   press: (kind) => editor.pressCrosshair(kind === "negative"),
   brush: (factor, added) => editor.setBrush(store.settings.brush * factor + Number(added)),
-  "undo-hint": () => single.undoHint(),
-  "redo-hint": () => single.redoHint(),
+  "undo-hint": () => single.takeStep("undo"),
+  "redo-hint": () => single.takeStep("redo"),
   "clear-hints": () => single.replaceHints([]),
   "discard-hints": () => single.replaceHints(single.draft.saved ?? []),
   accept: () => decide(decisions.accept, true),
@@ -122,14 +121,15 @@ function isUsedByControl({ target, key }) {
 }
 
 function showRun() {
-  const { folder, model, model_state: state, model_error: message } = store.run;
+  const { folder, model, model_state: state, model_error: message, save_error: obstacle } = store.run;
   setText(byId("folder"), folder.split("/").slice(-3).join("/"));
   byId("folder").title = folder;
-  setText(byId("model-state"), store.isConnected ? `model: ${state}` : "no connection");
-  byId("model-state").dataset.state = store.isConnected ? state : "failed";
+  setText(byId("model-state"), `model: ${state}`);
+  byId("model-state").dataset.state = state;
   byId("model-state").title = message || model;
   if (state === "failed") reportError(`The model cannot be loaded: ${message}`, { topic: "model" });
   else clearError("model");
+  if (obstacle) reportError(`Changes cannot be saved: ${obstacle}.`, { topic: "saving" });
 }
 
 document.addEventListener("click", ({ target }) => {
@@ -151,6 +151,6 @@ window.addEventListener("beforeunload", (event) => {
   if (hasDirtyDraft() || store.pending.size > 0) event.preventDefault();
 });
 for (const name of ["filter", "items"]) store.on(name, refreshList);
-for (const name of ["run", "connection"]) store.on(name, showRun);
+store.on("run", showRun);
 await store.start();
 route();

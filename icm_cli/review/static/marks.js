@@ -3,8 +3,8 @@ import { byId } from "./dom.js";
 import { PAINT_LABELS, boxCorners, drawArea, drawPaint, isBox, isPaint, isPoint, isPositive } from "./shapes.js";
 import { viewer } from "./viewer.js";
 
-const [GREEN, RED] = ["#3ddc72", "#ff5548"];
-const COLOURS = { fg: GREEN, keep: GREEN, bg: RED, drop: RED, box: "#ffd24a", erase: "#fff" };
+const [GREEN, BLUE] = ["#3ddc72", "#3d9dff"]; // unlike the red of the overlay, and unlike each other for all eyes
+const COLOURS = { fg: GREEN, keep: GREEN, bg: BLUE, drop: BLUE, box: "#ffd24a", erase: "#fff" };
 const SHADOW = "#000a";
 const PAINT_OPACITY = 0.3;
 const POINT_RADIUS_PX = 8;
@@ -61,10 +61,8 @@ function drawPoint(point, shape) {
 
 function drawBox([left, top, right, bottom]) {
   const [[x0, y0], [x1, y1]] = [viewer.toCanvas([left, top]), viewer.toCanvas([right, bottom])];
-  context.beginPath();
-  context.rect(x0, y0, x1 - x0, y1 - y0);
-  stroke(4, SHADOW);
-  stroke(2, COLOURS.box);
+  const sides = [[x0, y0, x1, y0], [x1, y0, x1, y1], [x1, y1, x0, y1], [x0, y1, x0, y0]];
+  drawLines(sides, [4, SHADOW], [2, COLOURS.box]);
 }
 
 function drawBrush([x, y], { radius, label }) {

@@ -1,7 +1,5 @@
-// Hints of an image: shapes as in hint files, and brush strokes, which become masks when they are sent.
-//
-// A stroke is {shape_type: "brush", label: "keep" | "drop" | "erase", radius, points}. The order of shapes
-// counts: paint replaces the paint below it, so that areas to keep and to drop never overlap.
+// Hints of an image: shapes as in hint files, and strokes, which become masks when they are sent. A stroke is
+// {shape_type: "brush", label: "keep" | "drop" | "erase", radius, points}. It replaces the paint below it.
 import { decodeImage } from "./api.js";
 import { createCanvas } from "./viewer.js";
 
@@ -88,7 +86,8 @@ async function encodePaint(paint, label, width, height) {
   drawPaint(context, paint, label);
   const hasPixels = setOpaque(context, (data, at) => data[at + 3] >= MIN_PAINT);
   const points = [[x, y], [x + columns - 1, y + rows - 1]];
-  return hasPixels ? { label, shape_type: "mask", points, mask: await encodePng(context.canvas) } : null;
+  const [, mask] = context.canvas.toDataURL("image/png").split(",");
+  return hasPixels ? { label, shape_type: "mask", points, mask } : null;
 }
 /** Return corners of a box that contains a shape. */
 function outerCorners({ shape_type: type, points, radius = LINE_PX }) {
@@ -117,5 +116,3 @@ function setOpaque(context, isInside) {
   context.putImageData(pixels, 0, 0);
   return isAny;
 }
-/** Return the PNG of a canvas in base64. */
-const encodePng = (canvas) => canvas.toDataURL("image/png").split(",")[1];

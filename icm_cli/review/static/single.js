@@ -17,6 +17,7 @@ class Single {
   ids = []; // the list for previous and next: that of the overview when it was left
   shot = null; // the ids of the shot of the image, also while the next frame is loaded; null: it is in none
   details = null;
+  obstacle = ""; // why the image cannot be accepted
   draft = null;
   constructor() {
     viewer.drawn = () => {
@@ -30,9 +31,7 @@ class Single {
     };
     byId("compare-position").oninput = ({ target }) => editor.setDivision(target.value / 100);
     store.on("items", (changed) => this.handleItems(changed));
-    store.on("connection", () => {
-      if (store.isConnected && this.id !== null) this.refresh(viewer.image === null);
-    });
+    store.on("reconnected", () => { if (this.id !== null) this.refresh(viewer.image === null); });
     store.on("stale", (id) => { if (id === this.id) this.refresh(false); });
     this.setView(store.settings.view);
   }
@@ -121,8 +120,8 @@ class Single {
     viewer.setAlpha("after", bitmap);
     this.showItem();
   };
-  undoHint() { if (editor.draft?.undo()) this.answer(); }
-  redoHint() { if (editor.draft?.redo()) this.answer(); }
+  /** Take back the last step of the hints (name "undo"), or make it again ("redo"). */
+  takeStep(name) { if (editor.draft?.[name]()) this.answer(); }
   /** Replace all hints: by none, or by the saved ones. */
   replaceHints(shapes) { this.draft.change(shapes); this.answer(); }
   setView(view) {
@@ -168,10 +167,9 @@ class Single {
     this.enableButtons(item, details !== null && !isSaving);
     this.showStrip();
     if (details === null) return;
-    setText(byId("detail-size"), `${details.width} × ${details.height}`);
-    setText(byId("detail-folder"), item.folder || "(top folder)");
-    setText(byId("detail-source"), details.source);
-    setText(byId("detail-alpha"), details.output);
+    const [size, folder] = [`${details.width} × ${details.height}`, item.folder || "(top folder)"];
+    const texts = { size, folder, source: details.source, alpha: details.output };
+    for (const [name, text] of Object.entries(texts)) setText(byId(`detail-${name}`), text);
   }
   showStrip() {
     const describePosition = (list) => `${list.indexOf(this.id) + 1} of ${list.length}`;
@@ -180,7 +178,9 @@ class Single {
   }
   enableButtons(item, isReady) {
     const { details, draft } = this;
-    const canAccept = isReady && (item.has_alpha || draft.isDirty);
+    const hasAlpha = item.has_alpha || draft?.isDirty;
+    this.obstacle = details?.source_error || (hasAlpha ? "" : "There is no alpha to accept.");
+    const canAccept = isReady && this.obstacle === "";
     const isEnabled = {
       accept: canAccept, "accept-stay": canAccept, reject: isReady,
       undo: isReady && (details.can_undo || lastDecided() !== undefined),
@@ -189,6 +189,7 @@ class Single {
       "clear-hints": editor.draft?.shapes.length > 0, "discard-hints": editor.draft?.isDirty,
     };
     for (const [action, value] of Object.entries(isEnabled)) findButton(action).disabled = !value;
+    for (const each of document.querySelectorAll("[data-title]")) each.title = this.obstacle || each.dataset.title;
     findButton("forget").hidden = item.taught === null;
   }
 }

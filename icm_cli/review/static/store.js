@@ -3,7 +3,8 @@ import { api } from "./api.js";
 import { clearError, reportError } from "./dom.js";
 import { isDraft } from "./drafts.js";
 
-const POLL_MS = 2000;
+export const POLL_MS = 2000;
+const NOT_CONNECTED = "not connected"; // state of the model while the server does not answer
 const SETTINGS_KEY = "icm-review";
 /** `overlay` and `colour` are the colours of these views. */
 const DEFAULTS = {
@@ -21,7 +22,6 @@ const ORDERS = {
 
 class Store extends EventTarget {
   run = null;
-  isConnected = true; // whether the server has answered the last poll
   items = new Map(); // images by id, as the server sent them
   /** Revisions of the decisions and of the files that are known: {since, files}; {} before the first list. */
   known = {};
@@ -39,22 +39,19 @@ class Store extends EventTarget {
     try {
       const requests = [api.run(), api.images(this.known), api.recomputeState()];
       const [run, { revision, files, images }, recompute] = await Promise.all(requests);
-      const isNew = JSON.stringify(run) !== JSON.stringify(this.run);
+      const { run: before } = this;
       Object.assign(this, { run, known: { since: revision, files } });
-      if (isNew) this.emit("run");
+      if (JSON.stringify(run) !== JSON.stringify(before)) this.emit("run");
       this.update(images);
       this.setRecompute(recompute);
       clearError("connection");
-      this.setConnected(true);
+      if (before?.model_state === NOT_CONNECTED) this.emit("reconnected");
     } catch (error) {
-      this.setConnected(false);
       reportError(`The page is not up to date: ${error.message}.`, { topic: "connection" });
+      if (this.run === null || this.run.model_state === NOT_CONNECTED) return;
+      this.run = { ...this.run, model_state: NOT_CONNECTED };
+      this.emit("run");
     }
-  }
-  setConnected(isConnected) {
-    if (this.isConnected === isConnected) return;
-    this.isConnected = isConnected;
-    if (this.run !== null) this.emit("connection");
   }
   setRecompute(state) { this.recompute = state; this.emit("recompute"); }
   /** Store images that the server sent; older revisions than the known ones are ignored. */
@@ -96,14 +93,13 @@ class Store extends EventTarget {
   }
   /** Return whether an image belongs to an entry of the status filter. */
   hasStatus(item, status) {
-    if (status === "all") return true;
     if (status === "open") return item.status === "open" && item.has_alpha;
     if (status === "below") return item.status === "open" && rank(item) < this.run.review_below;
     if (status === "missing") return !item.has_alpha;
     if (status === "changed") return item.change > 0;
     if (status === "unsaved") return isDraft(item.id);
     if (status === "taught") return item.taught !== null;
-    return item.status === status;
+    return status === "all" || item.status === status;
   }
 }
 

@@ -1,13 +1,11 @@
 // Thumbnails: requested in batches while an <img> wants them, in the order of asking; the last ones are kept.
 import { api } from "./api.js";
 import { baseName, formatQuality, setText } from "./dom.js";
-import { store } from "./store.js";
+import { POLL_MS, store } from "./store.js";
 
-/** Few: the server soon answers with what is ready, and the next request asks for what is visible by then. */
-const MAX_REQUESTS = 2;
+const MAX_REQUESTS = 2; // few: they are answered soon, and the next one asks for what is visible by then
 const MAX_BATCH = 24;
 const MAX_KEPT = 2000;
-const RETRY_MS = 2000; // pause after an error of the connection
 const loaded = new Map(); // thumbnails as data URLs by key, the oldest first
 const waiting = new Map(); // <img> elements without their thumbnail: <img> -> {key, id, view, isRequested}
 let running = 0;
@@ -45,7 +43,7 @@ async function requestBatch() {
   for (const [, entry] of batch) entry.isRequested = true;
   running += 1;
   const answer = await api.thumbnails(batch.map(([, { id }]) => id), view).catch(() => null);
-  if (answer === null) await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+  if (answer === null) await new Promise((resolve) => setTimeout(resolve, POLL_MS));
   running -= 1;
   for (const [image, entry] of batch) receiveThumbnail(image, entry, answer);
   while (loaded.size > MAX_KEPT) loaded.delete(loaded.keys().next().value);
@@ -60,12 +58,12 @@ function receiveThumbnail(image, entry, answer) {
   if (waiting.get(image) !== entry) return; // the <img> shows another image by now
   waiting.delete(image);
   if (jpeg !== undefined) setImage(image, loaded.get(entry.key));
-  else image.parentElement.classList.add("failed");
+  else image.parentElement.dataset.reason = answer.errors[entry.id];
 }
 
 function setImage(image, url) {
   image.parentElement.classList.toggle("loaded", url !== undefined);
-  image.parentElement.classList.remove("failed");
+  delete image.parentElement.dataset.reason;
   if (url === undefined) image.removeAttribute("src");
   else image.src = url;
 }

@@ -1,7 +1,5 @@
-// The image: zoom, pan, views and the comparison. Alphas are blended here, so that views change at once.
-//
-// A blend is top * alpha + bottom * (1 - alpha), made of canvas operations on the visible part only, since
-// reading the pixels of large images back would be slow. Zoomed out, a smaller copy of the image is drawn.
+// The image: zoom, pan, views and the comparison. Alphas are blended here, so that views change at once: by canvas
+// operations on the visible part, since reading pixels back is slow. Zoomed out, a smaller copy is drawn.
 import { byId, setText } from "./dom.js";
 
 const MAX_ZOOM = 40;
