@@ -95,6 +95,7 @@ class ReviewRun:
         self.jobs: list[Job] = []
         self.names: list[str] = []
         self._ids: dict[str, int] = {}
+        self._outputs: set[Path] = set()
         self._list_digests: list[str] = []
         self._stem_counts: Counter[str] = Counter()
         """Number of images by their name without the extension."""
@@ -349,6 +350,7 @@ class ReviewRun:
         with self._lock:
             for job in (*planned, *sourceless):
                 name = job.planned.name
+                self._outputs.update(job.outputs)
                 id = self._ids.setdefault(name, len(self.jobs))
                 self.errors.pop(id, None)
                 if id < len(self.jobs):
@@ -381,18 +383,18 @@ class ReviewRun:
 
     def _find_unlisted(self) -> set[Path]:
         """Return the files that may be alphas, but are not those of a listed image."""
-        return set(self._walk_alphas()).difference(*(job.outputs for job in self.jobs))
+        return {path for path in self._walk_alphas() if path not in self._outputs}
 
     def _walk_alphas(self) -> Iterator[Path]:
-        """Yield the files of the output folder that may be alphas, in the order of their names."""
+        """Yield the files of the output folder that may be alphas."""
         skipped: SkippedPaths = {}
-        for path in sorted(walk_files(self.layout.folder, skipped)):
+        for path in walk_files(self.layout.folder, skipped):
             if path.suffix.lower() in OUTPUT_SUFFIXES and not path.name.endswith(TRIMAP_SUFFIX):
                 yield path
 
     def _jobs_without_source(self, planned: set[Path]) -> Iterator[Job]:
         """Yield jobs for alphas whose sources do not exist any more. ``planned``: outputs of all other images."""
-        for path in self._walk_alphas():
+        for path in sorted(self._walk_alphas()):
             if path in planned:
                 continue
             with contextlib.suppress(ImageError):

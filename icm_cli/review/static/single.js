@@ -40,7 +40,6 @@ class Single {
     this.leave();
     this.id = id;
     if (!this.shot?.includes(id)) this.shot = null;
-    for (const topic of ["image", "answer"]) clearError(topic);
     this.showItem();
     this.setBusy(true);
     await this.refresh(true);
@@ -78,6 +77,7 @@ class Single {
   close() { this.leave(); viewer.set({ image: null }); strip.show([], null, ""); }
   leave() {
     answers.cancel();
+    for (const topic of ["image", "answer"]) clearError(topic);
     this.id = this.details = this.draft = null;
     editor.setDraft(null);
   }
