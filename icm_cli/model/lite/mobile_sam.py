@@ -40,10 +40,8 @@ PUBLISHED_DIGEST = "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d
 """SHA-256 of the published weights of MobileSAM in that package."""
 FULL_PX = CELL_PX * FULL_CELLS
 """Largest long side of an image on the canvas."""
-PATTERN_WINDOW = 5
+PATTERN_WINDOW = 3
 """Side of the window in which the pattern of transposed convolutions is measured, in periods of the pattern."""
-UNCERTAIN_LOGIT = 2.0
-"""The decoder is uncertain where its logit is within this distance of 0 (an alpha of 0.12 to 0.88)."""
 COARSE_WEIGHT, MASK_WEIGHT = 1.0, 0.25
 """Weights before training with which the logits of the coarse alpha and of the first mask are summed."""
 
@@ -280,21 +278,14 @@ def _remove_pattern(logit: Tensor) -> Tensor:
     """Remove from a logit [B,1,h,w] the pattern with a period of MASK_SCALE pixels that transposed convolutions leave.
 
     At each position of the period, the pattern is the median difference from a smooth logit, over a window of periods.
-    So details that do not repeat with the period, such as hair, are kept. The pattern is only visible where the decoder
-    is uncertain, and is multiplied by the fraction of the window that is. h and w are multiples of MASK_SCALE.
+    So details that do not repeat with the period, such as hair, are kept. h and w are multiples of MASK_SCALE.
     """
     padded = F.pad(logit, (MASK_SCALE // 2,) * 4, mode="replicate")
     smooth = F.avg_pool2d(F.avg_pool2d(padded, MASK_SCALE, stride=1), 2, stride=1)  # symmetric, and free of the pattern
     margin = (PATTERN_WINDOW // 2,) * 4
     by_position = _pad_by_reflection(F.pixel_unshuffle(logit - smooth, MASK_SCALE), margin)
-    windows = by_position.unfold(2, PATTERN_WINDOW, 1).unfold(3, PATTERN_WINDOW, 1).permute(0, 2, 3, 1, 4, 5)
-    is_uncertain = F.avg_pool2d((smooth.abs() < UNCERTAIN_LOGIT).to(logit.dtype), MASK_SCALE)
-    uncertain_fraction = F.avg_pool2d(_pad_by_reflection(is_uncertain, margin), PATTERN_WINDOW, stride=1)[:, 0]
-    pattern = logit.new_zeros(windows.shape[:4])  # [B,h,w,16], where h and w count periods
-    cells = uncertain_fraction > 0  # the medians are slow, so only those that count are computed
-    pattern[cells] = windows[cells].flatten(-2).median(dim=-1).values
-    pattern = (pattern * uncertain_fraction[..., None]).permute(0, 3, 1, 2)
-    return logit - F.pixel_shuffle(pattern, MASK_SCALE)
+    windows = by_position.unfold(2, PATTERN_WINDOW, 1).unfold(3, PATTERN_WINDOW, 1)  # [B,16,h/4,w/4,window,window]
+    return logit - F.pixel_shuffle(windows.flatten(-2).median(dim=-1).values, MASK_SCALE)
 
 
 def _pad_by_reflection(grid: Tensor, margin: tuple[int, ...]) -> Tensor:
