@@ -174,10 +174,10 @@ class Stopwatch:
         self._function = function
         self.seconds = 0.0
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         start = time.perf_counter()
         try:
-            return self._function(*args)
+            return self._function(*args, **options)
         finally:
             self.seconds += time.perf_counter() - start
 
