@@ -670,6 +670,13 @@ class TestFixes:
         expect(page.locator("#counts")).to_contain_text("1 accepted")
         statuses = {name: item["status"] for name, item in server.images().items() if name.startswith("night")}
         assert statuses == {"night/cat.jpg": "accepted", "night/deepfield.jpg": "open", "night/launchpad.jpg": "open"}
+        page.reload()
+        page.locator(CELLS).first.wait_for()
+        page.keyboard.press("u")
+        expect(page.locator("#status")).to_contain_text("Open an image to take back its decision")
+        open_image(page, server, WRONG)
+        page.keyboard.press("u")
+        expect(page.locator("#image-status")).to_have_attribute("data-status", "open")
 
     def test_every_control_has_a_name(self, server: ReviewServer, open_page: Open) -> None:
         page = open_page(server)
