@@ -26,7 +26,7 @@ class Store extends EventTarget {
   /** Revisions of the decisions and of the files that are known: {since, files}; {} before the first list. */
   known = {};
   recompute = { state: "idle", done: 0, total: 0, message: "", changed: [] };
-  filter = { text: "", status: "all", folder: "", reasons: [], sort: "quality" };
+  filter = { text: "", status: "all", folder: "/", reasons: [], sort: "quality" };
   settings = { ...DEFAULTS, ...JSON.parse(localStorage.getItem(SETTINGS_KEY) ?? "{}") };
   pending = new Map(); // promises of the changes that are being saved, by id
   /** Dispatch an event: "run", "items" (detail: Set of changed ids), "filter", "settings", "recompute", ... */
@@ -87,7 +87,7 @@ class Store extends EventTarget {
   matches(item, without = null) {
     const { text, status, folder, reasons } = this.filter;
     if (!item.name.toLowerCase().includes(text.trim().toLowerCase())) return false;
-    if (folder && item.folder !== folder) return false;
+    if (folder !== "/" && item.folder !== folder) return false;
     if (without !== "status" && !this.hasStatus(item, status)) return false;
     return without === "reasons" || reasons.length === 0 || item.reasons.some((reason) => reasons.includes(reason));
   }
