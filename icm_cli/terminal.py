@@ -278,9 +278,12 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
         counts = f"{len(report.to_review)} of {len(report.by_quality)} alphas"
         rows.append((f"quality below {report.review_below:g}", f"{counts}; {where}"))
     for kind, count in sorted(Counter(problem.kind for problem in report.problems).items()):
-        note = "" if kind not in report.allowed else " (allowed)"
-        if not note and report.is_evaluation:
+        if kind in report.allowed:
+            note = " (allowed)"
+        elif report.is_evaluation:
             note = f" (the exit code is 1; --allow {kind} accepts them)"
+        else:
+            note = ""
         rows.append((kind, f"{count}{note}"))
     if resized := sum(result.evaluation.was_resized for result in report.results):
         rows.append(("resized for scoring", f"{resized}"))

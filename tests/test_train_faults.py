@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shlex
@@ -21,6 +22,7 @@ from train_data import change, command, log, metadata, same_weights, train, weig
 
 from icm_cli.matting.predictor import Predictor
 from icm_cli.training.learner import Learner
+from icm_cli.training.run_folder import LOCK_NAME
 from icm_cli.training.stages import matte
 
 
@@ -342,6 +344,17 @@ def test_killed_worker_gives_a_message(config: Path, out: Path) -> None:
     assert "a process that makes samples died" in errors.splitlines()[-1]
     assert "Traceback" not in errors
     assert (out / "state.pt").exists()
+
+
+def test_refused_run_keeps_the_skipped_log_of_the_running_one(config: Path, out: Path) -> None:
+    out.mkdir()
+    (out / "skipped.txt").write_text("of the running one\n")
+    with (out / LOCK_NAME).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = train(config, out)
+    assert (refused.exit_code, (out / "skipped.txt").exists()) == (2, True), refused.output
+    assert train(config, out).exit_code == 0
+    assert not (out / "skipped.txt").exists()
 
 
 @pytest.mark.slow

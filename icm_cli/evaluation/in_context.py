@@ -26,7 +26,7 @@ from icm_cli.files.atomic_writes import remove_stale_temporaries
 from icm_cli.files.digests import cache_folder, combined_digest
 from icm_cli.files.json_files import write_json
 from icm_cli.files.system_errors import error_for_failed_write
-from icm_cli.images.reading import HAS_COLOUR, has_colour, read_ground_truth, read_source_image
+from icm_cli.images.reading import HAS_COLOUR, is_coloured_file, read_ground_truth, read_source_image
 from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
@@ -150,7 +150,7 @@ def _exclude_colour_truths(evaluation: Evaluation, jobs: Sequence[Job], collecto
 
     def is_coloured(truth: str) -> bool:
         with contextlib.suppress(ImageError):  # scoring reports files that cannot be read
-            return has_colour(Path(truth), is_label_map=evaluation.rule.has_shots)
+            return is_coloured_file(Path(truth), is_label_map=evaluation.rule.has_shots)
         return False
 
     truths = list(dict.fromkeys(job.planned.truth for job in jobs))

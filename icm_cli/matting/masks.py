@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from icm_cli.errors import UsageError
 from icm_cli.geometry import has_same_aspect
-from icm_cli.images.areas import MAX_LABELS, find_flat_pixels, has_colours, is_photograph, pack_colours, value_fractions
+from icm_cli.images.areas import MAX_LABELS, find_flat_pixels, has_colour, is_photograph, pack_colours, value_fractions
 from icm_cli.images.decoding import open_image
 from icm_cli.images.pixels import GREY_TOLERANCE, TRANSPOSING_ORIENTATIONS, DecodedImage, ImageWindows
 from icm_cli.images.reading import extra_frame_notices, read_stored_pixels
@@ -26,7 +26,7 @@ VOID = 255
 """Palette index of void pixels in the PNGs of PASCAL VOC."""
 END_TOLERANCE = 0.05
 """A value this close to black or white, as a fraction of the scale, counts as black or white."""
-MIN_FLAT_FRACTION = 1e-4
+MIN_AREA_FRACTION = 1e-4
 """A value is a label if at least this fraction of the pixels has it and only neighbours with the same value."""
 WHITES = 255.0, 1023.0, 4095.0, 16383.0
 """Possible values of white in a 16-bit file: 8, 10, 12 and 14 bits may be stored in it without scaling."""
@@ -107,7 +107,7 @@ def read_mask(
         notice(f"mask {path} has a palette with a transparent colour, which is used as black")
         values = np.where(opaque[..., None], values, 0)
     if values.ndim == 3:
-        if has_colours(values, stored.scale):
+        if has_colour(values, stored.scale):
             return _mask_from_colours(values, stored.scale, path, notice)
         values = values.max(axis=-1)
     return _mask_from_greys(values, stored.scale, path, notice)
@@ -347,7 +347,7 @@ def _label_fractions(values: NDArray[Any], is_flat: NDArray[np.bool_]) -> dict[A
     """
     in_areas = value_fractions(values[is_flat], values.size)
     everywhere = value_fractions(values)
-    return {value: everywhere[value] for value, part in in_areas.items() if value != 0 and part >= MIN_FLAT_FRACTION}
+    return {value: everywhere[value] for value, part in in_areas.items() if value != 0 and part >= MIN_AREA_FRACTION}
 
 
 def _merge_noise(labels: dict[Any, float], path: Path) -> dict[Any, float]:

@@ -13,7 +13,7 @@ import numpy as np
 from icm_cli.errors import ImageError, UsageError, format_count
 from icm_cli.files.digests import combined_digest
 from icm_cli.geometry import Float, ImageU8, format_size, has_same_aspect, resize, round_to_u8
-from icm_cli.images.areas import has_colours, is_photograph, pack_colours
+from icm_cli.images.areas import has_colour, is_photograph, pack_colours
 from icm_cli.images.decoding import image_size
 from icm_cli.images.openimageio import NOT_FINITE
 from icm_cli.images.pixels import ImageWindows
@@ -209,7 +209,7 @@ def read_matte(path: Path, windows: ImageWindows | None) -> Float:
         raise ImageError(f"matte {path} has {NOT_FINITE}; expected values of 0..1; write it again")
     if stored.alpha is not None and stored.alpha.min() != stored.alpha.max():
         plane = stored.alpha
-    elif has_colours(stored.values, stored.scale) and is_photograph(pack_colours(stored.values, stored.scale)):
+    elif has_colour(stored.values, stored.scale) and is_photograph(pack_colours(stored.values, stored.scale)):
         raise ImageError(
             f"matte {path} is a photograph: it has many colours, and nearly no areas of one colour; expected white "
             "where the matte applies, and black elsewhere"

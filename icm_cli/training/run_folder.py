@@ -196,13 +196,14 @@ class RunFolder:
                 f"folder with --out, and --checkpoint {self.folder / existing[0]} to start from that model"
             )
         check_writable(self.folder)
-        if not existing:
-            (self.folder / SKIPPED_NAME).unlink(missing_ok=True)  # of a run that ended before its first step
         remove_stale_temporaries(self.folder)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other runs out of the folder inside the context. Raises UsageError if another process uses it."""
+        """Keep other runs out of the folder inside the context, and remove the skipped log of a run without a state.
+
+        Raises UsageError if another process uses the folder.
+        """
         if not is_main_process():
             yield
             return
@@ -215,6 +216,8 @@ class RunFolder:
                 ) from None
             except OSError:  # a file system without locks
                 pass
+            if not (self.folder / STATE_NAME).exists():
+                (self.folder / SKIPPED_NAME).unlink(missing_ok=True)  # of a run that ended before its first step
             yield
 
     def record_data(self, notice: Callable[[str], None]) -> None:
