@@ -259,3 +259,17 @@ class TestShot:
         kept = alphas(scene / "out")
         assert icm("--shot", **{**options, "out": scene / "again"}).exit_code == 0
         assert {name: data for name, data in kept.items()} == alphas(scene / "again")
+
+    def test_a_matte_of_one_frame_changes_no_other(self, icm: Icm, scene: Path) -> None:
+        frames = write_frames(scene)
+        height, width = read(frames / "sh.1001.png").shape[:2]
+        area = (slice(None), slice(0, width // 2))
+        for number in range(1001, 1004):
+            write_matte(scene / "g" / f"g.{number}.png", (height, width), area, white=255 * (number == 1002))
+        assert icm(src=frames, out=scene / "single").exit_code == 0
+        assert icm("--shot", src=frames, garbage=scene / "g" / "g.####.png").exit_code == 0
+        inside = (slice(None), slice(0, width // 2 - 16))  # after the motion, with soft edges
+        alone = read(scene / "single" / "sh.1003.png")[inside].astype(float)
+        assert alone.mean() > 30
+        assert (read(scene / "out" / "sh.1002.png")[area] == 0).all()
+        assert np.abs(read(scene / "out" / "sh.1003.png")[inside] - alone).mean() < 3

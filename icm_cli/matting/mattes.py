@@ -57,6 +57,11 @@ class Mattes:
             alpha = alpha * (1.0 - self.garbage)
         return alpha if self.keep is None else np.maximum(alpha, self.keep)
 
+    def combined(self, size: tuple[int, ...]) -> Float:
+        """Return the maximum of both mattes, float32 [H,W] of this size."""
+        given = [matte for matte in (self.garbage, self.keep) if matte is not None]
+        return functools.reduce(np.maximum, given, np.zeros(size, np.float32))
+
     @property
     def overlap(self) -> float:
         """Fraction of the image in which both mattes are above one half."""

@@ -34,6 +34,7 @@ from icm_cli.images.writing import read_provenance
 from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
 from icm_cli.matting.engine import IndependentMatting
 from icm_cli.matting.jobs import Job
+from icm_cli.matting.mattes import Mattes
 from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor, Session
 from icm_cli.matting.references import Reference
 from icm_cli.matting.shot import Shot
@@ -44,6 +45,8 @@ PROPAGATED_KEY = "icm-propagated"
 """Provenance entry with :attr:`FrameMemory.alpha`, from which a later run can propagate."""
 CORRECTED_KEY = "icm-corrected"
 """Provenance entry with :attr:`FrameMemory.correction`."""
+MATTED_KEY = "icm-matted"
+"""Provenance entry with :attr:`FrameMemory.matted`."""
 EARLIER_KEY = "icm-carried"
 """Name of ``PROPAGATED_KEY`` in alphas of icm 0.1."""
 PROGRESS_INTERVAL_S = 10.0
@@ -93,23 +96,36 @@ class FrameMemory:
         is_mask: Whether the alpha is the mask of a reference, which has no soft edges.
         correction: How much hints have corrected the alpha, uint8 [h,w]: 0 not at all, 255 completely; None if nowhere.
             Corrections are propagated together with the alpha.
+        matted: How much a garbage or keep matte decided the alpha, uint8 [h,w]; None if nowhere. Mattes are of one
+            frame only, so such pixels are not propagated.
     """
 
     rgb: ImageU8
     alpha: ImageU8
     is_mask: bool = False
     correction: ImageU8 | None = None
+    matted: ImageU8 | None = None
 
     @classmethod
     def from_frame(
-        cls, rgb: ImageU8, alpha: Float, config: PropagationConfig, windows: ImageWindows | None = None
+        cls,
+        rgb: ImageU8,
+        alpha: Float,
+        config: PropagationConfig,
+        windows: ImageWindows | None = None,
+        mattes: Mattes | None = None,
     ) -> FrameMemory:
-        """Reduce an image [H,W,3] and its alpha, 0..1 of any size. ``windows``: their position."""
+        """Reduce an image [H,W,3], its alpha, 0..1 of any size, and its mattes. ``windows``: their position."""
         small = _reduce_image(rgb, windows, config)
-        if windows is not None and not windows.is_full:
-            at_size: Float = resize(alpha, windows.size)
-            alpha = np.asarray(_move_to_display(at_size, windows), np.float32)
-        return cls(small, alpha_to_u8(resize(alpha, (small.shape[0], small.shape[1]))))
+
+        def reduce_values(values: Float) -> ImageU8:
+            if windows is not None and not windows.is_full:
+                at_size: Float = resize(values, windows.size)
+                values = np.asarray(_move_to_display(at_size, windows), np.float32)
+            return alpha_to_u8(resize(values, (small.shape[0], small.shape[1])))
+
+        matted = None if mattes is None else reduce_values(mattes.combined(rgb.shape[:2]))
+        return cls(small, reduce_values(alpha), matted=matted if np.any(matted) else None)
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,8 @@ class FlowField:
     Attributes:
         earlier: The earlier frame.
         flow: DIS flow (Kroeger et al., ECCV 2016), float32 [h,w,2].
-        agreement: Agreement of the colours along the flow, float32 [h,w] in 0..1.
+        agreement: Agreement of the colours along the flow, float32 [h,w] in 0..1; 0 where a matte decided the alpha of
+            the earlier frame.
         windows: Position of the frame's pixels in its display window; None if they fill it.
         config: Settings of the propagation.
     """
@@ -139,6 +156,8 @@ class FlowField:
         flow = _compute_flow(now, earlier.rgb, config)
         difference = np.abs(_warp(earlier.rgb.astype(np.float32), flow) - now).mean(axis=-1)
         agreement = np.asarray(np.exp(-((difference / config.colour_tolerance) ** 2)), np.float32)
+        if earlier.matted is not None:
+            agreement *= 1 - _warp_fraction(earlier.matted, flow)
         return cls(earlier, flow, agreement, windows, config)
 
     def combine_with_earlier(self, coarse: Tensor) -> Tensor:
@@ -163,12 +182,16 @@ class FlowField:
     def stabilise(self, rgb: ImageU8, alpha: Float) -> Float:
         """Return a final alpha [h,w] in 0..1 of the frame ``rgb``, moved towards the alpha of the earlier frame.
 
-        The change is computed at the reduced size and then enlarged, so that fine edges are preserved.
+        Where hints have corrected the earlier alpha, the moved alpha replaces it. The change is computed at the reduced
+        size and then enlarged, so that fine edges are preserved.
         """
         config = self.config
         now = FrameMemory.from_frame(rgb, alpha, config, self.windows).alpha / np.float32(255)
-        warped = _warp(self.earlier.alpha.astype(np.float32), self.flow) / np.float32(255)
-        change = np.asarray(config.stabilisation * self.agreement * (warped - now), np.float32)
+        fraction: Float | float = config.stabilisation
+        if self.earlier.correction is not None:
+            fraction = np.maximum(fraction, _warp_fraction(self.earlier.correction, self.flow))
+        difference = _warp_fraction(self.earlier.alpha, self.flow) - now
+        change = np.asarray(fraction * self.agreement * difference, np.float32)
         change = self._resize_to_frame(change, (alpha.shape[0], alpha.shape[1]))
         return np.asarray(np.clip(alpha + change, 0.0, 1.0), np.float32)
 
@@ -277,16 +300,15 @@ class FlowPropagator:
         # The hard edges of a mask must not change those of the alpha.
         stabilise = None if flow is None or flow.earlier.is_mask else functools.partial(flow.stabilise, frame.rgb)
         (result,) = self._predictor.refine_alphas([frame], [coarse], stabilise)
-        memory = FrameMemory.from_frame(frame.rgb, result.alpha, self._config, frame.windows)
+        memory = FrameMemory.from_frame(frame.rgb, result.alpha, self._config, frame.windows, frame.mattes)
         if job.hints is not None:
             uncorrected = FrameMemory.from_frame(frame.rgb, coarse.alpha.numpy(force=True), self._config, frame.windows)
             memory = replace(memory, correction=_find_correction(uncorrected.alpha, memory.alpha))
         elif flow is not None:
             memory = replace(memory, correction=flow.moved_correction())
         self._remember_frame(job, memory)
-        provenance = {PROPAGATED_KEY: encode_alpha(memory.alpha)}
-        if memory.correction is not None:
-            provenance[CORRECTED_KEY] = encode_alpha(memory.correction)
+        kept = {PROPAGATED_KEY: memory.alpha, CORRECTED_KEY: memory.correction, MATTED_KEY: memory.matted}
+        provenance = {key: encode_alpha(values) for key, values in kept.items() if values is not None}
         return replace(result, provenance=provenance)
 
     def _remember_frame(self, job: Job, memory: FrameMemory) -> None:
@@ -350,7 +372,8 @@ class FlowPropagator:
             if alpha is None:
                 return None
             rgb = _reduce_image(job.read_image().to_display_window().rgb, None, self._config)
-            return FrameMemory(rgb, alpha, correction=decode_alpha(provenance.get(CORRECTED_KEY, "")))
+            correction, matted = (decode_alpha(provenance.get(key, "")) for key in (CORRECTED_KEY, MATTED_KEY))
+            return FrameMemory(rgb, alpha, correction=correction, matted=matted)
         except (ImageError, ValueError, OSError, cv2.error):
             return None
 
@@ -519,6 +542,11 @@ def _warp(values: Float, flow: Float) -> Float:
     return np.asarray(
         cv2.remap(values, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     )
+
+
+def _warp_fraction(values: ImageU8, flow: Float) -> Float:
+    """Return :func:`_warp` of values in 0..255, in 0..1."""
+    return np.asarray(_warp(values.astype(np.float32), flow) / np.float32(255), np.float32)
 
 
 def _logit(alpha: ImageU8, min_alpha: float) -> Float:
