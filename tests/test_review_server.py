@@ -156,6 +156,21 @@ def open_review(scene: Path) -> Iterator[OpenReview]:
         app.close()
 
 
+def forbid_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the creation of files and folders, and opening files for writing, fail as on a read-only drive."""
+    error = OSError(errno.EROFS, "Read-only file system")
+    open_file = os.open
+
+    def open_read_only(path: Any, flags: int, *others: Any, **options: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise error
+        return open_file(path, flags, *others, **options)
+
+    monkeypatch.setattr(os, "open", open_read_only)
+    for name in ("touch", "mkdir"):
+        monkeypatch.setattr(Path, name, Mock(side_effect=error))
+
+
 @pytest.fixture
 def client(icm: Icm, open_review: OpenReview) -> Client:
     """The review of a run over the scene."""
@@ -761,14 +776,35 @@ class TestRuns:
         assert "only the alphas are shown" in notices[0]
 
     @pytest.mark.usefixtures("client")
-    def test_a_read_only_folder_can_be_looked_at(self, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The terminal and the page say at the start why nothing can be saved."""
+    def test_a_read_only_folder_can_be_looked_at(
+        self, scene: Path, open_review: OpenReview, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The terminal and the page say at the start why nothing can be saved. An earlier recompute does not matter."""
         shutil.rmtree(scene / "out" / ".icm" / "hints")
-        for name in ("touch", "mkdir"):
-            monkeypatch.setattr(Path, name, Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
-        run = ReviewRun(scene / "out", None, print)
-        assert len(run.jobs) == 3
-        assert run.save_error.startswith(f"{scene}/out/.icm cannot be written: Read-only file system")
+        (scene / "out" / ".icm" / "recompute.lock").touch()
+        forbid_writing(monkeypatch)
+        client = open_review()
+        assert client.get("/api/run")["save_error"].startswith(
+            f"{scene}/out/.icm cannot be written: Read-only file system"
+        )
+        assert all(item["has_alpha"] for item in client.items().values())
+        assert client.get("/api/recompute")["state"] == "idle"
+        assert len(client.items()) == 3
+
+    @pytest.mark.parametrize("is_recorded", [True, False])
+    def test_a_folder_for_hints_that_cannot_be_created_is_an_error(
+        self, icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, is_recorded: bool
+    ) -> None:
+        """Without it, a recompute would ignore the hints of the run."""
+        hints = scene / "hints"
+        hints.mkdir()
+        assert icm(hints=hints).exit_code == 0
+        if is_recorded:
+            hints.rmdir()
+        forbid_writing(monkeypatch)
+        wanted = hints if is_recorded else scene / "other"
+        with pytest.raises(OutputError, match=f"--hints {wanted} cannot be created: Read-only file system"):
+            ReviewRun(scene / "out", None if is_recorded else wanted, print)
 
     @pytest.mark.usefixtures("client")
     def test_hints_must_be_a_folder(self, scene: Path) -> None:

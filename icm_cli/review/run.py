@@ -21,6 +21,7 @@ from icm_cli.errors import ImageError, OutputError, UsageError
 from icm_cli.files.atomic_writes import FileIdentity, atomic_write, check_writable, identify_file
 from icm_cli.files.digests import combined_digest
 from icm_cli.files.paths import RECORD_FOLDER, SkippedPaths, walk_files
+from icm_cli.files.system_errors import describe_os_error
 from icm_cli.images.colour import ColourSettings
 from icm_cli.images.decoding import library_settings
 from icm_cli.images.writing import FORMAT_SUFFIXES, read_provenance_header
@@ -80,7 +81,7 @@ class ReviewRun:
         """Find the images of the run whose alphas are in ``folder``.
 
         ``hints``: folder for hint files, instead of that of the run. Images whose source was removed are found by the
-        provenance of their alphas. Raises UsageError.
+        provenance of their alphas. Raises UsageError and OutputError.
         """
         self.folder = Path(os.path.abspath(folder))  # noqa: PTH100  resolve() follows links
         self.record_folder = self.folder / RECORD_FOLDER
@@ -302,21 +303,25 @@ class ReviewRun:
         """Choose where the hints are: ``hints``, else ``--hints`` of the run, else ``.icm/hints``.
 
         Returns the options with this choice, the folder of the hints, and the pattern of their files if ``--hints`` is
-        one, such as hints/####.json. If the folder cannot be created, the options have no hints. Raises
-        UsageError for a file.
+        one, such as hints/####.json. If ``.icm/hints`` cannot be created, the options have no hints. Raises UsageError
+        for a file, and OutputError if another folder cannot be created.
         """
         recorded = options.hints.hints
         if hints is None and recorded is not None and not Path(recorded).is_dir():
             pattern = FramePattern.parse(recorded)
             if pattern is not None:
                 return options, Path(pattern.folder), pattern
-        folder = Path(os.path.abspath(hints or recorded or self.record_folder / HINTS_NAME))  # noqa: PTH100
+        default = self.record_folder / HINTS_NAME
+        folder = Path(os.path.abspath(hints or recorded or default))  # noqa: PTH100
         if folder.is_file():
             raise UsageError(f"--hints {folder} is a file; expected the folder to which hint files are saved")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError:  # save_error says why
-            return with_values(options, dropped=["hints"]), folder, None
+        except OSError as error:
+            if real_path(folder) == real_path(default):  # save_error says why
+                return with_values(options, dropped=["hints"]), folder, None
+            advice = "make the folder available, or start icm review with --hints and another folder"
+            raise OutputError(f"--hints {folder} cannot be created: {describe_os_error(error, advice)}") from error
         return with_values(options, hints=str(folder)), folder, None
 
     def _find_save_error(self) -> str:

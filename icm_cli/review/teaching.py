@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from icm_cli.environment import start_module
-from icm_cli.errors import IcmError, ImageError, UsageError, format_count
+from icm_cli.errors import IcmError, ImageError, OutputError, UsageError, format_count
 from icm_cli.files.atomic_writes import open_locked, process_space
 from icm_cli.files.digests import combined_digest
 from icm_cli.files.system_errors import describe_os_error, error_for_failed_write
@@ -215,10 +215,13 @@ class Teaching:
         self._thread.join(READ_TIMEOUT_S)
 
     def _is_locked(self) -> bool:
-        """Return whether a process holds the lock of the recompute."""
+        """Return whether a process holds the lock of the recompute. In a read-only folder, none does."""
         if not self._lock_path.exists():
             return False
-        lock = open_locked(self._lock_path, 0)
+        try:
+            lock = open_locked(self._lock_path, 0)
+        except OutputError:
+            return False
         if lock is not None:
             os.close(lock)
         return lock is None
