@@ -81,8 +81,13 @@ class TrainingError(IcmError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence for messages that suggests the most similar known name, or lists all known names."""
     names = sorted(known)
-    nearest = get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"Did you mean {nearest[0]!r}?" if nearest else f"Known: {', '.join(names) or 'none'}."
+    similar = find_similar_name(name, names)
+    return f"Did you mean {similar!r}?" if similar else f"Known: {', '.join(names) or 'none'}."
+
+
+def find_similar_name(name: str, known: Iterable[str]) -> str:
+    """Return the most similar known name; "" if none is similar."""
+    return next(iter(get_close_matches(name, sorted(known), n=1, cutoff=0.6)), "")
 
 
 def format_count(count: int, noun: str) -> str:

@@ -182,6 +182,16 @@ def test_an_annotation_of_another_image_is_reported(icm: Icm, scene: Path, hints
     assert "says that it is about other.png" in icm("--dry-run", mask=mask).stderr
 
 
+def test_another_single_label_is_taken_for_the_object_with_a_notice(icm: Icm, hints: Path) -> None:
+    for name in ("pad.0101.json", "wall.json"):
+        write_hint(hints / name, "car")
+    write_hint(hints / "sub" / "deep.json", "Object")
+    done = icm("--dry-run", hints=hints)
+    assert done.exit_code == 0
+    notice = f"the label car of hints {hints / 'pad.0101.json'} and 1 more was taken for fg, on the object; expected"
+    assert done.stderr.count("was taken for fg") == done.stderr.replace("\n", " ").count(notice) == 1
+
+
 def test_dry_run_finds_hints_for_another_size(icm: Icm, scene: Path, hints: Path) -> None:
     height, width = size_of(scene / "imgs" / "wall.jpg")
     write_hint(hints / "wall.json", imageHeight=height + 1, imageWidth=width)
@@ -278,6 +288,26 @@ class TestRefused:
         assert message in refused.stderr
         assert f"{hints / 'wall.json'}" in refused.stderr
         assert not (scene / "out").exists()
+
+    @pytest.mark.parametrize(("label", "similar"), [("dorp", "drop"), ("kepe", "keep"), ("BGG", "bg")])
+    def test_a_misspelt_label(self, icm: Icm, scene: Path, hints: Path, label: str, similar: str) -> None:
+        path = write_hint(hints / "wall.json", label)
+        refused = icm(hints=hints)
+        assert refused.exit_code == 2
+        message = (
+            f'annotation {path} cannot be used: it has the label "{label}"; expected fg, bg, keep, drop. Did you mean '
+            f"'{similar}'? If it marks the object, change it to fg"
+        )
+        assert message in refused.stderr.replace("\n", " ")
+        assert not (scene / "out").exists()
+
+    def test_a_misspelt_label_of_a_mask(self, icm: Icm, scene: Path) -> None:
+        corners = [[20, 20], [90, 20], [90, 90]]
+        refused = icm("--dry-run", mask=write_hint(scene / "mask.json", "dorp", corners))
+        assert refused.exit_code == 2
+        assert "Did you mean 'drop'? If it marks the object, give --mask-label" in refused.stderr.replace("\n", " ")
+        assert icm("--dry-run", mask=scene / "mask.json", mask_label="dorp").exit_code == 0
+        assert icm("--dry-run", mask=write_hint(scene / "mask.json", "sheep", corners)).exit_code == 0
 
     def test_png_that_is_no_hint(self, icm: Icm, scene: Path, hints: Path) -> None:
         photo = cv2.imencode(".png", read(scene / "imgs" / "wall.jpg"))[1].tobytes()

@@ -2,7 +2,8 @@
 
 The label of a shape in an annotation says what the shape marks:
 
-- ``fg``: the object. ``foreground``, ``object``, or any other label if the file has only one, mean the same;
+- ``fg``: the object. ``foreground`` and ``object`` mean the same. So does another label if the file has only one,
+  unless it seems to be a misspelt label;
 - ``bg`` or ``background``: what is not the object;
 - ``keep``, ``drop``: areas whose final alpha is 1 or 0.
 """
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from icm_cli.errors import UsageError
+from icm_cli.errors import UsageError, did_you_mean, find_similar_name
 from icm_cli.files.json_files import check_schema, format_json, read_json
 from icm_cli.geometry import format_size
 from icm_cli.guidance.hints import Area, Box, Hints, Point
@@ -161,6 +162,12 @@ def find_other_image(path: Path, image: Path) -> str:
     stated_names = {name.casefold() for path in paths for name in (path.name, path.stem)}
     own_names = {name.casefold() for name in (image.name, image.stem, image.stem.rpartition(".")[0])}
     return "" if stated_names & own_names else paths[1].name
+
+
+def find_other_label(path: Path) -> str:
+    """Return the label of a valid annotation of labelme that is not in :data:`LABELS`; "" if there is none."""
+    labels = (shape["label"].strip() for shape in read_annotation(path).get("shapes", []))
+    return next((label for label in labels if label.lower() not in LABELS), "")
 
 
 def fill_polygon(points: Sequence[Point], size: tuple[int, int]) -> Area:
@@ -376,9 +383,26 @@ def _select_shapes(shapes: Sequence[_Shape], label: str | None, *, can_select: b
         remedy = f"; select one, as in --mask-label {other_labels[0]}" if can_select else ""
         raise ValueError(f"it has several labels: {listed}; expected {', '.join(AREA_NAMES)}, or one label{remedy}")
     else:
+        for name in other_labels:
+            _check_spelling(name, can_select=can_select)
         object_labels = set(other_labels)
     meanings |= dict.fromkeys(object_labels, "fg")
     return [(meanings[shape.label], shape) for shape in shapes if shape.label in meanings]
+
+
+def _check_spelling(label: str, *, can_select: bool) -> None:
+    """Raise ValueError for a label that seems to be a misspelt one and would have another effect as ``fg``.
+
+    In a mask, an area to keep is a part of the object, so a label similar to ``keep`` has the right effect there.
+    """
+    similar = LABELS.get(find_similar_name(label.lower(), LABELS), "fg")
+    if similar == "fg" or (similar == "keep" and can_select):
+        return
+    remedy = f"give --mask-label {label}" if can_select else "change it to fg"
+    raise ValueError(
+        f"it has the label {format_json(label)}; expected {', '.join(AREA_NAMES)}. "
+        f"{did_you_mean(label.lower(), LABELS)} If it marks the object, {remedy}"
+    )
 
 
 def _combine_shapes(shapes: Sequence[tuple[str, _Shape]], size: tuple[int, int]) -> Hints:

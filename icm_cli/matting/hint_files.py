@@ -17,7 +17,14 @@ from icm_cli.errors import ImageError, UsageError
 from icm_cli.files.digests import combined_digest
 from icm_cli.files.paths import UNREADABLE, SkippedPaths, walk_files
 from icm_cli.files.system_errors import describe_os_error, retry_transient
-from icm_cli.guidance.annotations import OTHER_IMAGE, find_other_image, is_annotation, read_annotation, read_hints
+from icm_cli.guidance.annotations import (
+    OTHER_IMAGE,
+    find_other_image,
+    find_other_label,
+    is_annotation,
+    read_annotation,
+    read_hints,
+)
 from icm_cli.guidance.hints import Area, Hints
 from icm_cli.images.decoding import image_size
 from icm_cli.images.image_file import IMAGE_SUFFIXES
@@ -44,6 +51,8 @@ class ImageHints:
     paths: tuple[Path, ...]
     digest: str = ""
     notices: tuple[str, ...] = ()
+    other_labels: Mapping[str, Path] = field(default_factory=dict)
+    """Labels that are none of those of hints, and are taken for ``fg``, with a file that has them."""
 
     @classmethod
     def check(cls, image: Path, paths: Sequence[Path], source: Path | None = None) -> ImageHints:
@@ -59,10 +68,13 @@ class ImageHints:
         if len(set(known_sizes.values())) == 1:
             hints._merge(parts)  # raises UsageError for a contradiction
         notices = []
+        other_labels = {}
         for path in filter(is_annotation, hints.paths):
+            if path in known_sizes and (other_label := find_other_label(path)):
+                other_labels[other_label] = path
             if other_image := find_other_image(path, image):
                 notices.append(OTHER_IMAGE.format(path=path, name=other_image, image=image))
-        return cls(image, hints.paths, digest, tuple(notices))
+        return cls(image, hints.paths, digest, tuple(notices), other_labels)
 
     def read(self, windows: ImageWindows) -> Hints:
         """Return the hints in pixels of the data window of the image. ``windows``: those of the image.

@@ -10,6 +10,7 @@ import re
 import string
 import threading
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -22,6 +23,7 @@ from icm_cli.errors import ImageError, UsageError, format_count, shorten
 from icm_cli.files.atomic_writes import TEMPORARY_PREFIX, TEMPORARY_SUFFIX, FileIdentity, temporary_name
 from icm_cli.files.digests import combined_digest
 from icm_cli.files.paths import MAX_NAME_BYTES, RECORD_FOLDER, describe_obstacle
+from icm_cli.guidance.annotations import AREA_NAMES
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.decoding import SourceFile, library_settings, open_image
 from icm_cli.images.image_file import ImageFile
@@ -313,13 +315,22 @@ def _add_hints(jobs: Sequence[Job], files: Mapping[Path, Sequence[Path]], notice
     with_hints = [job for job in jobs if job.name in files]
     headers = {job.name: job.header_file for job in with_hints}
     hints = check_image_hints({job.name: files[job.name] for job in with_hints}, headers)
+    files_by_label: defaultdict[str, list[Path]] = defaultdict(list)
     jobs_with_hints = []
     for job in jobs:
         if job.name in hints:
+            for label, path in hints[job.name].other_labels.items():
+                files_by_label[label].append(path)
             for sentence in hints[job.name].notices:
                 notice(sentence)
             job = replace(job, hints=hints[job.name], planned=replace(job.planned, has_hints=True))
         jobs_with_hints.append(job)
+    for label, paths in files_by_label.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        notice(
+            f"the label {label} of hints {paths[0]}{more} was taken for fg, on the object; expected one of "
+            f"{', '.join(AREA_NAMES)}; change the label if it marks something else"
+        )
     return jobs_with_hints
 
 
