@@ -713,3 +713,24 @@ def test_alphas_without_an_object_are_reported_once(
     assert not (tmp_path / "run" / "skipped.txt").exists()
     assert done.stderr.count("without an object") == 1
     assert f"1 alpha without an object: {black}; the model learns that" in done.stderr
+
+
+@pytest.mark.parametrize("group_by", ["image", "group"])
+def test_target_without_a_reference_is_drawn_again_and_is_not_unreadable(
+    discs: Path, tmp_path: Path, group_by: str
+) -> None:
+    """With ``group_by: image``, a black image is its own reference. Else, it is the only one of another image."""
+    data = shutil.copytree(discs, tmp_path / "data")
+    black = data / "alphas" / "red" / "1.png"
+    cv2.imwrite(str(black), np.zeros((96, 96), np.uint8))
+    source = {"images": str(data / "images"), "alphas": str(data / "alphas"), "group_by": group_by}
+    config = change(write_config(tmp_path / "a.yaml", data, **PLAIN, steps=12), sources=[source])
+    done = train(config, tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "run" / "skipped.txt").exists()
+    assert f"1 alpha without an object: {black}; " in done.stderr
+    for path in (data / "alphas").rglob("*.png"):
+        cv2.imwrite(str(path), np.zeros((96, 96), np.uint8))
+    done = train(config, tmp_path / "black")
+    assert done.exit_code == 1, done.output
+    assert "almost no alpha has a pixel above one half" in done.stderr.splitlines()[-1]

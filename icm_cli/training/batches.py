@@ -89,8 +89,8 @@ class Sample(NamedTuple):
 
     name: str
     layers: Layers
-    black_alpha: Path | None
-    """File of the target's alpha, if it has no object."""
+    black_alphas: tuple[Path | None, ...]
+    """Files of the alphas that were drawn for a target and have no object; None: the alpha channel of an image."""
 
 
 class BatchMaker(Dataset[Any], ABC, Generic[BatchT]):
@@ -128,7 +128,7 @@ class SampleMaker(BatchMaker[BatchT]):
             layer: torch.from_numpy(np.stack([sample.layers[layer] for sample in samples]))
             for layer in samples[0].layers
         }
-        black_alphas = tuple(sample.black_alpha for sample in samples if sample.black_alpha is not None)
+        black_alphas = tuple(path for sample in samples for path in sample.black_alphas if path is not None)
         return self.batch_class(names, tuple(counters), tuple(skipped), **tensors, black_alphas=black_alphas)
 
     def _make_sample(self, counter: int, skipped: list[str]) -> Sample:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from icm_cli.errors import ImageError
+from icm_cli.errors import ImageError, TrainingError
 from icm_cli.geometry import binarize_alpha
 from icm_cli.model.core import TARGET_NOISE_KEY, Pairs, reference_noise_key
 from icm_cli.scoring.task import make_trimap
@@ -21,6 +22,8 @@ from icm_cli.training.settings import TrainConfig
 
 BACKGROUND_PROBABILITY = 0.3
 """Probability that a negative is a background image, with distractors at most, instead of another item."""
+MAX_TARGET_DRAWS = 1000
+"""Training ends if no target with a reference was found in this many draws."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,18 @@ class PairMaker(SampleMaker[PairBatch]):
         self._scenes = SceneMaker(pool, config)
 
     def draw_sample(self, rng: Rng) -> Sample:
+        black_alphas: list[Path | None] = []
+        for _ in range(MAX_TARGET_DRAWS):
+            sample = self._draw_pair(rng, black_alphas)
+            if sample is not None:
+                return sample
+        raise TrainingError(
+            f"no reference was found for {MAX_TARGET_DRAWS} targets, because almost no alpha has a pixel above one "
+            "half; expected alphas that show an object; check 'alphas' of the data"
+        )
+
+    def _draw_pair(self, rng: Rng, black_alphas: list[Path | None]) -> Sample | None:
+        """Draw a target and its reference; None if no reference was found. Add the target's alpha if it is black."""
         pairs, scenes = self.config.pairs, self._scenes
         item = self.pool.draw_item(rng)
         partner = self.pool.draw_partner(item, rng, pairs.same_image_probability)
@@ -87,9 +102,13 @@ class PairMaker(SampleMaker[PairBatch]):
             target, name = self._make_negative(partner, rng)
         else:
             target, name = scenes.make_scene(item, rng), item.name
-        black_alpha = None if is_negative or target.alpha.any() else item.alpha
+        if not (is_negative or target.alpha.any()):
+            black_alphas.append(item.alpha)
         target = scenes.augment_colours(scenes.add_distractors(target, distractors, rng), rng)
-        partner, reference = self._make_reference(item, partner, distractors[:1], rng)
+        found = self._make_reference(item, partner, distractors[:1], rng)
+        if found is None:
+            return None
+        partner, reference = found
         reference = scenes.augment_colours(reference, rng)
         alpha = binarize_alpha(target.alpha) if item.is_binary else target.alpha
         trimap = make_trimap(alpha, self.config.trimap_kernel_px) if target.trimap is None else target.trimap
@@ -102,26 +121,28 @@ class PairMaker(SampleMaker[PairBatch]):
             "guidance": draw_guidance(reference.alpha, pairs, rng),
             "reference_valid": reference.valid,
         }
-        return Sample(f"{name} by {partner.name}", layers, black_alpha)
+        return Sample(f"{name} by {partner.name}", layers, tuple(black_alphas))
 
     def _make_reference(
         self, item: TrainingItem, partner: TrainingItem, distractors: Sequence[TrainingItem], rng: Rng
-    ) -> tuple[TrainingItem, Scene]:
+    ) -> tuple[TrainingItem, Scene] | None:
         """Make a scene of ``partner``, or if its alpha has no object, of another partner of ``item``; return both.
 
-        Raises ImageError if none was found in MAX_PARTNER_DRAWS draws.
+        Returns None if none was found in MAX_PARTNER_DRAWS draws. Of a black alpha, only one scene is made.
         """
         pairs = self.config.pairs
+        black: set[TrainingItem] = set()
         for _ in range(MAX_PARTNER_DRAWS):
-            reference = self._scenes.make_scene(partner, rng)
-            if distractors and rng.random() < pairs.reference_distractor_probability:
-                reference = self._scenes.add_distractors(reference, distractors, rng)
-            if reference.has_object:
-                return partner, reference
+            if partner not in black:
+                reference = self._scenes.make_scene(partner, rng)
+                if distractors and rng.random() < pairs.reference_distractor_probability:
+                    reference = self._scenes.add_distractors(reference, distractors, rng)
+                if reference.has_object:
+                    return partner, reference
+                if not reference.alpha.any():
+                    black.add(partner)
             partner = self.pool.draw_partner(item, rng, pairs.same_image_probability)
-        raise ImageError(
-            f"no reference was found for {item.image}: the alphas of its group have no pixel above one half"
-        )
+        return None
 
     def _make_negative(self, reference: TrainingItem, rng: Rng) -> tuple[Scene, str]:
         """Make a scene without the reference's object, with an alpha of 0; return it and its name."""
