@@ -418,7 +418,7 @@ def test_images_that_another_run_adds_are_listed(
     monkeypatch.setattr("icm_cli.review.server.SCAN_PAUSE", 0)
     known = client.get("/api/run")["list"]
     first = client.get("/api/images")
-    for folder in ("imgs", "imgs/new", "others"):
+    for folder in ("imgs", "imgs/new"):
         (scene / folder).mkdir(exist_ok=True)
         shutil.copy(scene / "imgs" / "wall.jpg", scene / folder / f"a {Path(folder).name}.jpg")
     shutil.copy(scene / "imgs" / "wall.jpg", scene / "out" / "no alpha.jpg")
@@ -426,15 +426,46 @@ def test_images_that_another_run_adds_are_listed(
     changes = client.get(f"/api/images?since={first['revision']}&files={first['files']}")
     assert [(item["id"], item["name"]) for item in changes["images"]] == [(3, "a imgs.jpg"), (4, "new/a new.jpg")]
     assert all(item["has_alpha"] for item in changes["images"])
-    assert icm(src=scene / "others").exit_code == 0
     names = list(client.items())
-    assert names == [*(item["name"] for item in first["images"]), "a imgs.jpg", "new/a new.jpg", "a others.jpg"]
-    assert f"--src {scene}/others" in client.get("/api/run")["command"]
+    assert names == [*(item["name"] for item in first["images"]), "a imgs.jpg", "new/a new.jpg"]
     assert client.get("/api/run")["list"] != known
-    assert isinstance(client.thumbnail(5), bytes)
-    for id in (0, 5):
+    assert isinstance(client.thumbnail(4), bytes)
+    for id in (0, 4):
         answer = client.request("POST", f"/api/images/{id}/accept", {"revision": 0, "hints": None}, image_list=known)
         assert (answer.json["name"], answer.json["status"]) == (names[id], "accepted")
+
+
+def test_images_of_a_run_with_other_sources_are_not_listed(icm: Icm, scene: Path, open_review: OpenReview) -> None:
+    """A recompute still covers all images of the list. A notice says how to see the others."""
+    assert icm().exit_code == 0
+    notices: list[str] = []
+    client = open_review(notice=notices.append)
+    items, run = client.items(), client.get("/api/run")
+    assert run["warnings"] == []
+    for name in ("others/a other.jpg", "others/b other.jpg"):
+        (scene / "others").mkdir(exist_ok=True)
+        shutil.copy(scene / "imgs" / "wall.jpg", scene / name)
+        assert icm(src=scene / "others").exit_code == 0
+        assert client.items() == items
+    assert len(notices) == 1
+    assert "start icm review again" in notices[0]
+    assert client.get("/api/run") == {**run, "warnings": notices}
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / "new.jpg")
+    assert icm().exit_code == 0
+    assert list(client.items()) == [*items, "new.jpg"]
+
+
+def test_frames_that_are_added_are_at_their_place_in_the_shot(icm: Icm, scene: Path, open_review: OpenReview) -> None:
+    (scene / "frames").mkdir()
+    for numbers in ((1, 2, 5, 11), (3, 4)):
+        for number in numbers:
+            shutil.copy(scene / "imgs" / "wall.jpg", scene / "frames" / f"a.{number}.jpg")
+        assert icm("--shot", src=scene / "frames").exit_code == 0
+        if numbers[0] == 1:
+            client = open_review()
+            assert client.get(IMAGE)["shot"] == [0, 1, 2, 3]
+    items = client.items()
+    assert client.get(IMAGE)["shot"] == [items[f"a.{number}.jpg"]["id"] for number in (1, 2, 3, 4, 5, 11)]
 
 
 def test_only_decisions_change_the_decision_of_an_image(client: Client) -> None:
@@ -469,17 +500,23 @@ def test_an_alpha_that_changes_gets_another_version(client: Client, scene: Path)
 
 
 def test_alphas_that_other_processes_write_are_found(
-    client: Client, scene: Path, monkeypatch: pytest.MonkeyPatch
+    client: Client, scene: Path, open_review: OpenReview, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A page also gets those that were written while no server ran."""
     monkeypatch.setattr("icm_cli.review.server.SCAN_INTERVAL_S", 0)
     monkeypatch.setattr("icm_cli.review.server.SCAN_PAUSE", 0)
     first = client.get("/api/images")
     known = f"since={first['revision']}&files={first['files']}"
     assert client.get(f"/api/images?{known}")["images"] == []
-    (scene / "out" / "wall.png").unlink()
+    (scene / "out" / "wall.png").rename(scene / "kept.png")
     again = client.get(f"/api/images?{known}")
     assert [(item["name"], item["has_alpha"]) for item in again["images"]] == [("wall.jpg", False)]
     assert client.get(f"/api/images?since=0&files={again['files']}")["images"] == []
+    shutil.copy(scene / "kept.png", scene / "out" / "wall.png")
+    restarted = open_review()
+    for files in (again["files"], 10**14):  # the second: the clock was set back
+        images = restarted.get(f"/api/images?since=0&files={files}")["images"]
+        assert {item["name"]: item["has_alpha"] for item in images} == dict.fromkeys(client.items(), True)
 
 
 def test_the_run_is_described(client: Client, scene: Path) -> None:
@@ -784,12 +821,26 @@ class TestRuns:
         (scene / "out" / ".icm" / "recompute.lock").touch()
         forbid_writing(monkeypatch)
         client = open_review()
-        assert client.get("/api/run")["save_error"].startswith(
-            f"{scene}/out/.icm cannot be written: Read-only file system"
-        )
+        (warning,) = client.get("/api/run")["warnings"]
+        assert warning.startswith(f"changes cannot be saved: {scene}/out/.icm cannot be written: Read-only file system")
         assert all(item["has_alpha"] for item in client.items().values())
         assert client.get("/api/recompute")["state"] == "idle"
         assert len(client.items()) == 3
+
+    @pytest.mark.usefixtures("client")
+    def test_decisions_can_be_saved_if_only_the_hints_are_read_only(
+        self, scene: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        touch = Path.touch
+
+        def touch_elsewhere(path: Path) -> None:
+            if path.parent == scene / "hints":
+                raise OSError(errno.EROFS, "Read-only file system")
+            touch(path)
+
+        monkeypatch.setattr(Path, "touch", touch_elsewhere)
+        run = ReviewRun(scene / "out", scene / "hints", print)
+        assert run.save_error.startswith(f"hints cannot be saved: {scene}/hints cannot be written")
 
     @pytest.mark.parametrize("is_recorded", [True, False])
     def test_a_folder_for_hints_that_cannot_be_created_is_an_error(

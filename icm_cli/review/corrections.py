@@ -208,8 +208,12 @@ class Corrections:
             yield image
         if image.taught == before:
             return
-        if before is not None:
-            mask_path(self._run.record_folder, before["kind"], before["mask"]).unlink(missing_ok=True)
+        old_mask, new_mask = (
+            None if taught is None else mask_path(self._run.record_folder, taught["kind"], taught["mask"])
+            for taught in (before, image.taught)
+        )
+        if old_mask is not None and old_mask != new_mask:
+            old_mask.unlink(missing_ok=True)
         with self._lock:
             if self._loading is not None:
                 self._begin_loading()

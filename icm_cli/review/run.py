@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from icm_cli.matting.planning import choose_colour_settings, choose_output, plan
 from icm_cli.matting.resume import DIGEST_KEY, NAME_KEY, ROOT_KEY, escape_name, recorded_details
 from icm_cli.matting.run_record import read_run_record
 from icm_cli.matting.shot import split_shots
-from icm_cli.matting.sources import SkippedFiles, real_path
+from icm_cli.matting.sources import SkippedFiles, natural_sort_key, real_path
 from icm_cli.options import MatteOptions
 from icm_cli.quality.batch import add_batch_reasons
 from icm_cli.reports.result import ImageResult, MattingDetails
@@ -87,8 +88,11 @@ class ReviewRun:
         self.record_folder = self.folder / RECORD_FOLDER
         recorded = _with_output_folder(read_run_record(self.folder), self.folder)
         self.options, self.hints_folder, self._pattern = self._choose_hints(_without_taught(recorded), hints)
+        self._notice = notice
         self.save_error = self._find_save_error()
-        """Why decisions and hints cannot be saved; "" if they can."""
+        """What cannot be saved, and why; "" if everything can."""
+        self.other_run_warning = ""
+        """That a run with other sources has written to the folder; "" if none has since the start."""
         self.output, self.layout = choose_output(self.options.output)
         self.colour: ColourSettings = choose_colour_settings(self.options.colour)[0]
         self.errors: dict[int, str] = {}
@@ -107,9 +111,9 @@ class ReviewRun:
         self._reasons: list[tuple[str, ...]] = []
         """Why each alpha has a low quality, including reasons from the comparison with other alphas."""
         self._scan_lock, self._is_scanned = threading.Lock(), False
-        self._revision = 0
+        self._revision = time.time_ns() // 1_000_000
         self._revisions: list[int] = []
-        """Number of changes of alphas that were found, and this number at the last change of each image."""
+        """Revision of the alphas, and that of the last change of each. It exceeds those of servers that ran before."""
         self._shots: dict[int, list[int]] | None = None
         """The frames of the shot of each image, by id; None until they are needed."""
         self._add_images(*self._plan(notice), _read_index(self._index))
@@ -167,10 +171,15 @@ class ReviewRun:
                 _write_index(self._index, dict(zip(self.names, alphas, strict=True)))
 
     def changes_since(self, revision: int | None) -> tuple[int, list[int]]:
-        """Return the revision of the alphas, and the ids of those changed after an earlier one; none without one."""
+        """Return the revision of the alphas, and the ids of those changed after an earlier one; none without one.
+
+        After a revision that is above the current one, from a server that ran before, all are changed.
+        """
         with self._lock:
             if revision is None or revision == self._revision:
                 return self._revision, []
+            if revision > self._revision:
+                revision = 0
             return self._revision, [id for id, changed in enumerate(self._revisions) if changed > revision]
 
     def refresh(self, id: int) -> AlphaFile:
@@ -248,14 +257,14 @@ class ReviewRun:
         """Return the ids of all frames of the shot that contains an image, in order; None if the run has no shots."""
         if not self.is_shot:
             return None
-        shots = self._shots
-        if shots is None:
-            shots = {}
-            for frames, _ in split_shots(self.jobs, keys=[]):
-                ids = [self._ids[frame.planned.name] for frame in frames]
-                shots |= dict.fromkeys(ids, ids)
-            self._shots = shots
-        return shots[id]
+        with self._lock:
+            if self._shots is None:
+                self._shots = {}
+                jobs = sorted(self.jobs, key=lambda job: natural_sort_key(job.name))  # others may have been added
+                for frames, _ in split_shots(jobs, keys=[]):
+                    ids = [self._ids[frame.planned.name] for frame in frames]
+                    self._shots |= dict.fromkeys(ids, ids)
+            return self._shots[id]
 
     def hint_paths(self, id: int) -> list[Path]:
         """Return the hint files of an image that exist now."""
@@ -325,27 +334,42 @@ class ReviewRun:
         return with_values(options, hints=str(folder)), folder, None
 
     def _find_save_error(self) -> str:
-        """Return why files cannot be created where decisions, alphas and hints are saved; "" if they can."""
+        """Return what cannot be saved, and why; "" if everything can."""
+        saved = "changes"
         try:
-            for folder in (self.record_folder, self.folder, self.hints_folder):
+            for folder in (self.record_folder, self.folder):
                 check_writable(folder)
+            saved = "hints"
+            check_writable(self.hints_folder)
         except OutputError as error:
-            return str(error)
+            return f"{saved} cannot be saved: {error}"
         return ""
 
     def _add_new_images(self) -> None:
         """Plan the run again if there are alphas of images that are not listed, and add these images to the list.
 
-        If the record names other sources by now, these are planned. The other options of this review stay.
+        If the record names other sources by now, no image is added, with one notice: the list stays that of the run
+        under review, whose images are recomputed.
         """
         before, self._unlisted = self._unlisted, self._find_unlisted()
         if self._unlisted <= before:
             return
-        with contextlib.suppress(UsageError):  # a damaged record is reported at the next start
+        if not self._has_other_sources():
+            self._add_images(*self._plan(lambda _: None), {})
+        elif not self.other_run_warning:
+            self.other_run_warning = (
+                f"another run of icm matte with other sources has written to {self.folder}, and its images are not "
+                "shown; to review them instead of these images, start icm review again"
+            )
+            self._notice(self.other_run_warning)
+
+    def _has_other_sources(self) -> bool:
+        """Return whether the record names other sources than those of this review."""
+        try:
             recorded = read_run_record(self.folder)
-            sources = {name: recorded.get_value(name) for name in SOURCE_OPTIONS if name in recorded.given}
-            self.options = with_values(self.options, dropped=SOURCE_OPTIONS, **sources)
-        self._add_images(*self._plan(lambda _: None), {})
+        except UsageError:  # a damaged record is reported at the next start
+            return False
+        return any(recorded.get_value(name) != self.options.get_value(name) for name in SOURCE_OPTIONS)
 
     def _add_images(self, planned: Sequence[Job], sourceless: Sequence[Job], known: Mapping[str, AlphaFile]) -> None:
         """Add the images that are not listed yet, and replace the jobs of the others. No image gets another id.

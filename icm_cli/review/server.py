@@ -163,7 +163,7 @@ def review(options: ReviewOptions, listener: ReviewListener) -> None:
                 "change the alphas, and the connection is not encrypted"
             )
         if run.save_error:
-            listener.on_notice(f"changes cannot be saved: {run.save_error}")
+            listener.on_notice(run.save_error)
         listener.on_link(link)
         if not page.no_browser and _has_desktop():
             threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()
@@ -252,7 +252,7 @@ class ReviewApp:
             "count": len(self.run.jobs),
             "model_state": self.corrections.model_state,
             "model_error": self.corrections.model_error,
-            "save_error": self.run.save_error,
+            "warnings": [text for text in (self.run.save_error, self.run.other_run_warning) if text],
             "review_below": REVIEW_BELOW,
         }
 

@@ -47,7 +47,7 @@ function decide(decision, isNext) {
   const id = single.id ?? grid.active;
   if (id === null) return;
   if (single.id !== null && findButton(decision.name).disabled) {
-    if (single.obstacle) notify(single.obstacle);
+    if (decision === decisions.accept && single.obstacle) notify(single.obstacle);
     return;
   }
   decision(id);
@@ -121,7 +121,7 @@ function isUsedByControl({ target, key }) {
 }
 
 function showRun() {
-  const { folder, model, model_state: state, model_error: message, save_error: obstacle } = store.run;
+  const { folder, model, model_state: state, model_error: message, warnings } = store.run;
   setText(byId("folder"), folder.split("/").slice(-3).join("/"));
   byId("folder").title = folder;
   setText(byId("model-state"), `model: ${state}`);
@@ -129,7 +129,7 @@ function showRun() {
   byId("model-state").title = message || model;
   if (state === "failed") reportError(`The model cannot be loaded: ${message}`, { topic: "model" });
   else clearError("model");
-  if (obstacle) reportError(`Changes cannot be saved: ${obstacle}.`, { topic: "saving" });
+  for (const text of warnings) reportError(`${text[0].toUpperCase()}${text.slice(1)}.`);
 }
 
 document.addEventListener("click", ({ target }) => {
