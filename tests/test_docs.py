@@ -134,7 +134,7 @@ def test_every_module_is_in_the_file_map() -> None:
 def test_docs_explain_every_reason() -> None:
     from icm_cli.quality import batch, estimate
 
-    constants = estimate.NOTHING_FOUND, estimate.NOT_THE_SAME, estimate.MAYBE_ANOTHER
+    constants = estimate.NOTHING_FOUND, estimate.MARKED_BUT_EMPTY, estimate.NOT_THE_SAME, estimate.MAYBE_ANOTHER
     reasons = {*constants, *json.loads(estimate.WEIGHTS_PATH.read_text())["reasons"], batch.JUMP}
     reasons |= {f"{measure} unlike the others" for measure in batch.MIN_STD}
     text = (ROOT / "docs" / "quality.md").read_text()

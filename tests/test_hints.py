@@ -152,6 +152,18 @@ def test_an_image_with_a_tiny_object_of_a_hint_is_not_empty(
     assert (image["not_found"], image["quality"] < 0.8, "nothing found" in image["reasons"]) == (False, True, False)
 
 
+def test_an_empty_alpha_of_an_image_with_a_hint_on_the_object_has_quality_0(icm: Icm, scene: Path, hints: Path) -> None:
+    """The garbage matte removes all that the box marks."""
+    box = [[10, 10], [60, 60]]
+    write_hint(hints / "wall.json", shapes=[{"label": "fg", "points": box, "shape_type": "rectangle"}])
+    garbage = scene / "garbage.png"
+    cv2.imwrite(str(garbage), np.full(size_of(scene / "imgs" / "wall.jpg"), 255, np.uint8))
+    done = icm("--include", "wall.jpg", hints=hints, garbage=garbage, report=scene / "r.json")
+    assert done.exit_code == 0, done.output
+    (image,) = json.loads((scene / "r.json").read_text())["images"]
+    assert (image["not_found"], image["quality"], image["reasons"]) == (False, 0, ["marked object missing"])
+
+
 @pytest.mark.slow
 def test_annotation_and_painted_hint_of_one_image_are_merged(icm: Icm, scene: Path, hints: Path) -> None:
     size = size_of(scene / "imgs" / "wall.jpg")

@@ -496,7 +496,7 @@ class Engine:
                 f"{job.source}: the alpha of the model has values that are not finite; run again with --dtype float32",
             )
         alpha = self.predictor.alpha_at_source(image.frame, result)
-        estimate = estimate_quality(result.signals)
+        estimate = estimate_quality(result.signals, shows_object=image.frame.shows_object)
         details = MattingDetails(
             colorspace=image.colorspace,
             foreground=round(float(alpha_to_u8(alpha).mean()) / 255.0, 6),

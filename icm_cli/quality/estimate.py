@@ -17,6 +17,8 @@ from typing import Any
 WEIGHTS_PATH = Path(__file__).with_name("weights.json")
 DIGITS = 4
 NOTHING_FOUND = "nothing found"
+MARKED_BUT_EMPTY = "marked object missing"
+"""Reason: a hint marks the object, and the alpha is empty."""
 NOT_THE_SAME = "not the same instance"
 """Reason: ``--match same`` removed all objects."""
 MAYBE_ANOTHER = "maybe another instance"
@@ -39,8 +41,8 @@ class Estimate:
     reasons: tuple[str, ...] = ()
 
 
-def estimate_quality(signals: Mapping[str, float]) -> Estimate:
-    """Estimate the quality of an alpha from its signals.
+def estimate_quality(signals: Mapping[str, float], *, shows_object: bool = False) -> Estimate:
+    """Estimate the quality of an alpha from its signals. ``shows_object``: whether a hint marks the object.
 
     A missing signal counts as its mean over the alphas of the calibration. Signals are missing if the model does not
     have the part that measures them, or if a hint overrides it. Signals are clipped to the range of the calibration.
@@ -48,6 +50,8 @@ def estimate_quality(signals: Mapping[str, float]) -> Estimate:
     weights = _read_weights()
     similarity = signals.get("object_similarity")  # only with --match same
     if "largest_component" not in signals:
+        if shows_object:
+            return Estimate(0.0, (MARKED_BUT_EMPTY,))
         # The edges, or a matte, can also make an alpha empty from which --match same removed nothing.
         if similarity is None or signals.get("completed_confidence", 0) > 0:
             return Estimate(_predict(weights["empty"], signals), (NOTHING_FOUND,))
