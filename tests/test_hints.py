@@ -359,7 +359,8 @@ class TestRefused:
         for where, message in (
             ("none", "--hints none does not exist; expected a folder"),
             (scene / "ref.png", "is a file; expected a folder"),
-            ("none.####.json", "no file matches none.####.json"),
+            ("none/fix.####.json", "no file matches none/fix.####.json"),
+            (scene / "fix.####.tif", "fix.####.tif"),
         ):
             refused = icm("--dry-run", hints=where)
             assert refused.exit_code == 2
@@ -481,3 +482,23 @@ def test_frame_pattern(icm: Icm, scene: Path, hints: Path) -> None:
     refused = icm(hints=hints / "fix.###.json")
     assert refused.exit_code == 2
     assert "fix.101.json may belong to pad.0101.png or to sub/pad.0101.png; give --hints a folder" in refused.stderr
+
+
+def test_frame_pattern_without_files(icm: Icm, scene: Path, hints: Path) -> None:
+    where = hints / "fix.####.json"
+    options = dict(src=scene / "imgs" / "pad.####.png", hints=where)
+    first = icm(**options)  # before the first hint exists
+    assert first.exit_code == 0, first.output
+    notice = f"no hints match {where}, so no image has hints; if there are such files, check the name and the number of"
+    assert notice in first.stderr.replace("\n", " ")
+    before = read(scene / "out" / "pad.0101.png")
+    write_hint(hints / "fix.0101.json")
+    assert icm(**options).exit_code == 0
+    assert read(scene / "out" / "pad.0101.png")[:15, :25].min() == 255
+    (hints / "fix.0101.json").unlink()
+    removed = icm(**options)
+    assert removed.exit_code == 0, removed.output
+    np.testing.assert_array_equal(read(scene / "out" / "pad.0101.png"), before)
+    refused = icm(garbage=hints / "fix.####.png", **options)
+    assert refused.exit_code == 2
+    assert f"no file matches {hints / 'fix.####.png'}" in refused.stderr.replace("\n", " ")

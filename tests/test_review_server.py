@@ -884,6 +884,18 @@ class TestRuns:
         assert other.get("/api/run")["hints_folder"] == str(scene / "other")
         assert not other.items()["sub/deep.png"]["has_hints"]
 
+    def test_all_hints_of_a_pattern_were_removed(self, icm: Icm, scene: Path) -> None:
+        hint = scene / "hints" / "fix.0101.json"
+        hint.parent.mkdir()
+        shape = {"label": "keep", "shape_type": "rectangle", "points": [[10, 10], [30, 30]]}
+        hint.write_text(json.dumps({"shapes": [shape]}))
+        assert icm(src=scene / "imgs" / "pad.####.png", hints=scene / "hints" / "fix.####.json").exit_code == 0
+        hint.unlink()
+        notices: list[str] = []
+        run = ReviewRun(scene / "out", None, notices.append)
+        assert not notices  # the source of the alpha is found
+        assert run.hint_target(0) == hint
+
     def test_a_run_ignores_the_files_of_a_review(self, icm: Icm, scene: Path) -> None:
         """Sources, hints and outputs below a folder .icm are never found, and no notice names them."""
         assert icm(src=scene / "imgs", out=scene / "imgs" / "alphas").exit_code == 0

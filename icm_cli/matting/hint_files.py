@@ -160,7 +160,10 @@ class HintFiles:
 
     @classmethod
     def find(cls, where: str, skipped_files: SkippedFiles) -> HintFiles:
-        """Find the files of a folder or frame pattern. Raises UsageError if there is neither."""
+        """Find the files of a folder or frame pattern. Raises UsageError if the folder does not exist.
+
+        A pattern that matches no file is accepted with a notice, so that hints can be removed by deleting their files.
+        """
         folder = Path(where)
         files: defaultdict[str | int, list[Path]] = defaultdict(list)
         others: list[Path] = []
@@ -173,10 +176,10 @@ class HintFiles:
                 else:
                     others.append(path)
             skipped_files.add(skipped.get(UNREADABLE, []), UNREADABLE)
-        elif FramePattern.parse(where) is None:
+        elif (pattern := FramePattern.parse(where)) is None:
             raise UsageError(f"--hints {where} {'is a file' if folder.exists() else 'does not exist'}; {EXPECTED}")
         else:
-            for path in find_sources(where, None, SkippedFiles(lambda _: None)).files:
+            for path in _find_numbered_files(where, pattern, skipped_files.notify):
                 number = FrameName.from_path(path).number
                 if path.suffix.lower() not in SUFFIXES or number is None:
                     raise UsageError(f"--hints {where} names {path}; {EXPECTED}")
@@ -258,6 +261,21 @@ class HintFiles:
             return {FrameName.from_path(image).number}
         has_suffix = image.suffix.lower() in IMAGE_SUFFIXES
         return {image.as_posix(), (image.with_suffix("") if has_suffix else image).as_posix()}
+
+
+def _find_numbered_files(where: str, pattern: FramePattern, notice: Callable[[str], None]) -> Sequence[Path]:
+    """Return the files that match a frame pattern. A notice is given if none matches. Raises UsageError."""
+    try:
+        return find_sources(where, None, SkippedFiles(lambda _: None)).files
+    except UsageError:
+        may_match = Path(where).suffix.lower() in SUFFIXES and retry_transient(Path(pattern.folder).is_dir)
+        if not may_match:
+            raise
+        notice(
+            f"no hints match {where}, so no image has hints; if there are such files, check the name and the number "
+            f"of digits, {pattern.digits} or more"
+        )
+        return ()
 
 
 def check_image_hints(
