@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,21 @@ def shot(icm: Icm, scene: Path, frames: Path) -> Shoot:
         return icm("--shot", *flags, **given)
 
     return run
+
+
+@contextlib.contextmanager
+def stopped_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> Iterator[None]:
+    """Context in which every run is interrupted after some batches."""
+    matte, calls = FlowPropagator.matte, iter(range(100))
+
+    def stop(self: FlowPropagator, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
+        if next(calls) == batches:
+            raise KeyboardInterrupt
+        return matte(self, jobs, frames)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FlowPropagator, "matte", stop)
+        yield
 
 
 def job(name: str, example: int = 0) -> Job:
@@ -452,7 +469,9 @@ class TestHints:
         assert len(recomputed()) == 7
         first = alphas(scene / "out")
         hint = write_hint(folder / "sh.1007.json")
-        assert shot("--dry-run", hints=folder).stdout.count("(recomputed: its hints are new)") == 3
+        planned = shot("--dry-run", hints=folder).stdout
+        assert planned.count("(recomputed: its hints are new)") == 1
+        assert planned.count("(recomputed: an earlier frame is recomputed)") == 2
         assert recomputed() == ["1006", "1007", "1008"]
         corrected = alphas(scene / "out")
         assert {name[3:7] for name in first if first[name] != corrected[name]} == {"1006", "1007", "1008"}
@@ -468,6 +487,9 @@ class TestHints:
         assert alphas(scene / "out")["sh.1007.png"] == corrected["sh.1007.png"]
         (folder / "sh.1002.json").unlink()
         hint.unlink()
+        planned = shot("--dry-run", hints=folder).stdout
+        assert planned.count("(recomputed: its hints were removed)") == 2
+        assert planned.count("(recomputed: an earlier frame is recomputed)") == 4
         assert recomputed() == ["1001", "1002", "1003", "1006", "1007", "1008"]
         assert alphas(scene / "out") == first
 
@@ -480,18 +502,10 @@ class TestHints:
         write_hint(folder / "sh.1007.json")
         assert shot(hints=folder, out=scene / "whole").exit_code == 0
         assert shot().exit_code == 0
-        matte, calls = FlowPropagator.matte, iter(range(100))
-
-        def stop(self: FlowPropagator, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
-            if next(calls) == finished:
-                raise KeyboardInterrupt
-            return matte(self, jobs, frames)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(FlowPropagator, "matte", stop)
+        with stopped_after(monkeypatch, finished):
             shot("--batch-size", "1", hints=folder, out=scene / "fresh")
-            if finished < 3:
-                calls = iter(range(100))
+        if finished < 3:
+            with stopped_after(monkeypatch, finished):
                 shot("--batch-size", "1", hints=folder)
         for out in ("fresh", "out"):
             assert alphas(scene / out) != alphas(scene / "whole")
@@ -569,6 +583,53 @@ def test_a_frame_that_fails_is_skipped(shot: Shoot, scene: Path, frames: Path) -
     whole.write_bytes(kept)
     os.utime(whole, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert shot().exit_code == 0
+    assert alphas(scene / "out") == alphas(scene / "whole")
+
+
+@pytest.mark.parametrize("broken", [1002, 1006])
+@pytest.mark.parametrize("hinted", [None, 1004, 1006])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_frames_after_a_damaged_frame_are_recomputed_when_it_is_restored(
+    shot: Shoot,
+    scene: Path,
+    frames: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: int,
+    hinted: int | None,
+    stopped: bool,
+) -> None:
+    """The damaged frame keeps the alpha of the first run. The run with the damaged frame may also be stopped."""
+    options: dict[str, Any] = {}
+    if hinted is not None:
+        write_hint(scene / "hints" / f"sh.{hinted}.json")
+        reference = {"ref": scene / "ref.png", "mask": scene / "mask.png"}  # no other keyframe
+        options = {"hints": scene / "hints", **(reference if hinted == KEY else {})}
+    assert shot("--batch-size", "1", **options).exit_code == 0
+    first = alphas(scene / "out")
+    plate = frames / f"sh.{broken}.png"
+    content, state = plate.read_bytes(), plate.stat()
+    plate.write_bytes(content[:500])
+    with stopped_after(monkeypatch, 1 if stopped else 100):
+        assert shot("--batch-size", "1", **options).exit_code != 0
+    assert alphas(scene / "out") != first or hinted == broken
+    plate.write_bytes(content)
+    os.utime(plate, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert shot("--batch-size", "1", **options).exit_code == 0
+    assert alphas(scene / "out") == first
+    again = shot("--batch-size", "1", report=scene / "r.json", **options)
+    assert again.exit_code == 0
+    assert json.loads((scene / "r.json").read_text())["summary"]["done"] == 0  # all are kept
+
+
+def test_a_run_that_is_stopped_after_a_replaced_frame_recomputes_the_next_frames(
+    shot: Shoot, scene: Path, frames: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shot("--batch-size", "1").exit_code == 0
+    shutil.copyfile(frames / "sh.1008.png", frames / "sh.1005.png")
+    with stopped_after(monkeypatch, 1):
+        shot("--batch-size", "1")
+    assert shot("--batch-size", "1").exit_code == 0
+    assert shot("--batch-size", "1", out=scene / "whole").exit_code == 0
     assert alphas(scene / "out") == alphas(scene / "whole")
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from icm_cli.config import CropSettings
 from icm_cli.errors import ImageError
+from icm_cli.files.digests import combined_digest
 from icm_cli.geometry import HALF_U8, Float, ImageU8, alpha_to_u8, downscaled_size, resize
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.writing import read_provenance
@@ -37,6 +38,7 @@ from icm_cli.matting.jobs import Job
 from icm_cli.matting.mattes import Mattes
 from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor, Session
 from icm_cli.matting.references import Reference
+from icm_cli.matting.resume import MEMORY_KEY, NO_MEMORY, PREDECESSORS_KEY
 from icm_cli.matting.shot import Shot
 from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import PreparedReferences
@@ -98,6 +100,7 @@ class FrameMemory:
             Corrections are propagated together with the alpha.
         matted: How much a garbage or keep matte decided the alpha, uint8 [h,w]; None if nowhere. Mattes are of one
             frame only, so such pixels are not propagated.
+        digest: Digest of all this, as the provenance of the frame records it.
     """
 
     rgb: ImageU8
@@ -105,6 +108,7 @@ class FrameMemory:
     is_mask: bool = False
     correction: ImageU8 | None = None
     matted: ImageU8 | None = None
+    digest: str = NO_MEMORY
 
     @classmethod
     def from_frame(
@@ -286,14 +290,16 @@ class FlowPropagator:
         If hints change the alpha, their correction (:attr:`FrameMemory.correction`) is remembered too. It moves along
         the flow from frame to frame, and gives the propagated alpha more weight against that of the model.
         """
-        earlier = self._find_earlier(job, _reduce_image(frame.rgb, frame.windows, self._config).shape)
+        predecessors: list[str] = []
+        earlier = self._find_earlier(job, _reduce_image(frame.rgb, frame.windows, self._config).shape, predecessors)
+        provenance = {PREDECESSORS_KEY: " ".join(predecessors)} if predecessors else {}
         if isinstance(source, TrackingReferences):
             previous_alpha = None if earlier is None else earlier.alpha
             coarse = source.coarse_alpha(self._predictor, frame, previous_alpha, self._config.tracking)
         else:
             coarse = source
         if not coarse.found or not coarse.alpha.isfinite().all():
-            return self._predictor.refine_alphas([frame], [coarse])[0]
+            return replace(self._predictor.refine_alphas([frame], [coarse])[0], provenance=provenance)
         flow = None if earlier is None else FlowField.estimate(earlier, frame.rgb, self._config, frame.windows)
         if flow is not None:
             coarse = replace(coarse, alpha=flow.combine_with_earlier(coarse.alpha))
@@ -306,9 +312,11 @@ class FlowPropagator:
             memory = replace(memory, correction=_find_correction(uncorrected.alpha, memory.alpha))
         elif flow is not None:
             memory = replace(memory, correction=flow.moved_correction())
-        self._remember_frame(job, memory)
         kept = {PROPAGATED_KEY: memory.alpha, CORRECTED_KEY: memory.correction, MATTED_KEY: memory.matted}
-        provenance = {key: encode_alpha(values) for key, values in kept.items() if values is not None}
+        texts = {key: encode_alpha(values) for key, values in kept.items() if values is not None}
+        memory = replace(memory, digest=combined_digest(memory.rgb.tobytes(), *texts, *texts.values())[:16])
+        self._remember_frame(job, memory)
+        provenance |= {**texts, MEMORY_KEY: memory.digest}
         return replace(result, provenance=provenance)
 
     def _remember_frame(self, job: Job, memory: FrameMemory) -> None:
@@ -325,10 +333,11 @@ class FlowPropagator:
         for output in deletable[: -self._config.max_frames_back]:
             del self._memories[output]
 
-    def _find_earlier(self, job: Job, size: tuple[int, ...]) -> FrameMemory | None:
+    def _find_earlier(self, job: Job, size: tuple[int, ...], predecessors: list[str]) -> FrameMemory | None:
         """Return the nearest earlier frame that has an alpha and a reduced image of this size [h,w,3]; None if none.
 
-        A notice is given if earlier frames have another size.
+        The digests of the frames that were looked at are added to ``predecessors``; see PREDECESSORS_KEY. A notice is
+        given if earlier frames have another size.
         """
         current, mismatched = job, list[str]()
         memory: FrameMemory | None
@@ -341,6 +350,7 @@ class FlowPropagator:
                 current, path = previous, previous.name
                 is_in_run = current.output in self._planned  # else its alpha is on the disk
                 memory = self._memories.get(current.output) if is_in_run else self._read_existing(current)
+                predecessors.append(NO_MEMORY if memory is None else memory.digest)
             else:
                 break
             if memory is not None:
@@ -373,7 +383,8 @@ class FlowPropagator:
                 return None
             rgb = _reduce_image(job.read_image().to_display_window().rgb, None, self._config)
             correction, matted = (decode_alpha(provenance.get(key, "")) for key in (CORRECTED_KEY, MATTED_KEY))
-            return FrameMemory(rgb, alpha, correction=correction, matted=matted)
+            digest = provenance.get(MEMORY_KEY, NO_MEMORY)
+            return FrameMemory(rgb, alpha, correction=correction, matted=matted, digest=digest)
         except (ImageError, ValueError, OSError, cv2.error):
             return None
 

@@ -40,6 +40,14 @@ RESULT_KEY = "icm-result"
 STATES_NAME = "source-states.json"
 """File in RECORD_FOLDER of an output folder; see :func:`read_source_states`."""
 HINTS_KEY = "icm-hints"
+MEMORY_KEY = "icm-memory"
+"""Provenance entry of a frame of a shot: digest of what is propagated from it. Not there if nothing is."""
+PREDECESSORS_KEY = "icm-predecessors"
+"""Provenance entry of a frame of a shot: the value of MEMORY_KEY of each frame that was looked at to propagate from.
+
+Values are in the order of the search, with NO_MEMORY for a frame from which nothing could be propagated.
+"""
+NO_MEMORY = "-"
 REVIEWED_KEY = "icm-reviewed"
 """Provenance entry of an alpha that a person has accepted. Only ``--overwrite`` recomputes such an alpha."""
 NUMBER = (float, int, type(None))
@@ -55,6 +63,8 @@ DETAILS_SCHEMA = {
 RECORDED_DETAILS = tuple(name.removesuffix("?") for name in DETAILS_SCHEMA)
 UNRECORDED_VERSION = "0.1"
 """Version of alphas that do not record one: those of icm 0.1.x."""
+EARLIER_FRAME = "an earlier frame is recomputed"
+"""Why a frame of a shot is recomputed, if neither its source nor its settings have changed."""
 MAX_OTHER_FILES = 10_000
 """If an output folder has more files that are no outputs of the run, alphas without source are not counted."""
 _PAGE_NUMBER = re.compile(r"\.\d{4,}(?=(\.[^./]*)?$)")
@@ -95,6 +105,11 @@ class ExistingAlpha:
         return REVIEWED_KEY in self.provenance
 
     @property
+    def predecessors(self) -> list[str]:
+        """The value of PREDECESSORS_KEY, divided."""
+        return self.provenance.get(PREDECESSORS_KEY, "").split()
+
+    @property
     def is_of_this_icm(self) -> bool:
         """Whether this version of icm, with this code, made it."""
         made_by = self.provenance.get(VERSION_KEY), self.provenance.get(CODE_KEY)
@@ -120,17 +135,17 @@ class ExistingAlpha:
         earlier_hints = self.provenance.get(HINTS_KEY, "")
         if not self.is_of_this_icm:
             return "another version of icm made its alpha"
-        if not earlier_hints and hints_digest:
-            return "its hints are new"
-        if earlier_hints and not hints_digest:
-            return "its hints were removed"
         if earlier_hints != hints_digest:
-            return "its hints changed"
+            # A frame with hints of its own has no predecessors. Others have the hints of a predecessor.
+            had_own_hints = bool(earlier_hints) and not self.predecessors
+            if job.hints is not None:
+                return "its hints changed" if had_own_hints else "its hints are new"
+            return "its hints were removed" if had_own_hints else EARLIER_FRAME
         if not self._has_content_of(job):
             return "its source changed"
         if self.provenance[DIGEST_KEY] != digest:
             return "settings, references or mattes changed"
-        return "an earlier frame is recomputed"
+        return EARLIER_FRAME
 
 
 def make_provenance(
@@ -237,7 +252,7 @@ def keep_existing_alphas(
     notice: Callable[[str], None],
     keep_all: bool = False,
     hint: str = "",
-    reusable_outputs: Callable[[Collection[Path], Collection[Path]], set[Path]] | None = None,
+    reusable_outputs: Callable[[Collection[Path], Mapping[Path, ExistingAlpha]], set[Path]] | None = None,
     on_outdated: Callable[[Job, ExistingAlpha], None] | None = None,
     source_states: Mapping[str, str] = MappingProxyType({}),
     on_source_states: Callable[[Mapping[str, str]], None] | None = None,
@@ -253,7 +268,7 @@ def keep_existing_alphas(
         keep_all: Keep every alpha that icm made from the same source, whatever its digest.
         hint: End of the notice about alphas of another version of icm.
         reusable_outputs: For shots, :meth:`icm_cli.matting.shot.Shot.reusable_outputs`: returns the outputs to keep, of
-            those that could be kept and those that are reviewed. Not used with ``keep_all``.
+            those that could be kept and all existing alphas. Not used with ``keep_all``.
         on_outdated: Called with each complete alpha that is not kept.
         source_states: Result of :func:`read_source_states`.
         on_source_states: Called with further states that :func:`add_source_states` can record, if there are any.
@@ -274,7 +289,7 @@ def keep_existing_alphas(
     kept = {job.output for job, (_, is_kept) in inspected if is_kept}
     alphas = [(job, existing) for job, (existing, _) in inspected if isinstance(existing, ExistingAlpha)]
     if reusable_outputs is not None and not keep_all:
-        kept = reusable_outputs(kept, {job.output for job, existing in alphas if existing.is_reviewed})
+        kept = reusable_outputs(kept, {job.output: existing for job, existing in alphas})
     outdated = [(job, existing) for job, existing in alphas if job.output not in kept]
     conflicts = [existing for _, (existing, _) in inspected if isinstance(existing, OtherSourceError)]
     conflicts += [_retouched_error(existing.retouched, job) for job, existing in outdated if existing.retouched]

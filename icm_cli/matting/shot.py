@@ -13,6 +13,7 @@ from icm_cli.files.digests import combined_digest
 from icm_cli.matting.frames import FrameName
 from icm_cli.matting.hint_files import ImageHints
 from icm_cli.matting.jobs import Job
+from icm_cli.matting.resume import MEMORY_KEY, NO_MEMORY, ExistingAlpha
 from icm_cli.matting.sources import natural_sort_key
 
 if TYPE_CHECKING:
@@ -139,18 +140,32 @@ class Shot:
         previous = {output: by_output[job.output] for output, job in self.previous.items()}
         return Shot([by_output[job.output] for job in self.order], previous, self.keyframes, self.names)
 
-    def reusable_outputs(self, finished: Collection[Path], reviewed: Collection[Path] = ()) -> set[Path]:
+    def reusable_outputs(self, finished: Collection[Path], existing: Mapping[Path, ExistingAlpha]) -> set[Path]:
         """Return the outputs that can be kept: reviewed ones, and ``finished`` ones whose earlier frames are kept too.
 
-        Other finished outputs would change, because a frame whose alpha is propagated to them is matted again.
+        Other finished outputs would change, because a frame whose alpha is propagated to them is matted again, or was
+        matted again after them, or failed in the run that wrote them. ``existing``: all existing alphas, by output.
         """
         reusable: set[Path] = set()
         for job in self.order:
-            previous = self.previous.get(job.output)
+            alpha, previous = existing.get(job.output), self.previous.get(job.output)
             is_unchanged = job.output in finished and (previous is None or previous.output in reusable)
-            if is_unchanged or job.output in reviewed:
+            if alpha and (alpha.is_reviewed or (is_unchanged and self._has_same_predecessors(job, existing, reusable))):
                 reusable.add(job.output)
         return reusable
+
+    def _has_same_predecessors(
+        self, job: Job, existing: Mapping[Path, ExistingAlpha], reusable: Collection[Path]
+    ) -> bool:
+        """Return whether an alpha was propagated from the existing alphas, and these are ``reusable``."""
+        frame: Job | None = job
+        for memory in existing[job.output].predecessors:
+            frame = self.previous.get(frame.output) if frame else None
+            if frame is None or frame.output not in reusable:
+                return False
+            if existing[frame.output].provenance.get(MEMORY_KEY, NO_MEMORY) != memory:
+                return False
+        return True
 
 
 def split_shots(jobs: Sequence[Job], keys: Sequence[Keyframe]) -> list[tuple[list[Job], list[Keyframe]]]:
