@@ -471,6 +471,16 @@ class TestPlaces:
         assert "area to keep at 0,0 is outside the data window" in failed.stderr
 
 
+def test_a_hint_for_a_reference_is_reported(icm: Icm, scene: Path, hints: Path) -> None:
+    shutil.copy(scene / "ref.png", scene / "imgs" / "key.png")
+    write_hint(hints / "key.json")
+    options = {"ref": scene / "imgs" / "key.png", "hints": hints}
+    for run in (lambda: icm("--dry-run", **options), lambda: icm("--dry-run", "--shot", **options)):
+        planned = run()
+        assert planned.exit_code == 0, planned.output
+        assert f"{hints / 'key.json'} skipped: a hint for a reference, which is not matted" in planned.stderr
+
+
 def test_frame_pattern(icm: Icm, scene: Path, hints: Path) -> None:
     write_hint(hints / "fix.101.json")
     write_hint(hints / "fix.102.json")

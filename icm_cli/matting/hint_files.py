@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
@@ -37,6 +37,7 @@ JSON_SUFFIX = ".json"
 SUFFIXES = (JSON_SUFFIX, ".png")
 EXPECTED = "expected a folder of .json and .png files named like the images, or frames such as hints/sh010.####.json"
 WITHOUT_IMAGE = "a hint without an image of its name"
+OF_REFERENCE = "a hint for a reference, which is not matted; correct its mask instead"
 NOT_A_HINT = "not a hint; expected .json or .png"
 MAX_CHECKED_PIXELS = 1 << 26
 """A file that states a larger image size is checked only when its image is read, to save memory."""
@@ -218,15 +219,21 @@ class HintFiles:
         return [path for path in images if not is_hint(path)]
 
     def assign_files(
-        self, images: Sequence[Path], sources: Sources, is_excluded: Callable[[Path], bool], skipped_files: SkippedFiles
+        self,
+        images: Sequence[Path],
+        sources: Sources,
+        references: Collection[Path],
+        is_excluded: Callable[[Path], bool],
+        skipped_files: SkippedFiles,
     ) -> dict[Path, list[Path]]:
         """Assign the files to images. Returns the files of each image that has some, by the name of the image.
 
-        Skipped files are reported: those that belong to no image, and those that are not hints, unless the folder
-        contains the sources. Raises UsageError for a file that may belong to several images.
+        Skipped files are reported: those that belong to no image or to a reference, and those that are not hints,
+        unless the folder contains the sources. Raises UsageError for a file that may belong to several images.
 
         Args:
             images: Names of the images that are matted.
+            references: Real paths of the references.
             is_excluded: Returns whether a file is an image or an output itself.
         """
         images_by_key: defaultdict[str | int | None, list[Path]] = defaultdict(list)
@@ -234,10 +241,15 @@ class HintFiles:
             for key in self._keys(image):
                 images_by_key[key].append(image)
         all_sources = sources.files if self.files else ()
-        # Sources that are not matted are included, so that their hints are not reported.
-        source_keys = {key for path in all_sources for key in self._keys(name_below(path, sources.root))}
+        # Sources that are not matted are included. Their hints are reported only if the source is a reference.
+        source_keys: set[str | int | None] = set()
+        reference_keys: set[str | int | None] = set()
+        for path in all_sources:
+            keys = reference_keys if self._resolve(path) in references else source_keys
+            keys |= self._keys(name_below(path, sources.root))
         assigned: defaultdict[Path, list[Path]] = defaultdict(list)
         without_image: list[Path] = []
+        of_reference: list[Path] = []
         for key, files in self.files.items():
             paths = [path for path in files if not is_excluded(path)]
             # a.jpg.json belongs to a.jpg only, a.json to each image with the stem a.
@@ -247,9 +259,12 @@ class HintFiles:
                 raise UsageError(f"hint {paths[0]} may belong to {owners[0]} or to {owners[1]}; {remedy}")
             if owners:
                 assigned[owners[0]] += paths
+            elif key in reference_keys:
+                of_reference += paths
             elif key not in source_keys:
                 without_image += paths
         skipped_files.add(sorted(without_image), WITHOUT_IMAGE)
+        skipped_files.add(sorted(of_reference), OF_REFERENCE)
         real_root = real_path(sources.root)
         if self.folder not in (real_root, *real_root.parents):
             skipped_files.add(sorted(self.others), NOT_A_HINT)

@@ -298,7 +298,7 @@ def plan_jobs(
             real = resolve(path)
             return real in inputs or _is_output(real, real_out)
 
-        files = hint_files.assign_files(names, sources, is_input_or_output, skipped_files)
+        files = hint_files.assign_files(names, sources, protected, is_input_or_output, skipped_files)
         check_overwrites(jobs, [path for paths in files.values() for path in paths], "a hint", resolve)
     if source_filter.shard is not None:
         jobs = _select_shard(jobs, source_filter.shard, root, skipped_files.notify)
