@@ -2,8 +2,8 @@
 
 The label of a shape in an annotation says what the shape marks:
 
-- ``fg``: the object. ``foreground`` and ``object`` mean the same. So does another label if the file has only one,
-  unless it seems to be a misspelt label;
+- ``fg``: the object. ``foreground`` and ``object`` mean the same. So does another label if the file has only one, but
+  in hints only if it does not resemble one of the other labels;
 - ``bg`` or ``background``: what is not the object;
 - ``keep``, ``drop``: areas whose final alpha is 1 or 0.
 """
@@ -383,26 +383,20 @@ def _select_shapes(shapes: Sequence[_Shape], label: str | None, *, can_select: b
         remedy = f"; select one, as in --mask-label {other_labels[0]}" if can_select else ""
         raise ValueError(f"it has several labels: {listed}; expected {', '.join(AREA_NAMES)}, or one label{remedy}")
     else:
-        for name in other_labels:
-            _check_spelling(name, can_select=can_select)
+        for name in () if can_select else other_labels:
+            _check_spelling(name)
         object_labels = set(other_labels)
     meanings |= dict.fromkeys(object_labels, "fg")
     return [(meanings[shape.label], shape) for shape in shapes if shape.label in meanings]
 
 
-def _check_spelling(label: str, *, can_select: bool) -> None:
-    """Raise ValueError for a label that seems to be a misspelt one and would have another effect as ``fg``.
-
-    In a mask, an area to keep is a part of the object, so a label similar to ``keep`` has the right effect there.
-    """
-    similar = LABELS.get(find_similar_name(label.lower(), LABELS), "fg")
-    if similar == "fg" or (similar == "keep" and can_select):
-        return
-    remedy = f"give --mask-label {label}" if can_select else "change it to fg"
-    raise ValueError(
-        f"it has the label {format_json(label)}; expected {', '.join(AREA_NAMES)}. "
-        f"{did_you_mean(label.lower(), LABELS)} If it marks the object, {remedy}"
-    )
+def _check_spelling(label: str) -> None:
+    """Raise ValueError for a label of hints that seems to be a misspelt one and would have another effect as ``fg``."""
+    if LABELS.get(find_similar_name(label.lower(), LABELS), "fg") != "fg":
+        raise ValueError(
+            f"it has the label {format_json(label)}; expected {', '.join(AREA_NAMES)}. "
+            f"{did_you_mean(label.lower(), LABELS)} If it marks the object, change it to fg"
+        )
 
 
 def _combine_shapes(shapes: Sequence[tuple[str, _Shape]], size: tuple[int, int]) -> Hints:
