@@ -258,6 +258,19 @@ class TestNames:
         assert "hacked" not in page.title()
         assert page.locator("main script, main img[src='x']").count() == 0
 
+    def test_the_command_is_copied_as_it_is(self, server: ReviewServer, open_page: Open) -> None:
+        """The page shows escapes of direction characters, such as those in the name of this negative."""
+        item = server.images()[f"odd/{HOSTILE_NAMES[3]}"]
+        server.post("/api/references", {"id": item["id"], "kind": "negative", "area": "image"})
+        page = open_page(server)
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.locator('[data-action="open-teach"]').click()
+        expect(page.locator("#command")).to_contain_text("\\u{202e}gpj")
+        page.locator('[data-action="copy-command"]').click()
+        copied = page.evaluate("navigator.clipboard.readText()")
+        assert copied == server.get("/api/run")["command"]
+        assert HOSTILE_NAMES[3] in copied
+
     def test_alphas_of_hostile_names_are_accepted(self, server: ReviewServer, open_page: Open, folder: Path) -> None:
         server.wait_until_ready()
         page = open_page(server)
@@ -614,6 +627,12 @@ class TestFixes:
         page.locator("#filter-folder").select_option("added")
         expect(page.locator(f"{CELLS} .cell-name")).to_have_text(["new.jpg"])
         expect(page.locator("#grid .thumbnail.loaded")).to_have_count(1)
+        (folder / "imgs" / "added").rename(folder / "others")
+        (folder / "others" / "new.jpg").rename(folder / "others" / "other.jpg")
+        run_matte(folder, folder / "alphas", src=folder / "others")
+        page.reload()
+        expect(page.locator("#alerts .alert")).to_contain_text("Another run of icm matte with other sources")
+        expect(page.locator("#counts")).to_contain_text(f"of {len(IMAGES) + len(HOSTILE_NAMES) + 2} reviewed")
 
     def test_images_without_an_alpha_come_last(self, server: ReviewServer, open_page: Open, folder: Path) -> None:
         """A run of a few frames of a sequence has no alphas of the others."""
@@ -635,6 +654,11 @@ class TestFixes:
         expect(page.locator("#single")).to_have_attribute("aria-busy", "false")
         page.keyboard.press("a")
         expect(page.locator("#status")).to_contain_text("no alpha to accept")
+        page.route(re.compile(r"/api/images/\d+$"), lambda _: None)  # the image is loaded for ever
+        page.reload()
+        expect(page.locator("#image-name")).to_have_text("deepfield.jpg")
+        page.keyboard.press("r")
+        assert page.locator("#status").text_content() == ""
 
     def test_keys_alone_are_enough(self, server: ReviewServer, open_page: Open) -> None:
         """Find an image, correct it, accept it, reject the next and take that back, without a mouse."""

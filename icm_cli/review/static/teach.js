@@ -24,6 +24,8 @@ export async function send(request) {
 }
 
 export function copyCommand() {
+  const copy = (event) => { event.clipboardData.setData("text/plain", store.run.command); event.preventDefault(); };
+  document.addEventListener("copy", copy, { once: true }); // the text of the page has escapes
   getSelection().selectAllChildren(byId("command"));
   document.execCommand("copy"); // navigator.clipboard needs HTTPS
   notify("The command is copied.");
