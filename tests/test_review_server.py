@@ -863,9 +863,13 @@ class TestRuns:
             ReviewRun(scene / "out", scene / "ref.png", print)
 
     def test_a_moved_folder_is_reviewed_where_it_is(self, icm: Icm, scene: Path, open_review: OpenReview) -> None:
-        assert icm().exit_code == 0
+        hints = scene / "out" / ".icm" / "hints"
+        hints.mkdir(parents=True)
+        assert icm(hints=hints).exit_code == 0  # as a recompute gives them
         (scene / "out").rename(scene / "moved")
         client = open_review(scene / "moved")
+        assert client.get("/api/run")["hints_folder"] == str(scene / "moved" / ".icm" / "hints")
+        assert not (scene / "out").exists()
         assert client.get(IMAGE)["output"] == str(scene / "moved" / "pad.0101.png")
         assert client.items()["wall.jpg"]["has_alpha"]
 

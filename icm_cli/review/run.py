@@ -456,12 +456,18 @@ def with_values(options: MatteOptions, *, dropped: Collection[str] = (), **value
 
 
 def _with_output_folder(options: MatteOptions, folder: Path) -> MatteOptions:
-    """Return the options of a run with ``folder`` as its output folder, which may have been moved since the run."""
+    """Return the options of a run with ``folder`` as its output folder, which may have been moved since the run.
+
+    A recompute records the folder ``.icm/hints``, which has been moved too then.
+    """
     _, layout = choose_output(options.output)
     if real_path(layout.folder) == real_path(folder):
         return options
     out = folder if layout.pattern is None else folder / Path(options.output.out).name
-    return with_values(options, out=str(out))
+    values, hints = {"out": str(out)}, Path(RECORD_FOLDER, HINTS_NAME)
+    if options.hints.hints and real_path(Path(options.hints.hints)) == real_path(layout.folder / hints):
+        values["hints"] = str(folder / hints)
+    return with_values(options, **values)
 
 
 def _without_taught(options: MatteOptions) -> MatteOptions:
