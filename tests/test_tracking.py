@@ -168,6 +168,15 @@ def test_a_frame_is_cropped_around_the_last_position() -> None:
     assert (found & mask).sum() / (found | mask).sum() > 0.85  # without the similar object
 
 
+def test_a_speck_of_the_last_alpha_does_not_widen_the_crop() -> None:
+    predictor = RedPredictor("cropped", "full")
+    rgb, mask = draw_scene()
+    _, previous = draw_scene(top=96, left=256)
+    previous[14:16, 14:16] = True  # in the similar object
+    found = foreground(track(predictor, rgb, previous.astype(np.uint8) * 255))
+    assert (found & mask).sum() / (found | mask).sum() > 0.85
+
+
 def test_without_a_position_the_full_frame_is_matted_first() -> None:
     predictor = RedPredictor("cropped", "full")
     rgb, _ = draw_scene()

@@ -62,6 +62,11 @@ class TrackingConfig:
     crop: CropSettings = field(default_factory=CropSettings)
     min_area_ratio: float = 0.5
     """The full frame is matted if a crop shows less of the object than this fraction of its last area."""
+    min_part_ratio: float = 0.02
+    """Parts of the last alpha with less than this fraction of the area of its largest part are not tracked.
+
+    They are mostly errors, which would widen the crop so that it shows other objects.
+    """
 
 
 @dataclass(frozen=True)
@@ -411,7 +416,9 @@ class TrackingReferences:
         the two crops, that with the larger object is used. ``previous_alpha``: alpha of the earlier frame, uint8 [h,w]
         of its display window; None if there is none.
         """
-        position = np.zeros(frame.size, np.bool_) if previous_alpha is None else previous_alpha > HALF_U8
+        position = np.zeros(frame.size, np.bool_)
+        if previous_alpha is not None:
+            position = _remove_small_parts(previous_alpha > HALF_U8, config.min_part_ratio)
         box = crop_box(position, frame.size, config.crop, frame.windows)
         tracked = box and self._matte_crop_of(predictor, frame, box, config)
         display = frame.size if frame.windows is None else frame.windows.display
@@ -521,6 +528,14 @@ def _find_correction(before: ImageU8, after: ImageU8) -> ImageU8 | None:
     change = cv2.absdiff(before, after).astype(np.float32)
     correction = np.asarray(np.clip(2 * change - 255, 0, 255), np.uint8)
     return correction if correction.any() else None
+
+
+def _remove_small_parts(mask: NDArray[np.bool_], min_ratio: float) -> NDArray[np.bool_]:
+    """Return a mask [h,w] without connected parts of less than ``min_ratio`` of the area of the largest part."""
+    _, parts, statistics, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    areas = statistics[:, cv2.CC_STAT_AREA]
+    areas[0] = 0  # the background
+    return mask & (areas >= min_ratio * areas.max())[parts]
 
 
 def _move_to_display(pixels: NDArray[Any], windows: ImageWindows | None) -> NDArray[Any]:
