@@ -648,7 +648,7 @@ class TestFixes:
         page.locator('#filter-status [value="missing"]').check()
         expect(page.locator(f"{CELLS} .cell-name")).to_have_text(["deepfield.jpg"])
         reason = "getComputedStyle(document.querySelector('.cell .thumbnail'), '::after').content"
-        page.wait_for_function(f"{reason}.includes('the run did not include it')")
+        wait_until(lambda: "the run did not include it" in page.evaluate(reason), "the cell shows no reason")
         page.locator(CELLS).click()
         expect(page.locator("#image-name")).to_have_text("deepfield.jpg")
         expect(page.locator("#single")).to_have_attribute("aria-busy", "false")
