@@ -146,7 +146,7 @@ def _plan_jobs(evaluation: Evaluation, examples: Sequence[Example], folder: Path
 
 
 def _exclude_colour_truths(evaluation: Evaluation, jobs: Sequence[Job], collector: ResultCollector) -> list[Job]:
-    """Report ground truths with colour, which cannot be scored, before matting; return the jobs of all others."""
+    """Before matting, report ground truths with colour: they cannot be scored. Return the other jobs."""
 
     def is_coloured(truth: str) -> bool:
         with contextlib.suppress(ImageError):  # scoring reports files that cannot be read

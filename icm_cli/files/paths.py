@@ -64,7 +64,7 @@ def describe_obstacle(path: str | Path) -> str:
 
 
 def check_path(text: str | Path, name: str) -> None:
-    """Raise UsageError for a text that is no path on any drive. ``name``: its option, for the message."""
+    """Raise UsageError for a text that cannot be a path. ``name``: its option, for the message."""
     text = str(text)
     short = shorten(text)
     try:

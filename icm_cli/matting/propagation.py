@@ -124,7 +124,10 @@ class FrameMemory:
         windows: ImageWindows | None = None,
         mattes: Mattes | None = None,
     ) -> FrameMemory:
-        """Reduce an image [H,W,3], its alpha, 0..1 of any size, and its mattes. ``windows``: their position."""
+        """Reduce an image [H,W,3], its alpha (0..1, any size), and its garbage and keep mattes.
+
+        ``windows``: position of the image in its display window.
+        """
         small = _reduce_image(rgb, windows, config)
 
         def reduce_values(values: Float) -> ImageU8:

@@ -136,7 +136,7 @@ class ExistingAlpha:
         if not self.is_of_this_icm:
             return "another version of icm made its alpha"
         if earlier_hints != hints_digest:
-            # A frame with hints of its own has no predecessors. Others have the hints of a predecessor.
+            # Only frames without hints of their own have predecessors. They inherit the hints of these.
             had_own_hints = bool(earlier_hints) and not self.predecessors
             if job.hints is not None:
                 return "its hints changed" if had_own_hints else "its hints are new"

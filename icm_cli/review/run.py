@@ -113,14 +113,14 @@ class ReviewRun:
         self._scan_lock, self._is_scanned = threading.Lock(), False
         self._revision = time.time_ns() // 1_000_000
         self._revisions: list[int] = []
-        """Revision of the alphas, and that of the last change of each. It exceeds those of servers that ran before."""
+        """Revision of the alphas, and of the last change of each alpha. It starts above those of earlier servers."""
         self._shots: dict[int, list[int]] | None = None
         """The frames of the shot of each image, by id; None until they are needed."""
         self._add_images(*self._plan(notice), _read_index(self._index))
         if not self.jobs:
             raise UsageError(f"{self.folder} has no alphas, and its sources cannot be found; check the folder")
         self._unlisted = self._find_unlisted()
-        """Files that may be alphas, but are not those of a listed image."""
+        """Files that may be alphas, but belong to no listed image."""
 
     @property
     def is_shot(self) -> bool:

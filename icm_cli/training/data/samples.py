@@ -92,7 +92,7 @@ class PairMaker(SampleMaker[PairBatch]):
         )
 
     def _draw_pair(self, rng: Rng, black_alphas: list[Path | None]) -> Sample | None:
-        """Draw a target and its reference; None if no reference was found. Add the target's alpha if it is black."""
+        """Draw a target and its reference; None without a reference. Adds an all-black alpha to ``black_alphas``."""
         pairs, scenes = self.config.pairs, self._scenes
         item = self.pool.draw_item(rng)
         partner = self.pool.draw_partner(item, rng, pairs.same_image_probability)

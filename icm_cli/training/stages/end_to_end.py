@@ -87,7 +87,7 @@ class SceneMosaicMaker(BatchMaker[SceneBatch]):
                     black_alphas.append(item.alpha)
                 return scene
 
-            views = {item: [item] for item in maker.pool}  # every image has one view: a new one whenever it is drawn
+            views = {item: [item] for item in maker.pool}  # one entry per image: each draw makes a new scene
             return ImageSource(maker.pool, views, make_scene)
 
         large = None if self._large is None else make_source(self._large)
