@@ -14,7 +14,7 @@ from typing import ClassVar
 LONGEST_QUOTE = 120
 """Maximum number of characters of a value in a message."""
 MAX_SHOWN_CHARACTERS = 100
-"""Maximum number of characters of a wrong path that a message shows."""
+"""Maximum number of characters of a wrong value that a message shows."""
 
 
 class IcmError(Exception):

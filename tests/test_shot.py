@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import shutil
@@ -341,15 +340,14 @@ def test_a_correction_replaces_what_the_refinement_adds_again() -> None:
     """A hole that a hint made stays a hole, frame after frame, although the model fills it in every frame."""
     hole = np.zeros((120, 160), np.uint8)
     hole[55:70, 66:82] = 255
-    flow, positions = None, (70, 74, 78, 82)
-    for before, now in itertools.pairwise(positions):
-        if flow is None:
-            memory = FrameMemory.from_frame(draw_frame(before), disc(before) * (1 - hole / 255), CONFIG)
-            memory = replace(memory, correction=hole)
+    start = 70
+    memory = FrameMemory.from_frame(draw_frame(start), disc(start) * (1 - hole / 255), CONFIG)
+    memory = replace(memory, correction=hole)
+    for now in (74, 78, 82):
         flow = FlowField.estimate(memory, draw_frame(now), CONFIG)
         alpha = flow.stabilise(draw_frame(now), disc(now))
         memory = replace(FrameMemory.from_frame(draw_frame(now), alpha, CONFIG), correction=flow.moved_correction())
-        shift = now - positions[0]
+        shift = now - start
         assert alpha[59:66, 70 + shift : 78 + shift].mean() < 0.15
         assert np.abs(alpha - disc(now))[75:].mean() < 0.01  # the rest is as before
 

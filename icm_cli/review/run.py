@@ -138,7 +138,7 @@ class ReviewRun:
         return self._list_digests[-1]
 
     def is_valid_list(self, digest: str) -> bool:
-        """Return whether the ids of a list of images are those of now. Images that were added later do not matter."""
+        """Return whether the ids of a page are valid. ``digest``: its list, the present one or an earlier one."""
         return digest in self._list_digests
 
     def find_id(self, name: str) -> int | None:

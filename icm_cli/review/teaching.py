@@ -77,8 +77,9 @@ class _Progress:
 
     state: RecomputeState = "idle"
     done: int = 0
-    """Number of images that have ended, and number of all; without those whose alpha is kept."""
+    """Number of images that have ended, without those whose alpha is kept."""
     total: int = 0
+    """Number of all images, without those whose alpha is known to be kept."""
     kept: int = 0
     message: str = ""
     changed: dict[int, float] = field(default_factory=dict)
