@@ -202,14 +202,20 @@ def test_what_cannot_be_taught_is_refused(icm: Icm, open_review: OpenReview) -> 
     assert state.read("wall.jpg").taught is None
 
 
+def accept_painted_pad(run: ReviewRun, teaching: Teaching, label: str) -> int:
+    """Accept the alpha of the pad with one hint, the whole image to keep or to drop; return the id of the image."""
+    pad = run.find_id("pad.0101.png")
+    assert pad is not None
+    shape = {"label": label, "shape_type": "rectangle", "points": [[0, 0], [200, 133]]}
+    teaching._corrections.accept(pad, 0, [shape])
+    return pad
+
+
 def test_an_image_that_is_taught_again_keeps_its_mask(icm: Icm, open_review: OpenReview) -> None:
     """The masks of the whole image and of an alpha that is 255 everywhere have the same file."""
     assert icm().exit_code == 0
     run, _, teaching = open_teaching(open_review)
-    pad = run.find_id("pad.0101.png")
-    assert pad is not None
-    shape = {"label": "keep", "shape_type": "rectangle", "points": [[0, 0], [200, 133]]}
-    teaching._corrections.accept(pad, 0, [shape])
+    pad = accept_painted_pad(run, teaching, "keep")
     assert (read(run.jobs[pad].output) == 255).all()
     masks = run.record_folder / "negatives"
     teaching.teach(pad, "negative", "image")
@@ -223,10 +229,7 @@ def test_an_image_that_is_taught_again_keeps_its_mask(icm: Icm, open_review: Ope
 def test_an_empty_alpha_is_no_reference(icm: Icm, open_review: OpenReview) -> None:
     assert icm().exit_code == 0
     run, state, teaching = open_teaching(open_review)
-    pad = run.find_id("pad.0101.png")
-    assert pad is not None
-    shape = {"label": "drop", "shape_type": "rectangle", "points": [[0, 0], [200, 133]]}
-    teaching._corrections.accept(pad, 0, [shape])
+    pad = accept_painted_pad(run, teaching, "drop")
     with pytest.raises(UsageError, match="the alpha is empty"):
         teaching.teach(pad, "reference", "alpha")
     assert state.read("pad.0101.png").taught is None
