@@ -158,28 +158,16 @@ def _score_predictions(evaluation: Evaluation, folder: Path) -> Report:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UsageError(f"folder of predictions {folder} {what}; expected a folder of alphas named like the images")
-    protocol = evaluation.options.protocol
-    references: ReferenceRounds = [{} for _ in range(protocol.rounds or 1)]
-    problems: list[Problem] = []
-    if protocol.references:
-        references, problems = read_references_file(protocol.references, evaluation.groups)
-    elif evaluation.rule.has_shots:
-        references = [{shot: [frames[0].name] for shot, frames in evaluation.groups.items()}]
+    references, problems = _references_of_predictions(evaluation)
     rounds = len(references)
     planned: list[ImageResult] = []
     for round_number, names_by_group in enumerate(references, 1):
         alphas_folder = round_folder(folder, round_number, rounds)
         planned += _plan_results(evaluation, alphas_folder, round_number, names_by_group)
-    if not any(result.output for result in planned):
-        expected = f"{round_folder(folder, 1, rounds) / evaluation.data.samples[0].name}.png"
-        hint = ""
-        if (folder / "round-1").is_dir():
-            hint = "; it has several rounds, so give --references with the report of the run that made them"
-        raise UsageError(
-            f"folder of predictions {folder} has no alpha of any image, or several of the same "
-            f"name; expected names like {expected}{hint}"
-        )
-    evaluation.reports.check_no_overwrite([result.output for result in planned if result.output])
+    predicted = [Path(result.output) for result in planned if result.output]
+    if not predicted:
+        raise _no_predictions_error(evaluation, folder, rounds)
+    evaluation.reports.check_no_overwrite(predicted)
     evaluation.reports.check_writable()
     collector = evaluation.make_collector(planned, {"predictions": str(folder)}, references)
     for problem in problems:
@@ -196,6 +184,28 @@ def _score_predictions(evaluation: Evaluation, folder: Path) -> Report:
             collector.add(replace(result, status="unscored", reason=reason))
         evaluation.score_flicker(collector)
     return collector.report
+
+
+def _references_of_predictions(evaluation: Evaluation) -> tuple[ReferenceRounds, list[Problem]]:
+    """Return the references of every round, which are not scored, and the problems of the references file."""
+    protocol = evaluation.options.protocol
+    if protocol.references:
+        return read_references_file(protocol.references, evaluation.groups)
+    if evaluation.rule.has_shots:
+        return [{shot: [frames[0].name] for shot, frames in evaluation.groups.items()}], []
+    return [{} for _ in range(protocol.rounds or 1)], []
+
+
+def _no_predictions_error(evaluation: Evaluation, folder: Path, rounds: int) -> UsageError:
+    """Return the error about a folder without a usable alpha."""
+    expected = f"{round_folder(folder, 1, rounds) / evaluation.data.samples[0].name}.png"
+    hint = ""
+    if (folder / "round-1").is_dir():
+        hint = "; it has several rounds, so give --references with the report of the run that made them"
+    return UsageError(
+        f"folder of predictions {folder} has no alpha of any image, or several of the same "
+        f"name; expected names like {expected}{hint}"
+    )
 
 
 def _plan_results(

@@ -31,6 +31,7 @@ from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import AnyModelChoice, sequence_digest_parts
+from icm_cli.matting.predictor import Predictor
 from icm_cli.matting.propagation import create_matting, prepare_references
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.matting.result_collector import ResultCollector
@@ -61,7 +62,43 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
     """
     options, listener = evaluation.options.matting, evaluation.listener
     store = ReferenceStore(evaluation)
-    references, problems = store.select_references(evaluation.options.protocol.rounds or 1, options.refs_per_group or 1)
+    references, problems = store.select_references()
+    examples = _list_examples(evaluation, references)
+    if options.shot:
+        choice.check_shot()
+    learn_steps = choice.resolve_learn_steps(options.learn_steps, is_shot=options.shot)
+    digests = _example_digests(store, choice, examples, learn_steps)
+    with _alphas_folder(evaluation, digests) as folder:
+        jobs = _plan_jobs(evaluation, examples, folder, len(references))
+        shot = store.plan_shot(jobs, examples) if options.shot else None
+        _prepare_outputs(evaluation, folder, jobs, references)
+        collector = _make_collector(evaluation, choice, jobs, references, learn_steps)
+        for problem in problems:
+            collector.add_problem(problem)
+        listener.on_run_start(len(jobs))
+        with collector:
+            settings = EngineOptions(digests, choice.batch_size, evaluation.workers, shot=shot)
+            remaining = _find_remaining_jobs(evaluation, jobs, settings, collector)
+            predictor = None
+            if remaining:
+                listener.on_detail(choice.description)
+                predictor = choice.load_predictor()
+            with collector.writing_reports(evaluation.reports, choice.device.peak_memory_bytes):
+                if predictor is not None:
+
+                    @functools.lru_cache(maxsize=1)  # the jobs of an example are consecutive
+                    def prepare_example(index: int) -> PreparedReferences:
+                        return store.prepare_references(predictor, examples[index], learn_steps)
+
+                    matting = create_matting(predictor, prepare_example, shot, listener.on_notice)
+                    engine = Engine(predictor, matting, settings, on_result=collector.add, notice=listener.on_notice)
+                    engine.run(remaining)
+                evaluation.score_flicker(collector)
+    return collector.report
+
+
+def _list_examples(evaluation: Evaluation, references: ReferenceRounds) -> list[Example]:
+    """Return the examples of all rounds. Raises UsageError if there are none."""
     examples = [
         Example(round_number, group, names)
         for round_number, names_by_group in enumerate(references, 1)
@@ -72,58 +109,15 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
             f"{evaluation.title} has no group with two usable images, so there are no references; give --groups FILE "
             "to define groups, or --pred DIR to score existing alphas"
         )
-    if options.shot:
-        choice.check_shot()
-    steps = choice.resolve_learn_steps(options.learn_steps, is_shot=options.shot)
-    digests = _example_digests(store, choice, examples, steps, is_shot=options.shot)
-    with _alphas_folder(evaluation, digests) as folder:
-        jobs = _plan_jobs(evaluation, examples, folder, len(references))
-        shot = store.plan_shot(jobs, examples) if options.shot else None
-        evaluation.check_no_overwrite([job.output for job in jobs])
-        evaluation.reports.check_writable(folder)
-        for parent in {job.output.parent for job in jobs}:
-            remove_stale_temporaries(parent)
-        if evaluation.reports.references:
-            write_json(evaluation.reports.references, {"references": references})
-        collector = _make_collector(evaluation, choice, jobs, references, steps)
-        for problem in problems:
-            collector.add_problem(problem)
-        listener.on_run_start(len(jobs))
-        with collector:
-            if shot is None:  # the frames of a shot depend on each other
-                jobs = _exclude_colour_truths(evaluation, jobs, collector)
-            settings = EngineOptions(digests, choice.batch_size, evaluation.workers, shot=shot)
-            remaining = keep_existing_alphas(
-                shot.order if shot else jobs,
-                settings.job_digest,
-                workers=evaluation.workers,
-                on_result=collector.add,
-                notice=listener.on_notice,
-                reusable_outputs=shot.reusable_outputs if shot else None,
-            )
-            if remaining:
-                listener.on_detail(choice.description)
-            predictor = choice.load_predictor() if remaining else None
-            with collector.writing_reports(evaluation.reports, choice.device.peak_memory_bytes):
-                if predictor is not None:
-                    notice = listener.on_notice
-
-                    @functools.lru_cache(maxsize=1)
-                    def prepare_example(index: int) -> PreparedReferences:
-                        images = [store.read_reference(name) for name in examples[index].references]
-                        return prepare_references(predictor, images, steps, notice, is_shot=options.shot)
-
-                    matting = create_matting(predictor, prepare_example, shot, notice)
-                    Engine(predictor, matting, settings, on_result=collector.add, notice=notice).run(remaining)
-                evaluation.score_flicker(collector)
-    return collector.report
+    return examples
 
 
 def _example_digests(
-    store: ReferenceStore, choice: AnyModelChoice, examples: Sequence[Example], learn_steps: int, *, is_shot: bool
+    store: ReferenceStore, choice: AnyModelChoice, examples: Sequence[Example], learn_steps: int
 ) -> list[str]:
     """Return, for every example, a digest of everything that determines its alphas, except the source images."""
     common: dict[str, str] = {str(name): value for name, value in choice.digest_parts().items()}
+    is_shot = store.evaluation.options.matting.shot
     common |= {str(name): value for name, value in sequence_digest_parts(learn_steps, is_shot=is_shot).items()}
     common["seed"] = str(choice.seed)
     digests = []
@@ -145,8 +139,38 @@ def _plan_jobs(evaluation: Evaluation, examples: Sequence[Example], folder: Path
     return jobs
 
 
+def _prepare_outputs(evaluation: Evaluation, folder: Path, jobs: Sequence[Job], references: ReferenceRounds) -> None:
+    """Check that alphas and reports can be written, and write the file of ``--write-references``.
+
+    Raises UsageError or OutputError.
+    """
+    evaluation.check_no_overwrite([job.output for job in jobs])
+    evaluation.reports.check_writable(folder)
+    for parent in {job.output.parent for job in jobs}:
+        remove_stale_temporaries(parent)
+    if evaluation.reports.references:
+        write_json(evaluation.reports.references, {"references": references})
+
+
+def _find_remaining_jobs(
+    evaluation: Evaluation, jobs: Sequence[Job], settings: EngineOptions, collector: ResultCollector
+) -> list[Job]:
+    """Return the jobs that must be matted, and report the others: those that cannot be scored or have an alpha."""
+    shot = settings.shot
+    if shot is None:  # in a shot, later frames need the alphas of all earlier ones
+        jobs = _exclude_colour_truths(evaluation, jobs, collector)
+    return keep_existing_alphas(
+        shot.order if shot else jobs,
+        settings.job_digest,
+        workers=evaluation.workers,
+        on_result=collector.add,
+        notice=evaluation.listener.on_notice,
+        reusable_outputs=shot.reusable_outputs if shot else None,
+    )
+
+
 def _exclude_colour_truths(evaluation: Evaluation, jobs: Sequence[Job], collector: ResultCollector) -> list[Job]:
-    """Before matting, report ground truths with colour: they cannot be scored. Return the other jobs."""
+    """Return the jobs whose ground truth has no colour, and report the others, because they cannot be scored."""
 
     def is_coloured(truth: str) -> bool:
         with contextlib.suppress(ImageError):  # scoring reports files that cannot be read
@@ -155,13 +179,17 @@ def _exclude_colour_truths(evaluation: Evaluation, jobs: Sequence[Job], collecto
 
     truths = list(dict.fromkeys(job.planned.truth for job in jobs))
     with ThreadPoolExecutor(evaluation.workers) as threads:
-        coloured = {truth for truth, has in zip(truths, threads.map(is_coloured, truths), strict=True) if has}
+        has_colour = dict(zip(truths, threads.map(is_coloured, truths), strict=True))
+    scorable = []
     for job in jobs:
-        if job.planned.truth in coloured:
-            problem = Problem("colour-alpha", job.planned.name, f"{job.planned.truth} {HAS_COLOUR}")
-            collector.add_problem(problem)
-            collector.add(replace(job.planned, status="unscored", reason=problem.reason))
-    return [job for job in jobs if job.planned.truth not in coloured]
+        planned = job.planned
+        if not has_colour[planned.truth]:
+            scorable.append(job)
+            continue
+        problem = Problem("colour-alpha", planned.name, f"{planned.truth} {HAS_COLOUR}")
+        collector.add_problem(problem)
+        collector.add(replace(planned, status="unscored", reason=problem.reason))
+    return scorable
 
 
 def _make_collector(
@@ -226,30 +254,44 @@ class ReferenceStore:
     _errors: dict[str, str] = field(default_factory=dict)
     """Errors of the references that cannot be used, by name."""
 
-    def select_references(self, rounds: int, refs_per_group: int) -> tuple[ReferenceRounds, list[Problem]]:
-        """Return the references of every round, from the references file or chosen automatically, and the problems."""
-        path, groups = self.evaluation.options.protocol.references, self.evaluation.groups
-        if path:
-            listed, problems = read_references_file(path, groups)
-            references: ReferenceRounds = []
-            for names_by_group in listed:
-                usable = {group: list(filter(self._is_usable, names)) for group, names in names_by_group.items()}
-                references.append({group: names for group, names in usable.items() if names})
-            for group in groups:
-                if any(group not in names_by_group for names_by_group in references):
-                    reason = f"{path} has no usable reference of group {group} in some round"
-                    problems.append(Problem("bad-reference", group, reason))
+    def select_references(self) -> tuple[ReferenceRounds, list[Problem]]:
+        """Return the usable references of every round, and the problems.
+
+        They are those of the references file, or else they are chosen automatically.
+        """
+        protocol = self.evaluation.options.protocol
+        if protocol.references:
+            references, problems = self._read_references(protocol.references)
         else:
             references, problems = choose_references(
-                groups,
-                rounds=rounds,
-                refs_per_group=refs_per_group,
+                self.evaluation.groups,
+                rounds=protocol.rounds or 1,
+                refs_per_group=self.evaluation.options.matting.refs_per_group or 1,
                 is_usable=self._is_usable,
                 in_order=self.evaluation.rule.has_shots,
             )
         # _is_usable records an error for each image that it refuses.
         problems += [Problem("bad-reference", name, error) for name, error in self._errors.items()]
         return references, problems
+
+    def _read_references(self, path: Path) -> tuple[ReferenceRounds, list[Problem]]:
+        """Return the usable references of a references file, and the problems with it."""
+        listed, problems = read_references_file(path, self.evaluation.groups)
+        rounds: ReferenceRounds = []
+        for names_by_group in listed:
+            usable = {group: list(filter(self._is_usable, names)) for group, names in names_by_group.items()}
+            rounds.append({group: names for group, names in usable.items() if names})
+        for group in self.evaluation.groups:
+            if any(group not in names_by_group for names_by_group in rounds):
+                reason = f"{path} has no usable reference of group {group} in some round"
+                problems.append(Problem("bad-reference", group, reason))
+        return rounds, problems
+
+    def prepare_references(self, predictor: Predictor, example: Example, learn_steps: int) -> PreparedReferences:
+        """Read the references of an example, and prepare them for the model."""
+        references = [self.read_reference(name) for name in example.references]
+        notice, is_shot = self.evaluation.listener.on_notice, self.evaluation.options.matting.shot
+        return prepare_references(predictor, references, learn_steps, notice, is_shot=is_shot)
 
     def plan_shot(self, jobs: Sequence[Job], examples: Sequence[Example]) -> Shot:
         """Return the shot of the jobs. The references of an example become keyframes, from which its frames start."""

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,19 @@ class Evaluation:
         return self.location if self.options.dataset.dataset == "folder" else self.data.dataset.title
 
     @property
+    def is_scoring_only(self) -> bool:
+        """Whether alphas that exist already (``--pred``) are scored."""
+        return self.options.protocol.pred is not None
+
+    @property
+    def _allowed_problems(self) -> frozenset[str]:
+        """Kinds of problems that do not affect the exit code."""
+        return frozenset(self.options.protocol.allow)
+
+    @property
     def workers(self) -> int:
         """Number of reader threads and of scoring processes. Scoring alone uses every core."""
-        is_scoring_only = self.options.protocol.pred is not None
-        return self.options.resources.workers or (available_cores() if is_scoring_only else DEFAULT_WORKERS)
+        return self.options.resources.workers or (available_cores() if self.is_scoring_only else DEFAULT_WORKERS)
 
     @cached_property
     def groups(self) -> dict[str, list[Sample]]:
@@ -89,7 +98,7 @@ class Evaluation:
             # None: the file is not readable, for example after an interrupted run
             if provenance is not None and DIGEST_KEY not in provenance:
                 raise UsageError(f"{path} exists and was not made by icm; give --save-alphas another folder")
-        inputs = filter(None, (self.options.dataset.groups, self.options.protocol.references))
+        inputs = [path for path in (self.options.dataset.groups, self.options.protocol.references) if path]
         self.reports.check_no_overwrite([*self._dataset_files, *alphas, *inputs])
 
     def plan_result(self, sample: Sample, output: Path | str, round_number: int) -> ImageResult:
@@ -119,40 +128,10 @@ class Evaluation:
         ``settings``: of the model, or the folder of predictions. ``trained_on``: digests of the images that the model
         was trained on, if they are known.
         """
-        allowed = frozenset(self.options.protocol.allow)
         protocol = self._describe_protocol(planned, references, notes)
-        is_external = self.options.protocol.pred is not None
-        unused_options = self.options.matting_names() if is_external else []
-        report = Report(
-            {
-                "title": protocol["title"],
-                "note": self.options.reports.note,
-                **environment_settings(),
-                "protocol": protocol,
-                **self.options.as_settings(unused_options),
-                **settings,
-            },
-            allowed=allowed,
-            references=references,
-            page_images=self._page_images(references),
-        )
-
-        def task_for(result: ImageResult) -> ScoreTask:
-            sample = self.by_name[result.name]
-            return ScoreTask(
-                name=result.name,
-                alpha_path=Path(result.output),
-                truth_path=sample.alpha,
-                rule=self.rule,
-                trimap_path=sample.trimap,
-                image_path=sample.file,
-                needs_sha256=trained_on is not None,
-                is_external=is_external,
-                allowed=allowed,
-            )
-
+        task_for = partial(self._score_task, needs_sha256=trained_on is not None)
         collector = ResultCollector(
-            report,
+            self._make_report(protocol, settings, references),
             planned,
             self.listener,
             start=self.start,
@@ -164,6 +143,41 @@ class Evaluation:
         for note in protocol["notes"]:
             self.listener.on_notice(note)
         return collector
+
+    def _make_report(
+        self, protocol: Mapping[str, Any], settings: Mapping[str, Any], references: ReferenceRounds
+    ) -> Report:
+        """Return the report of the evaluation, still without results."""
+        unused_options = self.options.matting_names() if self.is_scoring_only else []
+        report_settings = {
+            "title": protocol["title"],
+            "note": self.options.reports.note,
+            **environment_settings(),
+            "protocol": protocol,
+            **self.options.as_settings(unused_options),
+            **settings,
+        }
+        return Report(
+            report_settings,
+            allowed=self._allowed_problems,
+            references=references,
+            page_images=self._page_images(references),
+        )
+
+    def _score_task(self, result: ImageResult, *, needs_sha256: bool) -> ScoreTask:
+        """Return the task that scores the alpha of a result. ``needs_sha256``: compute the digest of the image."""
+        sample = self.by_name[result.name]
+        return ScoreTask(
+            name=result.name,
+            alpha_path=Path(result.output),
+            truth_path=sample.alpha,
+            rule=self.rule,
+            trimap_path=sample.trimap,
+            image_path=sample.file,
+            needs_sha256=needs_sha256,
+            is_external=self.is_scoring_only,
+            allowed=self._allowed_problems,
+        )
 
     def score_flicker(self, collector: ResultCollector) -> None:
         """Compute dtSSD between all consecutive frames of videos that have an alpha."""
@@ -177,8 +191,7 @@ class Evaluation:
         rounds = sorted({result.round for result in scored.values()})
         tasks = []
         for round_number, (before, frame) in itertools.product(rounds, pairs):
-            result = scored.get((round_number, frame.name))
-            result_before = scored.get((round_number, before.name))
+            result_before, result = (scored.get((round_number, name)) for name in (before.name, frame.name))
             if result and result_before:
                 task = FlickerTask(FrameFiles.of_result(result), FrameFiles.of_result(result_before), self.rule)
                 tasks.append((result.key, task))
