@@ -205,17 +205,19 @@ def find_dataset(
             f"no image of {dataset.title} has an alpha; expected files of equal names, but images "
             f"are like {min(files.images)} and alphas like {min(files.alphas)}"
         )
-    metadata = None
-    if groups is not None:
-        metadata = GroupMetadata.read_file(Path(groups))
-    elif dataset.metadata:
-        metadata = GroupMetadata.load_bundled(dataset.metadata)
-    if metadata is not None:
-        samples, group_problems = metadata.assign_groups(samples)
-        problems += group_problems
-    else:
-        samples = [replace(sample, group=dataset.group_by_name(sample.name)) for sample in samples]
-    return DatasetSamples(dataset, samples, problems, notes, are_foregrounds)
+    samples, group_problems = _assign_groups(dataset, samples, groups)
+    return DatasetSamples(dataset, samples, problems + group_problems, notes, are_foregrounds)
+
+
+def _assign_groups(
+    dataset: Dataset, samples: Sequence[Sample], groups_file: str | Path | None
+) -> tuple[list[Sample], list[Problem]]:
+    """Return the samples with their groups, from a file, the bundled metadata or their names; and the problems."""
+    if groups_file is not None:
+        return GroupMetadata.read_file(Path(groups_file)).assign_groups(samples)
+    if dataset.metadata:
+        return GroupMetadata.load_bundled(dataset.metadata).assign_groups(samples)
+    return [replace(sample, group=dataset.group_by_name(sample.name)) for sample in samples], []
 
 
 def _locate_files(

@@ -210,36 +210,24 @@ def build_model(
 ) -> InContextMatting:
     """Build a model and load its weights; see :func:`load_model`.
 
-    Head and edges that are trained must be in the checkpoint, if there is one; others keep their own weights. Backbone
-    and objects get their pretrained weights unless they are in the checkpoint. The head is built first, so that its
-    random weights depend on the seed only.
+    Backbone and objects get their pretrained weights unless they are in the checkpoint. The head is built first, so
+    that its random weights depend on the seed only.
     """
-    tensors = {kind: {} if checkpoint is None else checkpoint.component(kind) for kind in COMPONENT_KEYS}
-    where = "" if checkpoint is None else checkpoint.where
-    head_class = component_class("head", config.head.name)
-    edges_class: Any = None if config.edges is None else component_class("edges", config.edges.name)
-    required: set[ComponentKind] = set()
-    if checkpoint is not None and head_class.is_trained:
-        required.add("head")
-        _check_shapes(head_class, config.head.settings, tensors["head"], where)
-    if checkpoint is not None and config.edges is not None and edges_class.is_trained:
-        required.add("edges")
-        _check_shapes(edges_class, config.edges.settings, tensors["edges"], where)
-
-    head = head_class(config.head.settings)
-    backbone_class, settings = component_class("backbone", config.backbone.name), config.backbone.settings
-    if tensors["backbone"] and backbone_class.is_self_contained:
-        _reject_weights(weights, where)
-        backbone = backbone_class(settings).eval()
+    stored = {} if checkpoint is None else _stored_components(config, checkpoint)
+    head = component_class("head", config.head.name)(config.head.settings)
+    backbone_class = component_class("backbone", config.backbone.name)
+    if checkpoint is not None and "backbone" in stored and backbone_class.is_self_contained:
+        _reject_weights(weights, checkpoint.where)
+        backbone = backbone_class(config.backbone.settings).eval()
     else:
-        backbone = backbone_class.load(settings, weights, offline=offline, seed=seed)
+        backbone = backbone_class.load(config.backbone.settings, weights, offline=offline, seed=seed)
     edges, objects = None, None
     if config.edges is not None:
-        edges = edges_class.load(config.edges.settings, offline=offline)
+        edges = component_class("edges", config.edges.name).load(config.edges.settings, offline=offline)
     if config.objects is not None:
-        objects_class, settings = component_class("objects", config.objects.name), config.objects.settings
-        objects = objects_class(settings) if tensors["objects"] else objects_class.load(settings)
-        objects.eval()
+        objects_class = component_class("objects", config.objects.name)
+        make_objects = objects_class if "objects" in stored else objects_class.load
+        objects = make_objects(config.objects.settings).eval()
     model = InContextMatting(
         backbone,
         head,
@@ -249,12 +237,35 @@ def build_model(
         match=config.match,
         guided_filter=config.guided_filter,
     )
-    for kind in COMPONENT_KEYS:
-        component = getattr(model, kind)
-        is_contained = kind in ("backbone", "objects") and component is not None and bool(tensors[kind])
-        if kind in required or is_contained:
-            load_strict(component, tensors[kind], where)
+    if checkpoint is not None:
+        for kind, tensors in stored.items():
+            load_strict(getattr(model, kind), tensors, checkpoint.where)
     return model
+
+
+def _stored_components(config: ModelConfig, checkpoint: Checkpoint) -> dict[ComponentKind, dict[str, Tensor]]:
+    """Return the tensors of the components whose weights come from the checkpoint.
+
+    Trained heads and edges must be in it; others keep their own weights. Backbone and objects may be in it.
+
+    Raises ConfigError if tensors of a trained head or of trained edges are missing or have other shapes.
+    """
+    stored = {}
+    for kind in COMPONENT_KEYS:
+        part: ComponentConfig | None = getattr(config, kind)
+        if part is None:
+            continue
+        tensors = checkpoint.component(kind)
+        cls = component_class(kind, part.name)
+        if kind in ("head", "edges"):
+            is_stored = cls.is_trained
+            if is_stored:
+                _check_shapes(cls, part.settings, tensors, checkpoint.where)
+        else:
+            is_stored = bool(tensors)
+        if is_stored:
+            stored[kind] = tensors
+    return stored
 
 
 def _check_shapes(cls: type[Component], settings: Any, tensors: Mapping[str, Tensor], where: str) -> None:

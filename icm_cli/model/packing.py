@@ -65,20 +65,16 @@ def pack_checkpoint(
         with_objects = [_read_trained(path) for path in objects]
         sources += with_objects
         objects_config = _shared_objects(objects, with_objects)
+        config = replace(config, objects=objects_config)
         initial = component_class("objects", objects_config.name).load(objects_config.settings).state_dict()
         tensors |= {f"objects.{name}": tensor for name, tensor in initial.items()}
         tensors |= _average_tensors(with_objects, "objects")
-        config = replace(config, objects=objects_config)
     if edges is not None:
-        if config.edges is None:
-            raise ConfigError(f"{checkpoint} is of a model without edges; omit --edges")
-        with_edges = _read_trained(edges)
+        with_edges = _read_edges(edges, checkpoint, config)
         sources.append(with_edges)
-        if with_edges.config.edges is None:
-            raise ConfigError(f"--edges {edges} is of a model without edges; give a checkpoint with trained edges")
+        config = replace(config, edges=with_edges.config.edges)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("edges.")}
         tensors |= {f"edges.{name}": tensor for name, tensor in with_edges.component("edges").items()}
-        config = replace(config, edges=with_edges.config.edges)
     if model is not None:
         config = _load_requested_config(model, config)
     merged = Checkpoint(tensors, config, _merge_metadata(sources), f"the model packed from {checkpoint}")
@@ -96,6 +92,19 @@ def _shared_objects(paths: Sequence[Path], checkpoints: Sequence[_TrainedCheckpo
         if checkpoint.config.objects != shared:
             raise ConfigError(f"{path} has other objects than {paths[0]}; give checkpoints of one configuration")
     return shared
+
+
+def _read_edges(path: Path, checkpoint: Path, config: ModelConfig) -> _TrainedCheckpoint:
+    """Read the checkpoint whose edges replace those of ``checkpoint``, whose model is ``config``.
+
+    Raises ConfigError if one of the two has no edges.
+    """
+    if config.edges is None:
+        raise ConfigError(f"{checkpoint} is of a model without edges; omit --edges")
+    with_edges = _read_trained(path)
+    if with_edges.config.edges is None:
+        raise ConfigError(f"--edges {path} is of a model without edges; give a checkpoint with trained edges")
+    return with_edges
 
 
 def _load_requested_config(model: str, config: ModelConfig) -> ModelConfig:

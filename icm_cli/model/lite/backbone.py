@@ -187,8 +187,35 @@ def _onnx_path(weights: str | None) -> Path:
 def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
     """Read the tensors of the first ``depth`` blocks from the ONNX file, by their names in :class:`VisionTransformer`.
 
-    The graph has no names for the matrices, so they are found as inputs of the named nodes that multiply by them.
     Raises ConfigError without onnx.
+    """
+    stored, matrix_of_node = _read_onnx_tensors(path)
+    positions = matrix_of_node["/backbone/embeddings/Reshape_1"]
+    tensors = {
+        "patches.weight": stored["backbone.embeddings.patch_embeddings.projection.weight"],
+        "patches.bias": stored["backbone.embeddings.patch_embeddings.projection.bias"],
+        "class_token": stored["backbone.embeddings.cls_token"],
+        "class_position": matrix_of_node["/backbone/embeddings/Concat_6"],
+        "positions": positions.reshape(1, POSITIONS, POSITIONS, TRANSFORMER_WIDTH).permute(0, 3, 1, 2),
+    }
+    for block in range(depth):
+        theirs, ours = f"backbone.encoder.layer.{block}", f"blocks.{block}"
+        for name, layers in LINEAR_LAYERS.items():
+            nodes = [f"/backbone/encoder/layer.{block}/{layer.replace('.', '/')}/MatMul" for layer in layers]
+            tensors[f"{ours}.{name}.weight"] = torch.cat([matrix_of_node[node].T for node in nodes])
+            tensors[f"{ours}.{name}.bias"] = torch.cat([stored[f"{theirs}.{layer}.bias"] for layer in layers])
+        for number in (1, 2):
+            for kind in ("weight", "bias"):
+                tensors[f"{ours}.norm{number}.{kind}"] = stored[f"{theirs}.norm{number}.{kind}"]
+            tensors[f"{ours}.scale{number}"] = stored[f"{theirs}.layer_scale{number}.lambda1"]
+    return tensors
+
+
+def _read_onnx_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Read an ONNX file. Return its tensors by name, and the first tensor that is an input of each node, by node.
+
+    The graph has no names for the matrices, so they are found by the nodes that multiply by them. Raises ConfigError
+    without onnx.
     """
     try:
         import onnx
@@ -199,31 +226,13 @@ def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
         ) from error
     graph = onnx.load(str(path)).graph
     stored = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
-    weight_of_node = {}  # the first stored input of each node
+    first_tensor_of_node = {}
     for node in graph.node:
-        stored_inputs = [name for name in node.input if name in stored]
-        if stored_inputs:
-            weight_of_node[node.name] = stored[stored_inputs[0]]
-    tensors = {
-        "patches.weight": stored["backbone.embeddings.patch_embeddings.projection.weight"],
-        "patches.bias": stored["backbone.embeddings.patch_embeddings.projection.bias"],
-        "class_token": stored["backbone.embeddings.cls_token"],
-        "class_position": weight_of_node["/backbone/embeddings/Concat_6"],
-        "positions": weight_of_node["/backbone/embeddings/Reshape_1"]
-        .reshape(1, POSITIONS, POSITIONS, TRANSFORMER_WIDTH)
-        .permute(0, 3, 1, 2),
-    }
-    for block in range(depth):
-        theirs, ours = f"backbone.encoder.layer.{block}", f"blocks.{block}"
-        for name, layers in LINEAR_LAYERS.items():
-            nodes = [f"/backbone/encoder/layer.{block}/{layer.replace('.', '/')}/MatMul" for layer in layers]
-            tensors[f"{ours}.{name}.weight"] = torch.cat([weight_of_node[node].T for node in nodes])
-            tensors[f"{ours}.{name}.bias"] = torch.cat([stored[f"{theirs}.{layer}.bias"] for layer in layers])
-        for number in (1, 2):
-            for kind in ("weight", "bias"):
-                tensors[f"{ours}.norm{number}.{kind}"] = stored[f"{theirs}.norm{number}.{kind}"]
-            tensors[f"{ours}.scale{number}"] = stored[f"{theirs}.layer_scale{number}.lambda1"]
-    return tensors
+        for name in node.input:
+            if name in stored:
+                first_tensor_of_node[node.name] = stored[name]
+                break
+    return stored, first_tensor_of_node
 
 
 class VisionTransformer(nn.Module):
