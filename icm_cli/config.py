@@ -340,28 +340,28 @@ def parse_dataclass(cls: type[T], mapping: object, where: str) -> T:
 def _convert_value(value: object, hint: Any, where: str) -> Any:
     """Convert a value of YAML to the type hint of a field. Raises ConfigError.
 
-    A hint is a class, a Literal, a tuple of items of one type, or one of these or None.
+    A hint is a class, a Literal, a tuple of items of one type, or "X | None" with one of these as X.
     """
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        alternatives = typing.get_args(hint)
-        if value is None and type(None) in alternatives:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
             return None
-        hint = next(alternative for alternative in alternatives if alternative is not type(None))
+        (alternative,) = (argument for argument in arguments if argument is not type(None))
+        return _convert_value(value, alternative, where)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return parse_dataclass(hint, value, where)
-    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
-        item_hint = typing.get_args(hint)[0]
-        return tuple(_convert_value(item, item_hint, f"{where} {number}") for number, item in enumerate(value, 1))
-    if typing.get_origin(hint) is Literal:
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert_value(item, arguments[0], f"{where} {number}") for number, item in enumerate(value, 1))
+    if origin is Literal:
         value = "no" if value is False else value  # YAML reads the word "no" as False
-        if value in typing.get_args(hint):
-            return value
-    if hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    elif isinstance(hint, type) and type(value) is hint:
-        return value
-    raise ConfigError(f"{where} is {value!r}; expected {_describe_type(hint)}")
+        is_valid = value in arguments
+    elif hint is float:
+        is_valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    else:
+        is_valid = type(value) is hint
+    if not is_valid:
+        raise ConfigError(f"{where} is {value!r}; expected {_describe_type(hint)}")
+    return float(value) if hint is float else value  # type: ignore[arg-type]
 
 
 def _describe_type(hint: Any) -> str:

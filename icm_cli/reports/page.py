@@ -71,14 +71,7 @@ def write_page(path: Path, report: Report) -> None:
 
 def _template_context(report: Report) -> dict[str, Any]:
     """Return the variables of the template."""
-    scored = [result for result in report.results if result.evaluation.scores]
     means = report.means
-    main_region: Region | None = next(iter(means), None)
-    worst_first = sorted(scored, key=lambda result: -_region_mse(result, main_region)) if main_region else []
-    best = worst_first[::-1][: min(MAX_BEST, len(scored) // 3)]
-    worst = worst_first[: min(MAX_WORST, len(scored) - len(best))]
-    others = [result for result in report.results if not result.evaluation.scores and result.status != "failed"]
-    lowest_quality_first = sorted(others, key=lambda result: result.quality_key)
     return {
         "title": report.settings["title"],
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -88,22 +81,35 @@ def _template_context(report: Report) -> dict[str, Any]:
         "means_unseen": report.means_unseen or {},
         "metrics": report.measured_metrics,
         "metric_titles": METRIC_TITLES,
-        "main": main_region,
+        "main": next(iter(means), None),
         "published": published_scores(report.protocol),
         "comparison_caveats": comparison_caveats(report.protocol, means),
         "shot_score_titles": SHOT_SCORE_TITLES,
-        "tables": _breakdown_tables(scored),
-        "histograms": [_make_histogram(scored, main_region, metric) for metric in METRICS] if main_region else [],
-        "worst": (_make_figure(report, result) for result in worst),
-        "best": (_make_figure(report, result) for result in best),
         "has_quality": any(result.matting.quality is not None for result in report.results),
-        "cards": [] if scored else [_make_card(report, result) for result in report.by_quality[:MAX_UNSCORED]],
         "card_references": list(map(_make_reference, report.page_images.references_with_masks)),
-        "rows": [*report.failures, *worst_first, *lowest_quality_first][:MAX_TABLE_ROWS],
         "problem_kinds": Counter(problem.kind for problem in report.problems),
         "max_listed": MAX_LISTED,
         "max_open": MAX_OPEN,
         "report": report,
+        **_image_variables(report, next(iter(means), None)),
+    }
+
+
+def _image_variables(report: Report, region: Region | None) -> dict[str, Any]:
+    """Return the variables of the template about single images. They are ranked by their MSE over ``region``."""
+    scored = [result for result in report.results if result.evaluation.scores]
+    worst_first = sorted(scored, key=lambda result: -_region_mse(result, region)) if region else []
+    best = worst_first[::-1][: min(MAX_BEST, len(scored) // 3)]
+    worst = worst_first[: min(MAX_WORST, len(scored) - len(best))]
+    others = [result for result in report.results if not result.evaluation.scores and result.status != "failed"]
+    lowest_quality_first = sorted(others, key=lambda result: result.quality_key)
+    return {
+        "tables": _breakdown_tables(scored),
+        "histograms": [_make_histogram(scored, region, metric) for metric in METRICS] if region else [],
+        "worst": (_make_figure(report, result) for result in worst),
+        "best": (_make_figure(report, result) for result in best),
+        "cards": [] if scored else [_make_card(report, result) for result in report.by_quality[:MAX_UNSCORED]],
+        "rows": [*report.failures, *worst_first, *lowest_quality_first][:MAX_TABLE_ROWS],
     }
 
 
