@@ -38,7 +38,7 @@ class Batch:
     counters: tuple[int, ...]
     skipped: tuple[str, ...]
     """Reasons for the draws that could not be read."""
-    black_alphas: tuple[Path, ...] = field(default=(), kw_only=True)
+    empty_alphas: tuple[Path, ...] = field(default=(), kw_only=True)
     """Files of targets' alphas that have no object."""
 
     def named_tensors(self) -> dict[str, Tensor]:
@@ -84,12 +84,12 @@ Layers: TypeAlias = dict[str, NDArray[Any]]
 """Arrays of one sample, by the names of the tensors of its batch."""
 
 
-class Sample(NamedTuple):
+class TrainingSample(NamedTuple):
     """A training sample."""
 
     name: str
     layers: Layers
-    black_alphas: tuple[Path | None, ...]
+    empty_alphas: tuple[Path | None, ...]
     """Files of the alphas that were drawn for a target and have no object; None: the alpha channel of an image."""
 
 
@@ -117,7 +117,7 @@ class SampleMaker(BatchMaker[BatchT]):
         self._seed = seed
 
     @abstractmethod
-    def draw_sample(self, rng: np.random.Generator) -> Sample:
+    def draw_sample(self, rng: np.random.Generator) -> TrainingSample:
         """Draw a sample. Raises ImageError if an image cannot be read."""
 
     def make_batch(self, counters: Sequence[int]) -> BatchT:
@@ -128,10 +128,10 @@ class SampleMaker(BatchMaker[BatchT]):
             layer: torch.from_numpy(np.stack([sample.layers[layer] for sample in samples]))
             for layer in samples[0].layers
         }
-        black_alphas = tuple(path for sample in samples for path in sample.black_alphas if path is not None)
-        return self.batch_class(names, tuple(counters), tuple(skipped), **tensors, black_alphas=black_alphas)
+        empty_alphas = tuple(path for sample in samples for path in sample.empty_alphas if path is not None)
+        return self.batch_class(names, tuple(counters), tuple(skipped), **tensors, empty_alphas=empty_alphas)
 
-    def _make_sample(self, counter: int, skipped: list[str]) -> Sample:
+    def _make_sample(self, counter: int, skipped: list[str]) -> TrainingSample:
         """Make sample number ``counter``. If an image cannot be read, add the reason to ``skipped`` and draw again."""
         for attempt in range(MAX_ATTEMPTS):
             try:

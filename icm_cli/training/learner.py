@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icm_cli.config import check_setting
+from icm_cli.config import COMPONENT_KEYS, check_setting
 from icm_cli.device import make_accelerator, process_count
-from icm_cli.environment import is_out_of_memory
+from icm_cli.environment import DEFAULT_WORKERS, is_out_of_memory
 from icm_cli.errors import ConfigError, TrainingError
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.loading import backbone_digest, load_model_for_training
+from icm_cli.options import TrainingDeviceOptions
 from icm_cli.training.batches import number_samples
 from icm_cli.training.settings import Settings, TrainConfig
 
@@ -33,52 +34,58 @@ class Learner:
         settings: Settings,
         trainable_parts: Collection[str],
         select_module: Callable[[InContextMatting], nn.Module],
-        *,
         checkpoint: Path | None,
-        weights: str | None,
-        device: str,
-        offline: bool,
-        workers: int,
+        options: TrainingDeviceOptions,
     ) -> None:
         """Load the model. Raises ConfigError.
 
         The weights of ``trainable_parts`` may change; ``select_module`` returns the module with gradients.
         """
         config = self.config = settings.train
-        self.workers = workers
+        weights = options.weights
+        self.workers = DEFAULT_WORKERS if options.workers is None else options.workers
         """Number of processes that make samples."""
+        self.offline = options.offline
         self.is_from_checkpoint = checkpoint is not None
-        self.offline = offline
-        processes, micro_batch = split_batch(config)
-        self.micro_batch = micro_batch
-        self.accumulation = config.batch_size // (processes * micro_batch)
+        processes, self.micro_batch = split_batch(config)
+        self.accumulation = config.batch_size // (processes * self.micro_batch)
         """Number of micro-batches that this process takes in a step."""
-        self.accelerator, self.device = make_accelerator(device, config.precision, self.accumulation)
+        self.accelerator, self.device = make_accelerator(options.device, config.precision, self.accumulation)
         self.model = load_model_for_training(
-            settings.model, checkpoint=checkpoint, weights=weights, offline=offline, seed=config.seed
+            settings.model, checkpoint=checkpoint, weights=weights, offline=self.offline, seed=config.seed
         )
-        can_train_backbone = "backbone" in trainable_parts and self.model.backbone.is_trainable
-        self.trains_backbone = bool(config.backbone_learning_rate) and can_train_backbone
+        self.trained_parts = self._select_trained_parts(trainable_parts)
         self._check_backbone_settings()
-        self.weights_digest = backbone_digest(settings.model, checkpoint, weights, offline=offline)
+        self.weights_digest = backbone_digest(settings.model, checkpoint, weights, offline=self.offline)
         """Digest of the backbone's initial weights."""
         saves_backbone = self.trains_backbone and self.model.backbone.is_self_contained
         self.separate_weights = None if saves_backbone else weights
         """Option ``--weights`` for the checkpoints of this run; None if they contain the backbone."""
         module = select_module(self.model)
-        trained_parts = set(trainable_parts)
-        if not self.trains_backbone:
-            trained_parts.discard("backbone")
-        self._freeze_parts_except(trained_parts)
+        self._freeze_other_parts()
         if self.device.torch_device.type != "mps":
             self.model.use_channels_last()
         self.forward, self.optimiser = self.accelerator.prepare(module, _make_optimiser(self.model, config))
         self.tensors = {
-            name: tensor for name, tensor in self.model.state_dict().items() if name.split(".")[0] in trained_parts
+            name: tensor
+            for name, tensor in self.model.state_dict().items()
+            if name.partition(".")[0] in self.trained_parts
         }
         """The weights and statistics that training changes, by their names in the model, such as "head.norm.weight"."""
         self.ema = MovingAverage(self.tensors, config.ema_decay)
         self.set_training_mode()
+
+    def _select_trained_parts(self, trainable_parts: Collection[str]) -> set[str]:
+        """Return the parts whose weights change: the backbone only if it has a learning rate and can be trained."""
+        parts = set(trainable_parts)
+        if not (self.config.backbone_learning_rate and self.model.backbone.is_trainable):
+            parts.discard("backbone")
+        return parts
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether the weights of the backbone change."""
+        return "backbone" in self.trained_parts
 
     def _check_backbone_settings(self) -> None:
         """Raise ConfigError for settings that do not suit the backbone of the model."""
@@ -93,13 +100,13 @@ class Learner:
                 "run; expected 0"
             )
 
-    def _freeze_parts_except(self, trained_parts: Collection[str]) -> None:
+    def _freeze_other_parts(self) -> None:
         """Freeze all parts of the model that are not trained. A frozen backbone gets the dtypes of inference."""
-        for name in ("backbone", "head", "objects", "edges"):
+        for name in COMPONENT_KEYS:
             part = getattr(self.model, name)
-            if part is not None and name not in trained_parts:
+            if part is not None and name not in self.trained_parts:
                 part.requires_grad_(False)
-        if "backbone" not in trained_parts:
+        if not self.trains_backbone:
             self.model.backbone.set_dtype(self.device.dtype, self.device.transformer_dtype)
             self.model.backbone.optimise_for_inference()
 

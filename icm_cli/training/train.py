@@ -18,7 +18,7 @@ from torch import Tensor
 from icm_cli.datasets.groups import Sample, group_samples
 from icm_cli.datasets.registry import find_dataset
 from icm_cli.device import is_main_process, process_count
-from icm_cli.environment import DEFAULT_WORKERS, limited_threads
+from icm_cli.environment import limited_threads
 from icm_cli.errors import ImageError, TrainingError, UsageError, format_count
 from icm_cli.evaluation.evaluate import evaluate
 from icm_cli.events import (
@@ -75,8 +75,9 @@ def train(options: TrainOptions, *, listener: TrainingListener | None = None) ->
         for problem in pool.problems:
             listener.on_problem(problem)
     if training.preview:
-        _write_preview(folder / "preview.png", stage, training.preview)
-        summary = TrainingSummary(folder, preview=folder / "preview.png")
+        preview = folder / "preview.png"
+        _write_preview(preview, stage, training.preview)
+        summary = TrainingSummary(folder, preview=preview)
         listener.on_training_end(summary)
         return summary
     run = RunFolder(
@@ -94,16 +95,7 @@ def train(options: TrainOptions, *, listener: TrainingListener | None = None) ->
                 check_validation(settings.data.validation, pool.image_paths, listener.on_notice)
             listener.on_detail("computing the digests of the training images and alphas")
             run.record_data(listener.on_notice)
-        learner = Learner(
-            settings,
-            stage.trainable_parts,
-            stage.select_module,
-            checkpoint=training.checkpoint,
-            weights=options.device.weights,
-            device=options.device.device,
-            offline=options.device.offline,
-            workers=DEFAULT_WORKERS if options.device.workers is None else options.device.workers,
-        )
+        learner = Learner(settings, stage.trainable_parts, stage.select_module, training.checkpoint, options.device)
         process_listener = listener if learner.is_main else SecondaryProcessListener(listener)
         summary = _TrainingLoop(settings, stage, learner, run, process_listener).run_steps(resume=training.resume)
         if training.pack is not None and summary.checkpoint is not None and learner.is_main:
@@ -132,7 +124,7 @@ class _TrainingLoop:
         self._skipped_log = SkippedLog(run.folder, listener.on_notice)
         self._loss: float | None = None
         """Mean loss of the last logged steps."""
-        self._black_alphas: set[Path] | None = set()
+        self._empty_alphas: set[Path] | None = set()
         """Alphas without an object that were drawn; None after they were reported."""
 
     def run_steps(self, *, resume: bool) -> TrainingSummary:
@@ -158,26 +150,22 @@ class _TrainingLoop:
             while not is_done:
                 learning_rate = learner.set_learning_rates(self._progress.step, self._elapsed_fraction)
                 batch, skipped = self._take_step(batches)
-                step = self._progress.step + 1
-                self._progress = RunProgress(step, skipped, start.seconds + stats.seconds)
+                self._progress = RunProgress(self._progress.step + 1, skipped, start.seconds + stats.seconds)
                 is_stopped = learner.is_true_anywhere(stop.received is not None)
                 is_done = is_stopped or learner.is_true_anywhere(self._is_finished)
-                listener.on_step_end(step)
+                listener.on_step_end(self._progress.step)
                 if is_done or stats.samples >= MIN_DRAWS_PER_IMAGE * len(self._stage.pool):
-                    self._report_black_alphas()
-                if step % recipe.log_every == 0 or is_done:
+                    self._report_empty_alphas()
+                if is_done or self._is_due_every(recipe.log_every):
                     self._log_metrics(learning_rate)
                 if learner.is_main:
-                    is_regular_end = is_done and not is_stopped
-                    must_validate = step % recipe.validate_every == 0 or is_regular_end
-                    must_save = step % recipe.save_every == 0 or must_validate or is_done
                     with stats.pause():
-                        self._write_image_if_due(batch, must_validate=must_validate)
-                        if must_save:
-                            run.save_progress(learner, self._progress)
-                        if must_validate and stop.received is None:
-                            self._validate(stop)
+                        self._save_and_validate(batch, stop, is_done=is_done, is_stopped=is_stopped)
         return self._summarise()
+
+    def _is_due_every(self, steps: int) -> bool:
+        """Return whether the number of the last step is a multiple of ``steps``."""
+        return self._progress.step % steps == 0
 
     def _log_metrics(self, learning_rate: float) -> None:
         """Log the mean metrics of the steps since the last call."""
@@ -187,12 +175,21 @@ class _TrainingLoop:
         self._log.write_metrics(step, metrics)
         self._listener.on_log(step, metrics)
 
-    def _write_image_if_due(self, batch: Batch, *, must_validate: bool) -> None:
-        """Log an image of a batch and its predictions, at regular steps. The first validation needs one, too."""
-        step = self._progress.step
-        if step % self._recipe.image_every == 0 or (must_validate and not self._log.has_image):
+    def _save_and_validate(self, batch: Batch, stop: StopSignals, *, is_done: bool, is_stopped: bool) -> None:
+        """Do what is due after a step: log an image of its batch, save the run, and validate.
+
+        All of it is due at a regular end. A run that was stopped is saved, but not validated.
+        """
+        recipe = self._recipe
+        must_validate = self._is_due_every(recipe.validate_every) or (is_done and not is_stopped)
+        needs_first_image = must_validate and not self._log.has_image
+        if needs_first_image or self._is_due_every(recipe.image_every):
             with self._learner.inference_mode():
-                self._log.write_image(step, self._stage.render_panel(self._learner, batch))
+                self._log.write_image(self._progress.step, self._stage.render_panel(self._learner, batch))
+        if must_validate or is_done or self._is_due_every(recipe.save_every):
+            self._run.save_progress(self._learner, self._progress)
+        if must_validate and stop.received is None:
+            self._validate(stop)
 
     def _take_step(self, batches: Iterator[Batch]) -> tuple[Batch, int]:
         """Take one optimiser step over all of its micro-batches.
@@ -205,8 +202,8 @@ class _TrainingLoop:
         for _ in range(learner.accumulation):
             batch = self._stats.take_next_batch(batches).to(learner.device.torch_device)
             skipped = self._report_skipped(batch, skipped)
-            if self._black_alphas is not None:
-                self._black_alphas.update(batch.black_alphas)
+            if self._empty_alphas is not None:
+                self._empty_alphas.update(batch.empty_alphas)
             with learner.accumulate_gradients():
                 prediction = stage.predict(learner.forward, batch)
                 self._check_predictions(prediction, batch)
@@ -259,9 +256,9 @@ class _TrainingLoop:
             check_skipped_fraction(skipped, samples + skipped, batch.skipped[-1])
         return skipped
 
-    def _report_black_alphas(self) -> None:
+    def _report_empty_alphas(self) -> None:
         """Report once the alphas without an object. Such an image may be meant as one that does not show the object."""
-        alphas, self._black_alphas = sorted(self._black_alphas or ()), None
+        alphas, self._empty_alphas = sorted(self._empty_alphas or ()), None
         if alphas:
             names = ", ".join(map(str, alphas[:MAX_LISTED_ALPHAS]))
             more = f" and {len(alphas) - MAX_LISTED_ALPHAS} more" if len(alphas) > MAX_LISTED_ALPHAS else ""

@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from icm_cli.events import TrainingListener
+from icm_cli.options import TrainingDeviceOptions
 from icm_cli.training.data.pool import read_pool
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import read_settings
@@ -37,16 +38,8 @@ def main() -> None:
     given = parser.parse_args()
     settings = read_settings(RECIPE, given.data, given.set)
     stage = make_stage(settings, read_pool(settings.data))
-    learner = Learner(
-        settings,
-        stage.trainable_parts,
-        stage.select_module,
-        checkpoint=given.start,
-        weights=None,
-        device=given.device,
-        offline=True,
-        workers=given.workers,
-    )
+    options = TrainingDeviceOptions(device=given.device, workers=given.workers, offline=True)
+    learner = Learner(settings, stage.trainable_parts, stage.select_module, given.start, options)
     device = learner.device.torch_device
     stage.prepare(learner, Path(), 0, TrainingListener())
     batches = stage.make_batches(learner, 0)

@@ -154,18 +154,28 @@ def read_pool(data: DataConfig) -> TrainingPool:
         raise UsageError(
             "some sources contain foregrounds, and there are no backgrounds to put them on; add data: backgrounds"
         )
-    lists = [data.copies_of, *(path for source in data.sources for path in (source.groups, source.classes))]
-    originals = [] if data.copies_of is None else _read_json("copies_of", data.copies_of, "a list of SHA-256 digests")
-    if not (isinstance(originals, list) and all(isinstance(digest, str) for digest in originals)):
-        raise UsageError(f"data: copies_of {data.copies_of} has another content; expected a list of SHA-256 digests")
+    lists = [data.copies_of]
+    for source in data.sources:
+        lists += [source.groups, source.classes]
     return TrainingPool(
         tuple(sources),
         tuple(source.weight for source in data.sources),
         backgrounds,
         tuple(problems),
         tuple(Path(path) for path in lists if path is not None),
-        tuple(originals),
+        _read_original_digests(data.copies_of),
     )
+
+
+def _read_original_digests(path: str | None) -> tuple[str, ...]:
+    """Read the file of :attr:`DataConfig.copies_of`. Raises UsageError."""
+    if path is None:
+        return ()
+    expected = "a list of SHA-256 digests"
+    digests = _read_json("copies_of", path, expected)
+    if not _is_text_list(digests):
+        raise UsageError(f"data: copies_of {path} has another content; expected {expected}")
+    return tuple(digests)
 
 
 def explain_data_error(where: str, error: UsageError) -> UsageError:
@@ -222,9 +232,13 @@ def _read_classes(path: str | None) -> dict[str, list[str]]:
     classes: dict[str, list[str]] = {}
     for folder, names in stored.items():
         classes[folder] = [names] if isinstance(names, str) else names
-        if not (isinstance(classes[folder], list) and all(isinstance(name, str) for name in classes[folder])):
+        if not _is_text_list(classes[folder]):
             raise UsageError(f"data: classes {path}: the entry {folder!r} is {names!r}; expected {expected}")
     return classes
+
+
+def _is_text_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _read_json(key: str, path: str, expected: str) -> Any:

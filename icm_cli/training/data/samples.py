@@ -13,7 +13,7 @@ from icm_cli.errors import ImageError, TrainingError
 from icm_cli.geometry import binarize_alpha
 from icm_cli.model.core import TARGET_NOISE_KEY, Pairs, reference_noise_key
 from icm_cli.scoring.task import make_trimap
-from icm_cli.training.batches import Batch, Sample, SampleMaker
+from icm_cli.training.batches import Batch, SampleMaker, TrainingSample
 from icm_cli.training.data.augment import Rng, draw_guidance
 from icm_cli.training.data.pool import MAX_PARTNER_DRAWS, TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene, SceneMaker
@@ -80,10 +80,10 @@ class PairMaker(SampleMaker[PairBatch]):
         self.config = config
         self._scenes = SceneMaker(pool, config)
 
-    def draw_sample(self, rng: Rng) -> Sample:
-        black_alphas: list[Path | None] = []
+    def draw_sample(self, rng: Rng) -> TrainingSample:
+        empty_alphas: list[Path | None] = []
         for _ in range(MAX_TARGET_DRAWS):
-            sample = self._draw_pair(rng, black_alphas)
+            sample = self._draw_pair(rng, empty_alphas)
             if sample is not None:
                 return sample
         raise TrainingError(
@@ -91,8 +91,11 @@ class PairMaker(SampleMaker[PairBatch]):
             "half; expected alphas that show an object; check 'alphas' of the data"
         )
 
-    def _draw_pair(self, rng: Rng, black_alphas: list[Path | None]) -> Sample | None:
-        """Draw a target and its reference; None without a reference. Adds an all-black alpha to ``black_alphas``."""
+    def _draw_pair(self, rng: Rng, empty_alphas: list[Path | None]) -> TrainingSample | None:
+        """Draw a target and its reference; None without a reference.
+
+        If the target should show the object, but its alpha is empty, the alpha is added to ``empty_alphas``.
+        """
         pairs, scenes = self.config.pairs, self._scenes
         item = self.pool.draw_item(rng)
         partner = self.pool.draw_partner(item, rng, pairs.same_image_probability)
@@ -103,7 +106,7 @@ class PairMaker(SampleMaker[PairBatch]):
         else:
             target, name = scenes.make_scene(item, rng), item.name
         if not (is_negative or target.alpha.any()):
-            black_alphas.append(item.alpha)
+            empty_alphas.append(item.alpha)
         target = scenes.augment_colours(scenes.add_distractors(target, distractors, rng), rng)
         found = self._make_reference(item, partner, distractors[:1], rng)
         if found is None:
@@ -121,26 +124,26 @@ class PairMaker(SampleMaker[PairBatch]):
             "guidance": draw_guidance(reference.alpha, pairs, rng),
             "reference_valid": reference.valid,
         }
-        return Sample(f"{name} by {partner.name}", layers, tuple(black_alphas))
+        return TrainingSample(f"{name} by {partner.name}", layers, tuple(empty_alphas))
 
     def _make_reference(
         self, item: TrainingItem, partner: TrainingItem, distractors: Sequence[TrainingItem], rng: Rng
     ) -> tuple[TrainingItem, Scene] | None:
         """Make a scene of ``partner``, or if its alpha has no object, of another partner of ``item``; return both.
 
-        Returns None if none was found in MAX_PARTNER_DRAWS draws. Of a black alpha, only one scene is made.
+        Returns None if none was found in MAX_PARTNER_DRAWS draws. Of an item without an object, only one scene is made.
         """
         pairs = self.config.pairs
-        black: set[TrainingItem] = set()
+        empty: set[TrainingItem] = set()
         for _ in range(MAX_PARTNER_DRAWS):
-            if partner not in black:
+            if partner not in empty:
                 reference = self._scenes.make_scene(partner, rng)
                 if distractors and rng.random() < pairs.reference_distractor_probability:
                     reference = self._scenes.add_distractors(reference, distractors, rng)
                 if reference.has_object:
                     return partner, reference
                 if not reference.alpha.any():
-                    black.add(partner)
+                    empty.add(partner)
             partner = self.pool.draw_partner(item, rng, pairs.same_image_probability)
         return None
 

@@ -30,11 +30,11 @@ from icm_cli.training.stages.mosaics import (
     LARGE_FACTOR,
     ImageSource,
     Mosaic,
+    MosaicLayout,
     MosaicStage,
     TokenMatcher,
     draw_mosaics,
     encode_scenes,
-    join_tiles,
     render_mosaics,
     require_token_match_head,
     stack_scenes,
@@ -72,7 +72,7 @@ class SceneMosaicMaker(BatchMaker[SceneBatch]):
         """
         rng = np.random.default_rng((self._seed, 1, counters[0]))
         skipped: list[str] = []
-        black_alphas: list[Path] = []
+        empty_alphas: list[Path] = []
 
         def make_source(maker: SceneMaker) -> ImageSource[Scene]:
             """Return a source that makes a new scene whenever an image is drawn."""
@@ -84,7 +84,7 @@ class SceneMosaicMaker(BatchMaker[SceneBatch]):
                     skipped.append(str(error))
                     return None
                 if item.alpha is not None and not scene.alpha.any():
-                    black_alphas.append(item.alpha)
+                    empty_alphas.append(item.alpha)
                 return scene
 
             views = {item: [item] for item in maker.pool}  # one entry per image: each draw makes a new scene
@@ -92,15 +92,15 @@ class SceneMosaicMaker(BatchMaker[SceneBatch]):
 
         large = None if self._large is None else make_source(self._large)
         mosaics = draw_mosaics(self._config, make_source(self._small), large, len(counters), rng)
-        return mosaics, skipped, black_alphas
+        return mosaics, skipped, empty_alphas
 
     def make_batch(self, counters: Sequence[int]) -> SceneBatch:
-        mosaics, skipped, black_alphas = self.draw_mosaics(counters)
+        mosaics, skipped, empty_alphas = self.draw_mosaics(counters)
         return SceneBatch(
             names=tuple(mosaic.name for mosaic in mosaics),
             counters=tuple(counters),
             skipped=tuple(skipped),
-            black_alphas=tuple(black_alphas),
+            empty_alphas=tuple(empty_alphas),
             rows=mosaics[0].rows,
             columns=mosaics[0].columns,
             is_positive=torch.tensor([mosaic.is_positive for mosaic in mosaics]),
@@ -127,9 +127,8 @@ class EndToEndMatcher(nn.Module):
         """Return the outputs of :class:`TokenMatcher`, the true alphas [B,nH,nW], and the valid tokens [B,H,W]."""
         tiles = encode_scenes(self.backbone, self.head, [layer.flatten(0, 1) for layer in batch.tiles])
         references = encode_scenes(self.backbone, self.head, [layer.flatten(0, 1) for layer in batch.references])
-        tokens = join_tiles(
-            batch.names, batch.counters, batch.rows, batch.columns, tiles, references, batch.is_positive
-        )
+        layout = MosaicLayout(batch.names, batch.counters, batch.rows, batch.columns, batch.is_positive)
+        tokens = layout.make_batch(tiles, references)
         return (*TokenMatcher(self.head)(tokens), tokens.alpha, tokens.valid)
 
 

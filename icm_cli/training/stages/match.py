@@ -78,7 +78,7 @@ class MatchStage(MosaicStage[MosaicBatch]):
         """Number of the current view set."""
         self._sources: tuple[ImageSource[View], ImageSource[View] | None] | None = None
         """Small and large views of the current view set."""
-        self._black_alphas: tuple[Path, ...] = ()
+        self._empty_alphas: tuple[Path, ...] = ()
         """Alphas without an object in the current view set."""
 
     def select_module(self, model: InContextMatting) -> nn.Module:
@@ -120,7 +120,7 @@ class MatchStage(MosaicStage[MosaicBatch]):
         # A set consists of the parts from its own number on, so earlier parts are not needed any more.
         self._views = {file: views for file, views in self._views.items() if file.rotation_part >= number}
         self._sources = _split_by_size(self.pool, {file: self._views[file] for file in files}, lambda view: view)
-        self._black_alphas = tuple(
+        self._empty_alphas = tuple(
             item.alpha
             for file in files
             for item, view in zip(file.items, self._views[file], strict=True)
@@ -146,7 +146,7 @@ class MatchStage(MosaicStage[MosaicBatch]):
         batch = collate_mosaics(mosaics, counters)
         if self._config.feature_noise:
             batch = add_feature_noise(batch, self._config.feature_noise, rng)
-        return replace(batch, black_alphas=self._black_alphas)
+        return replace(batch, empty_alphas=self._empty_alphas)
 
     def compute_losses(self, prediction: Prediction, batch: MosaicBatch) -> dict[str, Tensor]:
         return match_losses(prediction, batch.alpha, batch.valid, self._config.presence_weight)

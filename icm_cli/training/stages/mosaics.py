@@ -40,8 +40,8 @@ NOISE_REGION = 6
 """Side, in tokens, of the regions whose tokens have a part of their noise in common."""
 FURTHER_PROBABILITY = 0.7
 """Probability that a further tile shows the object, in mosaics where several tiles may show it."""
-MAX_ATTEMPTS = 1000
-"""Training ends if no image was found for a tile of a mosaic in this many draws."""
+MAX_MOSAIC_DRAWS = 1000
+"""Training ends if no mosaic, or no image for one of its tiles, was found in this many draws."""
 
 
 class View(NamedTuple):
@@ -245,7 +245,7 @@ class MosaicSampler(Generic[Image]):
     def sample(self) -> Mosaic[Image]:
         """Sample a mosaic. Raises TrainingError if there are not enough usable images."""
         tile_count = self.rows * self.columns
-        for _ in range(MAX_ATTEMPTS):
+        for _ in range(MAX_MOSAIC_DRAWS):
             item, target = self._sample_tile()
             sampled = [self._sample_reference(item, target) for _ in range(self.reference_count)]
             found = [reference for reference in sampled if reference is not None]  # their items and images
@@ -265,7 +265,7 @@ class MosaicSampler(Generic[Image]):
 
     def _sample_tile(self, without: TrainingItem | None = None) -> tuple[TrainingItem, Image]:
         """Sample a usable item and its image, which does not show the object of the item ``without``."""
-        for _ in range(MAX_ATTEMPTS):
+        for _ in range(MAX_MOSAIC_DRAWS):
             item = self.targets.pool.draw_item(self.rng)
             if without is None or without.is_negative_for(item):
                 image = self.targets.draw_image(item, self.rng)
@@ -308,55 +308,60 @@ class MosaicSampler(Generic[Image]):
 
 def collate_mosaics(mosaics: Sequence[Mosaic[View]], counters: Sequence[int]) -> MosaicBatch:
     """Stack mosaics of the same layout and number of references into a batch."""
+    layout = MosaicLayout(
+        names=tuple(mosaic.name for mosaic in mosaics),
+        counters=tuple(counters),
+        rows=mosaics[0].rows,
+        columns=mosaics[0].columns,
+        is_positive=torch.tensor([mosaic.is_positive for mosaic in mosaics]),
+    )
     tiles = _stack_views([view for mosaic in mosaics for view in mosaic.tiles])
     references = _stack_views([view for mosaic in mosaics for view in mosaic.references])
-    is_positive = torch.tensor([mosaic.is_positive for mosaic in mosaics])
-    names = [mosaic.name for mosaic in mosaics]
-    return join_tiles(names, counters, mosaics[0].rows, mosaics[0].columns, tiles, references, is_positive)
+    return layout.make_batch(tiles, references)
 
 
-def join_tiles(
-    names: Sequence[str],
-    counters: Sequence[int],
-    rows: int,
-    columns: int,
-    tiles: View,
-    references: View,
-    is_positive: Tensor,
-) -> MosaicBatch:
-    """Return a batch of B mosaics of B * T tiles, where T = ``rows`` * ``columns``, and of B * R references.
+@dataclass(frozen=True)
+class MosaicLayout:
+    """Arrangement of the tiles of B mosaics, with T = ``rows`` * ``columns`` tiles each."""
 
-    ``is_positive``, bool [B,T]: which tiles show the references' object.
-    """
+    names: tuple[str, ...]
+    counters: tuple[int, ...]
+    rows: int
+    columns: int
+    is_positive: Tensor
+    """Which tiles show the references' object, bool [B,T]."""
 
-    def lay_out(tensor: Tensor) -> Tensor:
-        """Arrange the tiles [B*T,...,h,w] of a mosaic in one tensor [B,...,rows*h,columns*w]."""
-        grid = tensor.reshape(len(names), rows, columns, *tensor.shape[1:])
+    def make_batch(self, tiles: View, references: View) -> MosaicBatch:
+        """Return the batch of B * T tiles and B * R references."""
+        mosaics = tiles.map_tensors(self._join_tiles)
+        references = references.map_tensors(self._group_references)
+        alpha = self._join_tiles(tiles.alpha * self.is_positive.flatten()[:, None, None])
+        return MosaicBatch(
+            names=self.names,
+            counters=self.counters,
+            skipped=(),
+            rows=self.rows,
+            columns=self.columns,
+            feature=mosaics.feature,
+            scales=mosaics.scales,
+            alpha=alpha.float(),
+            valid=mosaics.valid,
+            reference_feature=references.feature,
+            inside=references.inside,
+            outside=references.outside,
+            embedding=mosaics.embedding,
+            every_alpha=mosaics.alpha.float(),
+        )
+
+    def _join_tiles(self, tensor: Tensor) -> Tensor:
+        """Join the tiles [B*T,...,h,w] of each mosaic to [B,...,rows*h,columns*w]."""
+        grid = tensor.reshape(len(self.names), self.rows, self.columns, *tensor.shape[1:])
         return grid.movedim((1, 2), (-4, -2)).flatten(-4, -3).flatten(-2)  # from [B,...,rows,h,columns,w]
 
-    def split_references(tensor: Tensor) -> Tensor:
+    def _group_references(self, tensor: Tensor) -> Tensor:
         """Split the first axis of a tensor [B*R,...] to [B,R,...]."""
-        return tensor.reshape(len(names), len(tensor) // len(names), *tensor.shape[1:])
-
-    mosaics = tiles.map_tensors(lay_out)
-    references = references.map_tensors(split_references)
-    alpha = lay_out(tiles.alpha * is_positive.flatten()[:, None, None])
-    return MosaicBatch(
-        names=tuple(names),
-        counters=tuple(counters),
-        skipped=(),
-        rows=rows,
-        columns=columns,
-        feature=mosaics.feature,
-        scales=mosaics.scales,
-        alpha=alpha.float(),
-        valid=mosaics.valid,
-        reference_feature=references.feature,
-        inside=references.inside,
-        outside=references.outside,
-        embedding=mosaics.embedding,
-        every_alpha=mosaics.alpha.float(),
-    )
+        count = len(self.names)
+        return tensor.reshape(count, len(tensor) // count, *tensor.shape[1:])
 
 
 def _stack_views(views: Sequence[View]) -> View:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import Float, ImageU8
 from icm_cli.model.core import InContextMatting
-from icm_cli.training.batches import Batch, Layers, Sample, SampleMaker
+from icm_cli.training.batches import Batch, Layers, SampleMaker, TrainingSample
 from icm_cli.training.data.augment import Rng
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene, SceneMaker
@@ -76,7 +76,7 @@ class EdgeMaker(SampleMaker[EdgeBatch]):
         self.config = config.refine
         self._scenes = SceneMaker(pool, config)
 
-    def draw_sample(self, rng: Rng) -> Sample:
+    def draw_sample(self, rng: Rng) -> TrainingSample:
         """Draw a scene and a coarse alpha, and crop both."""
         config, item = self.config, self.pool.draw_item(rng)
         scene, has_exact_alpha = self._make_scene(item, rng)
@@ -97,7 +97,7 @@ class EdgeMaker(SampleMaker[EdgeBatch]):
         crops: Layers = {"rgb": np.stack([scene.rgb[box] for box in boxes])}
         for name, layer in layers.items():
             crops[name] = np.stack([layer[box] for box in boxes]).astype(np.float16)
-        return Sample(item.name, crops, () if scene.alpha.any() else (item.alpha,))
+        return TrainingSample(item.name, crops, () if scene.alpha.any() else (item.alpha,))
 
     def _make_scene(self, item: TrainingItem, rng: np.random.Generator) -> tuple[Scene, bool]:
         """Make a scene of an item; return it and whether its alpha is exact."""
