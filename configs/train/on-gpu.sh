@@ -4,6 +4,7 @@
 # DATA: folder into which the tar files of icm_cli.training.data.export were unpacked. START: initial checkpoint.
 # OUT: folder for lite.safetensors, in parts of 15 MB (join them with cat), and the logs; written after an interrupt, too.
 set -euo pipefail
+mkdir -p "$3"
 data=$(realpath "$1") start=$(realpath "$2") out=$(realpath "$3") minutes=$4 refine=$5
 here=$(cd "$(dirname "$0")/../.." && pwd)
 export PYTHONPATH=$here OMP_NUM_THREADS=2
