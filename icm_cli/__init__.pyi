@@ -101,47 +101,48 @@ def matte(
     """Extract the object of the references from every image of ``src`` as an alpha below ``out``.
 
     Args:
-        ref: Reference image, repeatable. An RGBA cut-out needs no mask.
-        mask: Mask of the reference, repeatable: white on the object, black elsewhere; or a JSON
-            file of labelme or COCO. Give one for each --ref.
-        mask_label: Label of the object in a mask with several labels: a number, or a colour such as
-            #fa3253; in a JSON file the name of a label or category.
-        mask_orientation: Orientation of the mask, if the reference has an EXIF orientation: upright
-            (the mask matches the reference as displayed), stored (it matches the pixels as stored),
-            or auto (decided by the size of the mask).
-        point: Point on the object, instead of a mask of the only --ref, repeatable: x and y in
-            pixels of the displayed image, from its top left corner.
-        not_point: Point that is not on the object, repeatable.
-        box: Box around the object, instead of a mask of the only --ref: two opposite corners in
-            pixels.
-        scribble: Image of the size of the only --ref with strokes: white or green on the object,
-            black or red off it, transparent or mid-grey elsewhere.
-        guidance: What points and strokes become: mask (the mask of the object, made by lite), or
-            paper (an area that the self-attention of the model extends, as in the paper; for
-            icm-sd21).
-        save_mask: Write the mask of the only --ref to this .png file, also with --dry-run.
-        not_ref: Image of what is not the object, such as a similar object that was taken for it,
-            repeatable.
-        not_mask: Mask of a --not-ref, repeatable: white on what is not the object. The first one
-            belongs to the first --not-ref, and so on. A --not-ref without one is negative as a
-            whole.
+        ref: Image that shows the object. An RGBA cut-out needs no mask. Repeatable.
+        mask: Mask of the reference: white on the object, black elsewhere. Or a JSON file of labelme
+            or COCO. Give one for each --ref. Repeatable.
+        mask_label: Label of the object, if the mask has several: a number, a colour such as
+            #fa3253, or in a JSON file the name of a label or category.
+        mask_orientation: Orientation of the mask, if the reference is stored rotated (EXIF):
+            upright (as the reference is displayed), stored (as its pixels are stored), or auto
+            (decided by the size of the mask).
+        point: Point on the object, instead of a mask: x and y in pixels of the displayed image,
+            from its top left corner. Only with a single --ref. Repeatable.
+        not_point: Point off the object. Repeatable.
+        box: Box around the object, instead of a mask: two opposite corners in pixels. Only with a
+            single --ref.
+        scribble: Image with strokes, instead of a mask: white or green on the object, black or red
+            off it, transparent or mid-grey elsewhere. It has the size of the --ref. Only with a
+            single --ref.
+        guidance: How points and strokes are used: mask (lite makes the mask of the object from
+            them), or paper (the self-attention of icm-sd21 extends them, as in the paper).
+        save_mask: Write the mask of the --ref to this .png file, also with --dry-run. Only with a
+            single --ref.
+        not_ref: Image of what is not the object, such as a similar object that was taken for it.
+            Repeatable.
+        not_mask: Mask of a --not-ref: white on what is not the object. The first mask belongs to
+            the first --not-ref, and so on. Without a mask, nothing in the image is the object.
+            Repeatable.
         src: Images to matte: a folder (searched recursively), an image, a quoted glob, frames such
             as shot.####.exr, a text file with one path per line, or - to read paths from standard
             input.
-        root: Folder whose tree the output mirrors.
-        include: Matte only images whose path or name matches this glob, repeatable.
-        exclude: Skip images whose path or name matches this glob, repeatable.
-        hints: Corrections of single images: a folder with NAME.json (labelme; labels fg, bg, keep
-            and drop) or NAME.png (white on the object, black off it, grey or transparent elsewhere)
-            for an image NAME, or frames such as hints/sh010.####.json.
+        root: Source folder whose tree of subfolders the outputs repeat.
+        include: Matte only images whose path or name matches this glob. Repeatable.
+        exclude: Skip images whose path or name matches this glob. Repeatable.
+        hints: Corrections of single images: a folder, or frames such as hints/sh010.####.json. For
+            an image NAME, the folder has NAME.json (labelme, with the labels fg, bg, keep and drop)
+            or NAME.png (white on the object, black off it, grey or transparent elsewhere).
         garbage: Garbage matte: alpha is 0 where it is white, and the model does not see that area.
             One image for all images, or frames such as garbage.####.exr.
         keep: Keep matte (core matte): alpha is 1 where it is white, also where the garbage matte is
             white. One image for all images, or frames such as keep.####.exr.
-        out: Folder for the alphas, which mirrors the source tree, or frames such as
+        out: Folder for the alphas, with the subfolders of the sources; or frames such as
             out/matte.####.exr.
-        name: Template of the file names, with {stem}, {frame} and {suffix}, such as
-            {stem}_matte{frame}.
+        name: Template of the file names, such as {stem}_matte{frame}. It may contain {stem},
+            {frame} and {suffix}.
         keep_suffix: Keep the extension of the image in the name of its alpha, such as a.jpg.png for
             a.jpg.
         format: File format of the alphas.
@@ -160,13 +161,13 @@ def matte(
         model: Model: a name that icm matte --list-models prints, such as lite, or a .yaml file.
         checkpoint: Trained weights: the published .ckpt, or a .safetensors file of icm.
         weights: Weights of the backbone: a folder, or a repository of the Hugging Face hub.
-        match: Objects that are matted: kind (of the kind of the reference's object, such as any
-            dog), or same (only those that look like the same instance: the same species, model or
-            individual).
-        min_similarity: With --match same: smallest similarity, -1 to 1, at which an object is kept.
-            The JSON report has that of the most similar object of each image (object_similarity).
-        edges: How the coarse alpha is refined at edges: by the model's own method, closed-form
-            matting or ViTMatte.
+        match: Objects that are matted: kind (all of the same kind, such as any dog), or same (only
+            those that look like the same instance, such as this dog or this model of a car).
+        min_similarity: With --match same: smallest similarity to the object of the reference, from
+            -1 to 1, at which an object is kept. The JSON report states the similarity of the most
+            similar object of each image (object_similarity).
+        edges: Method that refines the edges of the alpha: that of the model, closed-form matting or
+            ViTMatte.
         edges_weights: Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.
         device: Device: auto, cpu, cuda, cuda:N or mps; or several of one kind, such as
             cuda:0,cuda:1 or cuda:all.
@@ -174,43 +175,43 @@ def matte(
         seed: Seed of the noise that Stable Diffusion backbones add.
         offline: Do not download anything.
         batch_size: Number of images per batch on each device. It is halved when memory runs out.
-        workers: Number of reader threads; also the number of writer threads and of scoring
-            processes.
+        workers: Number of reader threads, of writer threads and of scoring processes.
         colorspace: Colour space of the sources: a name of the OpenColorIO configuration such as
-            ACEScg, or auto. auto takes the label of the file, else linear Rec.709 for EXR and HDR
-            and sRGB for other formats.
+            ACEScg, or auto. auto uses the colour space that the file states. If it states none:
+            linear Rec.709 for EXR and HDR, sRGB for other formats.
         ref_colorspace: Colour space of the references.
         layer: Layer of EXR sources: the name of a part, or a channel prefix such as beauty.
         ref_layer: Layer of EXR references.
         ocio: OpenColorIO configuration: a file, or ocio:// followed by the name of a built-in
             configuration.
         view: OpenColorIO view that converts scene-referred images for the model.
-        exposure: Exposure change of scene-referred images in stops, applied before the view.
+        exposure: Change of exposure of scene-referred images, in stops. It is applied before the
+            view.
         white: Value that is white in images of more than 8 bits, such as 255 for floats from 0 to
             255.
-        shot: Treat the images as frames of one shot: alphas are propagated from frame to frame
-            along the motion, and the model learns the references first.
-        learn_steps: Number of steps in which the model learns the references before matting.
+        shot: Treat the images as frames of one shot. The model first learns the references. Alphas
+            are then propagated from frame to frame along the motion.
+        learn_steps: Number of steps in which the model learns the references before it mattes.
         frames: Frames to matte, such as 1001-1100, or 1001-1100x2 for every second frame.
         missing: What to do about missing frames: skip them with a notice, report them as failed
             images, or stop with an error before anything is written.
         shard: Part of the images that this machine mattes, such as 2/8 for the second of eight
             parts.
         fail_fast: Stop at the first image that fails.
-        ray: Matte on a Ray cluster, one model per GPU: auto, or the address of the cluster. Needs
-            the extra 'ray'.
+        ray: Matte on a Ray cluster, one model per GPU: auto, or the address of the cluster. Needs:
+            pip install 'icm-cli[ray]'.
         ray_cpus: With --ray: number of CPU cores to use instead of GPUs.
-        report: Write a report, repeatable. The extension sets the format: .csv (one row per image),
-            .json (all results and settings) or .html (a page with images).
-        contact_sheet: Write a contact sheet (.png) with the references, and with source, alpha and
-            object on magenta of up to 48 images, lowest quality first.
-        review_list: Write the paths of the images whose alpha has a quality below --review-below to
-            this .txt file, worst first. --src reads it.
-        review_below: Quality, from 0 to 1, below which an alpha is listed for review.
-        gt: Ground-truth alphas: a folder, or frames such as gt.####.png. Adds MSE, SAD, GRAD, CONN
-            and MAD.
-        dry_run: List every source with its output, say which alphas are kept or recomputed and why,
-            and exit.
+        report: Write a report. The extension sets the format: .csv (one row per image), .json (all
+            results and settings) or .html (a page with images). Repeatable.
+        contact_sheet: Write a contact sheet (.png). It shows the references, then up to 48 images,
+            lowest quality first: source, alpha, and object on magenta.
+        review_list: Write a .txt file with the paths of the images whose alpha has a quality below
+            --review-below, worst first. Give this file as --src to matte them again.
+        review_below: Quality, from 0 to 1, below which an alpha should be reviewed.
+        gt: True alphas (ground truth): a folder, or frames such as gt.####.png. The report then
+            states MSE, SAD, GRAD, CONN and MAD.
+        dry_run: Compute no alphas. List every source with its output, and say which alphas would be
+            kept or recomputed, and why.
     """
 
 def evaluate(
@@ -258,55 +259,55 @@ def evaluate(
     """Matte a dataset, each group with its own references, or read alphas from ``pred``, and score them.
 
     Args:
-        dataset: Name of a published dataset, or the word folder for your own images.
+        dataset: Name of a published dataset, or folder for your own images.
         data_root: Folder that contains the dataset.
         images: With --dataset folder: images, as a folder or a quoted glob.
         alphas: With --dataset folder: ground-truth alphas, named like the images.
         trimaps: With --dataset folder: trimaps, named like the images.
-        groups: JSON file that lists which images show the same object or class, in the schema of
-            the groups of ICM-57.
-        backgrounds: Background images for datasets that contain only foregrounds.
+        groups: JSON file that says which images show the same object or class (docs/evaluate.md
+            shows one).
+        backgrounds: Folder of background images, for datasets that contain only foregrounds.
         split: Split of the dataset that is scored.
-        video: Treat every group as a video, and score the flicker (dtSSD).
+        video: Treat every group as a video, and score its flicker (dtSSD).
         pred: Score the alphas in this folder, made by any tool, instead of matting.
-        references: Use the references of an earlier run: its JSON report, or a file of
-            --write-references.
+        references: Use the references of an earlier run: its JSON report, or the file that its
+            --write-references wrote.
         rounds: Number of rounds, each with other references. Reports give the mean and the standard
             deviation over the rounds.
-        region: Region that is scored, repeatable.
+        region: Region that is scored. Repeatable.
         size: Size at which alphas are scored.
         metric_variant: Variant of the metrics GRAD and CONN: composition (code of Composition-1k)
             or aim (code of AIM-500).
-        trimap_kernel: Size of the unknown region if there is no published trimap: side in pixels of
-            the square that dilates the pixels with 0 < alpha < 1.
-        allow: Kind of bad data that does not count as a failure, such as empty-alpha, repeatable.
+        trimap_kernel: Size of the unknown region, if the dataset has no trimaps: the pixels with 0
+            < alpha < 1 are dilated by a square of this side, in pixels.
+        allow: Accept bad data of this kind, such as empty-alpha: it does not change the exit code.
+            Repeatable.
         model: Model: a name that icm matte --list-models prints, such as lite, or a .yaml file.
         checkpoint: Trained weights: the published .ckpt, or a .safetensors file of icm.
         weights: Weights of the backbone: a folder, or a repository of the Hugging Face hub.
-        match: Objects that are matted: kind (of the kind of the reference's object, such as any
-            dog), or same (only those that look like the same instance: the same species, model or
-            individual).
-        min_similarity: With --match same: smallest similarity, -1 to 1, at which an object is kept.
-            The JSON report has that of the most similar object of each image (object_similarity).
-        edges: How the coarse alpha is refined at edges: by the model's own method, closed-form
-            matting or ViTMatte.
+        match: Objects that are matted: kind (all of the same kind, such as any dog), or same (only
+            those that look like the same instance, such as this dog or this model of a car).
+        min_similarity: With --match same: smallest similarity to the object of the reference, from
+            -1 to 1, at which an object is kept. The JSON report states the similarity of the most
+            similar object of each image (object_similarity).
+        edges: Method that refines the edges of the alpha: that of the model, closed-form matting or
+            ViTMatte.
         edges_weights: Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.
         device: Device: auto, cpu, cuda, cuda:N or mps.
         dtype: Data type of the computation.
         seed: Seed of the noise that Stable Diffusion backbones add.
         offline: Do not download anything.
         batch_size: Number of images per batch on each device. It is halved when memory runs out.
-        workers: Number of reader threads; also the number of writer threads and of scoring
-            processes.
+        workers: Number of reader threads, of writer threads and of scoring processes.
         shot: Matte every group as a shot, as icm matte --shot does.
-        learn_steps: Number of steps in which the model learns the references before matting.
+        learn_steps: Number of steps in which the model learns the references before it mattes.
         refs_per_group: Number of references for each group.
         write_references: Write the references of the run to this .json file, for --references of a
             later run.
-        save_alphas: Folder for the alphas. Without this option, they are deleted at the end of the
+        save_alphas: Keep the alphas in this folder. By default, they are deleted at the end of the
             run.
-        report: Write a report, repeatable. The extension sets the format: .csv (one row per image),
-            .json (all results and settings) or .html (a page with images).
+        report: Write a report. The extension sets the format: .csv (one row per image), .json (all
+            results and settings) or .html (a page with images). Repeatable.
         note: Text that is added to every report.
     """
 
@@ -333,10 +334,10 @@ def train(
         data: A .yaml file that lists the training sources, the backgrounds and the validation data.
         out: Folder for checkpoints and logs.
         resume: Continue the run in the folder --out, if there is one.
-        checkpoint: Initial weights, instead of random ones.
-        overrides: Override a setting of --config, such as train.steps=500, repeatable.
-        preview: Write a contact sheet of N training samples (preview.png), and exit.
-        pack: Also write the trained model, with its backbone, into one small .safetensors file.
+        checkpoint: Weights to start from, instead of random ones.
+        overrides: Override a setting of --config, such as train.steps=500. Repeatable.
+        preview: Write an image of N training samples (preview.png), and exit.
+        pack: Also write the trained model, with its backbone, to one small .safetensors file.
         weights: Weights of the backbone: a folder, or a repository of the Hugging Face hub.
         device: Device: auto, cpu, cuda, cuda:N or mps.
         workers: Number of processes that prepare training samples. With 0, the main process
@@ -364,13 +365,13 @@ def load(
         model: Model: a name that icm matte --list-models prints, such as lite, or a .yaml file.
         checkpoint: Trained weights: the published .ckpt, or a .safetensors file of icm.
         weights: Weights of the backbone: a folder, or a repository of the Hugging Face hub.
-        match: Objects that are matted: kind (of the kind of the reference's object, such as any
-            dog), or same (only those that look like the same instance: the same species, model or
-            individual).
-        min_similarity: With --match same: smallest similarity, -1 to 1, at which an object is kept.
-            The JSON report has that of the most similar object of each image (object_similarity).
-        edges: How the coarse alpha is refined at edges: by the model's own method, closed-form
-            matting or ViTMatte.
+        match: Objects that are matted: kind (all of the same kind, such as any dog), or same (only
+            those that look like the same instance, such as this dog or this model of a car).
+        min_similarity: With --match same: smallest similarity to the object of the reference, from
+            -1 to 1, at which an object is kept. The JSON report states the similarity of the most
+            similar object of each image (object_similarity).
+        edges: Method that refines the edges of the alpha: that of the model, closed-form matting or
+            ViTMatte.
         edges_weights: Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.
         device: Device: auto, cpu, cuda, cuda:N or mps.
         dtype: Data type of the computation.

@@ -244,12 +244,14 @@ def icm(
 @app.command(cls=StrictCommand)
 @_with_options(MatteOptions, callbacks={"list_models": _print_models})
 def matte(options: MatteOptions) -> None:
-    """Extract the reference object from every image: one alpha matte per image, of the same size.
+    """Extract the object of the reference from every image, as one alpha matte per image.
 
-    Run the same command again to resume: alphas that are up to date are kept.
+    Example: icm matte --ref ref.png --mask mask.png --src imgs/ --out alphas/
 
-    Exit codes: 0 success; 1 some images failed; 2 wrong usage or input; 3 model, weights, device or output; 130 Ctrl-C;
-    143 SIGTERM.
+    Run the same command again to resume. Alphas that are up to date are kept.
+
+    Exit codes: 0 success; 1 some images failed; 2 wrong option or input;
+    3 model, weights, device or output cannot be used; 130 Ctrl-C; 143 SIGTERM.
     """
     from icm_cli.matting.matte import matte as run_matte
     from icm_cli.progress import make_terminal
@@ -264,12 +266,15 @@ def matte(options: MatteOptions) -> None:
 @app.command("eval", cls=StrictCommand)
 @_with_options(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> None:
-    """Matte a published dataset in context and score it, or score alphas of any tool (--pred).
+    """Score a model on a dataset, or score finished alphas of any tool (--pred).
+
+    Example: icm eval --dataset aim500 --data-root AIM-500/ --report aim500.html
 
     Run the same command again to resume.
 
-    Exit codes: 0 success; 1 bad data or failed images (the rest is scored); 2 wrong usage or input; 3 model, weights,
-    device or output; 130 Ctrl-C; 143 SIGTERM.
+    Exit codes: 0 success; 1 bad data or failed images (the others are scored);
+    2 wrong option or input; 3 model, weights, device or output cannot be used;
+    130 Ctrl-C; 143 SIGTERM.
     """
     if options.reports.compare is not None:
         other_options = {field.name for field in options.option_fields()} - {"compare", "verbose"}
@@ -291,13 +296,17 @@ def evaluate(options: EvaluateOptions) -> None:
 @app.command(cls=StrictCommand)
 @_with_options(TrainOptions)
 def train(options: TrainOptions) -> None:
-    """Train a model: the paper's decoder on frozen Stable Diffusion features, or the small model.
+    """Train a model: lite, or the paper's decoder on frozen Stable Diffusion features.
 
-    Ctrl-C and SIGTERM save the current step; the same command with --resume continues with the next step. On several
-    GPUs: torchrun --nproc-per-node N -m icm_cli.cli train ...
+    Example: icm train --config lite --data data.yaml
 
-    Exit codes: 0 success; 1 training failed (a NaN or infinite loss, unreadable data); 2 wrong usage or input; 3
-    configuration, weights, device or output; 130 Ctrl-C; 143 SIGTERM.
+    Ctrl-C and SIGTERM save the current step. Run the same command with --resume
+    to continue. On several GPUs, start the command with torchrun:
+    torchrun --nproc-per-node N -m icm_cli.cli train ...
+
+    Exit codes: 0 success; 1 training failed (NaN loss, unreadable data);
+    2 wrong option or input; 3 configuration, weights, device or output cannot
+    be used; 130 Ctrl-C; 143 SIGTERM.
     """
     from icm_cli.terminal import TrainingTerminal
     from icm_cli.training.train import train as run_train

@@ -87,76 +87,77 @@ class ReferenceOptions(OptionGroup):
     panel: ClassVar[Panel] = Panel.REFERENCES
 
     ref: tuple[Path, ...] = option(
-        help="Reference image, repeatable. An RGBA cut-out needs no mask.",
+        help="Image that shows the object. An RGBA cut-out needs no mask. Repeatable.",
         digest=DigestPart.REFERENCES,
         is_everyday=True,
     )
     mask: tuple[Path, ...] = option(
         (),
-        help="Mask of the reference, repeatable: white on the object, black elsewhere; or a JSON file of labelme or "
-        "COCO. Give one for each --ref.",
+        help="Mask of the reference: white on the object, black elsewhere. Or a JSON file of labelme or COCO. Give "
+        "one for each --ref. Repeatable.",
         digest=DigestPart.REFERENCES,
         is_everyday=True,
     )
     mask_label: str | None = option(
         None,
-        help="Label of the object in a mask with several labels: a number, or a colour such as #fa3253; in a JSON file "
-        "the name of a label or category.",
+        help="Label of the object, if the mask has several: a number, a colour such as #fa3253, or in a JSON file the "
+        "name of a label or category.",
         metavar="LABEL",
         digest=DigestPart.REFERENCES,
     )
     mask_orientation: MaskOrientation = option(
         "auto",
-        help="Orientation of the mask, if the reference has an EXIF orientation: upright (the mask matches the "
-        "reference as displayed), stored (it matches the pixels as stored), or auto (decided by the size of the mask).",
+        help="Orientation of the mask, if the reference is stored rotated (EXIF): upright (as the reference is "
+        "displayed), stored (as its pixels are stored), or auto (decided by the size of the mask).",
         digest=DigestPart.REFERENCES,
     )
     point: tuple[tuple[float, float], ...] = option(
         (),
-        help="Point on the object, instead of a mask of the only --ref, repeatable: x and y in pixels of the displayed "
-        "image, from its top left corner.",
+        help="Point on the object, instead of a mask: x and y in pixels of the displayed image, from its top left "
+        "corner. Only with a single --ref. Repeatable.",
         metavar="X,Y",
         expected="x and y in pixels, such as 640,360",
         digest=DigestPart.REFERENCES,
     )
     not_point: tuple[tuple[float, float], ...] = option(
         (),
-        help="Point that is not on the object, repeatable.",
+        help="Point off the object. Repeatable.",
         metavar="X,Y",
         expected="x and y in pixels, such as 640,360",
         digest=DigestPart.REFERENCES,
     )
     box: tuple[float, float, float, float] | None = option(
         None,
-        help="Box around the object, instead of a mask of the only --ref: two opposite corners in pixels.",
+        help="Box around the object, instead of a mask: two opposite corners in pixels. Only with a single --ref.",
         metavar="X0,Y0,X1,Y1",
         expected="two corners in pixels, such as 100,50,640,360",
         digest=DigestPart.REFERENCES,
     )
     scribble: Path | None = option(
         None,
-        help="Image of the size of the only --ref with strokes: white or green on the object, black or red off it, "
-        "transparent or mid-grey elsewhere.",
+        help="Image with strokes, instead of a mask: white or green on the object, black or red off it, transparent or "
+        "mid-grey elsewhere. It has the size of the --ref. Only with a single --ref.",
         digest=DigestPart.REFERENCES,
     )
     guidance: GuidanceRule = option(
         "mask",
-        help="What points and strokes become: mask (the mask of the object, made by lite), or paper (an area that the "
-        "self-attention of the model extends, as in the paper; for icm-sd21).",
+        help="How points and strokes are used: mask (lite makes the mask of the object from them), or paper (the "
+        "self-attention of icm-sd21 extends them, as in the paper).",
         digest=DigestPart.REFERENCES,
     )
     save_mask: Path | None = option(
-        None, help="Write the mask of the only --ref to this .png file, also with --dry-run."
+        None,
+        help="Write the mask of the --ref to this .png file, also with --dry-run. Only with a single --ref.",
     )
     not_ref: tuple[Path, ...] = option(
         (),
-        help="Image of what is not the object, such as a similar object that was taken for it, repeatable.",
+        help="Image of what is not the object, such as a similar object that was taken for it. Repeatable.",
         digest=DigestPart.REFERENCES,
     )
     not_mask: tuple[Path, ...] = option(
         (),
-        help="Mask of a --not-ref, repeatable: white on what is not the object. The first one belongs to the first "
-        "--not-ref, and so on. A --not-ref without one is negative as a whole.",
+        help="Mask of a --not-ref: white on what is not the object. The first mask belongs to the first --not-ref, "
+        "and so on. Without a mask, nothing in the image is the object. Repeatable.",
         digest=DigestPart.REFERENCES,
     )
 
@@ -221,15 +222,15 @@ class SourceOptions(OptionGroup):
     )
     root: Path | None = option(
         None,
-        help="Folder whose tree the output mirrors.",
+        help="Source folder whose tree of subfolders the outputs repeat.",
         metavar="DIR",
         shown_default="the source folder; for a glob, its part without wildcards; for a list, the working directory",
     )
     include: tuple[str, ...] = option(
-        (), help="Matte only images whose path or name matches this glob, repeatable.", metavar="GLOB"
+        (), help="Matte only images whose path or name matches this glob. Repeatable.", metavar="GLOB"
     )
     exclude: tuple[str, ...] = option(
-        (), help="Skip images whose path or name matches this glob, repeatable.", metavar="GLOB"
+        (), help="Skip images whose path or name matches this glob. Repeatable.", metavar="GLOB"
     )
 
 
@@ -241,9 +242,9 @@ class HintOptions(OptionGroup):
 
     hints: str | None = option(
         None,
-        help="Corrections of single images: a folder with NAME.json (labelme; labels fg, bg, keep and drop) or "
-        "NAME.png (white on the object, black off it, grey or transparent elsewhere) for an image NAME, or frames such "
-        "as hints/sh010.####.json.",
+        help="Corrections of single images: a folder, or frames such as hints/sh010.####.json. For an image NAME, the "
+        "folder has NAME.json (labelme, with the labels fg, bg, keep and drop) or NAME.png (white on the object, black "
+        "off it, grey or transparent elsewhere).",
         metavar="PATH",
         digest=DigestPart.IMAGE,
     )
@@ -270,13 +271,13 @@ class OutputOptions(OptionGroup):
     panel: ClassVar[Panel] = Panel.OUTPUT
 
     out: str = option(
-        help="Folder for the alphas, which mirrors the source tree, or frames such as out/matte.####.exr.",
+        help="Folder for the alphas, with the subfolders of the sources; or frames such as out/matte.####.exr.",
         metavar="PATH",
         is_everyday=True,
     )
     name: str | None = option(
         None,
-        help="Template of the file names, with {stem}, {frame} and {suffix}, such as {stem}_matte{frame}.",
+        help="Template of the file names, such as {stem}_matte{frame}. It may contain {stem}, {frame} and {suffix}.",
         metavar="TEMPLATE",
         shown_default="{stem}{frame}",
     )
@@ -352,15 +353,15 @@ class ModelOptions(OptionGroup):
     weights: str | None = option(None, WEIGHTS)
     match: MatchRule | None = option(
         None,
-        help="Objects that are matted: kind (of the kind of the reference's object, such as any dog), or same (only "
-        "those that look like the same instance: the same species, model or individual).",
+        help="Objects that are matted: kind (all of the same kind, such as any dog), or same (only those that look "
+        "like the same instance, such as this dog or this model of a car).",
         shown_default="kind",
         digest=DigestPart.MODEL,
     )
     min_similarity: float | None = option(
         None,
-        help="With --match same: smallest similarity, -1 to 1, at which an object is kept. The JSON report has that of "
-        "the most similar object of each image (object_similarity).",
+        help="With --match same: smallest similarity to the object of the reference, from -1 to 1, at which an object "
+        "is kept. The JSON report states the similarity of the most similar object of each image (object_similarity).",
         metavar="VALUE",
         minimum=-1,
         maximum=1,
@@ -369,7 +370,7 @@ class ModelOptions(OptionGroup):
     )
     edges: EdgeMethod = option(
         "model",
-        help="How the coarse alpha is refined at edges: by the model's own method, closed-form matting or ViTMatte.",
+        help="Method that refines the edges of the alpha: that of the model, closed-form matting or ViTMatte.",
         digest=DigestPart.MODEL,
     )
     edges_weights: str | None = option(
@@ -430,7 +431,7 @@ class ResourceOptions(OptionGroup):
     )
     workers: int | None = option(
         None,
-        help="Number of reader threads; also the number of writer threads and of scoring processes.",
+        help="Number of reader threads, of writer threads and of scoring processes.",
         minimum=1,
         maximum=256,
         shown_default="half of the cores, at most 4",
@@ -445,8 +446,9 @@ class ColourOptions(OptionGroup):
 
     colorspace: str = option(
         "auto",
-        help="Colour space of the sources: a name of the OpenColorIO configuration such as ACEScg, or auto. auto "
-        "takes the label of the file, else linear Rec.709 for EXR and HDR and sRGB for other formats.",
+        help="Colour space of the sources: a name of the OpenColorIO configuration such as ACEScg, or auto. auto uses "
+        "the colour space that the file states. If it states none: linear Rec.709 for EXR and HDR, sRGB for other "
+        "formats.",
         metavar="NAME",
         digest=DigestPart.VALUE,
     )
@@ -487,7 +489,7 @@ class ColourOptions(OptionGroup):
     )
     exposure: float = option(
         0.0,
-        help="Exposure change of scene-referred images in stops, applied before the view.",
+        help="Change of exposure of scene-referred images, in stops. It is applied before the view.",
         metavar="STOPS",
         minimum=-30,
         maximum=30,
@@ -513,13 +515,13 @@ class ShotOptions(OptionGroup):
 
     shot: bool = option(
         False,
-        help="Treat the images as frames of one shot: alphas are propagated from frame to frame along the motion, and "
-        "the model learns the references first.",
+        help="Treat the images as frames of one shot. The model first learns the references. Alphas are then "
+        "propagated from frame to frame along the motion.",
         digest=DigestPart.PROPAGATION,
     )
     learn_steps: int | None = option(
         None,
-        help="Number of steps in which the model learns the references before matting.",
+        help="Number of steps in which the model learns the references before it mattes.",
         minimum=0,
         maximum=MAX_LEARN_STEPS,
         shown_default="140 with --shot if the model can learn, else 0",
@@ -551,7 +553,8 @@ class SequenceOptions(ShotOptions):
     fail_fast: bool = option(False, help="Stop at the first image that fails.")
     ray: str | None = option(
         None,
-        help="Matte on a Ray cluster, one model per GPU: auto, or the address of the cluster. Needs the extra 'ray'.",
+        help="Matte on a Ray cluster, one model per GPU: auto, or the address of the cluster. Needs: pip install "
+        "'icm-cli[ray]'.",
         metavar="auto|ADDRESS",
         pattern=r"auto|(\[[0-9A-Fa-f:.]+\]|[\w.-]+):[0-9]{1,5}",
         expected="auto, or an address such as 10.0.0.1:6379",
@@ -562,8 +565,8 @@ class SequenceOptions(ShotOptions):
 
 
 REPORT = Option(
-    help="Write a report, repeatable. The extension sets the format: .csv (one row per image), .json (all results and "
-    "settings) or .html (a page with images)."
+    help="Write a report. The extension sets the format: .csv (one row per image), .json (all results and settings) or "
+    ".html (a page with images). Repeatable."
 )
 
 
@@ -576,28 +579,31 @@ class MatteReportOptions(OptionGroup):
     report: tuple[Path, ...] = option((), REPORT)
     contact_sheet: Path | None = option(
         None,
-        help="Write a contact sheet (.png) with the references, and with source, alpha and object on magenta of up to "
-        "48 images, lowest quality first.",
+        help="Write a contact sheet (.png). It shows the references, then up to 48 images, lowest quality first: "
+        "source, alpha, and object on magenta.",
     )
     review_list: Path | None = option(
         None,
-        help="Write the paths of the images whose alpha has a quality below --review-below to this .txt file, worst "
-        "first. --src reads it.",
+        help="Write a .txt file with the paths of the images whose alpha has a quality below --review-below, worst "
+        "first. Give this file as --src to matte them again.",
     )
     review_below: float = option(
         DEFAULT_REVIEW_BELOW,
-        help="Quality, from 0 to 1, below which an alpha is listed for review.",
+        help="Quality, from 0 to 1, below which an alpha should be reviewed.",
         metavar="QUALITY",
         minimum=0,
         maximum=1,
     )
     gt: str | None = option(
         None,
-        help="Ground-truth alphas: a folder, or frames such as gt.####.png. Adds MSE, SAD, GRAD, CONN and MAD.",
+        help="True alphas (ground truth): a folder, or frames such as gt.####.png. The report then states MSE, SAD, "
+        "GRAD, CONN and MAD.",
         metavar="PATH",
     )
     dry_run: bool = option(
-        False, help="List every source with its output, say which alphas are kept or recomputed and why, and exit."
+        False,
+        help="Compute no alphas. List every source with its output, and say which alphas would be kept or recomputed, "
+        "and why.",
     )
 
 
@@ -663,7 +669,7 @@ class DatasetOptions(OptionGroup):
     panel: ClassVar[Panel] = Panel.DATASET
 
     dataset: DatasetName | None = option(
-        None, help="Name of a published dataset, or the word folder for your own images.", is_everyday=True
+        None, help="Name of a published dataset, or folder for your own images.", is_everyday=True
     )
     data_root: Path | None = option(None, help="Folder that contains the dataset.", metavar="DIR", is_everyday=True)
     images: str | None = option(
@@ -675,14 +681,14 @@ class DatasetOptions(OptionGroup):
     trimaps: str | None = option(None, help="With --dataset folder: trimaps, named like the images.", metavar="PATH")
     groups: Path | None = option(
         None,
-        help="JSON file that lists which images show the same object or class, in the schema of the groups of ICM-57.",
+        help="JSON file that says which images show the same object or class (docs/evaluate.md shows one).",
         shown_default="the published groups, if there are any",
     )
     backgrounds: Path | None = option(
-        None, help="Background images for datasets that contain only foregrounds.", metavar="DIR"
+        None, help="Folder of background images, for datasets that contain only foregrounds.", metavar="DIR"
     )
     split: Split = option("test", help="Split of the dataset that is scored.")
-    video: bool = option(False, help="Treat every group as a video, and score the flicker (dtSSD).")
+    video: bool = option(False, help="Treat every group as a video, and score its flicker (dtSSD).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -698,7 +704,8 @@ class ProtocolOptions(OptionGroup):
         is_everyday=True,
     )
     references: Path | None = option(
-        None, help="Use the references of an earlier run: its JSON report, or a file of --write-references."
+        None,
+        help="Use the references of an earlier run: its JSON report, or the file that its --write-references wrote.",
     )
     rounds: int | None = option(
         None,
@@ -709,7 +716,7 @@ class ProtocolOptions(OptionGroup):
         shown_default="1",
     )
     region: tuple[Region, ...] = option(
-        (), help="Region that is scored, repeatable.", shown_default="that of the dataset"
+        (), help="Region that is scored. Repeatable.", shown_default="that of the dataset"
     )
     size: ScoredSize | None = option(None, help="Size at which alphas are scored.", shown_default="that of the dataset")
     metric_variant: MetricVariant | None = option(
@@ -719,8 +726,8 @@ class ProtocolOptions(OptionGroup):
     )
     trimap_kernel: int | None = option(
         None,
-        help="Size of the unknown region if there is no published trimap: side in pixels of the square that dilates "
-        "the pixels with 0 < alpha < 1.",
+        help="Size of the unknown region, if the dataset has no trimaps: the pixels with 0 < alpha < 1 are dilated by "
+        "a square of this side, in pixels.",
         metavar="PX",
         minimum=1,
         maximum=1000,
@@ -728,7 +735,7 @@ class ProtocolOptions(OptionGroup):
     )
     allow: tuple[str, ...] = option(
         (),
-        help="Kind of bad data that does not count as a failure, such as empty-alpha, repeatable.",
+        help="Accept bad data of this kind, such as empty-alpha: it does not change the exit code. Repeatable.",
         metavar="KIND",
         choices=tuple(PROBLEM_KINDS),
     )
@@ -750,7 +757,7 @@ class EvaluatedMattingOptions(ShotOptions):
         None, help="Write the references of the run to this .json file, for --references of a later run."
     )
     save_alphas: Path | None = option(
-        None, help="Folder for the alphas. Without this option, they are deleted at the end of the run.", metavar="DIR"
+        None, help="Keep the alphas in this folder. By default, they are deleted at the end of the run.", metavar="DIR"
     )
 
 
@@ -814,20 +821,20 @@ class TrainingOptions(OptionGroup):
         None, help="Folder for checkpoints and logs.", metavar="DIR", shown_default="runs/CONFIG", is_everyday=True
     )
     resume: bool = option(False, help="Continue the run in the folder --out, if there is one.", is_everyday=True)
-    checkpoint: Path | None = option(None, help="Initial weights, instead of random ones.", shown_default="none")
+    checkpoint: Path | None = option(None, help="Weights to start from, instead of random ones.", shown_default="none")
     overrides: tuple[str, ...] = option(
         (),
-        help="Override a setting of --config, such as train.steps=500, repeatable.",
+        help="Override a setting of --config, such as train.steps=500. Repeatable.",
         flags=("--set",),
         metavar="KEY=VALUE",
         pattern=r"\w+(\.\w+)*=.*",
         expected="KEY=VALUE, such as train.steps=500",
     )
     preview: int = option(
-        0, help="Write a contact sheet of N training samples (preview.png), and exit.", minimum=0, maximum=1000
+        0, help="Write an image of N training samples (preview.png), and exit.", minimum=0, maximum=1000
     )
     pack: Path | None = option(
-        None, help="Also write the trained model, with its backbone, into one small .safetensors file."
+        None, help="Also write the trained model, with its backbone, to one small .safetensors file."
     )
 
 
