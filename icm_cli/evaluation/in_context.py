@@ -35,7 +35,7 @@ from icm_cli.matting.predictor import Predictor
 from icm_cli.matting.propagation import create_matting, prepare_references
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.matting.result_collector import ResultCollector
-from icm_cli.matting.resume import keep_existing_alphas
+from icm_cli.matting.resume import find_existing_alphas
 from icm_cli.matting.shot import Keyframe, Shot
 from icm_cli.model.checkpoint import read_training_digests
 from icm_cli.model.contracts import PreparedReferences
@@ -159,14 +159,14 @@ def _find_remaining_jobs(
     shot = settings.shot
     if shot is None:  # in a shot, later frames need the alphas of all earlier ones
         jobs = _exclude_colour_truths(evaluation, jobs, collector)
-    return keep_existing_alphas(
+    existing = find_existing_alphas(
         shot.order if shot else jobs,
         settings.job_digest,
         workers=evaluation.workers,
-        on_result=collector.add,
-        notice=evaluation.listener.on_notice,
         reusable_outputs=shot.reusable_outputs if shot else None,
     )
+    existing.report(collector.add, evaluation.listener.on_notice)
+    return existing.remaining
 
 
 def _exclude_colour_truths(evaluation: Evaluation, jobs: Sequence[Job], collector: ResultCollector) -> list[Job]:

@@ -360,10 +360,9 @@ class Engine:
     def _load(self, job: Job) -> LoadedImage | ImageResult:
         """Return the image of a job with its hints and mattes, or the result of an alpha that is kept."""
         start = time.perf_counter()
-        digest = self.options.job_digest(job)
         replaceable = job.replaceable if self.options.overwrite else file_identities(job)
         if not self.options.overwrite:
-            earlier = find_kept_result(job, digest, keep_all=self.options.keep_existing)
+            earlier = find_kept_result(job, self.options.job_digest, keep_all=self.options.keep_existing)
             if earlier and (earlier.matting.reviewed or not self.matting.keeps_order):
                 return earlier
         source, state, content_digest = job.read_with_digest()

@@ -36,10 +36,10 @@ from icm_cli.matting.planning import choose_colour_settings, choose_output, plan
 from icm_cli.matting.references import Reference, check_negatives, read_negatives, read_references
 from icm_cli.matting.result_collector import ResultCollector, environment_settings
 from icm_cli.matting.resume import (
-    ExistingAlpha,
+    ExistingAlphas,
     add_source_states,
     file_identities,
-    keep_existing_alphas,
+    find_existing_alphas,
     read_source_states,
     report_alphas_without_source,
 )
@@ -225,7 +225,7 @@ class _MattingRun:
 
         listener.on_run_start(len(plan.jobs))
         with collector:
-            remaining = self._select_remaining(add_result)
+            remaining = self._keep_existing_alphas(add_result).remaining
             with self._runner(add_result) if remaining else contextlib.nullcontext() as runner:
                 read_peak = runner.peak_memory_bytes if runner else self._setups[0].choice.device.peak_memory_bytes
                 with collector.writing_reports(plan.report_files, read_peak):
@@ -235,22 +235,18 @@ class _MattingRun:
 
     def preview(self) -> Report:
         """Return what the run would do (``--dry-run``), and give a notice with the counts. Raises UsageError."""
-        plan = self._plan
-        kept_results: list[ImageResult] = []
-        reasons: dict[Path, str] = {}  # output -> why it is recomputed
         options = self._setups[0].options  # setups differ only in their device
-
-        def add_reason(job: Job, existing: ExistingAlpha) -> None:
-            reasons[job.output] = existing.outdated_reason(job, options.job_digest(job), options.hints_digest(job))
-
-        remaining = self._select_remaining(kept_results.append, add_reason)  # includes the jobs with a reason
-        kept = {Path(result.output): result for result in kept_results}
-        for job in remaining:
+        existing = self._keep_existing_alphas(on_result=lambda _: None)
+        kept = {alpha.job.output: alpha.result for alpha in existing.kept}
+        reasons = {  # output -> why it is recomputed
+            alpha.job.output: alpha.outdated_reason(options.hints_digest(alpha.job)) for alpha in existing.outdated
+        }
+        for job in existing.remaining:
             if os.path.lexists(job.output):  # without a reason so far, the file is overwritten or damaged
                 reasons.setdefault(job.output, "--overwrite" if options.overwrite else _find_damage(job))
-        results = [kept.get(job.output) or _planned_result(job, reasons.get(job.output, "")) for job in plan.jobs]
+        results = [kept.get(job.output) or _planned_result(job, reasons.get(job.output, "")) for job in self._plan.jobs]
         failing = {result.output for result in results if result.status == "failed"}
-        planned = [job for job in remaining if str(job.output) not in failing]
+        planned = [job for job in existing.remaining if str(job.output) not in failing]
         recomputed = sum(os.path.lexists(job.output) for job in planned)
         self._listener.on_notice(
             f"{format_count(len(results), 'image')}: {len(planned) - recomputed} new, {recomputed} to be recomputed, "
@@ -258,29 +254,24 @@ class _MattingRun:
         )
         return Report(settings={}, results=results)
 
-    def _select_remaining(
-        self,
-        on_result: Callable[[ImageResult], None],
-        on_outdated: Callable[[Job, ExistingAlpha], None] | None = None,
-    ) -> list[Job]:
-        """Report the alphas that are kept, and return the remaining jobs. Raises UsageError."""
+    def _keep_existing_alphas(self, on_result: Callable[[ImageResult], None]) -> ExistingAlphas:
+        """Report the alphas that are kept. Raises UsageError."""
         shot, options, folder = self._plan.shot, self._setups[0].options, self._plan.layout.folder
-        jobs = list(shot.order if shot else self._plan.jobs)
+        jobs = shot.order if shot else self._plan.jobs
         if options.overwrite:
-            return [replace(job, replaceable=file_identities(job)) for job in jobs]
-        return keep_existing_alphas(
+            return ExistingAlphas([replace(job, replaceable=file_identities(job)) for job in jobs])
+        existing = find_existing_alphas(
             jobs,
             options.job_digest,
             workers=options.workers,
-            on_result=on_result,
-            notice=self._listener.on_notice,
             keep_all=options.keep_existing,
-            hint="; --keep-existing keeps them",
             reusable_outputs=shot.reusable_outputs if shot else None,
-            on_outdated=on_outdated,
             source_states=read_source_states(folder),
-            on_source_states=None if self._options.reports.dry_run else functools.partial(add_source_states, folder),
         )
+        if existing.new_source_states and not self._options.reports.dry_run:
+            add_source_states(folder, existing.new_source_states)
+        existing.report(on_result, self._listener.on_notice, hint="; --keep-existing keeps them")
+        return existing
 
     def _runner(self, on_result: Callable[[ImageResult], None]) -> contextlib.AbstractContextManager[Runner]:
         """Return a context with the engine in this process, a process for each device, or the actors of a cluster."""

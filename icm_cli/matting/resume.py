@@ -89,8 +89,9 @@ class Origin:
 class ExistingAlpha:
     """A complete alpha that an earlier run made for the source of a job."""
 
-    result: ImageResult
-    """The result of the job if the alpha is kept."""
+    job: Job
+    digest: str
+    """The digest that the alpha would have if it were computed now."""
     provenance: Mapping[str, str]
     source_state: str
     """State of the source, and content from which the alpha was made. "" for an alpha of another root."""
@@ -98,6 +99,11 @@ class ExistingAlpha:
     """Whether the source has a state of which it is known that its content is that of the alpha."""
     retouched: Path | None
     """An output whose pixels another program changed; None if there is none."""
+
+    @property
+    def result(self) -> ImageResult:
+        """The result of the job if the alpha is kept."""
+        return replace(self.job.planned, status="kept", matting=recorded_details(self.provenance))
 
     @property
     def is_reviewed(self) -> bool:
@@ -115,37 +121,40 @@ class ExistingAlpha:
         made_by = self.provenance.get(VERSION_KEY), self.provenance.get(CODE_KEY)
         return made_by == (__version__, code_fingerprint())
 
-    def can_be_kept(self, job: Job, digest: str, *, keep_all: bool) -> bool:
+    @property
+    def has_same_digest(self) -> bool:
+        """Whether nothing but the source can make a new alpha differ from this one."""
+        return self.provenance[DIGEST_KEY] == self.digest
+
+    def can_be_kept(self, *, keep_all: bool) -> bool:
         """Return whether the alpha is kept: if it is reviewed, or if its source and its digest are the same.
 
         With ``keep_all``, which is ``--keep-existing``, the digest does not count.
         """
-        return self.is_reviewed or ((keep_all or self.provenance[DIGEST_KEY] == digest) and self._has_content_of(job))
+        return self.is_reviewed or ((keep_all or self.has_same_digest) and self._has_same_source())
 
-    def is_outdated(self, job: Job, digest: str) -> bool:
+    def is_outdated(self) -> bool:
         """Return whether this icm might compute another alpha, because code, settings or source have changed."""
-        return not (self.is_of_this_icm and self.provenance[DIGEST_KEY] == digest and self._has_content_of(job))
+        return not (self.is_of_this_icm and self.has_same_digest and self._has_same_source())
 
-    def _has_content_of(self, job: Job) -> bool:
+    def _has_same_source(self) -> bool:
         """Return whether the source has the same content. It is only read if its state is another one."""
-        return self.is_of_same_state or self.provenance.get(CONTENT_KEY) == job.content_digest()
+        return self.is_of_same_state or self.provenance.get(CONTENT_KEY) == self.job.content_digest()
 
-    def outdated_reason(self, job: Job, digest: str, hints_digest: str) -> str:
-        """Return why the alpha is recomputed. Arguments are those of :func:`make_provenance`."""
-        earlier_hints = self.provenance.get(HINTS_KEY, "")
+    def outdated_reason(self, hints_digest: str) -> str:
+        """Return why the alpha is recomputed. ``hints_digest``: as in :func:`make_provenance`."""
         if not self.is_of_this_icm:
             return "another version of icm made its alpha"
+        earlier_hints = self.provenance.get(HINTS_KEY, "")
         if earlier_hints != hints_digest:
             # Only frames without hints of their own have predecessors. They inherit the hints of these.
             had_own_hints = bool(earlier_hints) and not self.predecessors
-            if job.hints is not None:
+            if self.job.hints is not None:
                 return "its hints changed" if had_own_hints else "its hints are new"
             return "its hints were removed" if had_own_hints else EARLIER_FRAME
-        if not self._has_content_of(job):
+        if not self._has_same_source():
             return "its source changed"
-        if self.provenance[DIGEST_KEY] != digest:
-            return "settings, references or mattes changed"
-        return EARLIER_FRAME
+        return EARLIER_FRAME if self.has_same_digest else "settings, references or mattes changed"
 
 
 def make_provenance(
@@ -183,16 +192,16 @@ def mark_reviewed(job: Job, stamp: str | None) -> None:
             set_provenance_entry(path, REVIEWED_KEY, stamp)
 
 
-def find_kept_result(job: Job, digest: str, *, keep_all: bool = False) -> ImageResult | None:
+def find_kept_result(job: Job, digest_for: Callable[[Job], str], *, keep_all: bool) -> ImageResult | None:
     """Return the result of an existing alpha that is kept; None if the image must be matted.
 
-    ``keep_all``: keep every alpha of icm that was made from the same source. Raises OtherSourceError if the output is
-    the alpha of another source or was retouched, and ImageError if the source or the output cannot be read.
+    ``digest_for`` and ``keep_all``: see :func:`find_existing_alphas`. Raises OtherSourceError if the output is the
+    alpha of another source or was retouched, and ImageError if the source or the output cannot be read.
     """
-    existing = read_existing_alpha(job)
+    existing = read_existing_alpha(job, digest_for)
     if existing is None:
         return None
-    if existing.can_be_kept(job, digest, keep_all=keep_all):
+    if existing.can_be_kept(keep_all=keep_all):
         return existing.result
     if existing.retouched is not None:
         raise _retouched_error(existing.retouched, job)
@@ -243,69 +252,94 @@ def add_source_states(folder: Path, states: Mapping[str, str]) -> None:
         write_json(folder / RECORD_FOLDER / STATES_NAME, {**read_source_states(folder), **states})
 
 
-def keep_existing_alphas(
+@dataclass(frozen=True)
+class ExistingAlphas:
+    """Which images of a run are matted, and which existing alphas are kept or recomputed."""
+
+    remaining: Sequence[Job]
+    """The images to matte: those without an alpha, and those whose alpha is recomputed."""
+    kept: Sequence[ExistingAlpha] = ()
+    outdated: Sequence[ExistingAlpha] = ()
+    """Complete alphas that are recomputed."""
+
+    @property
+    def new_source_states(self) -> dict[str, str]:
+        """States of sources that :func:`add_source_states` can record, so that they are not compared again."""
+        compared = [alpha for alpha in self.kept if not (alpha.is_of_same_state or alpha.is_reviewed)]
+        return {escape_name(alpha.job.planned.name): alpha.source_state for alpha in compared}
+
+    def report(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None], hint: str = "") -> None:
+        """Report the images whose alpha is kept.
+
+        Notices count the alphas of another version of icm, those that are kept although settings have changed, and
+        those that were retouched. ``hint``: end of the notice about alphas of another version that are recomputed.
+        """
+        for alpha in self.kept:
+            on_result(alpha.result)
+        outdated = [alpha.job.output for alpha in self.kept if alpha.is_reviewed and alpha.is_outdated()]
+        if outdated:
+            notice(
+                f"kept {format_count(len(outdated), 'reviewed alpha')} although settings, hints, the source or icm "
+                f"have changed, such as {outdated[0]}; --overwrite recomputes them"
+            )
+        unreviewed = [alpha for alpha in self.kept if not alpha.is_reviewed]
+        _count_versions(unreviewed, "kept", "", notice)
+        others = [alpha.job.output for alpha in unreviewed if alpha.is_of_this_icm and not alpha.has_same_digest]
+        if others:
+            notice(f"kept {format_count(len(others), 'alpha')} made with other settings, such as {others[0]}")
+        retouched = [alpha.retouched for alpha in self.kept if alpha.retouched is not None]
+        if retouched:
+            count = format_count(len(retouched), "alpha")
+            notice(f"kept {count} with pixels changed by another program, such as {retouched[0]}")
+        _count_versions(self.outdated, "recomputing", hint, notice)
+
+
+def find_existing_alphas(
     jobs: Sequence[Job],
     digest_for: Callable[[Job], str],
     *,
     workers: int,
-    on_result: Callable[[ImageResult], None],
-    notice: Callable[[str], None],
     keep_all: bool = False,
-    hint: str = "",
     reusable_outputs: Callable[[Collection[Path], Mapping[Path, ExistingAlpha]], set[Path]] | None = None,
-    on_outdated: Callable[[Job, ExistingAlpha], None] | None = None,
     source_states: Mapping[str, str] = MappingProxyType({}),
-    on_source_states: Callable[[Mapping[str, str]], None] | None = None,
-) -> list[Job]:
-    """Report the images whose alpha is kept, and return the jobs of all other images.
+) -> ExistingAlphas:
+    """Return which existing alphas are kept.
 
-    Notices count the alphas that another version of icm made, those that are kept although settings have changed, and
-    those that were retouched. Raises UsageError, before anything is reported, if an output that would be replaced is
-    the alpha of another source or was retouched.
+    Raises UsageError if an output that would be replaced is the alpha of another source or was retouched.
 
     Args:
         digest_for: Returns the digest that the alpha of a job would have now.
+        workers: Number of threads that read files.
         keep_all: Keep every alpha that icm made from the same source, whatever its digest.
-        hint: End of the notice about alphas of another version of icm.
         reusable_outputs: For shots, :meth:`icm_cli.matting.shot.Shot.reusable_outputs`: returns the outputs to keep, of
             those that could be kept and all existing alphas. Not used with ``keep_all``.
-        on_outdated: Called with each complete alpha that is not kept.
         source_states: Result of :func:`read_source_states`.
-        on_source_states: Called with further states that :func:`add_source_states` can record, if there are any.
     """
 
     def inspect(job: Job) -> tuple[ExistingAlpha | OtherSourceError | None, bool]:
         """Return the existing alpha, or the error if it conflicts with this run; and whether it can be kept."""
         try:
-            existing = read_existing_alpha(job, source_states)
-            return existing, existing is not None and existing.can_be_kept(job, digest_for(job), keep_all=keep_all)
+            alpha = read_existing_alpha(job, digest_for, source_states)
+            return alpha, alpha is not None and alpha.can_be_kept(keep_all=keep_all)
         except OtherSourceError as error:
             return error, False
         except ImageError:
             return None, False  # the engine reports it
 
     with ThreadPoolExecutor(workers, "icm-inspect") as executor:
-        inspected = list(zip(jobs, executor.map(inspect, jobs), strict=True))
-    kept = {job.output for job, (_, is_kept) in inspected if is_kept}
-    alphas = [(job, existing) for job, (existing, _) in inspected if isinstance(existing, ExistingAlpha)]
+        inspected = list(executor.map(inspect, jobs))
+    kept = {job.output for job, (_, can_be_kept) in zip(jobs, inspected, strict=True) if can_be_kept}
+    alphas = [alpha for alpha, _ in inspected if isinstance(alpha, ExistingAlpha)]
     if reusable_outputs is not None and not keep_all:
-        kept = reusable_outputs(kept, {job.output: existing for job, existing in alphas})
-    outdated = [(job, existing) for job, existing in alphas if job.output not in kept]
-    conflicts = [existing for _, (existing, _) in inspected if isinstance(existing, OtherSourceError)]
-    conflicts += [_retouched_error(existing.retouched, job) for job, existing in outdated if existing.retouched]
+        kept = reusable_outputs(kept, {alpha.job.output: alpha for alpha in alphas})
+    outdated = [alpha for alpha in alphas if alpha.job.output not in kept]
+    conflicts = [error for error, _ in inspected if isinstance(error, OtherSourceError)]
+    conflicts += [_retouched_error(alpha.retouched, alpha.job) for alpha in outdated if alpha.retouched]
     if conflicts:
         more = f"; and {len(conflicts) - MAX_LISTED_FILES} more" if len(conflicts) > MAX_LISTED_FILES else ""
         raise UsageError("; ".join(map(str, conflicts[:MAX_LISTED_FILES])) + more)
-    kept_alphas = [(job, existing) for job, existing in alphas if job.output in kept]
-    compared = [(job, each) for job, each in kept_alphas if not (each.is_of_same_state or each.is_reviewed)]
-    if compared and on_source_states is not None:
-        on_source_states({escape_name(job.planned.name): existing.source_state for job, existing in compared})
-    _report_kept(kept_alphas, digest_for, on_result, notice)
-    _count_versions([existing for _, existing in outdated], "recomputing", hint, notice)
-    if on_outdated is not None:
-        for job, existing in outdated:
-            on_outdated(job, existing)
-    return [job for job in jobs if job.output not in kept]
+    remaining = [job for job in jobs if job.output not in kept]
+    return ExistingAlphas(remaining, [alpha for alpha in alphas if alpha.job.output in kept], outdated)
 
 
 def report_alphas_without_source(
@@ -356,51 +390,25 @@ def _find_files_without_source(folder: Path, jobs: Sequence[Job], workers: int) 
         return list(compress(others, executor.map(is_without_source, others)))
 
 
-def _report_kept(
-    kept: Sequence[tuple[Job, ExistingAlpha]],
-    digest_for: Callable[[Job], str],
-    on_result: Callable[[ImageResult], None],
-    notice: Callable[[str], None],
-) -> None:
-    """Report kept alphas, and give notices that count those of other settings or versions, and retouched ones."""
-    for _, existing in kept:
-        on_result(existing.result)
-    reviewed = [(job, existing) for job, existing in kept if existing.is_reviewed]
-    outdated = [job for job, existing in reviewed if existing.is_outdated(job, digest_for(job))]
-    if outdated:
-        notice(
-            f"kept {format_count(len(outdated), 'reviewed alpha')} although settings, hints, the source or icm have "
-            f"changed, such as {outdated[0].output}; --overwrite recomputes them"
-        )
-    unreviewed = [(job, existing) for job, existing in kept if not existing.is_reviewed]
-    _count_versions([existing for _, existing in unreviewed], "kept", "", notice)
-    own = [(job, existing.provenance[DIGEST_KEY]) for job, existing in unreviewed if existing.is_of_this_icm]
-    others = [job for job, digest in own if digest != digest_for(job)]
-    if others:
-        notice(f"kept {format_count(len(others), 'alpha')} made with other settings, such as {others[0].output}")
-    retouched = [existing.retouched for _, existing in kept if existing.retouched is not None]
-    if retouched:
-        count = format_count(len(retouched), "alpha")
-        notice(f"kept {count} with pixels changed by another program, such as {retouched[0]}")
-
-
 def _count_versions(alphas: Sequence[ExistingAlpha], action: str, hint: str, notice: Callable[[str], None]) -> None:
     """Give a notice that counts the alphas of other versions of icm. ``action``: "kept" or "recomputing"."""
-    others = [existing.result.matting.made_by for existing in alphas if not existing.is_of_this_icm]
+    others = [alpha.result.matting.made_by for alpha in alphas if not alpha.is_of_this_icm]
     versions = Counter(f"{maker} with other code" if maker == __version__ else maker for maker in others)
     if versions:
         counts = ", ".join(f"{version}: {count}" for version, count in sorted(versions.items()))
         notice(f"{action} {format_count(len(others), 'alpha')} made by another version of icm ({counts}){hint}")
 
 
-def read_existing_alpha(job: Job, source_states: Mapping[str, str] = MappingProxyType({})) -> ExistingAlpha | None:
+def read_existing_alpha(
+    job: Job, digest_for: Callable[[Job], str], source_states: Mapping[str, str] = MappingProxyType({})
+) -> ExistingAlpha | None:
     """Return the alpha that an earlier run made for a job; None if there is none, or if it is damaged.
 
     If the run writes trimaps too, an alpha without its trimap is damaged, unless it is reviewed. Raises
     OtherSourceError if the alpha was made from another source: one with another name below its root, or one below
     another root and with other content. Raises ImageError if the source or the output cannot be read.
 
-    ``source_states``: see :func:`keep_existing_alphas`.
+    ``digest_for`` and ``source_states``: see :func:`find_existing_alphas`.
     """
     provenances = {path: _read_own_provenance(path, job) for path in job.outputs}
     retouched = next(
@@ -412,15 +420,15 @@ def read_existing_alpha(job: Job, source_states: Mapping[str, str] = MappingProx
         if retouched is not None:
             raise _retouched_error(retouched, job)
         return None
-    result = replace(job.planned, status="kept", matting=recorded_details(provenance))
-    # Below another root the state may differ, and _read_own_provenance() has compared the content.
+    digest = digest_for(job)
     if provenance.get(ROOT_KEY) != escape_name(job.root):
-        return ExistingAlpha(result, provenance, "", is_of_same_state=True, retouched=retouched)
+        # The state may differ, but _read_own_provenance() has compared the content.
+        return ExistingAlpha(job, digest, provenance, "", is_of_same_state=True, retouched=retouched)
     state = job.state()
     source_state = f"{state} {provenance.get(CONTENT_KEY)}"
     is_recorded = source_states.get(escape_name(job.planned.name)) == source_state
     is_of_same_state = is_recorded or provenance.get(SOURCE_KEY) == state
-    return ExistingAlpha(result, provenance, source_state, is_of_same_state, retouched)
+    return ExistingAlpha(job, digest, provenance, source_state, is_of_same_state, retouched)
 
 
 def _retouched_error(path: Path, job: Job) -> OtherSourceError:

@@ -128,9 +128,9 @@ class RunModel:
         with contextlib.suppress(IcmError):
             job = self._with_saved_hints(id)
             options = self._engine_options(self._find_shot(id, job))
-            existing, digest = read_existing_alpha(job), options.job_digest(job)
-            if existing is not None and existing.is_outdated(job, digest):
-                return existing.outdated_reason(job, digest, options.hints_digest(job))
+            existing = read_existing_alpha(job, options.job_digest)
+            if existing is not None and existing.is_outdated():
+                return existing.outdated_reason(options.hints_digest(job))
         return ""
 
     def correct(self, id: int, shapes: Shapes, stamp: str, begin_writing: Callable[[Annotation | None], None]) -> None:
