@@ -24,7 +24,8 @@ from icm_cli.images.colour import ColourSettings, to_display_srgb
 from icm_cli.images.decoding import frame_count, image_size
 from icm_cli.images.image_file import detect_file_type
 from icm_cli.images.reading import read_alpha, read_image, read_stored_pixels
-from icm_cli.matting.jobs import OutputLayout, plan_jobs
+from icm_cli.matting.jobs import OutputLayout
+from icm_cli.matting.planning import JobPlanner
 from icm_cli.matting.sources import SkippedFiles, find_sources
 
 pillow_heif.register_heif_opener()  # to write files; icm does not register it
@@ -499,9 +500,9 @@ def test_every_frame_of_a_file_is_matted(tmp_path: Path, name: str) -> None:
     path = frames(tmp_path / name, 3, **({"lossless": True} if name == "a.webp" else {}))
     assert frame_count(path) == 3
     skipped_files = SkippedFiles(lambda _: None)
-    jobs = plan_jobs(
-        find_sources(tmp_path, None, skipped_files), OutputLayout(tmp_path / "out"), skipped_files=skipped_files
-    )
+    jobs = JobPlanner(
+        find_sources(tmp_path, None, skipped_files), OutputLayout(tmp_path / "out"), skipped_files
+    ).plan_jobs()
     assert [job.output.name for job in jobs] == ["a.0001.png", "a.0002.png", "a.0003.png"]
     images = [job.read_image().rgb.astype(int) for job in jobs]
     for number, image in enumerate(images):

@@ -23,7 +23,8 @@ import icm_cli
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.files.paths import LINK_INTO_TREE, LINK_LOOP
 from icm_cli.matting.frames import FramePattern, missing_frames, parse_frame_range
-from icm_cli.matting.jobs import Job, OutputLayout, SourceFilter, parse_shard, plan_jobs
+from icm_cli.matting.jobs import Job, OutputLayout
+from icm_cli.matting.planning import InputFiles, JobPlanner, SourceFilter, parse_shard
 from icm_cli.matting.sources import SkippedFiles, find_sources, natural_sort_key
 
 
@@ -49,9 +50,8 @@ def plan(
     pattern = FramePattern.parse(str(out))
     layout = OutputLayout(Path(out if pattern is None else pattern.folder), template, pattern=pattern)
     sources = find_sources(src, root, skipped_files)
-    return plan_jobs(
-        sources, layout, source_filter=SourceFilter(**source_filter), references=references, skipped_files=skipped_files
-    )
+    planner = JobPlanner(sources, layout, skipped_files, SourceFilter(**source_filter), InputFiles(references))
+    return planner.plan_jobs()
 
 
 def outputs(jobs: list[Job], out: Path) -> list[str]:

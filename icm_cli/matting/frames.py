@@ -245,7 +245,7 @@ def _format_range(frames: range) -> str:
 
 
 def missing_frames(
-    paths: Sequence[Path], wanted: FrameRanges | None, ignored: Sequence[Path] = ()
+    paths: Sequence[Path], wanted: FrameRanges | None, ignored: Iterable[Path] = ()
 ) -> dict[FramePattern, FrameRanges]:
     """Return the missing frame numbers of each sequence, by its pattern, such as ``shot.####.exr``.
 

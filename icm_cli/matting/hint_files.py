@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
@@ -219,56 +219,59 @@ class HintFiles:
         return [path for path in images if not is_hint(path)]
 
     def assign_files(
-        self,
-        images: Sequence[Path],
-        sources: Sources,
-        references: Collection[Path],
-        is_excluded: Callable[[Path], bool],
-        skipped_files: SkippedFiles,
-    ) -> dict[Path, list[Path]]:
-        """Assign the files to images. Returns the files of each image that has some, by the name of the image.
+        self, images: Sequence[Path], is_excluded: Callable[[Path], bool]
+    ) -> tuple[dict[Path, list[Path]], dict[str | int, list[Path]]]:
+        """Return the files of each image that has some, by its name; and the files of no image, by their key.
 
-        Skipped files are reported: those that belong to no image or to a reference, and those that are not hints,
-        unless the folder contains the sources. Raises UsageError for a file that may belong to several images.
-
-        Args:
-            images: Names of the images that are matted.
-            references: Real paths of the references.
-            is_excluded: Returns whether a file is an image or an output itself.
+        ``images``: names of the images that are matted. ``is_excluded``: returns whether a file is an image or an
+        output itself. Raises UsageError for a file that may belong to several images.
         """
+        assigned: defaultdict[Path, list[Path]] = defaultdict(list)
+        unused: dict[str | int, list[Path]] = {}
         images_by_key: defaultdict[str | int | None, list[Path]] = defaultdict(list)
         for image in images if self.files else ():
             for key in self._keys(image):
                 images_by_key[key].append(image)
-        all_sources = sources.files if self.files else ()
-        # Sources that are not matted are included. Their hints are reported only if the source is a reference.
-        source_keys: set[str | int | None] = set()
-        reference_keys: set[str | int | None] = set()
-        for path in all_sources:
-            keys = reference_keys if self._resolve(path) in references else source_keys
-            keys |= self._keys(name_below(path, sources.root))
-        assigned: defaultdict[Path, list[Path]] = defaultdict(list)
-        without_image: list[Path] = []
-        of_reference: list[Path] = []
         for key, files in self.files.items():
             paths = [path for path in files if not is_excluded(path)]
+            if not paths:
+                continue
             # a.jpg.json belongs to a.jpg only, a.json to each image with the stem a.
             owners = [image for image in images_by_key[key] if image.as_posix() == key] or images_by_key[key]
-            if len(owners) > 1 and paths:
+            if len(owners) > 1:
                 remedy = f"name it {owners[0].name}{paths[0].suffix}" if self.folder else "give --hints a folder"
                 raise UsageError(f"hint {paths[0]} may belong to {owners[0]} or to {owners[1]}; {remedy}")
             if owners:
                 assigned[owners[0]] += paths
-            elif key in reference_keys:
-                of_reference += paths
-            elif key not in source_keys:
-                without_image += paths
+            else:
+                unused[key] = paths
+        return assigned, unused
+
+    def report_unused(
+        self,
+        unused: Mapping[str | int, Sequence[Path]],
+        sources: Sources,
+        is_reference: Callable[[Path], bool],
+        skipped_files: SkippedFiles,
+    ) -> None:
+        """Report files that belong to no source or to a reference, and those that are not hints.
+
+        Hints of sources that are not matted are not reported. Files that are not hints are reported unless the folder
+        contains the sources. ``unused``: see :meth:`assign_files`.
+        """
+        source_keys: set[str | int | None] = set()
+        reference_keys: set[str | int | None] = set()
+        for path in sources.files if unused else ():
+            keys = reference_keys if is_reference(path) else source_keys
+            keys |= self._keys(name_below(path, sources.root))
+        known_keys = source_keys | reference_keys
+        without_image = [path for key, paths in unused.items() if key not in known_keys for path in paths]
+        of_reference = [path for key, paths in unused.items() if key in reference_keys for path in paths]
         skipped_files.add(sorted(without_image), WITHOUT_IMAGE)
         skipped_files.add(sorted(of_reference), OF_REFERENCE)
         real_root = real_path(sources.root)
         if self.folder not in (real_root, *real_root.parents):
             skipped_files.add(sorted(self.others), NOT_A_HINT)
-        return {image: paths for image, paths in assigned.items() if paths}
 
     def _keys(self, image: Path) -> set[str | int | None]:
         """Return the keys of ``files`` at which hints of an image may be. ``image``: its path below the root."""

@@ -4,52 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import os
-import re
 import string
 import threading
 import unicodedata
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
 import cachetools
 
 from icm_cli.errors import ImageError, UsageError, format_count, shorten
-from icm_cli.files.atomic_writes import TEMPORARY_PREFIX, TEMPORARY_SUFFIX, FileIdentity, temporary_name
+from icm_cli.files.atomic_writes import TEMPORARY_SUFFIX, FileIdentity, temporary_name
 from icm_cli.files.digests import combined_digest
-from icm_cli.files.paths import MAX_NAME_BYTES, RECORD_FOLDER, describe_obstacle
-from icm_cli.guidance.annotations import AREA_NAMES
+from icm_cli.files.paths import MAX_NAME_BYTES, describe_obstacle
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
-from icm_cli.images.decoding import SourceFile, library_settings, open_image
+from icm_cli.images.decoding import SourceFile, open_image
 from icm_cli.images.image_file import ImageFile
 from icm_cli.images.reading import CompositeSource, SourceImage, compose_image, read_image, read_source_image
-from icm_cli.matting.frames import FrameName, FramePattern, FrameRanges, missing_frames
-from icm_cli.matting.hint_files import HintFiles, ImageHints, check_image_hints
-from icm_cli.matting.mattes import ImageMattes, MatteFiles, assign_mattes
+from icm_cli.matting.frames import FrameName, FramePattern
+from icm_cli.matting.hint_files import ImageHints
+from icm_cli.matting.mattes import ImageMattes
 from icm_cli.matting.sources import (
     MAX_LISTED_FILES,
-    PathResolver,
-    SkippedFiles,
-    Sources,
-    name_below,
-    natural_sort_key,
     real_path,
 )
-from icm_cli.options import MissingPolicy
 from icm_cli.reports.result import ImageResult
 
 DEFAULT_NAME = "{stem}{frame}"
 TRIMAP_SUFFIX = ".trimap.png"
 """End of the name of a trimap that is written next to an alpha."""
 OBSTACLE_ADVICE = "remove it, or give another folder or name"
-EMPTY_SHARD = "there is nothing to matte, as shard {} contains no image; the other shards contain those of {} ({})"
-MAX_MISSING_JOBS = 10_000
-"""Largest number of missing frames that are reported one by one."""
 NAME_FIELDS = ("stem", "frame", "suffix")
 _digests: cachetools.LRUCache[tuple[Path, str], str] = cachetools.LRUCache(maxsize=64)
 """Content digests by path and state, because the pages of a file and composites share files."""
@@ -202,150 +188,6 @@ def _find_template_problem(template: str) -> str:
 _EXPECTED_NAME = "expected a file name with {stem}, {frame} and {suffix}, such as '{stem}_matte{frame}'"
 
 
-@dataclass(frozen=True)
-class SourceFilter:
-    """Which images of the sources are matted."""
-
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    """Globs, as in ``include``, for the path below the root or for the file name."""
-    frames: FrameRanges | None = None
-    """Frame numbers; None for all."""
-    missing: MissingPolicy = "skip"
-    shard: tuple[int, int] | None = None
-    """Number of a shard, from 1, and the number of shards."""
-
-
-NO_FILTER = SourceFilter()
-
-
-def plan_jobs(
-    sources: Sources,
-    layout: OutputLayout,
-    *,
-    source_filter: SourceFilter = NO_FILTER,
-    references: Sequence[Path] = (),
-    colour: ColourSettings = DEFAULT_COLOUR,
-    skipped_files: SkippedFiles,
-    hint_files: HintFiles | None = None,
-    garbage: MatteFiles | None = None,
-    keep: MatteFiles | None = None,
-) -> list[Job]:
-    """Return a job for every image that passes the filter, sorted by name.
-
-    Files in the output folder, references, masks and mattes are skipped. ``source_filter.missing`` decides what happens
-    with missing frames: a notice, jobs that fail, or an error. A notice is given if no image is left. Nothing is
-    written. Raises UsageError.
-    """
-    root, found, resolve = sources.root, sources.files, PathResolver()
-    real_root, real_out = resolve(root), resolve(layout.folder)
-    if real_root == real_out and layout.template == DEFAULT_NAME and layout.pattern is None:
-        raise UsageError(f"the source folder {root} is also the output folder; give --out another folder")
-    _check_filters(found, root, source_filter)
-    if hint_files is not None:
-        if hint_files.folder == real_out:
-            raise UsageError(f"the folder of --hints {hint_files.where} is also the output folder; give another --out")
-        found = images = hint_files.without_hints(found, root)
-
-    # Skip files that are no sources, and sources that the filter excludes.
-    if real_root in real_out.parents:
-        found = skipped_files.exclude(found, lambda path: real_out in resolve(path).parents, "in the output folder")
-    protected = {resolve(path) for path in references}
-    found = skipped_files.exclude(found, lambda path: resolve(path) in protected, "a reference or its mask")
-    matte_paths = [*(garbage.paths if garbage else ()), *(keep.paths if keep else ())]
-    real_mattes = {resolve(path) for path in matte_paths}
-    found = skipped_files.exclude(found, lambda path: resolve(path) in real_mattes, "a garbage or keep matte")
-    found = [path for path in found if not path.name.startswith(TEMPORARY_PREFIX)]
-    found = skipped_files.exclude(
-        found,
-        lambda path: not is_wanted(name_below(path, root), source_filter),
-        "excluded by --include or --exclude",
-        is_reported=False,
-    )
-    with library_settings():  # entered once instead of for each file
-        inspected = {path: sources.inspected.get(path) or SourceFile.inspect(path) for path in found}
-    found = skipped_files.exclude(found, lambda path: inspected[path].type.is_icm_output, "made by icm")
-    missing = _plan_missing_frames(found, sources, source_filter, layout, skipped_files, protected)
-    if (frames := source_filter.frames) is not None:
-        found = skipped_files.exclude(
-            found, lambda path: FrameName.from_path(path).number not in frames, "not in --frames", is_reported=False
-        )
-
-    jobs = [
-        job
-        for path in sorted([*found, *missing], key=natural_sort_key)
-        for job in _jobs_of_file(path, root, layout, colour, inspected.get(path))
-    ]
-    if not jobs:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped_files.items() if count)
-        skipped_files.notify(f"there is nothing to matte, as every image in {root} is skipped: {reasons}")
-
-    # Refuse output paths that would replace inputs or each other.
-    check_overwrites(jobs, [path for job in jobs for path in job.files], "a source image", resolve)
-    check_overwrites(jobs, references, "a reference or its mask", resolve)
-    check_overwrites(jobs, matte_paths, "a garbage or keep matte", resolve)
-    _check_collisions(jobs, layout)
-
-    # Find the mattes and hints of every job.
-    names = [job.name for job in jobs]
-    mattes = assign_mattes(names, garbage, keep)
-    jobs = [replace(job, mattes=job_mattes) for job, job_mattes in zip(jobs, mattes, strict=True)]
-    files: dict[Path, list[Path]] = {}
-    if hint_files is not None:
-        inputs = protected.union(map(resolve, images))
-
-        def is_input_or_output(path: Path) -> bool:
-            real = resolve(path)
-            return real in inputs or _is_output(real, real_out)
-
-        files = hint_files.assign_files(names, sources, protected, is_input_or_output, skipped_files)
-        check_overwrites(jobs, [path for paths in files.values() for path in paths], "a hint", resolve)
-    if source_filter.shard is not None:
-        jobs = _select_shard(jobs, source_filter.shard, root, skipped_files.notify)
-    return _add_hints(jobs, files, skipped_files.notify)
-
-
-def _is_output(path: Path, folder: Path) -> bool:
-    """Return whether a file is in the output folder. Files in its ``.icm`` are not: hints may be stored there."""
-    return folder in path.parents and RECORD_FOLDER not in path.relative_to(folder).parts
-
-
-def _add_hints(jobs: Sequence[Job], files: Mapping[Path, Sequence[Path]], notice: Callable[[str], None]) -> list[Job]:
-    """Return the jobs with their hint files. Raises UsageError for a file that cannot be used."""
-    with_hints = [job for job in jobs if job.name in files]
-    headers = {job.name: job.header_file for job in with_hints}
-    hints = check_image_hints({job.name: files[job.name] for job in with_hints}, headers)
-    files_by_label: defaultdict[str, list[Path]] = defaultdict(list)
-    jobs_with_hints = []
-    for job in jobs:
-        if job.name in hints:
-            for label, path in hints[job.name].other_labels.items():
-                files_by_label[label].append(path)
-            for sentence in hints[job.name].notices:
-                notice(sentence)
-            job = replace(job, hints=hints[job.name], planned=replace(job.planned, has_hints=True))
-        jobs_with_hints.append(job)
-    for label, paths in files_by_label.items():
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        notice(
-            f"the label {label} of hints {paths[0]}{more} was taken for fg, on the object; expected one of "
-            f"{', '.join(AREA_NAMES)}; change the label if it marks something else"
-        )
-    return jobs_with_hints
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """Parse ``--shard``: "2/8" is (2, 8). Raises UsageError."""
-    match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
-    number, count = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= number <= count:
-        raise UsageError(
-            f"--shard is {shorten(text)!r}; expected the number of a shard from 1 to the number of shards, such as "
-            "1/8 for the first of eight"
-        )
-    return number, count
-
-
 def check_overwrites(
     jobs: Sequence[Job], files: Sequence[Path], what: str, resolve: Callable[[Path], Path] = real_path
 ) -> None:
@@ -368,82 +210,6 @@ def check_obstacles(jobs: Sequence[Job]) -> None:
         raise UsageError(f"{path} is {what}, and an alpha would be written there; {OBSTACLE_ADVICE}{more}")
 
 
-def _select_shard(jobs: Sequence[Job], shard: tuple[int, int], root: Path, notice: Callable[[str], None]) -> list[Job]:
-    """Return the jobs of a shard, such as (2, 8), or give a notice if it is empty.
-
-    The hash of its name decides the shard of an image, so all machines agree, whatever other images they find.
-    """
-    number, count = shard
-
-    def shard_of(job: Job) -> int:
-        name = job.planned.name.encode(errors="surrogateescape")
-        return int(hashlib.sha256(name).hexdigest(), 16) % count + 1
-
-    selected = [job for job in jobs if shard_of(job) == number]
-    if jobs and not selected:
-        notice(EMPTY_SHARD.format(f"{number}/{count}", root, len(jobs)))
-    return selected
-
-
-def _plan_missing_frames(
-    found: Sequence[Path],
-    sources: Sources,
-    source_filter: SourceFilter,
-    layout: OutputLayout,
-    skipped_files: SkippedFiles,
-    protected: set[Path],
-) -> list[Path]:
-    """With ``--missing report``, return the paths of the missing frames; their planned jobs will fail.
-
-    With ``--missing skip``, a notice names the missing frames. With ``--missing error``, they raise UsageError.
-    ``found``: files that are not excluded. ``protected``: references and masks; those in the sequence count as present.
-    """
-    if not sources.is_sequence and source_filter.frames is None:
-        return []
-    present = [*found, *(path for path in sources.files if real_path(path) in protected)]
-    present_set = set(present)
-    excluded = [path for path in sources.files if path not in present_set]
-    files: list[Path] = []
-    for pattern, frames in missing_frames(present, source_filter.frames, excluded).items():
-        text = f"{pattern} has no frame {frames}"
-        if source_filter.missing == "error":
-            raise UsageError(f"{text}; nothing was written, as --missing error demands; add the frames and run again")
-        if source_filter.missing == "skip":
-            alphas = _earlier_alphas(pattern, frames, sources.root, layout)
-            more = f" and {len(alphas) - 1} more" if len(alphas) > 1 else ""
-            skipped_files.notify(
-                f"{text}; " + (f"its earlier alpha {alphas[0]}{more} is kept" if alphas else "no alpha is written")
-            )
-            continue
-        if len(files) + frames.count > MAX_MISSING_JOBS:
-            raise UsageError(
-                f"{text}, which are {frames.count} frames; --missing report lists at most {MAX_MISSING_JOBS} "
-                "missing frames; select frames with --frames, or give --missing skip"
-            )
-        files += [Path(pattern.folder, pattern.frame_name(number)) for number in frames]
-    return files
-
-
-def _earlier_alphas(pattern: FramePattern, frames: FrameRanges, root: Path, layout: OutputLayout) -> list[Path]:
-    """Return the existing alphas of missing frames, in order.
-
-    For more missing frames than files in the folder, the numbers in the names of the files are tried instead of all
-    frames, so that a gap of a million frames takes no time.
-    """
-
-    def alpha_of(number: int) -> Path:
-        return layout.output_path(name_below(Path(pattern.folder, pattern.frame_name(number)), root))
-
-    folder = alpha_of(frames.ranges[0].start).parent
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if frames.count <= len(names):
-        numbers = set(frames)
-    else:
-        candidates = {int(digits) for name in names for digits in re.findall("[0-9]+", name)}
-        numbers = {number for number in candidates if number in frames}
-    return [alpha for alpha in map(alpha_of, sorted(numbers)) if alpha.name in names]
-
-
 def _content_digest(file: ImageFile, state: str) -> str:
     """Return the content digest of an open file. It is cached, so that a file of many pages is read only once."""
     path_and_state = file.path, state
@@ -456,65 +222,7 @@ def _content_digest(file: ImageFile, state: str) -> str:
     return digest
 
 
-def is_wanted(name: Path, source_filter: SourceFilter) -> bool:
-    """Return whether an image of this name below the root passes ``include`` and ``exclude``."""
-
-    def matches_any(patterns: Sequence[str]) -> bool:
-        return any(fnmatch(name.as_posix(), pattern) or fnmatch(name.name, pattern) for pattern in patterns)
-
-    return (not source_filter.include or matches_any(source_filter.include)) and not matches_any(source_filter.exclude)
-
-
-def _jobs_of_file(
-    source: Path, root: Path, layout: OutputLayout, colour: ColourSettings, inspected: SourceFile | None
-) -> list[Job]:
-    """Return a job for each image in a file. The outputs are a.png, or a.0001.png, a.0002.png, ... for several."""
-    name = name_below(source, root)
-    count = 1 if inspected is None else inspected.frame_count
-    absolute_root = os.path.abspath(root)  # noqa: PTH100  resolve() would follow links
-    jobs = []
-    for page in range(count):
-        numbered = name if count == 1 else name.with_name(f"{name.stem}.{page + 1:04d}{name.suffix}")
-        output = layout.output_path(numbered)
-        planned = ImageResult(
-            str(source), str(output), "planned", name=numbered.as_posix(), page=0 if count == 1 else page + 1
-        )
-        jobs.append(
-            Job(
-                source,
-                numbered,
-                output,
-                planned,
-                page=page,
-                colour=colour,
-                root=absolute_root,
-                is_missing=inspected is None,
-                has_trimap=layout.has_trimap,
-                inspected=inspected,
-            )
-        )
-    return jobs
-
-
-def _check_filters(found: Sequence[Path], root: Path, source_filter: SourceFilter) -> None:
-    """Raise UsageError if ``--include`` matches no image, or if ``--frames`` is given and no image has a number."""
-    include = SourceFilter(source_filter.include)
-    if source_filter.include and not any(is_wanted(name_below(path, root), include) for path in found):
-        patterns = " or ".join(f"--include {pattern!r}" for pattern in source_filter.include)
-        raise UsageError(
-            f"{patterns} matches none of the {format_count(len(found), 'image')} in {root}, such as "
-            f"{name_below(found[0], root)}; expected a glob for the path below that folder, or for "
-            "the file name"
-        )
-    if source_filter.frames is not None and all(FrameName.from_path(path).number is None for path in found):
-        raise UsageError(
-            f"--frames selects by frame number, and none of the {format_count(len(found), 'image')} in {root} "
-            f"has one, such as {name_below(found[0], root)}; expected names such as shot.1001.exr; "
-            "omit --frames"
-        )
-
-
-def _check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
+def check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
     """Raise UsageError if two images have the same output path, or one output is a folder of another."""
     writers: dict[Path, list[str]] = {}
     for job in jobs:

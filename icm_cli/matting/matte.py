@@ -29,10 +29,10 @@ from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import EngineOptions
 from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.hint_files import MAX_CHECKED_PIXELS
-from icm_cli.matting.jobs import EMPTY_SHARD, Job, OutputLayout, check_obstacles, check_overwrites, parse_shard
+from icm_cli.matting.jobs import Job, OutputLayout, check_obstacles, check_overwrites
 from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
-from icm_cli.matting.planning import choose_colour_settings, choose_output, plan_images
+from icm_cli.matting.planning import EMPTY_SHARD, choose_colour_settings, choose_output, parse_shard, plan_images
 from icm_cli.matting.references import Reference, check_negatives, read_negatives, read_references
 from icm_cli.matting.result_collector import ResultCollector, environment_settings
 from icm_cli.matting.resume import (
@@ -148,9 +148,8 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     remedy = None if options.output.overwrite else "give another name, or --overwrite to replace it"
     ReportFiles(mask=reference_options.save_mask).check_no_overwrite(protected, remedy)  # before a model makes the mask
     references = read_all_references(options, listener.on_notice)
-    images = plan_images(options, layout, colour, skipped_files, listener.on_notice)
-    jobs = images.jobs
-    if images.hint_files is not None:
+    jobs, inputs = plan_images(options, layout, colour, skipped_files, listener.on_notice)
+    if inputs.hints is not None:
         listener.on_notice(f"{format_count(sum(job.hints is not None for job in jobs), 'image')} with hints")
         protected += [path for job in jobs if job.hints for path in job.hints.paths]
     shot = None
@@ -167,7 +166,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     files = [path for job in jobs for path in (job.source, *job.outputs)]
     check_obstacles(jobs)
     check_overwrites(jobs, reference_options.not_ref, "a negative reference")
-    protected += [*reference_options.not_ref, *images.mattes]
+    protected += [*reference_options.not_ref, *inputs.mattes]
     report_files.check_no_overwrite([*protected, options.sources.src, *truths, *map(str, files)], remedy)
     return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths)
 

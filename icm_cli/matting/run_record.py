@@ -14,7 +14,8 @@ from icm_cli.errors import OutputError, UsageError
 from icm_cli.files.atomic_writes import atomic_write
 from icm_cli.files.json_files import read_json, write_json
 from icm_cli.files.paths import LIST_SUFFIXES, RECORD_FOLDER
-from icm_cli.matting.jobs import Job, SourceFilter, is_wanted
+from icm_cli.matting.jobs import Job
+from icm_cli.matting.planning import SourceFilter
 from icm_cli.options import MatteOptions
 from icm_cli.options.definition import OptionField
 
@@ -86,7 +87,7 @@ def _is_part_of_recorded_run(values: Mapping[str, Any], folder: Path, jobs: Sequ
                 and all(Path(earlier["src"]) in path.parents for job in jobs for path in job.files)
             )
         source_filter = SourceFilter(earlier.get("include", ()), earlier.get("exclude", ()))
-        return is_selection and all(is_wanted(job.name, source_filter) for job in jobs)
+        return is_selection and all(source_filter.selects_name(job.name) for job in jobs)
     return False
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -55,7 +55,7 @@ class SkippedFiles(Counter[str]):
             self.notify(f"{min(paths)}{more} skipped: {reason}{ADVICE.get(reason, '')}")
 
     def exclude(
-        self, paths: Sequence[Path], is_excluded: Callable[[Path], bool], reason: str, *, is_reported: bool = True
+        self, paths: Collection[Path], is_excluded: Callable[[Path], bool], reason: str, *, is_reported: bool = True
     ) -> list[Path]:
         """Count the paths for which ``is_excluded`` is true, with a reason, and return the other paths."""
         excluded = {path for path in paths if is_excluded(path)}

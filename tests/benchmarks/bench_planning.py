@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from icm_cli.matting.jobs import OutputLayout, plan_jobs
+from icm_cli.matting.jobs import OutputLayout
+from icm_cli.matting.planning import JobPlanner
 from icm_cli.matting.sources import SkippedFiles, find_sources
 
 
@@ -45,9 +46,9 @@ if __name__ == "__main__":
         write_images(folder, count)
         before, start = peak_mb(), time.perf_counter()
         skipped_files = SkippedFiles(print)
-        jobs = plan_jobs(
-            find_sources(folder, None, skipped_files), OutputLayout(Path(home) / "out"), skipped_files=skipped_files
-        )
+        jobs = JobPlanner(
+            find_sources(folder, None, skipped_files), OutputLayout(Path(home) / "out"), skipped_files
+        ).plan_jobs()
         planned = time.perf_counter()
         for job in jobs:
             job.state()
