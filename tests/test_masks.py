@@ -18,7 +18,8 @@ from test_formats import written
 
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.matting.masks import Mask, read_mask
-from icm_cli.matting.references import read_references
+from icm_cli.matting.references import Reference, ReferenceReader
+from icm_cli.options import ReferenceOptions
 
 TARGET = np.zeros((60, 80), np.bool_)
 TARGET[10:40, 20:50] = True
@@ -47,6 +48,11 @@ def saved(folder: Path, pixels: np.ndarray, *, palette: bool = False) -> Path:
 def read(path: Path, label: str | None = None) -> tuple[Mask, list[str]]:
     notices: list[str] = []
     return read_mask(path, label, notices.append), notices
+
+
+def read_reference(ref: Path, mask: Path, notices: list[str] | None = None) -> Reference:
+    reader = ReferenceReader((notices if notices is not None else []).append)
+    return reader.read_references(ReferenceOptions(ref=(ref,), mask=(mask,)))[0]
 
 
 @pytest.mark.parametrize(
@@ -163,11 +169,11 @@ def test_unknown_pixels_of_a_trimap_are_excluded(tmp_path: Path) -> None:
     assert "is a trimap" in notices[0]
     rgb = np.random.default_rng(0).integers(0, 256, (*TARGET.shape, 3), np.uint8)
     Image.fromarray(rgb).save(tmp_path / "ref.png")
-    (reference,) = read_references([tmp_path / "ref.png"], [tmp_path / "mask.png"], lambda _: None)
+    reference = read_reference(tmp_path / "ref.png", tmp_path / "mask.png")
     assert reference.unknown is not None
     assert (reference.unknown == BORDER).all()
     plain = saved(tmp_path, layers(target=255))
-    (other,) = read_references([tmp_path / "ref.png"], [plain], lambda _: None)
+    other = read_reference(tmp_path / "ref.png", plain)
     assert reference.digest != other.digest
 
 
@@ -253,14 +259,14 @@ def test_reference_with_several_frames_gives_a_notice(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (80, 60), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "ref.gif", save_all=True, append_images=frames[1:])
     notices: list[str] = []
-    read_references([tmp_path / "ref.gif"], [saved(tmp_path, layers(target=255))], notices.append)
+    read_reference(tmp_path / "ref.gif", saved(tmp_path, layers(target=255)), notices)
     assert notices == [f"reference {tmp_path / 'ref.gif'} has 2 frames or pages; the first one is used"]
 
 
 def test_mask_label_without_mask_is_refused(tmp_path: Path) -> None:
     cutout = np.dstack([np.full((60, 80, 3), 90, np.uint8), layers(target=255)])
     with pytest.raises(UsageError, match="there is no --mask"):
-        read_references([saved(tmp_path, cutout)], [], lambda _: None, "75")
+        ReferenceReader(print).read_references(ReferenceOptions(ref=(saved(tmp_path, cutout),), mask_label="75"))
 
 
 LABELS: dict[str, int] = {"uint8": 100, "uint16": 300, "uint": 70001, "int8": 60, "int16": 300, "int": 70001}

@@ -16,12 +16,13 @@ from test_learning import scene as draw_scene
 from torch import Tensor
 
 from icm_cli.errors import UsageError
-from icm_cli.matting.references import Reference, read_negatives
+from icm_cli.matting.references import Reference, ReferenceReader
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.lite.head import TokenMatchConfig, TokenMatchHead
 from icm_cli.model.similarity import ReferenceTokens
 from icm_cli.model.stable_diffusion.detail_head import DetailReferences, InterSimilarity
 from icm_cli.model.training_free.head import TrainingFree, TrainingFreeConfig
+from icm_cli.options import ReferenceOptions
 
 RED, BLUE = (slice(48, 80), slice(16, 48)), (slice(8, 40), slice(80, 112))
 """Where the object of the scene is, and what looks unlike it."""
@@ -42,6 +43,11 @@ def positive() -> tuple[Tensor, Tensor, Tensor]:
     guidance = torch.zeros_like(guidance)
     guidance[0, 0][RED] = 1.0
     return image, guidance, valid
+
+
+def read_negatives(refs: tuple[Path, ...], masks: tuple[Path, ...], notices: list[str]) -> list[Reference]:
+    options = ReferenceOptions(ref=(), not_ref=refs, not_mask=masks)
+    return ReferenceReader(notices.append).read_negatives(options)
 
 
 @pytest.fixture
@@ -149,23 +155,23 @@ class TestCommand:
     def test_masks_belong_to_images_in_order(self, scene: Path) -> None:
         ref, mask = scene / "ref.png", scene / "mask.png"
         notices = list[str]()
-        masked, whole = read_negatives([ref, scene / "imgs" / "wall.jpg"], [mask], notices.append)
+        masked, whole = read_negatives((ref, scene / "imgs" / "wall.jpg"), (mask,), notices)
         assert np.array_equal(masked.selected, read(mask) > 127)
         assert masked.is_negative
         assert whole.is_negative
         assert whole.selected.all()
         assert notices == [f"{scene / 'imgs' / 'wall.jpg'} has no --not-mask, so all of it is negative"]
         cv2.imwrite(str(scene / "white.png"), np.full(read(mask).shape[:2], 255, np.uint8))
-        (white,) = read_negatives([ref], [scene / "white.png"], notices.append)
+        (white,) = read_negatives((ref,), (scene / "white.png",), notices)
         assert white.selected.all()  # as without a mask
         assert len(notices) == 1
         with pytest.raises(UsageError, match="2 --not-mask but 1 --not-ref were given"):
-            read_negatives([ref], [mask, mask], print)
+            read_negatives((ref,), (mask, mask), notices)
         labels = np.zeros(read(mask).shape[:2], np.uint8)
         labels[:50], labels[60:120] = 1, 2
         cv2.imwrite(str(scene / "labels.png"), labels)
         with pytest.raises(UsageError, match=r"has several labels.*expected white on what is not the object"):
-            read_negatives([ref], [scene / "labels.png"], print)
+            read_negatives((ref,), (scene / "labels.png",), notices)
 
     def test_digest_of_a_negative(self) -> None:
         rgb, area = np.zeros((4, 5, 3), np.uint8), np.eye(4, 5) > 0

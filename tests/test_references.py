@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,7 +17,8 @@ from PIL import Image, ImageOps
 
 import icm_cli
 from icm_cli.errors import UsageError
-from icm_cli.matting.references import Reference, read_references
+from icm_cli.matting.references import Reference, ReferenceReader
+from icm_cli.options import ReferenceOptions
 
 
 @pytest.fixture
@@ -36,9 +39,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def read_references(
+    refs: Sequence[Path], masks: Sequence[Path], notices: list[str] | None = None, orientation: Any = "auto"
+) -> list[Reference]:
+    options = ReferenceOptions(ref=tuple(refs), mask=tuple(masks), mask_orientation=orientation)
+    return ReferenceReader((notices if notices is not None else []).append).read_references(options)
+
+
 def load(folder: Path, ref: str, mask: str | None, notices: list[str] | None = None) -> Reference:
     masks = [folder / mask] if mask else []
-    return read_references([folder / ref], masks, (notices if notices is not None else []).append)[0]
+    return read_references([folder / ref], masks, notices)[0]
 
 
 @pytest.mark.parametrize(("ref", "mask"), [("ref.png", "mask.png"), ("ref.png", "soft.png"), ("cutout.png", None)])
@@ -85,9 +95,9 @@ def test_mask_that_looks_inverted_gives_a_notice(folder: Path, inverted: bool, i
 
 def test_numbers_of_references_and_masks_must_agree(folder: Path) -> None:
     with pytest.raises(UsageError, match="2 references but 1 mask"):
-        read_references([folder / "ref.png"] * 2, [folder / "mask.png"], lambda _: None)
+        read_references([folder / "ref.png"] * 2, [folder / "mask.png"])
     with pytest.raises(UsageError, match="no reference"):
-        read_references([], [], lambda _: None)
+        read_references([], [])
 
 
 TURNED = np.random.default_rng(1).integers(0, 256, (40, 60, 3), np.uint8)
@@ -123,7 +133,7 @@ def seen(orientation: int, *, square: bool = False) -> np.ndarray:
 
 
 def guidance_of(ref: Path, mask: Path, notices: list[str], mask_orientation: str = "auto") -> np.ndarray:
-    return read_references([ref], [mask], notices.append, orientation=mask_orientation)[0].guidance
+    return read_references([ref], [mask], notices, mask_orientation)[0].guidance
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
@@ -164,7 +174,7 @@ def test_unknown_and_unused_mask_orientations_are_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="is 'stord'; expected auto, upright or stored"):
         icm_cli.matte(folder / "ref.png", folder / "mask.png", src=folder, out=folder, mask_orientation="stord")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="there is no --mask"):
-        read_references([folder / "cutout.png"], [], lambda _: None, orientation="stored")
+        read_references([folder / "cutout.png"], [], orientation="stored")
 
 
 def test_command_accepts_mask_orientation(icm: Icm, scene: Path) -> None:
@@ -191,7 +201,7 @@ def test_page_shows_the_oriented_reference(icm: Icm, scene: Path) -> None:
         exif[0x0112] = 3
         image.rotate(180).save(scene / "ref.png", exif=exif)
     assert icm(mask_orientation="stored", report=scene / "r.html").exit_code == 0
-    (reference,) = read_references([scene / "ref.png"], [scene / "mask.png"], lambda _: None, orientation="stored")
+    (reference,) = read_references([scene / "ref.png"], [scene / "mask.png"], orientation="stored")
     pages = re.findall("data:image/webp;base64,([^\"']+)", (scene / "r.html").read_text())
     images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))).astype(int) for each in pages]
     size = reference.guidance.shape

@@ -16,7 +16,8 @@ from test_formats import linear
 from icm_cli.errors import UsageError
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import read_alpha, read_ground_truth
-from icm_cli.matting.references import Reference, read_references
+from icm_cli.matting.references import Reference, ReferenceReader
+from icm_cli.options import ReferenceOptions
 
 Box = tuple[int, int, int, int]
 """Data window: x, y, width, height, in the pixels of the display window."""
@@ -60,7 +61,8 @@ def write_exr(
 
 def load_reference(ref: Path, mask: Path) -> tuple[Reference, list[str]]:
     notices: list[str] = []
-    return read_references([ref], [mask], notices.append)[0], notices
+    options = ReferenceOptions(ref=(ref,), mask=(mask,))
+    return ReferenceReader(notices.append).read_references(options)[0], notices
 
 
 def bounding_box(mask: np.ndarray) -> Box:

@@ -33,7 +33,7 @@ from icm_cli.matting.jobs import Job, OutputLayout, check_obstacles, check_overw
 from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
 from icm_cli.matting.planning import EMPTY_SHARD, choose_colour_settings, choose_output, parse_shard, plan_images
-from icm_cli.matting.references import Reference, check_negatives, read_negatives, read_references
+from icm_cli.matting.references import Reference, ReferenceReader, check_negatives
 from icm_cli.matting.result_collector import ResultCollector, environment_settings
 from icm_cli.matting.resume import (
     ExistingAlphas,
@@ -173,20 +173,10 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
 
 def read_all_references(options: MatteOptions, notice: Callable[[str], None]) -> list[Reference]:
     """Return the references of a run with their masks, and then its negative references. Raises UsageError."""
-    reference_options = options.references
     _, colour = choose_colour_settings(options.colour)
     masks = MaskMaker(lambda: resolve_device(parse_devices(options.model.device)[0]))
-    references = read_references(
-        reference_options.ref,
-        reference_options.mask,
-        notice,
-        reference_options.mask_label,
-        colour,
-        reference_options.mask_orientation,
-        prompts=reference_options,
-        make_mask=masks.make_mask,
-    )
-    references += read_negatives(reference_options.not_ref, reference_options.not_mask, notice, colour, masks.make_mask)
+    reader = ReferenceReader(notice, colour, masks.make_mask)
+    references = reader.read_references(options.references) + reader.read_negatives(options.references)
     check_negatives(references)
     return references
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -22,7 +23,7 @@ from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import SourceImage, extra_frame_notices, read_image
 from icm_cli.matting.hinting import move_hints
 from icm_cli.matting.masks import AmbiguousMaskError, Mask, MaskPlacement, read_mask
-from icm_cli.options import GuidanceRule, MaskOrientation, ReferenceOptions
+from icm_cli.options import GuidanceRule, ReferenceOptions
 
 FOREGROUND_THRESHOLD = 0.5
 """Pixels of a soft mask above this value are foreground, as in the published code."""
@@ -84,80 +85,174 @@ class Reference:
         return combined_digest(self.rgb.tobytes(), self.guidance.tobytes(), unknown, str(self.rgb.shape), *points)
 
 
-def read_references(
-    refs: Sequence[Path],
-    masks: Sequence[Path],
-    notice: Callable[[str], None],
-    label: str | None = None,
-    colour: ColourSettings = DEFAULT_COLOUR,
-    orientation: MaskOrientation = "auto",
-    *,
-    prompts: ReferenceOptions | None = None,
-    make_mask: MakeMask | None = None,
-) -> list[Reference]:
-    """Read every reference with its mask. Without masks and prompts, each must be an RGBA cut-out. Raises UsageError.
+@dataclass(frozen=True)
+class ReferenceReader:
+    """Reads references and negative references with their masks."""
 
-    Args:
-        label: Selects the object in a mask with several labels: its value, index or colour, or its name in a JSON
-            annotation.
-        orientation: How masks are oriented if their reference has an EXIF orientation: "upright" like the displayed
-            reference, "stored" like the pixels in its file, or "auto", decided by the size of the mask.
-        prompts: Options that may contain points, a box or strokes in place of the mask of a single reference.
-        make_mask: Makes masks from prompts.
-    """
-    if not refs:
-        raise UsageError("no reference was given; give --ref IMAGE and --mask MASK")
-    if masks and len(masks) != len(refs):
-        raise UsageError(
-            f"{format_count(len(refs), 'reference')} but {format_count(len(masks), 'mask')} were given; give one "
-            "--mask for each --ref, in order"
-        )
-    if label is not None and not masks:
-        raise UsageError(f"--mask-label {label} selects a label of a mask, and there is no --mask; omit --mask-label")
-    if orientation != "auto" and not masks:
-        raise UsageError(
-            f"--mask-orientation {orientation} describes a mask, and there is no --mask; omit --mask-orientation"
-        )
-    if orientation != "auto" and all(map(is_annotation, masks)):
-        raise UsageError(
-            f"--mask-orientation {orientation} applies to mask images only, and {masks[0]} is a JSON annotation, which "
-            "always has the orientation in which the reference is displayed; omit --mask-orientation"
-        )
-    return [
-        _read_reference(ref, masks[n] if masks else None, label, colour, orientation, notice, prompts, make_mask)
-        for n, ref in enumerate(refs)
-    ]
+    notice: Callable[[str], None]
+    colour: ColourSettings = DEFAULT_COLOUR
+    make_mask: MakeMask | None = None
+    """Makes masks from prompts."""
 
+    def read_references(self, options: ReferenceOptions) -> list[Reference]:
+        """Read every reference with its mask. Without masks and prompts, each must be an RGBA cut-out.
 
-def read_negatives(
-    refs: Sequence[Path],
-    masks: Sequence[Path],
-    notice: Callable[[str], None],
-    colour: ColourSettings = DEFAULT_COLOUR,
-    make_mask: MakeMask | None = None,
-) -> list[Reference]:
-    """Read negative references. The masks belong to the first images, in order. Raises UsageError.
-
-    In an RGBA cut-out without a mask, the opaque pixels are negative. Other images without a mask are negative
-    everywhere.
-    """
-    if len(masks) > len(refs):
-        raise UsageError(
-            f"{len(masks)} --not-mask but {len(refs)} --not-ref were given; give at most one --not-mask for each "
-            "--not-ref, in order"
-        )
-    negatives = []
-    for ref, mask in itertools.zip_longest(refs, masks):
-        try:
-            image = _read_reference(ref, mask, None, colour, "auto", notice, None, make_mask, needs_mask=False)
-        except AmbiguousMaskError as error:
+        Raises UsageError.
+        """
+        refs, masks, orientation = options.ref, options.mask, options.mask_orientation
+        if not refs:
+            raise UsageError("no reference was given; give --ref IMAGE and --mask MASK")
+        if masks and len(masks) != len(refs):
             raise UsageError(
-                f"{error.problem}; expected white on what is not the object, and black elsewhere; give such a mask"
-            ) from error
-        if masks and mask is None and image.guidance.all():
-            notice(f"{ref} has no --not-mask, so all of it is negative")
-        negatives.append(Reference.negative(image.rgb, image.guidance, image.windows))
-    return negatives
+                f"{format_count(len(refs), 'reference')} but {format_count(len(masks), 'mask')} were given; give one "
+                "--mask for each --ref, in order"
+            )
+        if options.mask_label is not None and not masks:
+            raise UsageError(
+                f"--mask-label {options.mask_label} selects a label of a mask, and there is no --mask; omit --mask-label"
+            )
+        if orientation != "auto" and not masks:
+            raise UsageError(
+                f"--mask-orientation {orientation} describes a mask, and there is no --mask; omit --mask-orientation"
+            )
+        if orientation != "auto" and all(map(is_annotation, masks)):
+            raise UsageError(
+                f"--mask-orientation {orientation} applies to mask images only, and {masks[0]} is a JSON annotation, "
+                "which always has the orientation in which the reference is displayed; omit --mask-orientation"
+            )
+        return [self._read_reference(ref, mask, options) for ref, mask in itertools.zip_longest(refs, masks)]
+
+    def read_negatives(self, options: ReferenceOptions) -> list[Reference]:
+        """Read negative references. The masks belong to the first images, in order. Raises UsageError.
+
+        In an RGBA cut-out without a mask, the opaque pixels are negative. Other images without a mask are negative
+        everywhere.
+        """
+        refs, masks = options.not_ref, options.not_mask
+        if len(masks) > len(refs):
+            raise UsageError(
+                f"{len(masks)} --not-mask but {len(refs)} --not-ref were given; give at most one --not-mask for each "
+                "--not-ref, in order"
+            )
+        defaults = ReferenceOptions(ref=refs)  # the other options are about the references, not about negatives
+        negatives = []
+        for ref, mask in itertools.zip_longest(refs, masks):
+            try:
+                image = self._read_reference(ref, mask, defaults, needs_mask=False)
+            except AmbiguousMaskError as error:
+                raise UsageError(
+                    f"{error.problem}; expected white on what is not the object, and black elsewhere; give such a mask"
+                ) from error
+            if masks and mask is None and image.guidance.all():
+                self.notice(f"{ref} has no --not-mask, so all of it is negative")
+            negatives.append(Reference.negative(image.rgb, image.guidance, image.windows))
+        return negatives
+
+    def _read_reference(
+        self, ref: Path, mask: Path | None, options: ReferenceOptions, *, needs_mask: bool = True
+    ) -> Reference:
+        """Read a reference with its mask, from a file or from prompts. Raises UsageError or ResourceError."""
+        with self._usage_errors():
+            image = read_image(ref, self.colour)
+            for sentence in (*image.notices, *extra_frame_notices("reference", ref)):
+                self.notice(sentence)
+            hints = self._read_hints(ref, mask, image.windows.display, options)
+            if hints is not None:
+                name = f"mask {mask}" if mask else f"the mask from the prompts of reference {ref}"
+                return self._make_prompted_reference(image, hints, name, options.guidance)
+            if mask is not None:
+                stored, size = image.stored, (image.rgb.shape[0], image.rgb.shape[1])
+                placement = MaskPlacement(size, stored.orientation, options.mask_orientation) if stored else None
+                file_mask = read_mask(mask, options.mask_label, self.notice, placement, image.windows)
+                return self._make_reference(image, file_mask, f"mask {mask}", may_be_full=not needs_mask)
+            if image.alpha is not None and image.alpha.min() != image.alpha.max():
+                guidance = make_guidance(image.alpha, image.windows, f"the alpha of reference {ref}", self.notice)
+                return Reference(image.rgb, guidance, windows=image.windows)
+            if needs_mask:
+                raise UsageError(
+                    f"reference {ref} has no mask and is not an RGBA cut-out; give --mask with the object in white"
+                )
+            return _reference_without_background(image)
+
+    @contextlib.contextmanager
+    def _usage_errors(self) -> Iterator[None]:
+        """Context in which an ImageError becomes a UsageError, or a ResourceError if memory is too small."""
+        try:
+            yield
+        except ImageMemoryError as error:
+            raise ResourceError(f"reference or mask cannot be read: {error}") from error
+        except ImageError as error:
+            hint = ", for references with --ref-layer" if self.colour.layer and "has no layer" in str(error) else ""
+            raise UsageError(f"reference or mask cannot be used: {error}{hint}") from error
+
+    def _read_hints(
+        self, ref: Path, mask: Path | None, size: tuple[int, int], options: ReferenceOptions
+    ) -> Hints | None:
+        """Return what a JSON annotation or the prompts mark in a reference; None without them. Raises UsageError.
+
+        ``size``: height and width of the reference as it is displayed.
+        """
+        if mask is None or not is_annotation(mask):
+            return _read_prompts(options, ref, size) if options.has_prompts else None
+        hints = read_hints(mask, size, image=ref, label=options.mask_label, can_select=True)
+        if name := find_other_image(mask, ref):
+            self.notice(OTHER_IMAGE.format(path=mask, name=name, image=ref))
+        return hints
+
+    def _make_prompted_reference(self, image: SourceImage, hints: Hints, name: str, rule: GuidanceRule) -> Reference:
+        """Return a reference with a mask made from hints; or for ``--guidance paper``, with their points and strokes.
+
+        ``name``: what messages call the mask. Raises UsageError.
+        """
+        if rule == "mask":
+            inside = mask_from_hints(hints, image.to_display_window().rgb, name, self.notice, self.make_mask)
+            inside = image.windows.display_window.move_pixels(inside, image.windows)
+            return self._make_reference(image, Mask(inside, np.zeros(inside.shape, np.bool_)), name)
+        hints = move_hints(hints, image.windows)
+        guidance = np.zeros(hints.size, np.bool_) if hints.object_area is None else hints.object_area.copy()
+        for x, y in hints.points:
+            guidance[int(y), int(x)] = True
+        if not guidance.any():
+            raise UsageError(f"{name} has no stroke on the object in the data window: {image.windows}; paint one there")
+        return Reference(image.rgb, guidance, windows=image.windows, attended_points=hints.binding_points()[0])
+
+    def _make_reference(self, image: SourceImage, mask: Mask, name: str, *, may_be_full: bool = False) -> Reference:
+        """Return a reference with a mask that was read or made. ``name``: what messages call it. Raises UsageError."""
+        if may_be_full and mask.inside.all():
+            return _reference_without_background(image)
+        guidance = make_guidance(mask.inside.astype(np.uint8) * 255, image.windows, name, self.notice)
+        if not mask.unknown.any():
+            return Reference(image.rgb, guidance, windows=image.windows)
+        unknown = _fit_to_data_window(mask.unknown.astype(np.uint8) * 255, image.windows) > 0
+        return Reference(image.rgb, guidance, unknown & ~guidance, image.windows)
+
+
+def _reference_without_background(image: SourceImage) -> Reference:
+    return Reference(image.rgb, np.ones(image.rgb.shape[:2], np.bool_), windows=image.windows)
+
+
+def _read_prompts(options: ReferenceOptions, ref: Path, size: tuple[int, int]) -> Hints:
+    """Return the points, the box and the strokes of the options as hints about a reference. Raises UsageError."""
+    boxes = [options.box] if options.box else []
+    coordinates = [value for position in (*options.point, *options.not_point, *boxes) for value in position]
+    if all(0 <= value <= 1 for value in coordinates) and any(value % 1 for value in coordinates):
+        raise UsageError(
+            f"reference {ref}: --point, --not-point and --box have only values from 0 to 1; expected pixels of the "
+            "image as it is displayed, not fractions; multiply x by its width and y by its height"
+        )
+    strokes = Hints(size=size) if options.scribble is None else read_scribble(options.scribble, size)
+    if strokes.is_outlined:
+        raise UsageError(
+            f"scribble {options.scribble} marks nearly every pixel; expected strokes; give it as --mask if it is a mask"
+        )
+    if strokes.object_area is not None and not (strokes.object_area.any() or options.point or boxes):
+        raise UsageError(
+            f"--scribble {options.scribble} has no stroke on the object; expected strokes in white or green; paint one"
+        )
+    try:
+        return replace(strokes, points=options.point, not_points=options.not_point, boxes=boxes)
+    except UsageError as error:
+        raise UsageError(f"reference {ref}: {error}") from error
 
 
 def check_negatives(references: Sequence[Reference]) -> None:
@@ -229,123 +324,6 @@ def mask_from_hints(
         raise UsageError(f"{name} has no mark on the object; expected a point, a box or a stroke; give one of them")
     assert make_mask is not None, "prompts need a model that makes masks"
     return make_mask(rgb, hints)
-
-
-def _read_reference(
-    ref: Path,
-    mask: Path | None,
-    label: str | None,
-    colour: ColourSettings,
-    orientation: MaskOrientation,
-    notice: Callable[[str], None],
-    prompts: ReferenceOptions | None = None,
-    make_mask: MakeMask | None = None,
-    *,
-    needs_mask: bool = True,
-) -> Reference:
-    """Read a reference with its mask, from a file or from prompts. Raises UsageError or ResourceError."""
-    try:
-        image = read_image(ref, colour)
-        for sentence in (*image.notices, *extra_frame_notices("reference", ref)):
-            notice(sentence)
-        hints = None
-        if mask is not None and is_annotation(mask):
-            hints = _read_annotation(mask, ref, image.windows.display, label, notice)
-        elif prompts is not None and prompts.has_prompts:
-            hints = _read_prompts(prompts, ref, image.windows.display)
-        if hints is not None:
-            name = f"mask {mask}" if mask else f"the mask from the prompts of reference {ref}"
-            rule = "mask" if prompts is None else prompts.guidance
-            return _make_prompted_reference(image, hints, name, notice, make_mask, rule)
-        if mask is not None:
-            height, width = image.rgb.shape[:2]
-            stored = image.stored
-            placement = MaskPlacement((height, width), stored.orientation, orientation) if stored else None
-            file_mask = read_mask(mask, label, notice, placement, image.windows)
-            return _make_reference(image, file_mask, f"mask {mask}", notice, may_be_full=not needs_mask)
-        if image.alpha is not None and image.alpha.min() != image.alpha.max():
-            name = f"the alpha of reference {ref}"
-            guidance = make_guidance(image.alpha, image.windows, name, notice)
-            return Reference(image.rgb, guidance, windows=image.windows)
-        if not needs_mask:
-            return Reference(image.rgb, np.ones(image.rgb.shape[:2], np.bool_), windows=image.windows)
-        raise UsageError(
-            f"reference {ref} has no mask and is not an RGBA cut-out; give --mask with the object in white"
-        )
-    except ImageMemoryError as error:
-        raise ResourceError(f"reference or mask cannot be read: {error}") from error
-    except ImageError as error:
-        hint = ", for references with --ref-layer" if colour.layer and "has no layer" in str(error) else ""
-        raise UsageError(f"reference or mask cannot be used: {error}{hint}") from error
-
-
-def _read_annotation(
-    path: Path, ref: Path, size: tuple[int, int], label: str | None, notice: Callable[[str], None]
-) -> Hints:
-    """Read an annotation of a reference of ``size``. A notice is given if it names another image. Raises UsageError."""
-    hints = read_hints(path, size, image=ref, label=label, can_select=True)
-    if name := find_other_image(path, ref):
-        notice(OTHER_IMAGE.format(path=path, name=name, image=ref))
-    return hints
-
-
-def _read_prompts(options: ReferenceOptions, ref: Path, size: tuple[int, int]) -> Hints:
-    """Return the points, the box and the strokes of the options as hints about a reference. Raises UsageError."""
-    boxes = [options.box] if options.box else []
-    coordinates = [value for position in (*options.point, *options.not_point, *boxes) for value in position]
-    if all(0 <= value <= 1 for value in coordinates) and any(value % 1 for value in coordinates):
-        raise UsageError(
-            f"reference {ref}: --point, --not-point and --box have only values from 0 to 1; expected pixels of the "
-            "image as it is displayed, not fractions; multiply x by its width and y by its height"
-        )
-    strokes = Hints(size=size) if options.scribble is None else read_scribble(options.scribble, size)
-    if strokes.is_outlined:
-        raise UsageError(
-            f"scribble {options.scribble} marks nearly every pixel; expected strokes; give it as --mask if it is a mask"
-        )
-    if strokes.object_area is not None and not (strokes.object_area.any() or options.point or boxes):
-        raise UsageError(
-            f"--scribble {options.scribble} has no stroke on the object; expected strokes in white or green; paint one"
-        )
-    try:
-        return replace(strokes, points=options.point, not_points=options.not_point, boxes=boxes)
-    except UsageError as error:
-        raise UsageError(f"reference {ref}: {error}") from error
-
-
-def _make_prompted_reference(
-    image: SourceImage,
-    hints: Hints,
-    name: str,
-    notice: Callable[[str], None],
-    make_mask: MakeMask | None,
-    rule: GuidanceRule,
-) -> Reference:
-    """Return a reference with a mask made from hints; or for ``--guidance paper``, with their points and strokes."""
-    if rule == "mask":
-        inside = mask_from_hints(hints, image.to_display_window().rgb, name, notice, make_mask)
-        inside = image.windows.display_window.move_pixels(inside, image.windows)
-        return _make_reference(image, Mask(inside, np.zeros(inside.shape, np.bool_)), name, notice)
-    hints = move_hints(hints, image.windows)
-    guidance = np.zeros(hints.size, np.bool_) if hints.object_area is None else hints.object_area.copy()
-    for x, y in hints.points:
-        guidance[int(y), int(x)] = True
-    if not guidance.any():
-        raise UsageError(f"{name} has no stroke on the object in the data window: {image.windows}; paint one there")
-    return Reference(image.rgb, guidance, windows=image.windows, attended_points=hints.binding_points()[0])
-
-
-def _make_reference(
-    image: SourceImage, mask: Mask, name: str, notice: Callable[[str], None], *, may_be_full: bool = False
-) -> Reference:
-    """Return a reference with a mask that was read or made. Raises UsageError."""
-    if may_be_full and mask.inside.all():
-        return Reference(image.rgb, np.ones(image.rgb.shape[:2], np.bool_), windows=image.windows)
-    guidance = make_guidance(mask.inside.astype(np.uint8) * 255, image.windows, name, notice)
-    if not mask.unknown.any():
-        return Reference(image.rgb, guidance, windows=image.windows)
-    unknown = _fit_to_data_window(mask.unknown.astype(np.uint8) * 255, image.windows) > 0
-    return Reference(image.rgb, guidance, unknown & ~guidance, image.windows)
 
 
 def _fit_to_data_window(mask: ImageU8, windows: ImageWindows) -> ImageU8:
