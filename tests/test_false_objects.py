@@ -112,7 +112,7 @@ def test_lite_removes_the_second_object(predictor: Predictor, centre: tuple[int,
     hints = Hints(size=rgb.shape[:2], not_points=[(centre[0] + 4, centre[1])])
     prompts = make_prompts(hints)
     assert prompts is not None
-    alpha = resize_alpha(complete_by_prompts(objects, embedder, coarse, hints, prompts), rgb.shape[:2]).numpy()
+    alpha = resize_alpha(complete_by_prompts(embedder, coarse, hints, prompts), rgb.shape[:2]).numpy()
     inside = cv2.erode(second, np.ones((9, 9), np.uint8)) > 0
     assert alpha[inside].mean() < 0.02
     assert alpha[first > 0].mean() > 0.95

@@ -145,9 +145,9 @@ class DecodedImage:
         return self.pixels[..., 0] if self.pixels.shape[-1] == 1 else self.pixels
 
     @property
-    def has_label_palette(self) -> bool:
-        """Whether the palette indices are labels."""
-        return self.indices is not None and not self.has_grey_palette
+    def labels(self) -> NDArray[Any] | None:
+        """Palette indices [H,W], if they are labels; else None."""
+        return None if self.has_grey_palette else self.indices
 
     def reorient(self, orientation: int) -> DecodedImage:
         """Return the image with this EXIF orientation applied instead of ``self.orientation``."""

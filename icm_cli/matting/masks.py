@@ -6,7 +6,7 @@ The kind of the mask is found from its values. If it has several labels, the use
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,8 @@ def read_mask(
         opaque = stored.alpha > 0.5 * stored.scale
         if stored.indices is None or len(np.unique(stored.indices)) > MAX_LABELS or not opaque.any():
             return _mask_from_alpha(stored, path, notice)
-    if stored.has_label_palette:
-        return _mask_from_indices(stored, opaque, path)
+    if stored.labels is not None:
+        return _mask_from_indices(stored, stored.labels, opaque, path)
     if opaque is not None:
         _check_transparency(stored, path)
         notice(f"mask {path} has a palette with a transparent colour, which is used as black")
@@ -170,13 +170,14 @@ def _check_transparency(stored: DecodedImage, path: Path) -> None:
         )
 
 
-def _mask_from_indices(stored: DecodedImage, opaque: NDArray[np.bool_] | None, path: Path) -> Mask:
+def _mask_from_indices(
+    stored: DecodedImage, indices: NDArray[Any], opaque: NDArray[np.bool_] | None, path: Path
+) -> Mask:
     """Return the mask of a label map with a palette. Raises AmbiguousMaskError for several labels.
 
     The background is index 0, or black if index 0 has another colour; and all transparent pixels.
     """
-    indices, is_black = stored.indices, (stored.values == 0).all(axis=-1)
-    assert indices is not None
+    is_black = (stored.values == 0).all(axis=-1)
     background = indices == 0
     if is_black.any() and not is_black.all() and not is_black[background].any():
         background = is_black
@@ -204,28 +205,34 @@ def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: C
     all_colours = _merge_noise(_label_fractions(packed, is_flat), path)
     bright = {colour: part for colour, part in all_colours.items() if _max_channel(colour) > END_TOLERANCE * 255}
     labels = bright or all_colours
-    if near_black := [f"#{int(colour):06x}" for colour in all_colours if colour not in labels]:
+    near_black = _name_colours({colour: part for colour, part in all_colours.items() if colour not in labels})
+    if near_black:
         notice(
-            f"mask {path} has areas of {', '.join(near_black[:MAX_LISTED_LABELS])} besides brighter ones; they are "
-            "used as black; give --mask-label if they are labels"
+            f"mask {path} has areas of {', '.join(list(near_black)[:MAX_LISTED_LABELS])} besides brighter ones; they "
+            "are used as black; give --mask-label if they are labels"
         )
     if len(labels) > 1:
-        named = {f"#{int(colour):06x}": fraction for colour, fraction in labels.items()}
-        raise AmbiguousMaskError(path, named, f"'{next(iter(named))}'")
-    brightness = (values.max(axis=-1).astype(np.float32) * (255.0 / scale) + 0.5).astype(np.uint32)
+        raise _several_colours_error(labels, path)
     if not labels and not _has_one_colour(values):
-        named = {f"#{int(colour):06x}": fraction for colour, fraction in value_fractions(packed).items() if colour}
-        raise AmbiguousMaskError(path, named, f"'{next(iter(named))}'")
+        fractions = value_fractions(packed)
+        fractions.pop(0, None)  # black
+        raise _several_colours_error(fractions, path)
+    brightness = (values.max(axis=-1).astype(np.float32) * (255.0 / scale) + 0.5).astype(np.uint32)
     object_channel = max((_max_channel(colour) for colour in labels), default=int(brightness.max()))
     return _mask_without_unknown(brightness > 0.5 * object_channel)
+
+
+def _several_colours_error(colours: Mapping[Any, float], path: Path) -> AmbiguousMaskError:
+    named = _name_colours(colours)
+    return AmbiguousMaskError(path, named, f"'{next(iter(named))}'")
 
 
 def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
     """Return the mask of a grey file: a trimap, a soft or binary mask, or one label. Raises AmbiguousMaskError."""
     present = np.unique(values)
-    if len(present) > MAX_LABELS or _is_trimap(present, WHITES[0]):
+    if values.dtype.kind in "iu" and (len(present) > MAX_LABELS or _is_trimap(present, WHITES[0])):
         white = next((white for white in WHITES if present[-1] <= white), scale)
-        if white < scale and values.dtype.kind in "iu":
+        if white < scale:
             notice(
                 f"mask {path} has values up to {_label_text(present[-1])} of {scale:.10g}; {white:.10g} is used as "
                 "white; give --mask-label if the values are labels"
@@ -240,25 +247,36 @@ def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Cal
     has_black = present[0] <= low
     if not has_black:
         return _mask_without_unknown(values > 0.5 * scale)
+    return _mask_from_grey_labels(values, scale, path, notice)
+
+
+def _mask_from_grey_labels(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
+    """Return the mask of a grey file with few values: black and white, or black and one label.
+
+    Raises AmbiguousMaskError for several labels.
+    """
+    low, high = END_TOLERANCE * scale, (1.0 - END_TOLERANCE) * scale
+    darkest, brightest = values.min(), values.max()
     labels = _merge_noise(_label_fractions(values, find_flat_pixels(values)), path)
-    if present[-1] >= high and (near_black := [f"{value:g}" for value in labels if value <= low]):
+    near_black = [f"{value:g}" for value in labels if value <= low]
+    if brightest >= high and near_black:
         notice(
             f"mask {path} has areas of {', '.join(near_black[:MAX_LISTED_LABELS])} of {scale:g} "
             "besides black and white; they are used as black; give --mask-label if they are labels"
         )
         labels = {value: fraction for value, fraction in labels.items() if value > low}
     is_binary = all(value >= high for value in labels)
-    is_one_negative_value = present[0] == present[-1] < 0
+    is_one_negative_value = darkest == brightest < 0
     if is_binary or is_one_negative_value:
         return _mask_without_unknown(values > 0.5 * scale)
-    if len(labels) == 1 and next(iter(labels)) > 0:
-        (label,) = labels
-        notice(f"mask {path} has one label, {_label_text(label)} of {scale:.10g}; it is used as the object")
-        return _mask_without_unknown(values > 0.5 * float(label))
+    first_label = next(iter(labels))
+    if len(labels) == 1 and first_label > 0:
+        notice(f"mask {path} has one label, {_label_text(first_label)} of {scale:.10g}; it is used as the object")
+        return _mask_without_unknown(values > 0.5 * float(first_label))
     named = {_label_text(value): fraction for value, fraction in labels.items()}
-    if present[0] < 0 and (values == 0).any():  # 0 may be an object on a negative background
+    if darkest < 0 and (values == 0).any():  # 0 may be an object on a negative background
         named["0"] = float((values == 0).mean())
-    raise AmbiguousMaskError(path, named, "0" if len(labels) == 1 and "0" in named else next(iter(named)))
+    raise AmbiguousMaskError(path, named, "0" if len(labels) == 1 and "0" in named else _label_text(first_label))
 
 
 def _mask_from_soft_values(values: NDArray[Any], scale: float, path: Path) -> Mask:
@@ -289,28 +307,13 @@ def _is_trimap(present: NDArray[Any], scale: float) -> bool:
 
 def _select_label(stored: DecodedImage, label: str, path: Path) -> Mask:
     """Return the mask of the label, index or colour that the user gave. Raises UsageError."""
-    values, unknown = stored.values, np.zeros(stored.values.shape[:2], np.bool_)
-    tolerance = GREY_TOLERANCE if _is_lossy(path) else 0
-    if stored.indices is not None and stored.has_label_palette and not label.startswith("#"):
-        values = stored.indices
-        unknown = values == VOID
+    unknown = np.zeros(stored.values.shape[:2], np.bool_)
     if label.startswith("#"):
-        if values.ndim == 2:
-            raise UsageError(f"mask {path} has no colours, and --mask-label is {label}; expected a number")
-        if not re.fullmatch("#[0-9a-fA-F]{6}", label):
-            raise UsageError(f"--mask-label {label!r} is not a colour; expected #rrggbb, such as '#fa3253'")
-        colour = np.array([int(label[at : at + 2], 16) for at in (1, 3, 5)])
-        inside = (np.abs(values * (255.0 / stored.scale) - colour) < tolerance + 1.0).all(axis=-1)
+        inside = _find_colour(stored, label, path)
+    elif stored.labels is not None:
+        inside, unknown = _find_number(stored.labels, label, path), stored.labels == VOID
     else:
-        number = float(label) if re.fullmatch(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", label, re.ASCII) else None
-        if number is None:
-            raise UsageError(
-                f"--mask-label {label!r} is neither a number nor a colour; expected a label such as 1 or '#fa3253'"
-            )
-        if values.ndim == 3 and np.ptp(values, axis=-1).max() > tolerance:
-            raise UsageError(f"mask {path} has colours, and --mask-label is the number {label}; expected #rrggbb")
-        numbers = values if values.ndim == 2 else values[..., 0]
-        inside = np.abs(numbers.astype(np.float64) - number) <= tolerance if tolerance else numbers == number
+        inside = _find_number(stored.values, label, path)
     if not inside.any():
         raise UsageError(
             f"mask {path} has no pixel with the label {label}; expected one of {_format_labels(_all_labels(stored))}"
@@ -318,13 +321,48 @@ def _select_label(stored: DecodedImage, label: str, path: Path) -> Mask:
     return Mask(inside, unknown & ~inside)
 
 
+def _find_colour(stored: DecodedImage, label: str, path: Path) -> NDArray[np.bool_]:
+    """Return the pixels of a colour such as "#fa3253", bool [H,W]. Raises UsageError."""
+    if stored.values.ndim == 2:
+        raise UsageError(f"mask {path} has no colours, and --mask-label is {label}; expected a number")
+    if not re.fullmatch("#[0-9a-fA-F]{6}", label):
+        raise UsageError(f"--mask-label {label!r} is not a colour; expected #rrggbb, such as '#fa3253'")
+    colour = np.array(list(bytes.fromhex(label[1:])))
+    difference = np.abs(stored.values * (255.0 / stored.scale) - colour)
+    return np.asarray((difference < _noise_tolerance(path) + 1.0).all(axis=-1))
+
+
+def _find_number(values: NDArray[Any], label: str, path: Path) -> NDArray[np.bool_]:
+    """Return the pixels with a value such as "75", bool [H,W]. Raises UsageError."""
+    if not re.fullmatch(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", label, re.ASCII):
+        raise UsageError(
+            f"--mask-label {label!r} is neither a number nor a colour; expected a label such as 1 or '#fa3253'"
+        )
+    tolerance = _noise_tolerance(path)
+    if values.ndim == 3:
+        if np.ptp(values, axis=-1).max() > tolerance:
+            raise UsageError(f"mask {path} has colours, and --mask-label is the number {label}; expected #rrggbb")
+        values = values[..., 0]
+    number = float(label)
+    return np.asarray(np.abs(values.astype(np.float64) - number) <= tolerance if tolerance else values == number)
+
+
+def _noise_tolerance(path: Path) -> int:
+    """Return the difference from a label that compression may cause in a file."""
+    return GREY_TOLERANCE if _is_lossy(path) else 0
+
+
 def _all_labels(stored: DecodedImage) -> dict[str, float]:
     """Return all labels, as text for --mask-label, each with its fraction of the image."""
-    values = stored.indices if stored.indices is not None and stored.has_label_palette else stored.values
+    values = stored.values if stored.labels is None else stored.labels
     if values.ndim == 2:
         return {_label_text(value): fraction for value, fraction in value_fractions(values).items()}
-    packed = pack_colours(values, stored.scale)
-    return {f"#{int(colour):06x}": fraction for colour, fraction in value_fractions(packed).items()}
+    return _name_colours(value_fractions(pack_colours(values, stored.scale)))
+
+
+def _name_colours(colours: Mapping[Any, float]) -> dict[str, float]:
+    """Return packed colours as text for --mask-label, such as "#fa3253", with their fractions of the image."""
+    return {f"#{int(colour):06x}": fraction for colour, fraction in colours.items()}
 
 
 def _label_text(label: Any) -> str:

@@ -402,7 +402,7 @@ class Predictor:
         if not (frame.shows_object or objects.has_object(alphas[index])):
             return False
         embedder = frame.embedder or ImageEmbedder(objects, frame.visible_rgb)
-        alphas[index] = complete_by_prompts(objects, embedder, alphas[index], hints, prompts, embeds_crops=embeds_crops)
+        alphas[index] = complete_by_prompts(embedder, alphas[index], hints, prompts, embeds_crops=embeds_crops)
         return True
 
     def _make_result(self, frame: Frame, coarse: CoarseAlpha, completed: Tensor, alpha: Float) -> FrameAlpha:

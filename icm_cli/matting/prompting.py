@@ -32,12 +32,13 @@ class ImageEmbedder:
     """Embeddings of an image and of its crops, computed once by the encoder of an object model.
 
     Attributes:
+        objects: The object model.
         image: Embedding of the whole image.
     """
 
     def __init__(self, objects: Objects, rgb: ImageU8) -> None:
         """Embed the image, sRGB uint8 [H,W,3]."""
-        self._objects, self._rgb = objects, rgb
+        self.objects, self._rgb = objects, rgb
         self._crops: cachetools.LRUCache[str, EmbeddedImage] = cachetools.LRUCache(MAX_KEPT_CROPS)
         self.image: EmbeddedImage
         (self.image,) = objects.embed_images([rgb])
@@ -49,52 +50,69 @@ class ImageEmbedder:
     def crop(self, box: CropBox) -> EmbeddedImage:
         """Return the embedding of a crop."""
         if not self.has_crop(box):
-            (self._crops[repr(box)],) = self._objects.embed_images([box.crop(self._rgb)])
+            (self._crops[repr(box)],) = self.objects.embed_images([box.crop(self._rgb)])
         return self._crops[repr(box)]
 
 
 def complete_by_prompts(
-    objects: Objects,
-    embedder: ImageEmbedder,
-    coarse: Tensor,
-    hints: Hints,
-    prompts: PointPrompts,
-    *,
-    embeds_crops: bool = True,
+    embedder: ImageEmbedder, coarse: Tensor, hints: Hints, prompts: PointPrompts, *, embeds_crops: bool = True
 ) -> Tensor:
     """Complete a coarse alpha, float32 [h,w] of any size, with the prompts of hints. Returns float32 [h',w'] in 0..1.
 
-    First, the false objects at points off the object are removed from the mask prompt, see :func:`find_false_objects`.
-    Whole false regions are removed from the result too. A small object is decoded again in a crop, where the first
-    result is the mask prompt. ``prompts``: those that :func:`make_prompts` makes from the hints. ``embeds_crops``:
-    whether a new crop may be embedded. This takes more time than all else; without it, only crops whose embeddings are
-    kept are used.
+    False objects at points off the object are removed, see :func:`find_false_objects`. A small object is decoded again
+    in a crop, where the first result is the mask prompt.
+
+    Args:
+        prompts: Those that :func:`make_prompts` makes from the hints.
+        embeds_crops: Whether a new crop may be embedded. This takes more time than all else. Without it, only crops
+            whose embeddings are kept are used.
     """
-    false_objects = None
-    if hints.not_points and objects.has_object(coarse):
-        (completed,) = objects.complete_embedded_alphas([embedder.image], [coarse])
-        false_objects = find_false_objects(objects, embedder.image, completed, hints)
-    if false_objects is None:
-        (alpha,) = objects.complete_embedded_alphas([embedder.image], [coarse], [prompts])
-    else:
-        mask = false_objects.remove_from(completed)
-        (alpha,) = objects.complete_embedded_alphas([embedder.image], [mask], [prompts], are_completed=True)
-        alpha = alpha * (1 - false_objects.regions)
-    alpha = clip_to_boxes(alpha, hints)
+    alpha, false_regions = _complete_in_image(embedder, coarse, hints, prompts)
     box = find_zoom_box(alpha, hints)
     if box is None or not (embeds_crops or embedder.has_crop(box)):
         return alpha
+    zoomed = _complete_in_crop(embedder, alpha, hints, box)
+    if zoomed is None:
+        return alpha
+    return zoomed if false_regions is None else zoomed * (1 - resize_alpha(false_regions, hints.size))
+
+
+def _complete_in_image(
+    embedder: ImageEmbedder, coarse: Tensor, hints: Hints, prompts: PointPrompts
+) -> tuple[Tensor, Tensor | None]:
+    """Complete a coarse alpha in the whole image. Returns it with the regions that were removed from it as false.
+
+    The regions are None if there are none.
+    """
+    objects, image = embedder.objects, embedder.image
+    false_objects = None
+    if hints.not_points and objects.has_object(coarse):
+        (completed,) = objects.complete_embedded_alphas([image], [coarse])
+        false_objects = find_false_objects(objects, image, completed, hints)
+    if false_objects is None:
+        (alpha,) = objects.complete_embedded_alphas([image], [coarse], [prompts])
+        return clip_to_boxes(alpha, hints), None
+    mask = false_objects.remove_from(completed)
+    (alpha,) = objects.complete_embedded_alphas([image], [mask], [prompts], are_completed=True)
+    return clip_to_boxes(alpha * (1 - false_objects.regions), hints), false_objects.regions
+
+
+def _complete_in_crop(embedder: ImageEmbedder, alpha: Tensor, hints: Hints, box: CropBox) -> Tensor | None:
+    """Decode the object again in a crop. Returns an alpha of the size of the image; None without prompts in the crop.
+
+    ``alpha``: completed alpha of the whole image, of any size.
+    """
     windows = ImageWindows(box.size, (box.rows.start, box.columns.start), hints.size)
     hints_in_crop = move_hints(hints, windows)
-    prompts_in_crop = make_prompts(hints_in_crop)
-    if prompts_in_crop is None:
-        return alpha
+    prompts = make_prompts(hints_in_crop)
+    if prompts is None:
+        return None
     zoomed = resize_alpha(alpha, hints.size).clone()
-    (in_crop,) = objects.complete_embedded_alphas(
-        [embedder.crop(box)], [zoomed[box.slices]], [prompts_in_crop], are_completed=True
+    (in_crop,) = embedder.objects.complete_embedded_alphas(
+        [embedder.crop(box)], [zoomed[box.slices]], [prompts], are_completed=True
     )
     zoomed[box.slices] = clip_to_boxes(resize_alpha(in_crop, box.size), hints_in_crop)
-    return zoomed if false_objects is None else zoomed * (1 - resize_alpha(false_objects.regions, hints.size))
+    return zoomed
 
 
 def find_zoom_box(alpha: Tensor, hints: Hints) -> CropBox | None:
@@ -103,11 +121,9 @@ def find_zoom_box(alpha: Tensor, hints: Hints) -> CropBox | None:
     The object is the foreground of an alpha, float32 [h,w], together with everything that the hints mark on it.
     """
     mask = (alpha > 0.5).numpy(force=True)
-    scale = np.array(mask.shape[::-1]) / hints.size[::-1]  # of x and y: pixels of the mask per pixel of the image
-    corners = np.concatenate(
-        [np.reshape(each, (-1, 2)) for each in (hints.points, hints.boxes) if each] or [np.empty((0, 2))]
-    )
-    columns, rows = np.minimum((corners * scale).astype(int), np.array(mask.shape[::-1]) - 1).T
+    shape = np.array(mask.shape)
+    corners = np.reshape([*hints.points, *np.reshape(hints.boxes, (-1, 2))], (-1, 2))[:, ::-1]  # as row and column
+    rows, columns = np.minimum((corners * (shape / hints.size)).astype(int), shape - 1).T
     mask[rows, columns] = True
     for area in (hints.object_area, hints.keep):
         if area is not None:

@@ -108,8 +108,9 @@ class ReferenceReader:
                 "--mask for each --ref, in order"
             )
         if options.mask_label is not None and not masks:
+            label = options.mask_label
             raise UsageError(
-                f"--mask-label {options.mask_label} selects a label of a mask, and there is no --mask; omit --mask-label"
+                f"--mask-label {label} selects a label of a mask, and there is no --mask; omit --mask-label"
             )
         if orientation != "auto" and not masks:
             raise UsageError(

@@ -276,7 +276,7 @@ def click_through(
             if start is None:
                 (alpha,) = objects.complete_embedded_alphas([case.image], [None], [prompts])
             else:
-                alpha = complete_by_prompts(objects, case.embedder, start, hints, prompts)
+                alpha = complete_by_prompts(case.embedder, start, hints, prompts)
             found = enlarge_alpha(alpha, case.truth)
         ious.append(overlap(found, case.truth))
     return ious, [click.label for click in clicks]

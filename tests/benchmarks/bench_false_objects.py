@@ -142,7 +142,7 @@ def measure_click(objects: Objects, image: Pasted) -> Iterator[tuple[float, ...]
     hints = icm_cli.Hints(size=is_object.shape, not_points=[(column + 0.5, row + 0.5)])
     prompts = make_prompts(hints)
     assert prompts is not None
-    after = enlarge_alpha(complete_by_prompts(objects, embedder, image.coarse, hints, prompts), is_object)
+    after = enlarge_alpha(complete_by_prompts(embedder, image.coarse, hints, prompts), is_object)
     _, labels = cv2.connectedComponents((before > 0.3).astype(np.uint8))
     yield (
         bool((labels[is_object & (before > 0.5)] == labels[row, column]).any()),
