@@ -256,7 +256,7 @@ def add_source_states(folder: Path, states: Mapping[str, str]) -> None:
 class ExistingAlphas:
     """Which images of a run are matted, and which existing alphas are kept or recomputed."""
 
-    remaining: Sequence[Job]
+    remaining: list[Job]
     """The images to matte: those without an alpha, and those whose alpha is recomputed."""
     kept: Sequence[ExistingAlpha] = ()
     outdated: Sequence[ExistingAlpha] = ()
