@@ -198,8 +198,8 @@ def matte(
         shard: Part of the images that this machine mattes, such as 2/8 for the second of eight
             parts.
         fail_fast: Stop at the first image that fails.
-        ray: Matte on a Ray cluster, one model per GPU: auto, or the address of the cluster. Needs:
-            pip install 'icm-cli[ray]'.
+        ray: Matte on a Ray cluster, one model per GPU: auto, or the address of the cluster. Needs
+            the extra 'ray'.
         ray_cpus: With --ray: number of CPU cores to use instead of GPUs.
         report: Write a report. The extension sets the format: .csv (one row per image), .json (all
             results and settings) or .html (a page with images). Repeatable.

@@ -553,8 +553,7 @@ class SequenceOptions(ShotOptions):
     fail_fast: bool = option(False, help="Stop at the first image that fails.")
     ray: str | None = option(
         None,
-        help="Matte on a Ray cluster, one model per GPU: auto, or the address of the cluster. Needs: pip install "
-        "'icm-cli[ray]'.",
+        help="Matte on a Ray cluster, one model per GPU: auto, or the address of the cluster. Needs the extra 'ray'.",
         metavar="auto|ADDRESS",
         pattern=r"auto|(\[[0-9A-Fa-f:.]+\]|[\w.-]+):[0-9]{1,5}",
         expected="auto, or an address such as 10.0.0.1:6379",
