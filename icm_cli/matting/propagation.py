@@ -298,8 +298,7 @@ class FlowPropagator:
         If hints change the alpha, their correction (:attr:`FrameMemory.correction`) is remembered too. It moves along
         the flow from frame to frame, and gives the propagated alpha more weight against that of the model.
         """
-        predecessors: list[str] = []
-        earlier = self._find_earlier(job, _reduce_image(frame.rgb, frame.windows, self._config).shape, predecessors)
+        earlier, predecessors = self._find_earlier(job, _reduce_image(frame.rgb, frame.windows, self._config).shape)
         provenance = {PREDECESSORS_KEY: " ".join(predecessors)} if predecessors else {}
         if isinstance(source, TrackingReferences):
             previous_alpha = None if earlier is None else earlier.alpha
@@ -341,13 +340,13 @@ class FlowPropagator:
         for output in deletable[: -self._config.max_frames_back]:
             del self._memories[output]
 
-    def _find_earlier(self, job: Job, size: tuple[int, ...], predecessors: list[str]) -> FrameMemory | None:
+    def _find_earlier(self, job: Job, size: tuple[int, ...]) -> tuple[FrameMemory | None, list[str]]:
         """Return the nearest earlier frame that has an alpha and a reduced image of this size [h,w,3]; None if none.
 
-        The digests of the frames that were looked at are added to ``predecessors``; see PREDECESSORS_KEY. A notice is
-        given if earlier frames have another size.
+        The second value is the digests of the frames that were looked at; see PREDECESSORS_KEY. A notice is given if
+        earlier frames have another size.
         """
-        current, mismatched = job, list[str]()
+        current, mismatched, predecessors = job, list[str](), list[str]()
         memory: FrameMemory | None
         for _ in range(self._config.max_frames_back):
             keyframe = self._shot.keyframes.get(current.output)  # directly before the current frame
@@ -363,7 +362,7 @@ class FlowPropagator:
                 break
             if memory is not None:
                 if memory.rgb.shape == size:
-                    return memory
+                    return memory, predecessors
                 mismatched.append(path.name)
             if keyframe is not None:
                 break
@@ -372,7 +371,7 @@ class FlowPropagator:
                 f"{job.source} has another size or aspect ratio than {mismatched[0]}, whose alpha is not propagated "
                 "to it"
             )
-        return None
+        return None, predecessors
 
     def _reference_memory(self, reference: Reference) -> FrameMemory:
         """Return the memory of a reference that is a keyframe. Its alpha is its mask, 0.5 where that is unknown."""
