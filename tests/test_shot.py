@@ -25,7 +25,7 @@ from icm_cli.evaluation.evaluate import evaluate
 from icm_cli.geometry import CanvasRule, Float, alpha_to_u8
 from icm_cli.guidance.hints import Hints
 from icm_cli.images.pixels import ImageWindows
-from icm_cli.images.writing import read_provenance, write_alpha
+from icm_cli.images.writing import read_provenance, set_provenance_entry, write_alpha
 from icm_cli.matting.hint_files import ImageHints
 from icm_cli.matting.hinting import apply_hints_to_alpha
 from icm_cli.matting.jobs import Job
@@ -40,12 +40,16 @@ from icm_cli.matting.propagation import (
     encode_alpha,
 )
 from icm_cli.matting.references import Reference
+from icm_cli.matting.resume import REVIEWED_KEY
 from icm_cli.matting.shot import Keyframe, Shot, split_shots
 from icm_cli.reports.result import ImageResult
 
 CONFIG = PropagationConfig()
 FRAMES = range(1001, 1009)
 KEY = 1004
+BLACK = np.zeros((200, 200), np.uint8)
+"""A garbage matte that changes nothing."""
+PROPAGATED = "(recomputed: a frame that is propagated to it changed)"
 Shoot = Callable[..., Result]
 
 
@@ -122,7 +126,6 @@ def test_every_frame_is_propagated_from_the_nearest_start(count: int, keys: set[
         key, previous = number_of(shot.keyframes.get(each.output)), number_of(shot.previous.get(each.output))
         assert (key, previous) == ((before, None) if before in marked else (None, before))
         assert previous is None or order.index(previous) < order.index(number_of(each))
-        assert (shot.find_hints(each) is not None) == (line[nearest] % 2 == 0 and line[nearest] // 2 in hinted)
 
 
 @given(count=st.integers(0, 12), key=st.integers(-1, 14))
@@ -420,9 +423,9 @@ def test_existing_alphas_are_propagated_whatever_version_wrote_them(tmp_path: Pa
     planned = ImageResult("f.0.png", str(output), "planned")
     propagator, *_ = propagator_of(GivenAlphas(), 0)
     existing = Job(tmp_path / "f.0.png", Path("f.0.png"), output, planned)
-    assert propagator._read_existing(existing) is None
+    assert propagator._read_existing(existing) == (None, False)
     write_alpha(output, disc(70), {key: encode_alpha(alpha)})
-    memory = propagator._read_existing(existing)
+    memory, _ = propagator._read_existing(existing)
     assert memory is not None
     assert (memory.alpha == alpha).all()
     assert (memory.rgb == draw_frame(70)).all()
@@ -469,14 +472,14 @@ class TestHints:
         hint = write_hint(folder / "sh.1007.json")
         planned = shot("--dry-run", hints=folder).stdout
         assert planned.count("(recomputed: its hints are new)") == 1
-        assert planned.count("(recomputed: an earlier frame is recomputed)") == 2
+        assert planned.count(PROPAGATED) == 2
         assert recomputed() == ["1006", "1007", "1008"]
         corrected = alphas(scene / "out")
         assert {name[3:7] for name in first if first[name] != corrected[name]} == {"1006", "1007", "1008"}
         assert (read(scene / "out" / "sh.1007.png")[:30, :40] == 255).all()
         assert recomputed() == []
         (scene / "out" / "sh.1007.png").unlink()
-        assert shot("--dry-run", hints=folder).stdout.count("(recomputed: an earlier frame is recomputed)") == 2
+        assert shot("--dry-run", hints=folder).stdout.count(PROPAGATED) == 2
         (scene / "out" / "sh.1007.png").write_bytes(corrected["sh.1007.png"])
         assert len(recomputed(out=scene / "whole")) == 7
         assert alphas(scene / "whole") == corrected
@@ -487,7 +490,7 @@ class TestHints:
         hint.unlink()
         planned = shot("--dry-run", hints=folder).stdout
         assert planned.count("(recomputed: its hints were removed)") == 2
-        assert planned.count("(recomputed: an earlier frame is recomputed)") == 4
+        assert planned.count(PROPAGATED) == 4
         assert recomputed() == ["1001", "1002", "1003", "1006", "1007", "1008"]
         assert alphas(scene / "out") == first
 
@@ -617,6 +620,136 @@ def test_frames_after_a_damaged_frame_are_recomputed_when_it_is_restored(
     again = shot("--batch-size", "1", report=scene / "r.json", **options)
     assert again.exit_code == 0
     assert json.loads((scene / "r.json").read_text())["summary"]["done"] == 0  # all are kept
+
+
+@pytest.mark.parametrize("remaining_bytes", [500, 0])
+@pytest.mark.parametrize("has_alpha", [True, False])
+def test_frames_after_a_plate_that_stays_broken_are_recomputed_once(
+    shot: Shoot, scene: Path, frames: Path, remaining_bytes: int, has_alpha: bool
+) -> None:
+    """They are recomputed again only if the broken plate changes."""
+
+    def recomputed() -> list[str]:
+        assert shot(report=scene / "r.json").exit_code == 1
+        images = json.loads((scene / "r.json").read_text())["images"]
+        return [image["name"][3:7] for image in images if image["status"] == "done"]
+
+    plate = frames / "sh.1006.png"
+    content, state = plate.read_bytes(), plate.stat()
+    if has_alpha:
+        assert shot().exit_code == 0
+    plate.write_bytes(content[:remaining_bytes])
+    assert recomputed() == (["1007", "1008"] if has_alpha else ["1001", "1002", "1003", "1005", "1007", "1008"])
+    broken = alphas(scene / "out")
+    assert recomputed() == []
+    (scene / "out" / "sh.1001.png").unlink()
+    assert recomputed() == ["1001"]
+    assert alphas(scene / "out") == broken
+    plate.write_bytes(content[:600])
+    assert recomputed() == ["1007", "1008"]
+    plate.write_bytes(content)
+    os.utime(plate, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert shot().exit_code == 0
+    assert shot(out=scene / "whole").exit_code == 0
+    assert alphas(scene / "out") == alphas(scene / "whole")
+
+
+def test_frames_after_a_broken_plate_are_recomputed_if_more_frames_are_before_it(
+    shot: Shoot, scene: Path, frames: Path
+) -> None:
+    """The first run has no frame before the broken one, so nothing is propagated to the frames after it."""
+    plate = frames / "sh.1006.png"
+    plate.write_bytes(plate.read_bytes()[:500])
+    assert shot("--frames", "1006-1008").exit_code == 1
+    assert shot("--frames", "1006-1008", report=scene / "r.json").exit_code == 1
+    assert json.loads((scene / "r.json").read_text())["summary"]["kept"] == 2
+    assert shot().exit_code == 1
+    assert shot(out=scene / "whole").exit_code == 1
+    assert alphas(scene / "out") == alphas(scene / "whole")
+
+
+def test_frames_after_a_frame_that_cannot_be_matted_are_recomputed_once(shot: Shoot, scene: Path) -> None:
+    """Its hints are made for another size, or its garbage matte is missing."""
+    annotation = json.loads(write_hint(scene / "hints" / "sh.1006.json").read_text())
+    (scene / "hints" / "sh.1006.json").write_text(json.dumps({**annotation, "imageHeight": 77, "imageWidth": 77}))
+    for number in (n for n in FRAMES if n != 1002):
+        cv2.imwrite(str(scene / f"garbage.{number}.png"), BLACK)
+    options = {"hints": scene / "hints", "garbage": scene / "garbage.####.png", "report": scene / "r.json"}
+    for done in (5, 0):
+        failed = shot(**options)
+        assert failed.exit_code == 1, failed.output
+        summary = json.loads((scene / "r.json").read_text())["summary"]
+        assert (summary["done"], summary["failed"]) == (done, 2)
+    write_hint(scene / "hints" / "sh.1006.json")
+    cv2.imwrite(str(scene / "garbage.1002.png"), BLACK)
+    assert shot(**options).exit_code == 0
+    assert shot(**{**options, "out": scene / "whole"}).exit_code == 0
+    assert alphas(scene / "out") == alphas(scene / "whole")
+
+
+def test_frames_after_a_reviewed_frame_with_a_broken_plate_are_recomputed_once(
+    shot: Shoot, scene: Path, frames: Path
+) -> None:
+    assert shot().exit_code == 0
+    set_provenance_entry(scene / "out" / "sh.1006.png", REVIEWED_KEY, "2026-01-01 by hand")
+    plate = frames / "sh.1006.png"
+    content, state = plate.read_bytes(), plate.stat()
+    first = alphas(scene / "out")
+    plate.write_bytes(content[:500])
+    (scene / "out" / "sh.1007.png").unlink()
+    for done in (2, 0):
+        assert shot(report=scene / "r.json").exit_code == 0
+        assert json.loads((scene / "r.json").read_text())["summary"]["done"] == done
+    plate.write_bytes(content)
+    os.utime(plate, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert shot().exit_code == 0
+    assert alphas(scene / "out") == first
+
+
+def test_a_plate_that_is_still_being_written_is_not_taken_for_one_that_stays_broken(
+    shot: Shoot, scene: Path, frames: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is incomplete when it is read, and complete, with the same time, when the next run begins."""
+    plate = frames / "sh.1006.png"
+    content, state = plate.read_bytes(), plate.stat()
+    read_with_digest = Job.read_with_digest
+
+    def read_incomplete(self: Job) -> Any:
+        if self.source != plate:
+            return read_with_digest(self)
+        plate.rename(scene / "away.png")
+        try:
+            return read_with_digest(self)
+        finally:
+            (scene / "away.png").rename(plate)
+            os.utime(plate, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "read_with_digest", read_incomplete)
+        assert shot().exit_code == 1
+    plate.write_bytes(content)
+    os.utime(plate, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert shot().exit_code == 0
+    assert shot(out=scene / "whole").exit_code == 0
+    assert alphas(scene / "out") == alphas(scene / "whole")
+
+
+def test_dry_run_says_which_frame_has_changed_mattes(shot: Shoot, scene: Path) -> None:
+    """Frames after it are recomputed because it is propagated to them, not because their mattes changed."""
+    for number in FRAMES:
+        cv2.imwrite(str(scene / f"garbage.{number}.png"), BLACK)
+    options = {"garbage": scene / "garbage.####.png"}
+    assert shot(**options).exit_code == 0
+    cv2.imwrite(str(scene / "garbage.1006.png"), 255 - BLACK)
+    planned = shot("--dry-run", **options).stdout.splitlines()
+    reasons = {line.rpartition("sh.")[2][:4]: line.partition("(")[2] for line in planned if "recomputed" in line}
+    assert reasons == {
+        "1006": "recomputed: settings, references or mattes changed)",
+        "1007": PROPAGATED[1:],
+        "1008": PROPAGATED[1:],
+    }
+    planned = shot("--dry-run", "--seed", "7", **options).stdout
+    assert planned.count("(recomputed: settings, references or mattes changed)") == 7
 
 
 def test_a_run_that_is_stopped_after_a_replaced_frame_recomputes_the_next_frames(

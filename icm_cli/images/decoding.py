@@ -75,11 +75,17 @@ class SourceFile:
 
     def state(self) -> str:
         """Return the state of the file now. It is read again only if size or time have changed. Raises ImageError."""
-        with contextlib.suppress(OSError):
-            if self.planned_state and has_state(self.path, self.planned_state):
-                return self.planned_state
+        if self.planned_state and not self.has_changed():
+            return self.planned_state
         with open_image(self.path) as file:
             return file.read_state()
+
+    def has_changed(self) -> bool:
+        """Return whether a file that could be read at planning has another size or time now, or does not exist."""
+        try:
+            return bool(self.planned_state) and not has_state(self.path, self.planned_state)
+        except OSError:
+            return True
 
 
 _settings_lock = threading.Lock()

@@ -52,6 +52,9 @@ class FrameMatting(Protocol):
     def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
         """Prepare for a run over these jobs. Returns them, perhaps after looking at all of them."""
 
+    def mark_unreadable(self, job: Job) -> None:
+        """Record that an image cannot be read, and will not be readable until its files change."""
+
     def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
         """Matte a batch: frames of one example with canvases of one size.
 
@@ -71,6 +74,9 @@ class IndependentMatting:
 
     def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
         return jobs
+
+    def mark_unreadable(self, job: Job) -> None:
+        pass  # no other image depends on it
 
     def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
         return self._predictor.matte_frames(frames, self._references(jobs[0].example_index))
@@ -132,20 +138,14 @@ class EngineOptions:
     processes: int = 1
     decoder_digest: str = ""
 
-    def hints_digest(self, job: Job) -> str:
-        """Return the digest of the hints that decide the alpha of a job; "" if there are none."""
-        hints = self.shot.find_hints(job) if self.shot else job.hints
-        return "" if hints is None else hints.digest
-
     def job_digest(self, job: Job) -> str:
-        """Return the digest of everything besides the source that decides the alpha of a job."""
+        """Return the digest of everything that decides the alpha of a job besides its source and earlier frames."""
         digest = self.digests[job.example_index]
-        if hints := self.hints_digest(job):
-            digest = combined_digest(digest, hints, self.decoder_digest)
+        if job.hints is not None:
+            digest = combined_digest(digest, job.hints_digest, self.decoder_digest)
         if job.mattes is not None:
-            mattes_digest = self.shot.matte_digest(job) if self.shot else job.mattes.digest
-            digest = combined_digest(digest, mattes_digest)
-        return self.shot.job_digest(job, digest) if self.shot else digest
+            digest = combined_digest(digest, job.mattes.digest)
+        return digest
 
 
 WORKING_BYTES = 150_000_000
@@ -347,6 +347,8 @@ class Engine:
         try:
             result = self._load(job)
         except ImageError as error:
+            if job.fails_again_after(error):
+                self.matting.mark_unreadable(job)
             result = _failed_result(job, str(error))
         except Exception as error:
             if not is_out_of_memory(error):
@@ -504,8 +506,7 @@ class Engine:
             signals=result.signals,
             not_found=not result.found,
         )
-        digest, hints = self.options.job_digest(job), self.options.hints_digest(job)
-        provenance = make_provenance(job, digest, image.origin, details, hints)
+        provenance = make_provenance(job, self.options.job_digest(job), image.origin, details)
         self._write_files(image, alpha, {**provenance, **result.provenance})
         seconds = image.seconds + model_seconds + time.perf_counter() - start
         return replace(job.planned, status="done", matting=replace(details, seconds=round(seconds, 4)))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import cachetools
 
-from icm_cli.errors import ImageError, UsageError, format_count, shorten
+from icm_cli.errors import FileAccessError, ImageError, ImageMemoryError, UsageError, format_count, shorten
 from icm_cli.files.atomic_writes import TEMPORARY_SUFFIX, FileIdentity, temporary_name
 from icm_cli.files.digests import combined_digest
 from icm_cli.files.paths import MAX_NAME_BYTES, describe_obstacle
@@ -96,6 +96,25 @@ class Job:
         """The file whose header states the size of the image; None if it is missing or has several pages."""
         is_single = self.inspected is not None and self.inspected.frame_count == 1
         return self.source if is_single and isinstance(self.source, Path) else None
+
+    @property
+    def hints_digest(self) -> str:
+        """Digest of the hints of this image; "" without hints."""
+        return "" if self.hints is None else self.hints.digest
+
+    def input_digest(self) -> str:
+        """Return a digest of the files of the image, its hints and its mattes, as they were when it was planned."""
+        state = self.inspected and (self.inspected.planned_state or self.inspected.error)
+        mattes_digest = "" if self.mattes is None else self.mattes.digest
+        return combined_digest(self.planned.name, str(state), self.hints_digest, mattes_digest)
+
+    def fails_again_after(self, error: ImageError) -> bool:
+        """Return whether an error in reading the image occurs in every run with the same :meth:`input_digest`."""
+        if self.inspected is None or isinstance(error, ImageMemoryError):
+            return False
+        if isinstance(error, FileAccessError) and (error.is_transient or self.inspected.planned_state):
+            return False
+        return not self.inspected.has_changed()
 
     def read_image(self) -> SourceImage:
         """Read the image. Raises ImageError."""

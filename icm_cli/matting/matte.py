@@ -227,9 +227,7 @@ class _MattingRun:
         options = self._setups[0].options  # setups differ only in their device
         existing = self._keep_existing_alphas(on_result=lambda _: None)
         kept = {alpha.job.output: alpha.result for alpha in existing.kept}
-        reasons = {  # output -> why it is recomputed
-            alpha.job.output: alpha.outdated_reason(options.hints_digest(alpha.job)) for alpha in existing.outdated
-        }
+        reasons = {alpha.job.output: alpha.outdated_reason() for alpha in existing.outdated}  # why it is recomputed
         for job in existing.remaining:
             if os.path.lexists(job.output):  # without a reason so far, the file is overwritten or damaged
                 reasons.setdefault(job.output, "--overwrite" if options.overwrite else _find_damage(job))

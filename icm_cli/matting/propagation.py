@@ -17,6 +17,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from icm_cli.matting.mattes import Mattes
 from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor, Session
 from icm_cli.matting.references import Reference
 from icm_cli.matting.resume import MEMORY_KEY, NO_MEMORY, PREDECESSORS_KEY
-from icm_cli.matting.shot import Shot
+from icm_cli.matting.shot import Keyframe, Shot, start_entry, unreadable_entry
 from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import PreparedReferences
 
@@ -255,6 +256,7 @@ class FlowPropagator:
         self._config = config or PropagationConfig()
         self._planned: set[Path] = set()
         self._memories: dict[Path, FrameMemory] = {}
+        self._unreadable: set[Path] = set()
         self._start: Path | None = None
 
     def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
@@ -262,6 +264,10 @@ class FlowPropagator:
         jobs = list(jobs)
         self._planned = {job.output for job in jobs}
         return jobs
+
+    def mark_unreadable(self, job: Job) -> None:
+        """Record that later frames cannot be propagated from a frame in any run until its files change."""
+        self._unreadable.add(job.output)
 
     def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
         """Matte a batch of frames, in the order of the shot. After an error, the same frames can be matted again."""
@@ -298,8 +304,8 @@ class FlowPropagator:
         If hints change the alpha, their correction (:attr:`FrameMemory.correction`) is remembered too. It moves along
         the flow from frame to frame, and gives the propagated alpha more weight against that of the model.
         """
-        earlier, predecessors = self._find_earlier(job, _reduce_image(frame.rgb, frame.windows, self._config).shape)
-        provenance = {PREDECESSORS_KEY: " ".join(predecessors)} if predecessors else {}
+        earlier, entries = self._find_earlier(job, _reduce_image(frame.rgb, frame.windows, self._config).shape)
+        provenance = {PREDECESSORS_KEY: " ".join(entries)}
         if isinstance(source, TrackingReferences):
             previous_alpha = None if earlier is None else earlier.alpha
             coarse = source.coarse_alpha(self._predictor, frame, previous_alpha, self._config.tracking)
@@ -343,35 +349,34 @@ class FlowPropagator:
     def _find_earlier(self, job: Job, size: tuple[int, ...]) -> tuple[FrameMemory | None, list[str]]:
         """Return the nearest earlier frame that has an alpha and a reduced image of this size [h,w,3]; None if none.
 
-        The second value is the digests of the frames that were looked at; see PREDECESSORS_KEY. A notice is given if
-        earlier frames have another size.
+        The second value is the entries of PREDECESSORS_KEY. A notice is given if earlier frames have another size.
         """
-        current, mismatched, predecessors = job, list[str](), list[str]()
-        memory: FrameMemory | None
-        for _ in range(self._config.max_frames_back):
-            keyframe = self._shot.keyframes.get(current.output)  # directly before the current frame
-            previous = self._shot.previous.get(current.output)
-            if keyframe is not None:
-                path, memory = keyframe.name, self._reference_memory(keyframe.read())
-            elif previous is not None:
-                current, path = previous, previous.name
-                is_in_run = current.output in self._planned  # else its alpha is on the disk
-                memory = self._memories.get(current.output) if is_in_run else self._read_existing(current)
-                predecessors.append(NO_MEMORY if memory is None else memory.digest)
-            else:
-                break
-            if memory is not None:
+        mismatched, entries = list[str](), list[str]()
+        for earlier in islice(self._shot.frames_before(job), self._config.max_frames_back):
+            memory, entry = self._recall_frame(earlier)
+            entries.append(entry)
+            if earlier is not None and memory is not None:
                 if memory.rgb.shape == size:
-                    return memory, predecessors
-                mismatched.append(path.name)
-            if keyframe is not None:
-                break
+                    return memory, entries
+                mismatched.append(earlier.name.name)
         if mismatched:
             self._notice(
                 f"{job.source} has another size or aspect ratio than {mismatched[0]}, whose alpha is not propagated "
                 "to it"
             )
-        return None, predecessors
+        return None, entries
+
+    def _recall_frame(self, frame: Job | Keyframe | None) -> tuple[FrameMemory | None, str]:
+        """Return the memory of an earlier frame, None if it has none, and its entry of PREDECESSORS_KEY."""
+        if not isinstance(frame, Job):
+            return None if frame is None else self._reference_memory(frame.read()), start_entry(frame)
+        if frame.output in self._planned:
+            memory, is_unreadable = self._memories.get(frame.output), frame.output in self._unreadable
+        else:
+            memory, is_unreadable = self._read_existing(frame)
+        if memory is not None:
+            return memory, memory.digest
+        return None, unreadable_entry(frame) if is_unreadable else NO_MEMORY
 
     def _reference_memory(self, reference: Reference) -> FrameMemory:
         """Return the memory of a reference that is a keyframe. Its alpha is its mask, 0.5 where that is unknown."""
@@ -381,19 +386,26 @@ class FlowPropagator:
         memory = FrameMemory.from_frame(reference.rgb, alpha, self._config, reference.windows)
         return replace(memory, is_mask=True)
 
-    def _read_existing(self, job: Job) -> FrameMemory | None:
-        """Return the memory of a frame that an earlier run matted; None if its file has no alpha to propagate."""
+    def _read_existing(self, job: Job) -> tuple[FrameMemory | None, bool]:
+        """Return the memory of a frame that an earlier run matted; None if its file has no alpha to propagate.
+
+        The second value is whether the frame cannot be read until its files change.
+        """
         try:
             provenance = read_provenance(job.output) or {}
             alpha = decode_alpha(provenance.get(PROPAGATED_KEY) or provenance.get(EARLIER_KEY, ""))
             if alpha is None:
-                return None
-            rgb = _reduce_image(job.read_image().to_display_window().rgb, None, self._config)
+                return None, False
             correction, matted = (decode_alpha(provenance.get(key, "")) for key in (CORRECTED_KEY, MATTED_KEY))
-            digest = provenance.get(MEMORY_KEY, NO_MEMORY)
-            return FrameMemory(rgb, alpha, correction=correction, matted=matted, digest=digest)
-        except (ImageError, ValueError, OSError, cv2.error):
-            return None
+        except (ImageError, ValueError, cv2.error):
+            return None, False
+        try:
+            image = job.read_image()
+        except ImageError as error:
+            return None, job.fails_again_after(error)
+        rgb = _reduce_image(image.to_display_window().rgb, None, self._config)
+        digest = provenance.get(MEMORY_KEY, NO_MEMORY)
+        return FrameMemory(rgb, alpha, correction=correction, matted=matted, digest=digest), False
 
 
 @dataclass(frozen=True)

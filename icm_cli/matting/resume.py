@@ -40,14 +40,21 @@ RESULT_KEY = "icm-result"
 STATES_NAME = "source-states.json"
 """File in RECORD_FOLDER of an output folder; see :func:`read_source_states`."""
 HINTS_KEY = "icm-hints"
+"""Provenance entry of an alpha that follows hints: their digest."""
 MEMORY_KEY = "icm-memory"
 """Provenance entry of a frame of a shot: digest of what is propagated from it. Not there if nothing is."""
 PREDECESSORS_KEY = "icm-predecessors"
-"""Provenance entry of a frame of a shot: the value of MEMORY_KEY of each frame that was looked at to propagate from.
+"""Provenance entry of a frame of a shot: a text for each frame that was looked at to propagate from, nearest first.
 
-Values are in the order of the search, with NO_MEMORY for a frame from which nothing could be propagated.
+It is the value of MEMORY_KEY, or NO_MEMORY if nothing could be propagated from that frame. If the frame could not be
+read, a digest of its files follows NO_MEMORY. The last text may be NO_FRAME, or a digest of the name of a keyframe. So
+an alpha depends on its own files, its digest and these texts only.
 """
 NO_MEMORY = "-"
+NO_FRAME = "."
+"""There is no earlier frame: propagation starts here."""
+ENTRY_DIGITS = 16
+"""Number of hexadecimal digits of the digests in PREDECESSORS_KEY."""
 REVIEWED_KEY = "icm-reviewed"
 """Provenance entry of an alpha that a person has accepted. Only ``--overwrite`` recomputes such an alpha."""
 NUMBER = (float, int, type(None))
@@ -63,8 +70,8 @@ DETAILS_SCHEMA = {
 RECORDED_DETAILS = tuple(name.removesuffix("?") for name in DETAILS_SCHEMA)
 UNRECORDED_VERSION = "0.1"
 """Version of alphas that do not record one: those of icm 0.1.x."""
-EARLIER_FRAME = "an earlier frame is recomputed"
-"""Why a frame of a shot is recomputed, if neither its source nor its settings have changed."""
+OTHER_PREDECESSOR = "a frame that is propagated to it changed"
+"""Why a frame of a shot is recomputed, if neither its files nor its settings have changed."""
 MAX_OTHER_FILES = 10_000
 """If an output folder has more files that are no outputs of the run, alphas without source are not counted."""
 _PAGE_NUMBER = re.compile(r"\.\d{4,}(?=(\.[^./]*)?$)")
@@ -141,33 +148,28 @@ class ExistingAlpha:
         """Return whether the source has the same content. It is only read if its state is another one."""
         return self.is_of_same_state or self.provenance.get(CONTENT_KEY) == self.job.content_digest()
 
-    def outdated_reason(self, hints_digest: str) -> str:
-        """Return why the alpha is recomputed. ``hints_digest``: as in :func:`make_provenance`."""
+    def outdated_reason(self) -> str:
+        """Return why the alpha is recomputed."""
         if not self.is_of_this_icm:
             return "another version of icm made its alpha"
         earlier_hints = self.provenance.get(HINTS_KEY, "")
-        if earlier_hints != hints_digest:
-            # Only frames without hints of their own have predecessors. They inherit the hints of these.
-            had_own_hints = bool(earlier_hints) and not self.predecessors
-            if self.job.hints is not None:
-                return "its hints changed" if had_own_hints else "its hints are new"
-            return "its hints were removed" if had_own_hints else EARLIER_FRAME
+        if earlier_hints != self.job.hints_digest:
+            if self.job.hints is None:
+                return "its hints were removed"
+            return "its hints changed" if earlier_hints else "its hints are new"
         if not self._has_same_source():
             return "its source changed"
-        return EARLIER_FRAME if self.has_same_digest else "settings, references or mattes changed"
+        return OTHER_PREDECESSOR if self.has_same_digest else "settings, references or mattes changed"
 
 
-def make_provenance(
-    job: Job, digest: str, origin: Origin, details: MattingDetails, hints_digest: str = ""
-) -> dict[str, str]:
+def make_provenance(job: Job, digest: str, origin: Origin, details: MattingDetails) -> dict[str, str]:
     """Return the provenance of an alpha: what made it, its source, and its result.
 
-    ``digest``: see :func:`icm_cli.matting.digest.alpha_digest`. ``hints_digest``: digest of the hints that decide the
-    alpha, "" without hints.
+    ``digest``: see :func:`icm_cli.matting.digest.alpha_digest`.
     """
     recorded = {name: getattr(details, name) for name in RECORDED_DETAILS}
     return {
-        **({HINTS_KEY: hints_digest} if hints_digest else {}),
+        **({HINTS_KEY: job.hints_digest} if job.hints else {}),
         DIGEST_KEY: digest,
         VERSION_KEY: __version__,
         CODE_KEY: code_fingerprint(),

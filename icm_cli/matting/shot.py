@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icm_cli.files.digests import combined_digest
 from icm_cli.matting.frames import FrameName
-from icm_cli.matting.hint_files import ImageHints
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.resume import MEMORY_KEY, NO_MEMORY, ExistingAlpha
+from icm_cli.matting.resume import ENTRY_DIGITS, MEMORY_KEY, NO_FRAME, NO_MEMORY, ExistingAlpha
 from icm_cli.matting.sources import natural_sort_key
 
 if TYPE_CHECKING:
@@ -97,42 +95,15 @@ class Shot:
         keyframes = {output: keyframe for output, keyframe in self.keyframes.items() if output in outputs}
         return Shot(order, previous, keyframes, self.names[begin:end])
 
-    def job_digest(self, job: Job, digest: str) -> str:
-        """Return ``digest``, combined with the name of the frame or keyframe that is propagated to the frame."""
-        previous, keyframe = self.previous.get(job.output), self.keyframes.get(job.output)
-        if previous is not None:
-            return combined_digest(digest, previous.planned.name)
-        return combined_digest(digest, f"reference {keyframe.name}" if keyframe else "")
-
-    def find_hints(self, job: Job) -> ImageHints | None:
-        """Return the hints of a frame, or else those of the start whose alpha is propagated to it; None without."""
-        return self._hints.get(job.output)
-
-    @functools.cached_property
-    def _hints(self) -> dict[Path, ImageHints]:
-        """The hints of each frame, by its output: its own, or else those of the previous frame."""
-        hints: dict[Path, ImageHints] = {}
-        for job in self.order:
-            previous = self.previous.get(job.output)
-            job_hints = job.hints or (hints.get(previous.output) if previous else None)
-            if job_hints is not None:
-                hints[job.output] = job_hints
-        return hints
-
-    def matte_digest(self, job: Job) -> str:
-        """Return the digest of the mattes of a frame, and of all frames whose alphas are propagated to it."""
-        return self._matte_digests[job.output]
-
-    @functools.cached_property
-    def _matte_digests(self) -> dict[Path, str]:
-        """Digest of the garbage and keep mattes of a frame and of all frames before it, by output."""
-        digests: dict[Path, str] = {}
-        for job in self.order:
-            previous = self.previous.get(job.output)
-            own_digest = job.mattes.digest if job.mattes else ""
-            previous_digest = digests[previous.output] if previous else ""
-            digests[job.output] = combined_digest(own_digest, previous_digest)
-        return digests
+    def frames_before(self, job: Job) -> Iterator[Job | Keyframe | None]:
+        """Yield the frames before a frame, the nearest first. The last value is a keyframe; None if there is none."""
+        frame: Job | None = job
+        while frame is not None:
+            if keyframe := self.keyframes.get(frame.output):
+                yield keyframe
+                return
+            frame = self.previous.get(frame.output)
+            yield frame
 
     def with_jobs(self, jobs: Sequence[Job]) -> Shot:
         """Return the same order with newer jobs for the same outputs."""
@@ -141,31 +112,43 @@ class Shot:
         return Shot([by_output[job.output] for job in self.order], previous, self.keyframes, self.names)
 
     def reusable_outputs(self, finished: Collection[Path], existing: Mapping[Path, ExistingAlpha]) -> set[Path]:
-        """Return the outputs that can be kept: reviewed ones, and ``finished`` ones whose earlier frames are kept too.
+        """Return the outputs that can be kept: reviewed ones, and ``finished`` ones that have the same predecessors.
 
-        Other finished outputs would change, because a frame whose alpha is propagated to them is matted again, or was
-        matted again after them, or failed in the run that wrote them. ``existing``: all existing alphas, by output.
+        ``existing``: all existing alphas, by output.
         """
-        reusable: set[Path] = set()
+        reusable: dict[Path, ExistingAlpha] = {}
         for job in self.order:
-            alpha, previous = existing.get(job.output), self.previous.get(job.output)
-            is_unchanged = job.output in finished and (previous is None or previous.output in reusable)
-            if alpha and (alpha.is_reviewed or (is_unchanged and self._has_same_predecessors(job, existing, reusable))):
-                reusable.add(job.output)
-        return reusable
+            alpha = existing.get(job.output)
+            is_finished = job.output in finished
+            if alpha and (alpha.is_reviewed or (is_finished and self.has_same_predecessors(alpha, reusable))):
+                reusable[job.output] = alpha
+        return set(reusable)
 
-    def _has_same_predecessors(
-        self, job: Job, existing: Mapping[Path, ExistingAlpha], reusable: Collection[Path]
-    ) -> bool:
-        """Return whether an alpha was propagated from the existing alphas, and these are ``reusable``."""
-        frame: Job | None = job
-        for memory in existing[job.output].predecessors:
-            frame = self.previous.get(frame.output) if frame else None
-            if frame is None or frame.output not in reusable:
-                return False
-            if existing[frame.output].provenance.get(MEMORY_KEY, NO_MEMORY) != memory:
-                return False
-        return True
+    def has_same_predecessors(self, alpha: ExistingAlpha, reusable: Mapping[Path, ExistingAlpha]) -> bool:
+        """Return whether a run would propagate the same to a frame as the run that made its alpha.
+
+        ``reusable``: the alphas of earlier frames that the run keeps, by output.
+        """
+
+        def is_same(entry: str, frame: Job | Keyframe | None) -> bool:
+            if not isinstance(frame, Job):
+                return entry == start_entry(frame)
+            earlier = reusable.get(frame.output)
+            is_same_memory = earlier is not None and entry == earlier.provenance.get(MEMORY_KEY, NO_MEMORY)
+            return is_same_memory or entry == unreadable_entry(frame)
+
+        entries = alpha.predecessors
+        return bool(entries) and all(map(is_same, entries, self.frames_before(alpha.job)))
+
+
+def start_entry(keyframe: Keyframe | None) -> str:
+    """Return the last entry of PREDECESSORS_KEY: for the keyframe at which propagation starts, or for none."""
+    return NO_FRAME if keyframe is None else combined_digest("reference", str(keyframe.name))[:ENTRY_DIGITS]
+
+
+def unreadable_entry(job: Job) -> str:
+    """Return the entry of PREDECESSORS_KEY for a frame that cannot be read, until its files change."""
+    return f"{NO_MEMORY}{job.input_digest()[:ENTRY_DIGITS]}"
 
 
 def split_shots(jobs: Sequence[Job], keys: Sequence[Keyframe]) -> list[tuple[list[Job], list[Keyframe]]]:

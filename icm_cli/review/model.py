@@ -26,7 +26,7 @@ from icm_cli.matting.matte import order_as_shot, read_all_references, run_digest
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor, Session
 from icm_cli.matting.propagation import FlowPropagator, create_matting, prepare_references
-from icm_cli.matting.resume import REVIEWED_KEY, file_identities, read_existing_alpha
+from icm_cli.matting.resume import REVIEWED_KEY, ExistingAlpha, file_identities, read_existing_alpha
 from icm_cli.matting.shot import Shot
 from icm_cli.matting.sources import real_path
 from icm_cli.options import MatteOptions
@@ -129,8 +129,8 @@ class RunModel:
             job = self._with_saved_hints(id)
             options = self._engine_options(self._find_shot(id, job))
             existing = read_existing_alpha(job, options.job_digest)
-            if existing is not None and existing.is_outdated():
-                return existing.outdated_reason(options.hints_digest(job))
+            if existing is not None and (existing.is_outdated() or not _has_same_predecessors(existing, options)):
+                return existing.outdated_reason()
         return ""
 
     def correct(self, id: int, shapes: Shapes, stamp: str, begin_writing: Callable[[Annotation | None], None]) -> None:
@@ -237,6 +237,19 @@ class RunModel:
         return alpha_to_u8(self._predictor.alpha_at_source(image.frame, result))
 
 
+def _has_same_predecessors(alpha: ExistingAlpha, options: EngineOptions) -> bool:
+    """Return whether the frames before a frame of a shot have the alphas from which its own was propagated.
+
+    An image that is in no shot has no such frames.
+    """
+    shot = options.shot
+    if shot is None:
+        return True
+    frames = [frame for frame, _ in zip(shot.frames_before(alpha.job), alpha.predecessors, strict=False)]
+    found = [read_existing_alpha(frame, options.job_digest) for frame in frames if isinstance(frame, Job)]
+    return shot.has_same_predecessors(alpha, {earlier.job.output: earlier for earlier in found if earlier})
+
+
 class _SessionMatting:
     """Mattes an open image with its session, which has already computed what does not depend on hints."""
 
@@ -247,6 +260,9 @@ class _SessionMatting:
 
     def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
         return jobs
+
+    def mark_unreadable(self, job: Job) -> None:
+        pass  # the image is the only one of its run
 
     def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
         (job,), (frame,) = jobs, frames
@@ -267,6 +283,9 @@ class _StampedMatting:
 
     def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
         return self._inner.begin_run(jobs)
+
+    def mark_unreadable(self, job: Job) -> None:
+        self._inner.mark_unreadable(job)
 
     def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
         alphas = self._inner.matte(jobs, frames)
