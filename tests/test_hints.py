@@ -204,6 +204,17 @@ def test_another_single_label_is_taken_for_the_object_with_a_notice(icm: Icm, hi
     assert done.stderr.count("was taken for fg") == done.stderr.replace("\n", " ").count(notice) == 1
 
 
+@pytest.mark.parametrize("label", ["bag", "Bug", "crop", "drone", "jeep", "prop", "kelp", "tv", "playground"])
+def test_a_word_that_resembles_a_label_names_the_object(icm: Icm, hints: Path, label: str) -> None:
+    background = {"label": "bg", "points": [[60, 60]], "shape_type": "point"}
+    path = write_hint(hints / "wall.json", label)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "shapes": [*content["shapes"], background]}))
+    done = icm("--dry-run", hints=hints)
+    assert done.exit_code == 0, done.output
+    assert f"the label {label} of hints {path} was taken for fg" in done.stderr.replace("\n", " ")
+
+
 def test_dry_run_finds_hints_for_another_size(icm: Icm, scene: Path, hints: Path) -> None:
     height, width = size_of(scene / "imgs" / "wall.jpg")
     write_hint(hints / "wall.json", imageHeight=height + 1, imageWidth=width)
@@ -301,7 +312,15 @@ class TestRefused:
         assert f"{hints / 'wall.json'}" in refused.stderr
         assert not (scene / "out").exists()
 
-    @pytest.mark.parametrize(("label", "similar"), [("dorp", "drop"), ("kepe", "keep"), ("BGG", "bg")])
+    @pytest.mark.parametrize(
+        ("label", "similar"),
+        [
+            *(("dorp", "drop"), ("drops", "drop"), ("drop-2", "drop"), ("drp", "drop")),
+            *(("kepe", "keep"), ("kep", "keep")),
+            *(("BGG", "bg"), ("gb", "bg"), ("bg1", "bg"), ("bkg", "bg")),
+            *(("bakground", "background"), ("baclground", "background"), ("back ground", "background")),
+        ],
+    )
     def test_a_misspelt_label(self, icm: Icm, scene: Path, hints: Path, label: str, similar: str) -> None:
         path = write_hint(hints / "wall.json", label)
         refused = icm(hints=hints)

@@ -3,7 +3,7 @@
 The label of a shape in an annotation says what the shape marks:
 
 - ``fg``: the object. ``foreground`` and ``object`` mean the same. So does another label if the file has only one, but
-  in hints only if it does not resemble one of the other labels;
+  in hints only if it is no misspelling of one of the other labels;
 - ``bg`` or ``background``: what is not the object;
 - ``keep``, ``drop``: areas whose final alpha is 1 or 0.
 """
@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import NoneType
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from icm_cli.errors import UsageError, did_you_mean, find_similar_name
+from icm_cli.errors import UsageError
 from icm_cli.files.json_files import check_schema, format_json, read_json
 from icm_cli.geometry import format_size
 from icm_cli.guidance.hints import Area, Box, Hints, Point
@@ -54,6 +55,11 @@ BORDER_TOLERANCE_PX = 1.0
 """Points up to this far outside the image are moved to its border, because tools round coordinates there."""
 MAX_COUNT_BITS = 40
 """Largest number of bits of a count in a compressed run-length encoding."""
+MIN_SIMILARITY = 0.6
+"""Similarity (``SequenceMatcher.ratio``) from which a label resembles a known one."""
+LONG_LABEL, MIN_LONG_SIMILARITY = 8, 0.8
+"""A label is a misspelling of a known one of at least this length if it is at least this similar."""
+VOWELS = frozenset("aeiouy")
 SUBPIXEL_BITS = 4
 """Fractional bits of the coordinates that OpenCV draws."""
 MAX_LISTED = 8
@@ -391,12 +397,29 @@ def _select_shapes(shapes: Sequence[_Shape], label: str | None, *, can_select: b
 
 
 def _check_spelling(label: str) -> None:
-    """Raise ValueError for a label of hints that seems to be a misspelt one and would have another effect as ``fg``."""
-    if LABELS.get(find_similar_name(label.lower(), LABELS), "fg") != "fg":
-        raise ValueError(
-            f"it has the label {format_json(label)}; expected {', '.join(AREA_NAMES)}. "
-            f"{did_you_mean(label.lower(), LABELS)} If it marks the object, change it to fg"
-        )
+    """Raise ValueError for a label of hints that can only be a misspelt one and would have another effect as ``fg``."""
+    for known, meaning in LABELS.items():
+        if meaning != "fg" and _is_misspelling(label.lower(), known):
+            raise ValueError(
+                f"it has the label {format_json(label)}; expected {', '.join(AREA_NAMES)}. Did you mean {known!r}? "
+                "If it marks the object, change it to fg"
+            )
+
+
+def _is_misspelling(label: str, known: str) -> bool:
+    """Return whether a label can only be a misspelling of a known one, and not a word that names an object.
+
+    So it is if it begins with the known label, has the same letters in another order, or resembles it and has no other
+    letters or no vowel. Of a long label, it is enough to resemble it closely.
+    """
+    letters = "".join(filter(str.isalpha, label))
+    similarity = SequenceMatcher(None, known, letters).ratio()
+    if letters.startswith(known) or sorted(letters) == sorted(known):
+        return True
+    if len(known) >= LONG_LABEL and similarity >= MIN_LONG_SIMILARITY:
+        return True
+    has_no_other_letters = letters[:1] == known[0] and set(letters) <= set(known)
+    return similarity >= MIN_SIMILARITY and (has_no_other_letters or VOWELS.isdisjoint(letters))
 
 
 def _combine_shapes(shapes: Sequence[tuple[str, _Shape]], size: tuple[int, int]) -> Hints:
