@@ -528,3 +528,14 @@ def test_frame_pattern_without_files(icm: Icm, scene: Path, hints: Path) -> None
     refused = icm(garbage=hints / "fix.####.png", **options)
     assert refused.exit_code == 2
     assert f"no file matches {hints / 'fix.####.png'}" in refused.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize("option", ["hints", "garbage", "keep", "src"])
+def test_a_mistyped_pattern_names_the_similar_files(icm: Icm, scene: Path, hints: Path, option: str) -> None:
+    for name in ("fix.101.png", "fix.102.png", "fxi_0101.png", "wholly-different.json"):
+        paint_hint(hints / name, size_of(scene / "imgs" / "pad.0101.png"))
+    done = icm("--dry-run", **{"src": scene / "imgs" / "pad.####.png", option: hints / "fix.####.png"})
+    assert done.exit_code == (0 if option == "hints" else 2)
+    names = f"similar names in {hints}: fix.101.png and 1 more, fxi_0101.png"
+    assert f"; {names}" in done.stderr.replace("\n", " ")
+    assert "wholly" not in done.stderr

@@ -10,6 +10,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from fileseq import constants, filesequence, frameset
@@ -25,11 +26,14 @@ _PLACEHOLDER = re.compile(
     r"|\$F[0-9]+|\$F(?![^\W\d_])"  # $Final is a name
 )
 _RANGE = re.compile(r"(?P<first>-?[0-9]{1,99})(?:-(?P<last>-?[0-9]{1,99})(?:(?P<mode>[xy:])-?(?P<step>[0-9]{1,99}))?)?")
+_NUMBERS = re.compile("[0-9]+")
 _NUMBER_MARK = "\0"
 """Marks the place of the number while wildcards are translated to a regular expression. No file name contains it."""
 
 MAX_LISTED_RANGES = 12
 """Largest number of ranges that a message lists."""
+MAX_SIMILAR_NAMES = 3
+"""Largest number of similar names that a message lists."""
 MAX_EXPANDED_FRAMES = 10_000
 """Largest number of frames that are enumerated one by one."""
 
@@ -103,6 +107,20 @@ class FramePattern:
         names, expression = list(names), self._compile_expression(r"-?\\d+")
         matching = set(self.matching_names(names))
         return [name for name in names if name not in matching and expression.match(name)]
+
+    def similar_names(self, names: Iterable[str]) -> str:
+        """Return the names that are most similar to the pattern, as the end of a message; "" if none is similar.
+
+        Names that differ only in their numbers are listed once.
+        """
+        groups: dict[str, list[str]] = {}
+        for name in sorted(names):
+            groups.setdefault(_NUMBERS.sub("0", name), []).append(name)
+        similar = get_close_matches(_NUMBERS.sub("0", self.frame_name(0)), groups, n=MAX_SIMILAR_NAMES)
+        listed = [
+            f"{first} and {len(more)} more" if more else first for first, *more in map(groups.__getitem__, similar)
+        ]
+        return f"; similar names in {self.folder}: {', '.join(listed)}" if listed else ""
 
     def _compile_expression(self, number: str) -> re.Pattern[str]:
         """Return the regular expression of this pattern.

@@ -286,12 +286,14 @@ def _find_numbered_files(where: str, pattern: FramePattern, notice: Callable[[st
     try:
         return find_sources(where, None, SkippedFiles(lambda _: None)).files
     except UsageError:
-        may_match = Path(where).suffix.lower() in SUFFIXES and retry_transient(Path(pattern.folder).is_dir)
+        folder = Path(pattern.folder)
+        may_match = Path(where).suffix.lower() in SUFFIXES and retry_transient(folder.is_dir)
         if not may_match:
             raise
+        names = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
         notice(
             f"no hints match {where}, so no image has hints; if there are such files, check the name and the number "
-            f"of digits, {pattern.digits} or more"
+            f"of digits, {pattern.digits} or more{pattern.similar_names(names)}"
         )
         return ()
 

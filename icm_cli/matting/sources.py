@@ -284,7 +284,7 @@ def _find_sequence(pattern: FramePattern, text: str, skipped_files: SkippedFiles
     if not matching:
         raise UsageError(
             f"no file matches {text}; its name was read as a frame pattern with {pattern.digits} "
-            "or more digits; check the path and the number of digits"
+            f"or more digits; check the path and the number of digits{pattern.similar_names(names)}"
         )
     return Sources(Path(split_glob(pattern.folder)[0]), matching, is_sequence=True)
 
