@@ -715,6 +715,25 @@ def test_alphas_without_an_object_are_reported_once(
     assert f"1 alpha without an object: {black}; the model learns that" in done.stderr
 
 
+@pytest.mark.parametrize("recipe", [MATTE, {**REFINE, "steps": 8, "refine": {"crop_px": 64}}], ids=["matte", "refine"])
+def test_cutouts_without_an_object_are_reported_like_alphas(
+    discs: Path, tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    folder = tmp_path / "cutouts" / "red"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        rgb = cv2.imread(str(discs / "images" / "red" / f"{number % 2}.png"))
+        alpha = cv2.imread(str(discs / "alphas" / "red" / f"{number % 2}.png"), cv2.IMREAD_GRAYSCALE)
+        cv2.imwrite(str(folder / f"{number}.png"), np.dstack([rgb, alpha * (number < 2)]))
+    sources = [{"dataset": "cutouts", "root": str(tmp_path / "cutouts")}]
+    config = write_config(tmp_path / "a.yaml", discs, **recipe)
+    config = change(config, sources=sources, backgrounds=[str(discs / "images" / "green")])
+    done = train(config, tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "run" / "skipped.txt").exists()
+    assert f"1 alpha without an object: {folder / '2.png'}; " in done.stderr
+
+
 @pytest.mark.parametrize("group_by", ["image", "group"])
 def test_target_without_a_reference_is_drawn_again_and_is_not_unreadable(
     discs: Path, tmp_path: Path, group_by: str

@@ -89,8 +89,8 @@ class TrainingSample(NamedTuple):
 
     name: str
     layers: Layers
-    empty_alphas: tuple[Path | None, ...]
-    """Files of the alphas that were drawn for a target and have no object; None: the alpha channel of an image."""
+    empty_alphas: tuple[Path, ...]
+    """Files of the alphas that were drawn for a target and have no object."""
 
 
 class BatchMaker(Dataset[Any], ABC, Generic[BatchT]):
@@ -128,7 +128,7 @@ class SampleMaker(BatchMaker[BatchT]):
             layer: torch.from_numpy(np.stack([sample.layers[layer] for sample in samples]))
             for layer in samples[0].layers
         }
-        empty_alphas = tuple(path for sample in samples for path in sample.empty_alphas if path is not None)
+        empty_alphas = tuple(path for sample in samples for path in sample.empty_alphas)
         return self.batch_class(names, tuple(counters), tuple(skipped), **tensors, empty_alphas=empty_alphas)
 
     def _make_sample(self, counter: int, skipped: list[str]) -> TrainingSample:

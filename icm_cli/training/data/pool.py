@@ -47,6 +47,11 @@ class TrainingItem:
     coarse: Path | None = None
     """Its alpha that another model computed, if there is one."""
 
+    @property
+    def alpha_file(self) -> Path:
+        """The file that contains the alpha."""
+        return self.alpha or self.image
+
     def is_negative_for(self, other: TrainingItem) -> bool:
         """Return whether the image does not show the object of another item, according to groups and classes."""
         return self.group != other.group and not (self.classes & other.classes)

@@ -81,7 +81,7 @@ class PairMaker(SampleMaker[PairBatch]):
         self._scenes = SceneMaker(pool, config)
 
     def draw_sample(self, rng: Rng) -> TrainingSample:
-        empty_alphas: list[Path | None] = []
+        empty_alphas: list[Path] = []
         for _ in range(MAX_TARGET_DRAWS):
             sample = self._draw_pair(rng, empty_alphas)
             if sample is not None:
@@ -91,7 +91,7 @@ class PairMaker(SampleMaker[PairBatch]):
             "half; expected alphas that show an object; check 'alphas' of the data"
         )
 
-    def _draw_pair(self, rng: Rng, empty_alphas: list[Path | None]) -> TrainingSample | None:
+    def _draw_pair(self, rng: Rng, empty_alphas: list[Path]) -> TrainingSample | None:
         """Draw a target and its reference; None without a reference.
 
         If the target should show the object, but its alpha is empty, the alpha is added to ``empty_alphas``.
@@ -106,7 +106,7 @@ class PairMaker(SampleMaker[PairBatch]):
         else:
             target, name = scenes.make_scene(item, rng), item.name
         if not (is_negative or target.alpha.any()):
-            empty_alphas.append(item.alpha)
+            empty_alphas.append(item.alpha_file)
         target = scenes.augment_colours(scenes.add_distractors(target, distractors, rng), rng)
         found = self._make_reference(item, partner, distractors[:1], rng)
         if found is None:

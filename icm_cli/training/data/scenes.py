@@ -113,14 +113,12 @@ def read_cutout(item: TrainingItem, long_side_px: int) -> Cutout:
 
     The foreground colours of a photograph are estimated first (Germer et al., "Fast Multi-Level Foreground Estimation",
     2020). Otherwise the old background, visible through soft edges, would become a halo on a new background, and the
-    model would learn it. The cut-out of a photograph without an object is transparent.
+    model would learn it. The cut-out of an image without an object is transparent.
     """
     rgb, alpha = _read_image_and_alpha(item)
     is_visible = alpha > VISIBLE_U8
     rows, columns = np.flatnonzero(is_visible.any(axis=1)), np.flatnonzero(is_visible.any(axis=0))
     if not len(rows):
-        if item.is_foreground:
-            raise ImageError(f"the alpha of {item.image} is empty, so its object cannot be cut out")
         return Cutout(np.zeros((1, 1, 3), np.float32), np.zeros((1, 1), np.float32))
     margin = 2 + max(len(rows), len(columns)) // 32  # some background, for the estimate
     box = (

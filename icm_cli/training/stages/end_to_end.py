@@ -83,8 +83,8 @@ class SceneMosaicMaker(BatchMaker[SceneBatch]):
                 except ImageError as error:
                     skipped.append(str(error))
                     return None
-                if item.alpha is not None and not scene.alpha.any():
-                    empty_alphas.append(item.alpha)
+                if not scene.alpha.any():
+                    empty_alphas.append(item.alpha_file)
                 return scene
 
             views = {item: [item] for item in maker.pool}  # one entry per image: each draw makes a new scene

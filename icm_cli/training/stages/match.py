@@ -121,10 +121,10 @@ class MatchStage(MosaicStage[MosaicBatch]):
         self._views = {file: views for file, views in self._views.items() if file.rotation_part >= number}
         self._sources = _split_by_size(self.pool, {file: self._views[file] for file in files}, lambda view: view)
         self._empty_alphas = tuple(
-            item.alpha
+            item.alpha_file
             for file in files
             for item, view in zip(file.items, self._views[file], strict=True)
-            if item.alpha is not None and view is not None and not view.alpha.any()
+            if view is not None and not view.alpha.any()
         )
         if self._set_number is not None and self._encoder is not None:
             self._encoder.remove_parts_before(number - 1)  # a resumed run may need the set before

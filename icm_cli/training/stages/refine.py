@@ -97,7 +97,7 @@ class EdgeMaker(SampleMaker[EdgeBatch]):
         crops: Layers = {"rgb": np.stack([scene.rgb[box] for box in boxes])}
         for name, layer in layers.items():
             crops[name] = np.stack([layer[box] for box in boxes]).astype(np.float16)
-        return TrainingSample(item.name, crops, () if scene.alpha.any() else (item.alpha,))
+        return TrainingSample(item.name, crops, () if scene.alpha.any() else (item.alpha_file,))
 
     def _make_scene(self, item: TrainingItem, rng: np.random.Generator) -> tuple[Scene, bool]:
         """Make a scene of an item; return it and whether its alpha is exact."""
