@@ -213,7 +213,10 @@ def test_frame_of_a_shot_is_a_keyframe(icm: Icm, scene: Path, open_review: OpenR
     before = alphas(scene / "out")
     assert (corrections.answer(id, [], refined=True) == read(written)).all()
     alpha = corrections.answer(id, strokes(), refined=True)
+    assert not any(map(corrections.outdated_reason, range(4)))
     corrections.accept(id, 0, strokes())
+    propagated = "a frame that is propagated to it changed"
+    assert list(map(corrections.outdated_reason, range(4))) == [propagated, propagated, "", propagated]
     assert (read(written) == alpha).all()
     kept = written.read_bytes()
     fresh = shot(out=scene / "fresh", hints=run.hints_folder)
