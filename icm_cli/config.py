@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
@@ -55,12 +55,59 @@ A new component is a module there with a subclass of its contract (see ``icm_cli
 """
 
 
-def check_setting(section: str, settings: Any, name: str, is_valid: bool, expected: str) -> None:
-    """Raise ConfigError about a setting of a section, unless ``is_valid``. ``settings``: the section's dataclass."""
-    if not is_valid:
-        value = getattr(settings, name)
-        shown = list(value) if isinstance(value, tuple) else value
-        raise ConfigError(f"{section} {name} is {shown}; expected {expected}")
+@dataclass(frozen=True)
+class Limits:
+    """Range of a setting. ``least`` and ``most`` are allowed values, ``above`` and ``below`` are not."""
+
+    least: float
+    most: float
+    above: float = -math.inf
+    below: float = math.inf
+
+    def contains(self, value: float) -> bool:
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    @property
+    def description(self) -> str:
+        """The allowed values, such as "0 to 1" or "more than 0"."""
+        if self.above > -math.inf:
+            if self.below < math.inf:
+                return f"between {self.above:g} and {self.below:g}"
+            return f"more than {self.above:g}" + (f" and at most {self.most:g}" if self.most < math.inf else "")
+        if self.below < math.inf:
+            return f"{self.least:g} to below {self.below:g}"
+        return f"{self.least:g} to {self.most:g}" if self.most < math.inf else f"{self.least:g} or more"
+
+
+def limited(
+    default: Any, least: float = 0, most: float = math.inf, *, above: float = -math.inf, below: float = math.inf
+) -> Any:
+    """Define a field of a :class:`Section` whose value must be None or inside the :class:`Limits`."""
+    return dataclasses.field(default=default, metadata={"limits": Limits(least, most, above, below)})
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base class of settings. Values outside the limits of their field raise ConfigError."""
+
+    def __init_subclass__(cls, title: str) -> None:
+        """``title``: start of the messages about a setting of the section."""
+        cls.title = title
+
+    title: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, limits = getattr(self, field.name), field.metadata.get("limits")
+            if limits is not None and value is not None:
+                self.check(field.name, limits.contains(value), limits.description)
+
+    def check(self, name: str, is_valid: bool, expected: str) -> None:
+        """Raise ConfigError that names the setting and the expected values, unless ``is_valid``."""
+        if not is_valid:
+            value = getattr(self, name)
+            shown = list(value) if isinstance(value, tuple) else value
+            raise ConfigError(f"{self.title} {name} is {shown}; expected {expected}")
 
 
 def require_mapping(value: object, where: str) -> Mapping[str, Any]:
@@ -116,20 +163,16 @@ class SecondPassConfig:
 
 
 @dataclass(frozen=True)
-class MatchConfig:
+class MatchConfig(Section, title="match"):
     """How similar an object must be to that of the references."""
 
     rule: Literal["kind", "same"] = "kind"
     """``kind``: objects of the same kind are matted. ``same``: of these, only objects that look like the same
     instance: the same species, model or individual. It needs a head with ``can_compare_objects``."""
-    min_similarity: float = 0.7
+    min_similarity: float = limited(0.7, -1, 1)
     """For ``same``: smallest similarity to a reference, see ``icm_cli.model.contracts.ObjectTokens``."""
-    max_difference: float = 0.1
+    max_difference: float = limited(0.1, 0, 2)
     """For ``same``: largest difference from the most similar object in the image."""
-
-    def __post_init__(self) -> None:
-        check_setting("match", self, "min_similarity", -1 <= self.min_similarity <= 1, "-1 to 1")
-        check_setting("match", self, "max_difference", 0 <= self.max_difference <= 2, "0 to 2")
 
 
 @dataclass(frozen=True)

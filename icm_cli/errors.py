@@ -6,7 +6,7 @@ Library code raises an :class:`IcmError` and never exits. The commands print its
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import ClassVar
@@ -93,6 +93,12 @@ def find_similar_name(name: str, known: Iterable[str]) -> str:
 def format_count(count: int, noun: str) -> str:
     """Return a number with its noun, such as "1 image" or "2 images"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def list_first(names: Sequence[object], limit: int) -> str:
+    """Return at most ``limit`` names, and the number of the others, such as "a.png, b.png and 2 more"."""
+    text = ", ".join(map(str, names[:limit]))
+    return f"{text} and {len(names) - limit} more" if len(names) > limit else text
 
 
 def join_words(words: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from icm_cli.datasets.groups import Sample
-from icm_cli.errors import Problem, UsageError
+from icm_cli.errors import Problem, UsageError, list_first
 from icm_cli.files.paths import UNREADABLE, SkippedPaths, expand_glob, split_glob, walk_files
 from icm_cli.images.image_file import IMAGE_SUFFIXES
 from icm_cli.images.reading import CompositeSource
@@ -282,7 +282,4 @@ def _is_image_file(path: Path) -> bool:
 def _list_folder(root: Path) -> str:
     """Return the names in a folder for error messages."""
     names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in root.iterdir())
-    if not names:
-        return "nothing"
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
+    return list_first(names, MAX_LISTED) or "nothing"

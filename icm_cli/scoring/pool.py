@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import queue
 import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import cv2
+
 from icm_cli.environment import start_module
 from icm_cli.reports.result import ImageResult
 from icm_cli.scoring.task import ScoreTask
+from icm_cli.signals import ignore_stop_signals
 
 
 class Task(Protocol):
@@ -80,10 +85,10 @@ class ScoringPool:
 
 
 class _ScoringProcess:
-    """A process that runs one task at a time."""
+    """A process that runs this module: one task at a time, see :func:`run_tasks`."""
 
     def __init__(self) -> None:
-        self._popen = start_module("icm_cli.scoring.worker", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._popen = start_module("icm_cli.scoring.pool", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, task: Task) -> Any:
         assert self._popen.stdin
@@ -103,3 +108,20 @@ class Scorer:
 
     pool: ScoringPool
     task_for: Callable[[ImageResult], ScoreTask | None]
+
+
+def run_tasks() -> None:
+    """Run pickled tasks from standard input, one at a time on one core, until the input ends."""
+    ignore_stop_signals()
+    cv2.setNumThreads(1)
+    results = sys.stdout.buffer
+    sys.stdout = sys.stderr
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            task = pickle.load(sys.stdin.buffer)  # noqa: S301  written by our own parent process
+            pickle.dump(task.run(), results)
+            results.flush()
+
+
+if __name__ == "__main__":
+    run_tasks()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icm_cli.config import COMPONENT_KEYS, check_setting
+from icm_cli.config import COMPONENT_KEYS
 from icm_cli.device import make_accelerator, process_count
 from icm_cli.environment import DEFAULT_WORKERS, is_out_of_memory
 from icm_cli.errors import ConfigError, TrainingError
@@ -93,7 +93,7 @@ class Learner:
         if rule.square and config.canvas_px != rule.long_side_px:
             raise ConfigError(f"train: canvas_px is {config.canvas_px}, and the backbone needs {rule.long_side_px} px")
         is_multiple = config.canvas_px % rule.multiple_px == 0
-        check_setting("train:", config, "canvas_px", is_multiple, f"a multiple of {rule.multiple_px}")
+        config.check("canvas_px", is_multiple, f"a multiple of {rule.multiple_px}")
         if config.backbone_learning_rate and not self.trains_backbone:
             raise ConfigError(
                 f"train: backbone_learning_rate is {config.backbone_learning_rate}, but the backbone is frozen in this "

@@ -24,7 +24,7 @@ from safetensors.torch import save
 
 from icm_cli.device import is_main_process
 from icm_cli.environment import __version__
-from icm_cli.errors import ConfigError, UsageError
+from icm_cli.errors import ConfigError, UsageError, list_first
 from icm_cli.files.atomic_writes import atomic_write, check_writable, remove_stale_temporaries
 from icm_cli.files.digests import cached_file_digest, combined_digest
 from icm_cli.files.json_files import write_json
@@ -124,7 +124,9 @@ class DataRecord:
             "added": [path for path in after if path not in before],
             "removed": [path for path in before if path not in after],
         }
-        return ", ".join(f"{len(paths)} {kind} ({_shorten_list(paths)})" for kind, paths in changes.items() if paths)
+        return ", ".join(
+            f"{len(paths)} {kind} ({list_first(paths, MAX_LISTED_FILES)})" for kind, paths in changes.items() if paths
+        )
 
 
 def _read_file_state(path: Path, earlier: FileState | None) -> FileState:
@@ -135,14 +137,6 @@ def _read_file_state(path: Path, earlier: FileState | None) -> FileState:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileState(stat.st_size, stat.st_mtime_ns, digest)
-
-
-def _shorten_list(paths: list[str]) -> str:
-    """Return the first paths, and the number of the others, such as "a.png, b.png, c.png and 2 more"."""
-    text = ", ".join(paths[:MAX_LISTED_FILES])
-    if len(paths) > MAX_LISTED_FILES:
-        text += f" and {len(paths) - MAX_LISTED_FILES} more"
-    return text
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from icm_cli.config import (
     MODEL_KEYS,
     MODEL_SECTIONS,
     ModelConfig,
-    check_setting,
+    Section,
+    limited,
     parse_dataclass,
     parse_model_config,
     parse_yaml,
@@ -48,62 +48,21 @@ MAX_SEED = 1 << 62
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Smallest and largest value of a setting. If ``is_open``, the limits themselves are not allowed."""
+class TrainSection(Section, title="train:"):
+    """Base class of the settings below ``train``."""
 
-    least: float
-    most: float
-    is_open: bool
-
-    def contains(self, value: float) -> bool:
-        return self.least < value < self.most if self.is_open else self.least <= value <= self.most
-
-    @property
-    def description(self) -> str:
-        """The allowed values, such as "0 to 1" or "more than 0"."""
-        if self.most == math.inf:
-            return f"more than {self.least:g}" if self.is_open else f"{self.least:g} or more"
-        return f"between {self.least:g} and {self.most:g}" if self.is_open else f"{self.least:g} to {self.most:g}"
-
-
-def limited(default: Any, least: float = 0, most: float = math.inf, *, is_open: bool = False) -> Any:
-    """Define a field of a :class:`Section` whose value must be None or inside the :class:`Limits`."""
-    return field(default=default, metadata={"limits": Limits(least, most, is_open)})
-
-
-@dataclass(frozen=True)
-class Section:
-    """Base class of settings. Values outside the limits of their field raise ConfigError."""
-
-    def __init_subclass__(cls, title: str) -> None:
-        """``title``: name of the section in messages."""
-        cls._title = title
-
-    _title: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        for setting in dataclasses.fields(self):
-            value = getattr(self, setting.name)
-            limits: Limits | None = setting.metadata.get("limits")
-            if limits is not None and value is not None:
-                self._check(setting.name, limits.contains(value), limits.description)
-
-    def _check(self, name: str, is_valid: bool, expected: str) -> None:
-        """Raise ConfigError that names the setting and the expected values, unless ``is_valid``."""
-        check_setting(f"{self._title}:", self, name, is_valid, expected)
-
-    def _check_weights(self, name: str) -> None:
-        """Check that a setting is a tuple of sampling weights."""
+    def check_weights(self, name: str) -> None:
+        """Check that a setting is a tuple of sampling weights. Raises ConfigError."""
         weights = getattr(self, name)
         is_valid = bool(weights) and min(weights) >= 0 and sum(weights) > 0
-        self._check(name, is_valid, "numbers of 0 or more that are not all 0")
+        self.check(name, is_valid, "numbers of 0 or more that are not all 0")
 
-    def _check_sum(self, first: str, second: str) -> None:
-        """Check that two probabilities of exclusive events have a sum of at most 1."""
+    def check_sum(self, first: str, second: str) -> None:
+        """Check that two probabilities of exclusive events have a sum of at most 1. Raises ConfigError."""
         first_value, second_value = getattr(self, first), getattr(self, second)
         if first_value + second_value > 1:
             raise ConfigError(
-                f"{self._title}: {first} and {second} are {first_value} and {second_value}; expected a sum of at most 1"
+                f"{self.title} {first} and {second} are {first_value} and {second_value}; expected a sum of at most 1"
             )
 
 
@@ -208,7 +167,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class PairConfig(Section, title="train: pairs"):
+class PairConfig(TrainSection, title="train: pairs:"):
     """How target and reference of a training sample are composed. Probabilities are in 0..1."""
 
     composite_probability: float = limited(0.5, 0, 1)
@@ -235,7 +194,7 @@ class PairConfig(Section, title="train: pairs"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_sum("scribble_probability", "point_probability")
+        self.check_sum("scribble_probability", "point_probability")
 
     @property
     def changes_pixels(self) -> bool:
@@ -244,7 +203,7 @@ class PairConfig(Section, title="train: pairs"):
 
 
 @dataclass(frozen=True)
-class AugmentConfig(Section, title="train: augment"):
+class AugmentConfig(TrainSection, title="train: augment:"):
     """Augmentation of reference and target, drawn independently. With all values 0 and zoom 1 images are unchanged."""
 
     flip: float = limited(0.5, 0, 1)
@@ -274,7 +233,7 @@ class AugmentConfig(Section, title="train: augment"):
 
 
 @dataclass(frozen=True)
-class LossConfig(Section, title="train: loss"):
+class LossConfig(TrainSection, title="train: loss:"):
     """Weights of the losses of the stage "matte". A loss of weight 0 is not computed.
 
     The defaults are the published recipe.
@@ -309,7 +268,7 @@ class LossConfig(Section, title="train: loss"):
 
 
 @dataclass(frozen=True)
-class MatchStageConfig(Section, title="train: match"):
+class MatchStageConfig(TrainSection, title="train: match:"):
     """Samples of the stages "match", "end-to-end" and "objects": mosaics of images.
 
     The reference's object is in one tile of a mosaic, in several, or in none. The stage "end-to-end" stores no views.
@@ -350,13 +309,13 @@ class MatchStageConfig(Section, title="train: match"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("layout_weights", len(self.layout_weights) == len(LAYOUTS), f"{len(LAYOUTS)} numbers")
-        self._check_weights("layout_weights")
-        self._check_weights("reference_count_weights")
+        self.check("layout_weights", len(self.layout_weights) == len(LAYOUTS), f"{len(LAYOUTS)} numbers")
+        self.check_weights("layout_weights")
+        self.check_weights("reference_count_weights")
 
 
 @dataclass(frozen=True)
-class ClickConfig(Section, title="train: clicks"):
+class ClickConfig(TrainSection, title="train: clicks:"):
     """Simulated clicks of the stage "objects". Probabilities are in 0..1."""
 
     count_weights: tuple[float, ...] = (0.2, 0.25, 0.2, 0.2, 0.15)
@@ -388,11 +347,11 @@ class ClickConfig(Section, title="train: clicks"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_weights("count_weights")
+        self.check_weights("count_weights")
 
 
 @dataclass(frozen=True)
-class RefineStageConfig(Section, title="train: refine"):
+class RefineStageConfig(TrainSection, title="train: refine:"):
     """Samples and losses of the stage "refine": crops of scenes with degraded true alphas as coarse alphas."""
 
     crop_px: int = limited(160, MIN_CROP_PX)
@@ -424,13 +383,13 @@ class RefineStageConfig(Section, title="train: refine"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_sum("token_probability", "object_probability")
+        self.check_sum("token_probability", "object_probability")
         if not any(getattr(self, name) for name in REFINE_LOSS_NAMES):
             raise ConfigError("train: refine: the weights of all losses are 0; expected one above 0")
 
 
 @dataclass(frozen=True)
-class TrainConfig(Section, title="train"):
+class TrainConfig(TrainSection, title="train:"):
     """The recipe. The defaults are those of the released code (Guo et al. 2024), with the paper's batch and steps."""
 
     stage: Literal["matte", "match", "end-to-end", "objects", "refine"] = "matte"
@@ -438,7 +397,7 @@ class TrainConfig(Section, title="train"):
     token-match head on precomputed tokens, which is hundreds of times faster per sample. "end-to-end" (experimental,
     for GPUs): the token-match head and the backbone, on images. "objects": the object model, on the predictions of a
     trained head. "refine": the edges, which need no pairs."""
-    minutes: float | None = limited(None, is_open=True)
+    minutes: float | None = limited(None, above=0)
     """If given, the run and its cosine schedule end after this many minutes of steps, instead of after ``steps``."""
     steps: int = limited(20_000, 1)
     batch_size: int = limited(8, 1)
@@ -448,7 +407,7 @@ class TrainConfig(Section, title="train"):
     canvas_px: int = limited(768, 64)
     """Side of the square canvas to which reference and target are resized."""
     optimiser: Literal["adam", "adamw"] = "adam"
-    learning_rate: float = limited(4e-4, is_open=True)
+    learning_rate: float = limited(4e-4, above=0)
     """Learning rate of all parts except the backbone."""
     backbone_learning_rate: float = limited(0.0)
     """Learning rate of the backbone; 0 keeps it frozen."""
@@ -457,9 +416,9 @@ class TrainConfig(Section, title="train"):
     """Number of steps in which the learning rate grows linearly, from one millionth to its full value."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up; "cosine" falls to 0 at the end of the run."""
-    clip_norm: float | None = limited(None, is_open=True)
+    clip_norm: float | None = limited(None, above=0)
     """Largest norm of the gradients of all weights together; larger gradients are scaled down."""
-    ema_decay: float | None = limited(None, 0, 1, is_open=True)
+    ema_decay: float | None = limited(None, above=0, below=1)
     """Decay per step of the exponential moving average of the weights, which is validated and saved."""
     batch_norm: Literal["batch", "fixed"] = "batch"
     """Statistics that the head's BatchNorm layers use. "batch": those of each process's micro-batch, as published.
@@ -485,7 +444,7 @@ class TrainConfig(Section, title="train"):
     def __post_init__(self) -> None:
         super().__post_init__()
         is_valid = self.stage != "refine" or self.refine.crop_px <= self.canvas_px
-        check_setting("train: refine:", self.refine, "crop_px", is_valid, f"at most canvas_px, {self.canvas_px}")
+        self.refine.check("crop_px", is_valid, f"at most canvas_px, {self.canvas_px}")
 
     @property
     def unused_sections(self) -> list[str]:

@@ -19,7 +19,7 @@ from icm_cli.datasets.groups import Sample, group_samples
 from icm_cli.datasets.registry import find_dataset
 from icm_cli.device import is_main_process, process_count
 from icm_cli.environment import limited_threads
-from icm_cli.errors import ImageError, TrainingError, UsageError, format_count
+from icm_cli.errors import ImageError, TrainingError, UsageError, format_count, list_first
 from icm_cli.evaluation.evaluate import evaluate
 from icm_cli.events import (
     BestStep,
@@ -260,12 +260,10 @@ class _TrainingLoop:
         """Report once the alphas without an object. Such an image may be meant as one that does not show the object."""
         alphas, self._empty_alphas = sorted(self._empty_alphas or ()), None
         if alphas:
-            names = ", ".join(map(str, alphas[:MAX_LISTED_ALPHAS]))
-            more = f" and {len(alphas) - MAX_LISTED_ALPHAS} more" if len(alphas) > MAX_LISTED_ALPHAS else ""
             self._listener.on_notice(
-                f"{format_count(len(alphas), 'alpha')} without an object: {names}{more}; the model learns that these "
-                "images do not show the object of their group; if they show it, correct the alphas, or exclude the "
-                "images with 'exclude'"
+                f"{format_count(len(alphas), 'alpha')} without an object: {list_first(alphas, MAX_LISTED_ALPHAS)}; the "
+                "model learns that these images do not show the object of their group; if they show it, correct the "
+                "alphas, or exclude the images with 'exclude'"
             )
 
     def _validate(self, stop: StopSignals) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icm_cli.config import check_setting
+from icm_cli.config import Section, limited
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import IMAGENET_MEAN, IMAGENET_STD, MAX_ENLARGEMENT, Backbone, Features
@@ -40,12 +40,12 @@ IMAGENET: PixelStatistics = (IMAGENET_MEAN, IMAGENET_STD)
 
 
 @dataclass(frozen=True)
-class DinoConfig:
+class DinoConfig(Section, title="backbone"):
     """Settings of the dino backbone."""
 
     weights: str = "facebook/dinov2-large"
     """Hub id or local folder in the layout of Hugging Face. ``--weights`` overrides it."""
-    patch_px: int = 14
+    patch_px: int = limited(14, 1)
     """Side of a token's cell, in px, as in the weights: 14 for DINOv2, 16 for DINOv3."""
     long_side_px: int = 896
     """Long side of the canvas, a multiple of ``patch_px``."""
@@ -56,23 +56,22 @@ class DinoConfig:
 
     The paper uses 500 of the 1024 dimensions of DINOv3 ViT-L.
     """
-    temperature: float = 0.15
+    temperature: float = limited(0.15, above=0)
     """Temperature of the intra-similarity, in cosine units; more than 0."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Dtype of the transformer if ``--dtype`` is "auto"; "auto" selects that of the device. DINOv3 does not support
     float16."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         patch, side, layers = self.patch_px, self.long_side_px, self.layers
-        check_setting("backbone", self, "patch_px", patch >= 1, "1 or more")
         is_multiple = side >= patch and side % patch == 0
-        check_setting("backbone", self, "long_side_px", is_multiple, f"a multiple of {patch}")
+        self.check("long_side_px", is_multiple, f"a multiple of {patch}")
         is_distinct = bool(layers) and min(layers) >= 1 and len(set(layers)) == len(layers)
-        check_setting("backbone", self, "layers", is_distinct, "distinct numbers of 1 or more")
+        self.check("layers", is_distinct, "distinct numbers of 1 or more")
         max_rank = (side // patch) ** 2 - 1
         expected = f"0 to {max_rank}, less than the number of tokens of the canvas"
-        check_setting("backbone", self, "positional_rank", 0 <= self.positional_rank <= max_rank, expected)
-        check_setting("backbone", self, "temperature", self.temperature > 0, "more than 0")
+        self.check("positional_rank", 0 <= self.positional_rank <= max_rank, expected)
 
 
 class Dino(Backbone):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icm_cli.config import check_setting
+from icm_cli.config import Section, limited
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import ImageU8, trimap_from_coarse
 from icm_cli.model.alphas import blend_tiles, split_into_tiles
@@ -39,12 +39,12 @@ DEFAULT_STATISTICS: PixelStatistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
-class VitMatteEdgesConfig:
+class VitMatteEdgesConfig(Section, title="edges"):
     """Settings of the edges by ViTMatte."""
 
     weights: str = VITMATTE
     """Hub id, or local folder in the layout of Hugging Face. The option ``--edges-weights`` replaces it."""
-    band: float = 0.015
+    band: float = limited(0.015, above=0, below=0.5)
     """Width of the unknown region on either side of the coarse edge, as a fraction (0..0.5) of the long side."""
     tile_px: int = 1024
     """Side of the tiles of a larger source, a multiple of 32. The memory of attention grows with its fourth power."""
@@ -55,11 +55,11 @@ class VitMatteEdgesConfig:
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         tile = self.tile_px
-        check_setting("edges", self, "band", 0 < self.band < 0.5, "above 0 and below 0.5")
         is_multiple = tile >= MULTIPLE_PX and tile % MULTIPLE_PX == 0
-        check_setting("edges", self, "tile_px", is_multiple, f"a multiple of {MULTIPLE_PX}")
-        check_setting("edges", self, "overlap_px", 0 <= self.overlap_px <= tile // 3, "0 to a third of tile_px")
+        self.check("tile_px", is_multiple, f"a multiple of {MULTIPLE_PX}")
+        self.check("overlap_px", 0 <= self.overlap_px <= tile // 3, "0 to a third of tile_px")
 
 
 class VitMatteEdges(Edges):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icm_cli.config import check_setting
+from icm_cli.config import Section
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import IMAGENET_MEAN, IMAGENET_STD, MAX_ENLARGEMENT, Backbone, Features
@@ -55,7 +55,7 @@ LINEAR_LAYERS = {
 
 
 @dataclass(frozen=True)
-class DinoV2LiteConfig:
+class DinoV2LiteConfig(Section, title="backbone"):
     """Settings of the dinov2-lite backbone."""
 
     long_side_px: int = 768
@@ -68,14 +68,15 @@ class DinoV2LiteConfig:
     """Blocks of EfficientNet-Lite2 (0..20) whose outputs are the feature scales of a decoder."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         is_multiple = self.long_side_px >= TOKEN_PX and self.long_side_px % TOKEN_PX == 0
-        check_setting("backbone", self, "long_side_px", is_multiple, f"a multiple of {TOKEN_PX}")
+        self.check("long_side_px", is_multiple, f"a multiple of {TOKEN_PX}")
         is_valid = bool(self.layers) and all(1 <= layer <= TRANSFORMER_DEPTH for layer in self.layers)
-        check_setting("backbone", self, "layers", is_valid, f"numbers from 1 to {TRANSFORMER_DEPTH}")
+        self.check("layers", is_valid, f"numbers from 1 to {TRANSFORMER_DEPTH}")
         numbers, expected = frozenset(range(BLOCK_COUNT)), f"numbers from 0 to {BLOCK_COUNT - 1}"
         is_valid = bool(self.convolution_blocks) and numbers.issuperset(self.convolution_blocks)
-        check_setting("backbone", self, "convolution_blocks", is_valid, expected)
-        check_setting("backbone", self, "scale_blocks", numbers.issuperset(self.scale_blocks), expected)
+        self.check("convolution_blocks", is_valid, expected)
+        self.check("scale_blocks", numbers.issuperset(self.scale_blocks), expected)
 
     @property
     def convolutions(self) -> EfficientNetLiteConfig:

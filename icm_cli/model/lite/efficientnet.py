@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from icm_cli.config import check_setting
+from icm_cli.config import Section, limited
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.checkpoint import load_strict
@@ -37,7 +37,7 @@ BLOCK_COUNT = sum(stage[-1] for stage in STAGES)
 
 
 @dataclass(frozen=True)
-class EfficientNetLiteConfig:
+class EfficientNetLiteConfig(Section, title="backbone"):
     """Settings of the efficientnet-lite backbone."""
 
     long_side_px: int = 896
@@ -48,20 +48,20 @@ class EfficientNetLiteConfig:
     """Factors by which the image is reduced for the correspondence features; larger factors give a wider context."""
     scale_blocks: tuple[int, ...] = (6, 14)
     """Blocks (0..20) whose outputs are feature scales, each with an intra-similarity."""
-    temperature: float = 0.15
+    temperature: float = limited(0.15, above=0)
     """Temperature of the intra-similarity, in cosine units."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         factors = self.correspondence_reductions
         is_multiple = self.long_side_px >= 32 and self.long_side_px % 32 == 0
-        check_setting("backbone", self, "long_side_px", is_multiple, "a multiple of 32")
+        self.check("long_side_px", is_multiple, "a multiple of 32")
         for name in ("correspondence_blocks", "scale_blocks"):
             is_valid = all(0 <= block < BLOCK_COUNT for block in getattr(self, name))
-            check_setting("backbone", self, name, is_valid, f"numbers from 0 to {BLOCK_COUNT - 1}")
-        check_setting("backbone", self, "correspondence_blocks", bool(self.correspondence_blocks), "one or more blocks")
+            self.check(name, is_valid, f"numbers from 0 to {BLOCK_COUNT - 1}")
+        self.check("correspondence_blocks", bool(self.correspondence_blocks), "one or more blocks")
         is_valid = bool(factors) and all(factor >= 1 and 32 % factor == 0 for factor in factors)
-        check_setting("backbone", self, "correspondence_reductions", is_valid, "one or more divisors of 32")
-        check_setting("backbone", self, "temperature", self.temperature > 0, "more than 0")
+        self.check("correspondence_reductions", is_valid, "one or more divisors of 32")
 
 
 class EfficientNetLite(Backbone):

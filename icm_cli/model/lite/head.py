@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icm_cli.config import check_setting
+from icm_cli.config import Section, limited
 from icm_cli.errors import ConfigError
 from icm_cli.guided_filter import align_to_edges
 from icm_cli.model.contracts import Features, Matte, ObjectTokens, Presence, ReferenceFeatures
@@ -58,18 +58,18 @@ ATTENTION_HEADS = 4
 
 
 @dataclass(frozen=True)
-class TokenMatchConfig:
+class TokenMatchConfig(Section, title="head"):
     """Settings of the token-match head. The channels of the features must be those of the backbone."""
 
     feature_channels: tuple[int, ...] = (384, 384, 384, 120, 208, 352)
     """Channels of each layer in the correspondence features."""
-    width: int = 64
+    width: int = limited(64, 1)
     """Channels in which the tokens of each layer are compared."""
-    context_width: int = 192
+    context_width: int = limited(192, 1)
     """Channels of the attention layers."""
-    context_layers: int = 2
+    context_layers: int = limited(2, 0, 64)
     """Number of attention layers."""
-    fused_channels: int = 128
+    fused_channels: int = limited(128, 1)
     """Channels of the fused tokens, from which the coarse alpha is computed and which enter the decoder."""
     skip_channels: tuple[int, ...] = (48, 24, 16)
     """Channels of the backbone's features per scale, from coarse to fine.
@@ -83,46 +83,40 @@ class TokenMatchConfig:
     Steps without a feature scale read the image. If the tuple is empty, the coarse alpha is the result. If the last
     step is smaller than the canvas, its alpha is enlarged bilinearly.
     """
-    temperature: float = 0.05
+    temperature: float = limited(0.05, above=0)
     """Initial temperature of the comparisons, in cosine units; it is learned."""
-    presence_sharpness: float = 4.0
+    presence_sharpness: float = limited(4.0, above=0)
     """Inference only: factor of the presence logit."""
     presence_threshold: float = 0.0
     """Inference only: presence logit above which the object counts as present."""
-    presence_margin: float = 0.0
+    presence_margin: float = limited(0.0, below=20)
     """Inference only: a presence is uncertain if the absolute value of its logit is below this; 0 disables it.
 
     If it is uncertain, models with edges run a second pass on a crop.
     """
-    edge_radius: float = 0.03
+    edge_radius: float = limited(0.03, below=0.5)
     """Inference only: radius of the guided filter that aligns soft edges with the image; 0 disables it.
 
     It is a fraction of the long side of the canvas.
     """
-    edge_epsilon: float = 1e-4
+    edge_epsilon: float = limited(1e-4, above=0)
     """Variance of a colour channel (0..1) above which the guided filter preserves an edge."""
-    edge_stride: int = 4
+    edge_stride: int = limited(4, above=0)
     """The guided filter computes its coefficients on an image that is this many times smaller."""
-    alpha_stretch: float = 0.03
+    alpha_stretch: float = limited(0.03, below=0.5)
     """Inference only: alphas below this and above 1 - this become about 0 and 1; values between are stretched."""
 
     def __post_init__(self) -> None:
-        check_setting("head", self, "feature_channels", bool(self.feature_channels), "at least one value")
+        super().__post_init__()
+        self.check("feature_channels", bool(self.feature_channels), "at least one value")
         if self.decoder_channels:
             is_valid = len(self.decoder_channels) >= len(self.skip_channels)
             expected = f"at least as many values as skip_channels has, {len(self.skip_channels)}, or an empty list"
-            check_setting("head", self, "decoder_channels", is_valid, expected)
+            self.check("decoder_channels", is_valid, expected)
         for name in ("feature_channels", "skip_channels", "decoder_channels"):
-            check_setting("head", self, name, min(getattr(self, name), default=1) >= 1, "numbers of 1 or more")
-        for name in ("width", "context_width", "fused_channels"):
-            check_setting("head", self, name, getattr(self, name) >= 1, "1 or more")
+            self.check(name, min(getattr(self, name), default=1) >= 1, "numbers of 1 or more")
         is_multiple = not self.context_width % ATTENTION_HEADS
-        check_setting("head", self, "context_width", is_multiple, f"a multiple of {ATTENTION_HEADS}")
-        check_setting("head", self, "context_layers", 0 <= self.context_layers <= 64, "0 to 64")
-        for name in ("temperature", "presence_sharpness", "edge_epsilon", "edge_stride"):
-            check_setting("head", self, name, getattr(self, name) > 0, "more than 0")
-        for name, below in (("presence_margin", 20), ("edge_radius", 0.5), ("alpha_stretch", 0.5)):
-            check_setting("head", self, name, 0 <= getattr(self, name) < below, f"0 to below {below}")
+        self.check("context_width", is_multiple, f"a multiple of {ATTENTION_HEADS}")
 
     @property
     def comparisons(self) -> int:

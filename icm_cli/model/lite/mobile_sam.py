@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icm_cli.config import check_setting
+from icm_cli.config import Section, limited
 from icm_cli.errors import ConfigError
 from icm_cli.files.digests import cached_file_digest
 from icm_cli.geometry import Float, ImageU8, resize
@@ -47,14 +47,14 @@ COARSE_WEIGHT, MASK_WEIGHT = 1.0, 0.25
 
 
 @dataclass(frozen=True)
-class MobileSamConfig:
+class MobileSamConfig(Section, title="objects"):
     """Settings of MobileSAM."""
 
     long_side_px: int = FULL_PX
     """Long side, in px, to which an image is scaled."""
-    logit_eps: float = 0.01
+    logit_eps: float = limited(0.01, above=0, below=0.5)
     """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that masks can override it."""
-    object_threshold: float = 0.1
+    object_threshold: float = limited(0.1, below=1)
     """A coarse alpha without a value above this is not changed: it shows no object to complete."""
     initial_weights: Literal["lite", "published"] = "lite"
     """Initial weights if there is no checkpoint.
@@ -64,10 +64,9 @@ class MobileSamConfig:
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         is_multiple = CELL_PX <= self.long_side_px <= FULL_PX and self.long_side_px % CELL_PX == 0
-        check_setting("objects", self, "long_side_px", is_multiple, f"a multiple of {CELL_PX}, at most {FULL_PX}")
-        check_setting("objects", self, "logit_eps", 0 < self.logit_eps < 0.5, "more than 0 and less than 0.5")
-        check_setting("objects", self, "object_threshold", 0 <= self.object_threshold < 1, "0 to below 1")
+        self.check("long_side_px", is_multiple, f"a multiple of {CELL_PX}, at most {FULL_PX}")
 
 
 class ObjectDecoder(sam.MaskDecoder):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icm_cli.config import check_setting
+from icm_cli.config import Section, limited
 from icm_cli.geometry import ImageU8, downscaled_size, resize
 from icm_cli.model.alphas import apply_in_batches, blend_tiles, max_batch_size, resize_alpha, split_into_tiles
 from icm_cli.model.contracts import Edges
@@ -31,67 +31,54 @@ TILES_PER_BATCH = 4
 
 
 @dataclass(frozen=True)
-class RefineConfig:
+class RefineConfig(Section, title="edges"):
     """Settings of the refining network."""
 
     widths: tuple[int, ...] = (32, 48, 64, 96, 128)
     """Channels of each scale; the first has half the size of the image, and each other half the size of the one before.
     """
-    detail_blocks: int = 0
+    detail_blocks: int = limited(0, 0, 64)
     """Number of residual blocks before the output, at half the size of the image."""
     frame_px: int = 1024
     """Long side, in px, of the image in the first step."""
-    context_px: int = 32
+    context_px: int = limited(32)
     """Distance from the pixels that may change, in px, up to which the first step sees the image."""
     tile_px: int = 256
     """Side, in px, of the tiles of a larger source."""
     overlap_px: int = 32
     """Overlap of tiles, in px, over which they are blended."""
-    logit_eps: float = 0.02
+    logit_eps: float = limited(0.02, above=0, below=0.5)
     """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that the network can override it.
     """
-    unknown_margin: float = 0.05
+    unknown_margin: float = limited(0.05, below=0.5)
     """A pixel is unknown if its coarse alpha is further than this from 0 and 1."""
-    change_radius: float = 0.06
+    change_radius: float = limited(0.06, above=0, most=2)
     """The coarse alpha is not changed further from unknown pixels than this fraction of the long side.
 
     Edges of the image there belong to other objects.
     """
-    core_distance: float = 0.015
+    core_distance: float = limited(0.015, 0, 0.25)
     """Further from edges than this fraction of the long side, alphas become 1 or 0; 0 disables it."""
-    core_long_side_px: int = 640
+    core_long_side_px: int = limited(640, 1)
     """Long side, in px, of the alpha in which these distances are measured."""
-    core_opaque_from: float = 0.8
+    core_opaque_from: float = limited(0.8, above=0.5, most=1)
     """Alphas from this value on become 1 far inside the object."""
-    core_transparent_to: float = 0.15
+    core_transparent_to: float = limited(0.15, below=0.5)
     """Alphas up to this value become 0 far outside the object."""
-    core_softness: float = 0.3
+    core_softness: float = limited(0.3, above=0, most=0.5)
     """``core_opaque_from`` applies fully where all alphas nearby are above 0.5 + this; ``core_transparent_to``
     where all are below 0.5 - this. If alphas nearby are closer to 0.5, they apply in part."""
-    decided_margin: float = 0.01
+    decided_margin: float = limited(0.01, below=0.5)
     """A tile is not changed if all its alphas are within this distance of 0, or all within this distance of 1."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         multiple, widths = self.multiple, self.widths
-        checks = {
-            "widths": (len(widths) >= 2 and min(widths) >= 1, "two or more numbers of 1 or more"),
-            "frame_px": (self.frame_px >= multiple and not self.frame_px % multiple, f"a multiple of {multiple}"),
-            "context_px": (self.context_px >= 0, "0 or more"),
-            "tile_px": (self.tile_px >= multiple and not self.tile_px % multiple, f"a multiple of {multiple}"),
-            "overlap_px": (0 <= self.overlap_px <= self.tile_px // 2, "0 to half of tile_px"),
-            "detail_blocks": (0 <= self.detail_blocks <= 64, "0 to 64"),
-            "logit_eps": (0 < self.logit_eps < 0.5, "more than 0 and less than 0.5"),
-            "unknown_margin": (0 <= self.unknown_margin < 0.5, "0 to below 0.5"),
-            "change_radius": (0 < self.change_radius <= 2, "more than 0 and at most 2"),
-            "core_distance": (0 <= self.core_distance <= 0.25, "0 to 0.25"),
-            "core_long_side_px": (self.core_long_side_px >= 1, "1 or more"),
-            "core_opaque_from": (0.5 < self.core_opaque_from <= 1, "more than 0.5 and at most 1"),
-            "core_transparent_to": (0 <= self.core_transparent_to < 0.5, "0 to below 0.5"),
-            "core_softness": (0 < self.core_softness <= 0.5, "more than 0 and at most 0.5"),
-            "decided_margin": (0 <= self.decided_margin < 0.5, "0 to below 0.5"),
-        }
-        for name, (is_valid, expected) in checks.items():
-            check_setting("edges", self, name, is_valid, expected)
+        self.check("widths", len(widths) >= 2 and min(widths) >= 1, "two or more numbers of 1 or more")
+        for name in ("frame_px", "tile_px"):
+            side = getattr(self, name)
+            self.check(name, side >= multiple and not side % multiple, f"a multiple of {multiple}")
+        self.check("overlap_px", 0 <= self.overlap_px <= self.tile_px // 2, "0 to half of tile_px")
 
     @property
     def multiple(self) -> int:

@@ -21,7 +21,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from icm_cli.config import check_setting
+from icm_cli.config import Section, limited
 from icm_cli.errors import ConfigError
 from icm_cli.files.atomic_writes import atomic_write
 from icm_cli.files.digests import cache_folder, cached_file_digest, combined_digest
@@ -63,7 +63,7 @@ OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".
 
 
 @dataclass(frozen=True)
-class StableDiffusionConfig:
+class StableDiffusionConfig(Section, title="backbone"):
     """Settings of the stable-diffusion backbone. The defaults are those of the published checkpoint."""
 
     weights: str = DEFAULT_WEIGHTS
@@ -72,15 +72,15 @@ class StableDiffusionConfig:
     """Side of the square canvas, in px, a multiple of 64."""
     timestep: int = 200
     """Timestep of the noise in the latents, 0..999. The paper says 0, the published code uses 200."""
-    ensemble: int = 4
+    ensemble: int = limited(4, 1)
     """Number E of noise samples whose features and attention maps are averaged."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         side = self.canvas_px
         is_multiple = side >= CANVAS_MULTIPLE_PX and side % CANVAS_MULTIPLE_PX == 0
-        check_setting("backbone", self, "canvas_px", is_multiple, f"a multiple of {CANVAS_MULTIPLE_PX}")
-        check_setting("backbone", self, "timestep", 0 <= self.timestep < SCHEDULE_STEPS, f"0..{SCHEDULE_STEPS - 1}")
-        check_setting("backbone", self, "ensemble", self.ensemble >= 1, "1 or more")
+        self.check("canvas_px", is_multiple, f"a multiple of {CANVAS_MULTIPLE_PX}")
+        self.check("timestep", 0 <= self.timestep < SCHEDULE_STEPS, f"0..{SCHEDULE_STEPS - 1}")
 
 
 @dataclass(frozen=True)

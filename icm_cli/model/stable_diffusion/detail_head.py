@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icm_cli.config import check_setting
+from icm_cli.config import Section, limited
 from icm_cli.model.contracts import Features, Matte, ReferenceFeatures, TrainedHead
 from icm_cli.model.decoding import ConvNormReLU, confidence_and_found, make_alpha_layers, upsample_2x
 from icm_cli.model.similarity import (
@@ -33,28 +33,27 @@ OUTPUT_CHANNELS = 16
 
 
 @dataclass(frozen=True)
-class DetailConfig:
+class DetailConfig(Section, title="head"):
     """Settings of the detail head. The defaults are those of the published checkpoint."""
 
     canvas_px: int = 768
     """Side of the square canvas, in px. The channels of the intra-similarity are absolute positions on it."""
-    feature_channels: int = 1280
+    feature_channels: int = limited(1280, 1)
     """Channels of the backbone's features at both strides."""
-    intra_channels: int = 256
+    intra_channels: int = limited(256, 1)
     """Channels of the encoded intra-similarity of each scale."""
-    fusion_channels: int = 320
+    fusion_channels: int = limited(320, 1)
     """Channels of the fused scales."""
     decoder_channels: tuple[int, ...] = (256, 128, 64, 32)
     """Channels after each of the four steps of the detail decoder, from stride 8 to stride 1."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         multiple = FUSION_STRIDES[0]
         is_multiple = self.canvas_px >= multiple and self.canvas_px % multiple == 0
-        check_setting("head", self, "canvas_px", is_multiple, f"a multiple of {multiple}")
+        self.check("canvas_px", is_multiple, f"a multiple of {multiple}")
         is_valid = len(self.decoder_channels) == len(IMAGE_STREAM_CHANNELS) + 1 and min(self.decoder_channels) >= 1
-        check_setting("head", self, "decoder_channels", is_valid, "four values of 1 or more")
-        for name in ("feature_channels", "intra_channels", "fusion_channels"):
-            check_setting("head", self, name, getattr(self, name) >= 1, "1 or more")
+        self.check("decoder_channels", is_valid, "four values of 1 or more")
 
 
 @dataclass(frozen=True)

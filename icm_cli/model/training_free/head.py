@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
-from icm_cli.config import check_setting
+from icm_cli.config import Section, limited
 from icm_cli.geometry import downscaled_size, trimap_from_coarse
 from icm_cli.model.contracts import Features, Head, Matte, ReferenceFeatures
 from icm_cli.model.similarity import (
@@ -34,61 +34,47 @@ from icm_cli.model.training_free.closed_form import load_solver, solve_alpha
 
 
 @dataclass(frozen=True)
-class TrainingFreeConfig:
+class TrainingFreeConfig(Section, title="head"):
     """Settings of the training-free head. Similarities are cosines; the rule "contrast" centres the features first."""
 
     rule: Literal["contrast", "clusters"] = "contrast"
     """Rule that decides which tokens belong to the object. "contrast" compares each token with the reference's tokens
     inside and outside the guidance. "clusters" decides by clusters of tokens, as INSID3 does."""
-    temperature: float = 0.07
+    temperature: float = limited(0.07, above=0)
     """Temperature of the soft maximum over the reference's tokens, in cosine units; more than 0."""
-    presence_temperature: float = 0.1
+    presence_temperature: float = limited(0.1, above=0)
     """The same for the decision whether the object is present. A higher temperature requires more tokens to agree."""
-    background_weight: float = 0.5
+    background_weight: float = limited(0.5)
     """Weight of the similarity to the reference's background, which is subtracted; 0 or more."""
-    threshold: float = 0.25
+    threshold: float = limited(0.25, above=0, below=1)
     """Evidence above which a pixel is foreground, as a fraction of the strongest evidence; between 0 and 1."""
-    absent_below: float = 0.24
+    absent_below: float = limited(0.24, 0, 1)
     """The object is absent if its similarity to the reference is lower than this; 0 (never absent) to 1.
 
     It is a fraction of the similarity of the reference to itself.
     """
-    instance_fraction: float = 0.8
+    instance_fraction: float = limited(0.8, 0, 1)
     """Evidence that a connected region needs to be foreground; 0 (all regions) to 1 (only one region).
 
     It is a fraction of the strongest evidence in the target.
     """
-    unknown_fraction: float = 0.15
+    unknown_fraction: float = limited(0.15, above=0, below=1)
     """Fraction of the pixels that are unknown for closed-form matting; between 0 and 1. A larger fraction takes longer.
     """
     solve_long_side_px: int = 640
     """Largest long side at which closed-form matting is solved, in px."""
-    min_candidate_cosine: float = 0.0
+    min_candidate_cosine: float = limited(0.0, -1, 1)
     """Rule "clusters": smallest cosine of a candidate to the prototype of the reference; -1 to 1."""
-    min_cluster_cosine: float = 0.6
+    min_cluster_cosine: float = limited(0.6, above=0, below=1)
     """Rule "clusters": smallest mean cosine at which clusters are merged (tau in the paper); between 0 and 1."""
-    min_join_score: float = 0.2
+    min_join_score: float = limited(0.2, 0, 1)
     """Rule "clusters": smallest score of a cluster that is added to the seed; 0 to 1."""
-    edge_band: float = 0.01
+    edge_band: float = limited(0.01, above=0, below=0.5)
     """Rule "clusters": width of the unknown region at the edge, as a fraction of the long side; between 0 and 0.5."""
 
     def __post_init__(self) -> None:
-        checks = {
-            "temperature": (self.temperature > 0, "more than 0"),
-            "presence_temperature": (self.presence_temperature > 0, "more than 0"),
-            "background_weight": (self.background_weight >= 0, "0 or more"),
-            "threshold": (0 < self.threshold < 1, "between 0 and 1"),
-            "absent_below": (0 <= self.absent_below <= 1, "0 to 1"),
-            "instance_fraction": (0 <= self.instance_fraction <= 1, "0 to 1"),
-            "unknown_fraction": (0 < self.unknown_fraction < 1, "between 0 and 1"),
-            "solve_long_side_px": (self.solve_long_side_px >= 64, "at least 64"),
-            "min_candidate_cosine": (-1 <= self.min_candidate_cosine <= 1, "-1 to 1"),
-            "min_cluster_cosine": (0 < self.min_cluster_cosine < 1, "between 0 and 1"),
-            "min_join_score": (0 <= self.min_join_score <= 1, "0 to 1"),
-            "edge_band": (0 < self.edge_band < 0.5, "between 0 and 0.5"),
-        }
-        for name, (is_valid, expected) in checks.items():
-            check_setting("head", self, name, is_valid, expected)
+        super().__post_init__()
+        self.check("solve_long_side_px", self.solve_long_side_px >= 64, "at least 64")
 
 
 @dataclass(frozen=True)
