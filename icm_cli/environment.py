@@ -155,24 +155,19 @@ def cpu_quotas() -> list[float]:
 
 def cgroup_folders(controller: str) -> list[Path]:
     """Return the folders of the cgroups that may limit this process: its own and those above, of version 1 and 2."""
-    v1_cgroup = v2_cgroup = None  # paths of the cgroups of this process in their hierarchies
+    path_of_kind = {}  # "cgroup" (version 1) or "cgroup2" -> path of the cgroup of this process in its hierarchy
     for line in _read_text(ROOT / "proc/self/cgroup").splitlines():  # such as "4:memory:/user.slice"
         hierarchy, controllers, path = line.split(":", 2)
         if hierarchy == "0":
-            v2_cgroup = path
+            path_of_kind["cgroup2"] = path
         elif controller in controllers.split(","):
-            v1_cgroup = path
+            path_of_kind["cgroup"] = path
     folders: list[Path] = []
     for line in _read_text(ROOT / "proc/self/mountinfo").splitlines():
         mount, _, file_system = line.partition(" - ")
         kind, _, options = file_system.split(" ", 2)
-        if kind == "cgroup2":
-            cgroup = v2_cgroup
-        elif kind == "cgroup" and controller in options.split(","):
-            cgroup = v1_cgroup
-        else:
-            continue
-        if cgroup is None:
+        cgroup = path_of_kind.get(kind)
+        if cgroup is None or (kind == "cgroup" and controller not in options.split(",")):
             continue
         # The mount shows the part of the hierarchy below its root. In a cgroup namespace, the root may be elsewhere.
         root, mount_point = (part.encode().decode("unicode_escape") for part in mount.split(" ")[3:5])

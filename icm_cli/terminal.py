@@ -278,13 +278,8 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
         counts = f"{len(report.to_review)} of {len(report.by_quality)} alphas"
         rows.append((f"quality below {report.review_below:g}", f"{counts}; {where}"))
     for kind, count in sorted(Counter(problem.kind for problem in report.problems).items()):
-        if kind in report.allowed:
-            note = " (allowed)"
-        elif report.is_evaluation:
-            note = f" (the exit code is 1; --allow {kind} accepts them)"
-        else:
-            note = ""
-        rows.append((kind, f"{count}{note}"))
+        note = f" (the exit code is 1; --allow {kind} accepts them)" if report.is_evaluation else ""
+        rows.append((kind, f"{count} (allowed)" if kind in report.allowed else f"{count}{note}"))
     if resized := sum(result.evaluation.was_resized for result in report.results):
         rows.append(("resized for scoring", f"{resized}"))
     if seen := sum(bool(result.evaluation.is_seen) for result in report.results):

@@ -80,12 +80,17 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
     for layout in layouts:
         if files := _search_layout(layout, root, subfolders, title):
             return layout, files
+    raise UsageError(f"data root {root} does not contain {title}: {_describe_missing_layouts(layouts, root)}")
+
+
+def _describe_missing_layouts(layouts: Sequence[Layout], root: Path) -> str:
+    """Return why a folder has none of the layouts: an empty folder, or the folders expected and those found."""
     for layout in layouts:
         for existing in _layout_folders(layout, root) or ():
             if existing and not list_images(existing):
-                raise UsageError(f"data root {root} does not contain {title}: {existing} contains no images")
+                return f"{existing} contains no images"
     expected = "; or ".join(layout.describe() for layout in layouts)
-    raise UsageError(f"data root {root} does not contain {title}: expected {expected}; found {_list_folder(root)}")
+    return f"expected {expected}; found {_list_folder(root)}"
 
 
 def _search_layout(layout: Layout, root: Path, subfolders: Sequence[Path], title: str) -> FileSets | None:
@@ -185,7 +190,23 @@ def _layout_files(layout: Layout, base: Path, inside: Path | None = None) -> Fil
 
 
 def _apply_list(layout: Layout, base: Path, files: FileSets) -> FileSets:
-    """Return only the files that the list of the layout names. Raises UsageError if it cannot be read.
+    """Return only the files that the list of the layout names. Raises UsageError if it cannot be read."""
+    path, names = _read_list(layout, base)
+    keys = {*files.images, *files.alphas}
+    absent = names - keys - {key.split("/")[0] for key in keys}
+    problems = [
+        Problem("absent-file", name, f"{path} lists {name}, but this image does not exist") for name in sorted(absent)
+    ]
+
+    def select_listed(files_by_key: Files) -> Files:
+        return {key: file for key, file in files_by_key.items() if key in names or key.split("/")[0] in names}
+
+    images, alphas, trimaps = map(select_listed, (files.images, files.alphas, files.trimaps))
+    return FileSets(images, alphas, trimaps, (*files.problems, *problems))
+
+
+def _read_list(layout: Layout, base: Path) -> tuple[Path, set[str]]:
+    """Return the path of the list of a layout, and the keys of images and names of folders in it. Raises UsageError.
 
     A line of a DAVIS list begins with an image (``/JPEGImages/480p/goat/00000.jpg``) or is a folder (``goat``).
     """
@@ -203,18 +224,7 @@ def _apply_list(layout: Layout, base: Path, files: FileSets) -> FileSets:
         raise UsageError(f"list {path} cannot be read ({reason}); expected one image or folder per line") from error
     names = [name.strip("/").removeprefix(f"{layout.images}/") for name in names]
     # With a slash, a name is the path of an image; without one, it is a folder.
-    wanted = {str(PurePosixPath(name).with_suffix("")) if "/" in name else name for name in names}
-    keys = {*files.images, *files.alphas}
-    absent = wanted - keys - {key.split("/")[0] for key in keys}
-    problems = [
-        Problem("absent-file", name, f"{path} lists {name}, but this image does not exist") for name in sorted(absent)
-    ]
-
-    def listed_files(files_by_key: Files) -> Files:
-        return {key: file for key, file in files_by_key.items() if key in wanted or key.split("/")[0] in wanted}
-
-    images, alphas, trimaps = map(listed_files, (files.images, files.alphas, files.trimaps))
-    return FileSets(images, alphas, trimaps, (*files.problems, *problems))
+    return path, {str(PurePosixPath(name).with_suffix("")) if "/" in name else name for name in names}
 
 
 def _layout_folders(layout: Layout, base: Path) -> tuple[Path, Path, Path | None] | None:

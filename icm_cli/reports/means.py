@@ -58,24 +58,27 @@ SHOT_SCORE_TITLES = {
 
 def compute_means(results: Sequence[ImageResult]) -> dict[Region, Means]:
     """Return the means of every region that has scores."""
-    means: dict[Region, Means] = {}
+    means = {}
     for region in REGIONS:
         by_round: dict[int, list[ImageEvaluation]] = {}
         for result in results:
             if region in result.evaluation.scores:
                 by_round.setdefault(result.round, []).append(result.evaluation)
-        rounds = list(by_round.values())
-        if not rounds:
-            continue
-        metrics = {}
-        for name in METRICS:
-            values = [[getattr(image.scores[region], name) for image in images] for images in rounds]
-            metrics[name] = _mean_over_rounds(values)
-        flicker = [[image.dt_ssd for image in images if image.dt_ssd is not None] for images in rounds]
-        if region == "whole" and any(flicker):
-            metrics["dt_ssd"] = _mean_over_rounds([values for values in flicker if values])
-        means[region] = Means(sum(map(len, rounds)), len(rounds), metrics)
+        if by_round:
+            means[region] = _region_means(region, list(by_round.values()))
     return means
+
+
+def _region_means(region: Region, rounds: Sequence[Sequence[ImageEvaluation]]) -> Means:
+    """Return the means over a region, given the images of each round."""
+    metrics = {}
+    for name in METRICS:
+        values = [[getattr(image.scores[region], name) for image in images] for images in rounds]
+        metrics[name] = _mean_over_rounds(values)
+    flicker = [[image.dt_ssd for image in images if image.dt_ssd is not None] for images in rounds]
+    if region == "whole" and any(flicker):
+        metrics["dt_ssd"] = _mean_over_rounds([values for values in flicker if values])
+    return Means(sum(map(len, rounds)), len(rounds), metrics)
 
 
 def compute_means_by(

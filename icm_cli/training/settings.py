@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -494,15 +495,18 @@ def read_settings(config: str | Path, data: str | Path | None = None, overrides:
     reject_unknown_keys(fields, MODEL_KEYS, where)
     model = parse_model_config({key: fields[key] for key in MODEL_SECTIONS if key in fields}, where)
     train = parse_dataclass(TrainConfig, fields.get("train") or {}, f"{where}: train")
-    for name in names:
-        for section in train.unused_sections:
-            if name == section or name.startswith(f"{section}."):
-                stages = " and ".join(STAGE_SETTINGS[section])
-                raise ConfigError(
-                    f"--set {name} has no effect: train.stage is {train.stage}, and {section} is only for {stages}; "
-                    "omit it"
-                )
+    _check_overrides_are_read(names, train)
     return Settings(model, train, _parse_data(fields.get("data"), data_title))
+
+
+def _check_overrides_are_read(names: Sequence[str], train: TrainConfig) -> None:
+    """Raise ConfigError for an overridden setting that the stage does not read."""
+    for name, section in itertools.product(names, train.unused_sections):
+        if name == section or name.startswith(f"{section}."):
+            stages = " and ".join(STAGE_SETTINGS[section])
+            raise ConfigError(
+                f"--set {name} has no effect: train.stage is {train.stage}, and {section} is only for {stages}; omit it"
+            )
 
 
 def read_data(path: str | Path) -> DataConfig:
@@ -548,10 +552,8 @@ def _apply_override(fields: Mapping[str, Any], override: str) -> dict[str, Any]:
     if not equals or not all([*sections, name]):
         raise ConfigError(f"--set {override} cannot be parsed; expected key=value, as in --set train.steps=500")
     value = parse_yaml(text, f"--set {override}: the value")
-    if (
-        isinstance(value, str) and value.isascii()
-    ):  # YAML reads 1e-3 as text; float() also reads digits of other scripts
-        with contextlib.suppress(ValueError):
+    if isinstance(value, str) and value.isascii():  # float() also reads digits of other scripts
+        with contextlib.suppress(ValueError):  # YAML reads 1e-3 as text
             value = float(value)
     changed: dict[str, Any] = dict(fields)
     target = changed

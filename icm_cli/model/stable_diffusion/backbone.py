@@ -156,24 +156,22 @@ class StableDiffusion(Backbone):
     @torch.no_grad()
     def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
         token_masks = {stride: valid_tokens(valid, stride) for stride in FEATURE_STRIDES}
-        features_by_stride: dict[int, list[Tensor]] = {stride: [] for stride in FEATURE_STRIDES}
-        attention_by_stride: dict[int, list[MeanAttention]] = {stride: [] for stride in FEATURE_STRIDES}
+        features, attention = [], []  # by stride, of each image
         for i, key in enumerate(noise_keys):
             maps = {stride: MeanAttention(mask[i]) for stride, mask in token_masks.items()}
             noisy = self.noisy_latents(self.encode_moments(image[i : i + 1]), key)
-            features = self.mean_features(noisy, maps)
-            for stride in FEATURE_STRIDES:
-                features_by_stride[stride].append(features[stride])
-                attention_by_stride[stride].append(maps[stride])
-        scales = {stride: torch.cat(features) for stride, features in features_by_stride.items()}
+            features.append(self.mean_features(noisy, maps))
+            attention.append(maps)
+        scales, intra = {}, {}
+        for stride in FEATURE_STRIDES:
+            scales[stride] = torch.cat([features_of_image[stride] for features_of_image in features])
+            matrix = torch.stack([maps[stride].mean() for maps in attention])
+            intra[stride] = AttentionMatrix(matrix, attention[0][stride].grid)
         return Features(
             correspondence_features=scales[CORRESPONDENCE_STRIDE],
             valid=token_masks[CORRESPONDENCE_STRIDE],
             scale_features={stride: scale.to(self.prompt_embedding.dtype) for stride, scale in scales.items()},
-            intra_similarity={
-                stride: AttentionMatrix(torch.stack([attention.mean() for attention in attentions]), attentions[0].grid)
-                for stride, attentions in attention_by_stride.items()
-            },
+            intra_similarity=intra,
         )
 
     def encode_moments(self, image: Tensor) -> Tensor:

@@ -82,12 +82,7 @@ class EdgeMaker(SampleMaker[EdgeBatch]):
         scene, has_exact_alpha = self._make_scene(item, rng)
         scene = self._scenes.augment_colours(scene, rng)
         truth = scene.alpha.astype(np.float32) / 255.0
-        if scene.coarse is not None and rng.random() < config.predicted_probability:
-            coarse = scene.coarse.astype(np.float32) / 255.0
-        else:
-            coarse = _draw_degradation(config, rng)(truth, rng)
-        if rng.random() < config.uncertain_probability:
-            coarse = add_uncertain_regions(coarse, scene.rgb, truth, rng)
+        coarse = self._draw_coarse_alpha(scene, truth, rng)
         weight = scene.valid.astype(np.float32)
         if not has_exact_alpha:
             is_edge = ((truth > EDGE_ALPHAS[0]) & (truth < EDGE_ALPHAS[1])).astype(np.uint8)
@@ -98,6 +93,17 @@ class EdgeMaker(SampleMaker[EdgeBatch]):
         for name, layer in layers.items():
             crops[name] = np.stack([layer[box] for box in boxes]).astype(np.float16)
         return TrainingSample(item.name, crops, () if scene.alpha.any() else (item.alpha_file,))
+
+    def _draw_coarse_alpha(self, scene: Scene, truth: Float, rng: Rng) -> Float:
+        """Return the coarse alpha of a scene: that of another model, or a degraded true alpha."""
+        config = self.config
+        if scene.coarse is not None and rng.random() < config.predicted_probability:
+            coarse = scene.coarse.astype(np.float32) / 255.0
+        else:
+            coarse = _draw_degradation(config, rng)(truth, rng)
+        if rng.random() < config.uncertain_probability:
+            coarse = add_uncertain_regions(coarse, scene.rgb, truth, rng)
+        return coarse
 
     def _make_scene(self, item: TrainingItem, rng: np.random.Generator) -> tuple[Scene, bool]:
         """Make a scene of an item; return it and whether its alpha is exact."""

@@ -8,7 +8,6 @@ moves on by one part. The parts depend only on the seed, so a resumed run has th
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
@@ -194,18 +193,18 @@ class ViewEncoder:
             if stored is not None:
                 views[file] = stored
         missing = [file for file in files if file not in views]
-        total = sum(len(file.items) for file in files)
-        encoded = sum(map(len, views.values()))
-        views_of_file: Views = []
-        with self._listener.encoding_images(total, encoded) if missing and is_start else contextlib.nullcontext():
-            for file, batch in self._encode_files(missing, workers):
-                views_of_file += batch
-                encoded += len(batch)
-                if is_start:
-                    self._listener.on_encoding_progress(encoded)
-                if len(views_of_file) == len(file.items):
-                    views[file] = self._store_views(file, views_of_file)
-                    views_of_file = []
+        if missing:
+            listener = self._listener if is_start else TrainingListener()  # the latter ignores the progress
+            encoded = sum(map(len, views.values()))
+            views_of_file: Views = []
+            with listener.encoding_images(sum(len(file.items) for file in files), encoded):
+                for file, batch in self._encode_files(missing, workers):
+                    views_of_file += batch
+                    encoded += len(batch)
+                    listener.on_encoding_progress(encoded)
+                    if len(views_of_file) == len(file.items):
+                        views[file] = self._store_views(file, views_of_file)
+                        views_of_file = []
         if is_start and not any(view is not None for file in files for view in views[file]):
             raise TrainingError("no training image could be read; repair the data, or exclude files with 'exclude'")
         return {file: views[file] for file in files}
