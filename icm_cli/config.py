@@ -57,19 +57,27 @@ A new component is a module there with a subclass of its contract (see ``icm_cli
 
 @dataclass(frozen=True)
 class Limits:
-    """Range of a setting. ``least`` and ``most`` are allowed values, ``above`` and ``below`` are not."""
+    """Range of a setting. ``least`` and ``most`` are allowed values, ``above`` and ``below`` are not.
+
+    With ``multiple``, only its multiples from ``multiple`` on are allowed.
+    """
 
     least: float
     most: float
     above: float = -math.inf
     below: float = math.inf
+    multiple: int | None = None
 
     def contains(self, value: float) -> bool:
+        if self.multiple is not None and (value < self.multiple or value % self.multiple):
+            return False
         return self.least <= value <= self.most and self.above < value < self.below
 
     @property
     def description(self) -> str:
         """The allowed values, such as "0 to 1" or "more than 0"."""
+        if self.multiple is not None:
+            return f"a multiple of {self.multiple}" + (f", at most {self.most:g}" if self.most < math.inf else "")
         if self.above > -math.inf:
             if self.below < math.inf:
                 return f"between {self.above:g} and {self.below:g}"
@@ -80,10 +88,16 @@ class Limits:
 
 
 def limited(
-    default: Any, least: float = 0, most: float = math.inf, *, above: float = -math.inf, below: float = math.inf
+    default: Any,
+    least: float = 0,
+    most: float = math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    multiple: int | None = None,
 ) -> Any:
     """Define a field of a :class:`Section` whose value must be None or inside the :class:`Limits`."""
-    return dataclasses.field(default=default, metadata={"limits": Limits(least, most, above, below)})
+    return dataclasses.field(default=default, metadata={"limits": Limits(least, most, above, below, multiple)})
 
 
 @dataclass(frozen=True)
@@ -240,19 +254,23 @@ def component_class(kind: ComponentKind, name: str) -> Any:
     except ImportError as error:
         problem = f"{module} cannot be imported ({error})"
     else:
-        missing_methods = ", ".join(sorted(getattr(component, "__abstractmethods__", ())))
-        if component is None:
-            problem = f"{module} has no class {class_name!r}"
-        elif missing_methods:
-            problem = f"the class does not define {missing_methods}"
-        elif not dataclasses.is_dataclass(getattr(component, "Config", None)):
-            problem = "the class has no dataclass 'Config' for its settings"
-        else:
-            return component
-    raise ConfigError(
-        f"{kind} {name!r} is registered as {registered[name]!r}, but {problem}; correct the class, or its entry in "
-        f"COMPONENTS in {__file__}"
-    )
+        problem = f"{module} has no class {class_name!r}" if component is None else _describe_defect(component)
+    if problem:
+        raise ConfigError(
+            f"{kind} {name!r} is registered as {registered[name]!r}, but {problem}; correct the class, or its entry in "
+            f"COMPONENTS in {__file__}"
+        )
+    return component
+
+
+def _describe_defect(component: type) -> str:
+    """Return what the class of a component lacks; "" if it is complete."""
+    missing_methods = ", ".join(sorted(getattr(component, "__abstractmethods__", ())))
+    if missing_methods:
+        return f"the class does not define {missing_methods}"
+    if not dataclasses.is_dataclass(getattr(component, "Config", None)):
+        return "the class has no dataclass 'Config' for its settings"
+    return ""
 
 
 def parse_model_config(mapping: object, where: str) -> ModelConfig:

@@ -133,12 +133,13 @@ def pair_files(layout: Layout, files: FileSets, backgrounds: Sequence[Path] = ()
             problems.append(Problem("missing-image", key, f"{alpha} has no image; expected one named {image_key}"))
             continue
         used_images.add(image_key)
+        trimap = files.trimaps.get(key)
         if not composites:
-            samples.append(Sample(key, image, alpha, files.trimaps.get(key)))
+            samples.append(Sample(key, image, alpha, trimap))
         for index in range(composites):
-            background = backgrounds[(number * composites + index) % len(backgrounds)]
-            trimap = files.trimaps.get(f"{key}_{index}") or files.trimaps.get(key)
-            samples.append(Sample(f"{key}_{index}", CompositeSource(image, alpha, background), alpha, trimap))
+            name = f"{key}_{index}"
+            composite = CompositeSource(image, alpha, backgrounds[(number * composites + index) % len(backgrounds)])
+            samples.append(Sample(name, composite, alpha, files.trimaps.get(name) or trimap))
     problems += [
         Problem("missing-alpha", key, f"{image} has no alpha; expected one named {key}")
         for key, image in sorted(files.images.items())

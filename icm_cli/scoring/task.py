@@ -117,15 +117,16 @@ class ScoreTask:
             truth = read_ground_truth(self.truth_path, is_label_map=self.rule.has_shots)
             predicted = read_ground_truth(self.alpha_path, is_label_map=self.rule.has_shots)
             problems = self._check_truth(truth)
-            if self.is_external:
-                problems += self._check_values(self.alpha_path, predicted)
-            if any(problem.kind != "16-bit-alpha" for problem in problems):
-                return ScoreResult(problems=tuple(problems), image_sha256=digest)
-            alpha = predicted.alpha
         except ImageError as error:
             return ScoreResult(problems=(Problem("unreadable", self.name, str(error)),), image_sha256=digest)
-        if not has_same_aspect(alpha.shape, truth.alpha.shape):
+        if self.is_external:
+            problems += self._check_values(self.alpha_path, predicted)
+        can_be_scored = all(problem.kind == "16-bit-alpha" for problem in problems)
+        alpha = predicted.alpha
+        if can_be_scored and not has_same_aspect(alpha.shape, truth.alpha.shape):
             problems.append(self._size_mismatch("alpha", self.alpha_path, alpha.shape, truth.alpha.shape))
+            can_be_scored = False
+        if not can_be_scored:
             return ScoreResult(problems=tuple(problems), image_sha256=digest)
         evaluation, trimap_problems = self._score(alpha, truth.alpha)
         mean_alpha = round(float(alpha.mean()) / 255.0, 6)

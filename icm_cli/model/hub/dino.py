@@ -28,7 +28,7 @@ from icm_cli.model.hub.folders import (
     PixelStatistics,
     find_model_files,
     load_pretrained,
-    read_json,
+    read_hub_json,
     read_pixel_statistics,
 )
 from icm_cli.model.similarity import SelfSimilarity, valid_tokens
@@ -181,7 +181,7 @@ def _load_transformer(config: DinoConfig, folder: Path) -> nn.Module:
     import transformers
 
     path = folder / CONFIG_FILE
-    kind = read_json(path).get("model_type")
+    kind = read_hub_json(path).get("model_type")
     if kind not in CLASSES:
         raise ConfigError(f"{path} has the model_type {kind!r}; expected one of {', '.join(CLASSES)}")
     model = load_pretrained(getattr(transformers, CLASSES[kind]), folder)

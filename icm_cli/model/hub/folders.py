@@ -143,14 +143,14 @@ def _list_model_files(folder: Path) -> list[Path]:
     index = folder / INDEX_FILE
     if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
         return [*files, folder / WEIGHTS_FILE]
-    file_of_tensor = read_json(index).get("weight_map")
+    file_of_tensor = read_hub_json(index).get("weight_map")
     if not isinstance(file_of_tensor, dict):
         raise ConfigError(f"{index} has no weight_map; expected the file name of every tensor, get it again")
     names = sorted({str(name) for name in file_of_tensor.values()})
     return [*files, index, *(folder / Path(name).name for name in names)]  # .name: no file outside the folder
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_hub_json(path: Path) -> dict[str, Any]:
     """Read a configuration in JSON. Raises ConfigError if the file cannot be read or does not contain a mapping."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -171,7 +171,7 @@ def read_pixel_statistics(folder: Path, default: PixelStatistics) -> PixelStatis
     path = folder / PREPROCESSOR_FILE
     if not path.is_file():
         return default
-    content = read_json(path)
+    content = read_hub_json(path)
     statistics = []
     for key, fallback in zip(("image_mean", "image_std"), default, strict=True):
         values = content.get(key, fallback)

@@ -28,7 +28,7 @@ from icm_cli.model.hub.folders import (
     PixelStatistics,
     find_model_files,
     load_pretrained,
-    read_json,
+    read_hub_json,
     read_pixel_statistics,
 )
 
@@ -46,7 +46,7 @@ class VitMatteEdgesConfig(Section, title="edges"):
     """Hub id, or local folder in the layout of Hugging Face. The option ``--edges-weights`` replaces it."""
     band: float = limited(0.015, above=0, below=0.5)
     """Width of the unknown region on either side of the coarse edge, as a fraction (0..0.5) of the long side."""
-    tile_px: int = 1024
+    tile_px: int = limited(1024, multiple=MULTIPLE_PX)
     """Side of the tiles of a larger source, a multiple of 32. The memory of attention grows with its fourth power."""
     overlap_px: int = 256
     """Overlap of tiles, in px, over which they are blended; at most a third of a tile.
@@ -56,10 +56,7 @@ class VitMatteEdgesConfig(Section, title="edges"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        tile = self.tile_px
-        is_multiple = tile >= MULTIPLE_PX and tile % MULTIPLE_PX == 0
-        self.check("tile_px", is_multiple, f"a multiple of {MULTIPLE_PX}")
-        self.check("overlap_px", 0 <= self.overlap_px <= tile // 3, "0 to a third of tile_px")
+        self.check("overlap_px", 0 <= self.overlap_px <= self.tile_px // 3, "0 to a third of tile_px")
 
 
 class VitMatteEdges(Edges):
@@ -91,7 +88,7 @@ class VitMatteEdges(Edges):
         from transformers import VitMatteForImageMatting
 
         folder = cls.weight_files(config, offline=offline)[0].parent
-        kind = read_json(folder / CONFIG_FILE).get("model_type")
+        kind = read_hub_json(folder / CONFIG_FILE).get("model_type")
         if kind != "vitmatte":
             raise ConfigError(f"{folder / CONFIG_FILE} is of a model of type {kind!r}; expected vitmatte")
         return cls(

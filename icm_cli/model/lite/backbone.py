@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icm_cli.config import Section
+from icm_cli.config import Section, limited
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import IMAGENET_MEAN, IMAGENET_STD, MAX_ENLARGEMENT, Backbone, Features
@@ -58,7 +58,7 @@ LINEAR_LAYERS = {
 class DinoV2LiteConfig(Section, title="backbone"):
     """Settings of the dinov2-lite backbone."""
 
-    long_side_px: int = 768
+    long_side_px: int = limited(768, multiple=TOKEN_PX)
     """Long side of the canvas, in px, a multiple of 32."""
     layers: tuple[int, ...] = (7, 9, 12)
     """Transformer blocks (1..12) whose outputs are correspondence features."""
@@ -69,8 +69,6 @@ class DinoV2LiteConfig(Section, title="backbone"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_multiple = self.long_side_px >= TOKEN_PX and self.long_side_px % TOKEN_PX == 0
-        self.check("long_side_px", is_multiple, f"a multiple of {TOKEN_PX}")
         is_valid = bool(self.layers) and all(1 <= layer <= TRANSFORMER_DEPTH for layer in self.layers)
         self.check("layers", is_valid, f"numbers from 1 to {TRANSFORMER_DEPTH}")
         numbers, expected = frozenset(range(BLOCK_COUNT)), f"numbers from 0 to {BLOCK_COUNT - 1}"

@@ -40,7 +40,7 @@ BLOCK_COUNT = sum(stage[-1] for stage in STAGES)
 class EfficientNetLiteConfig(Section, title="backbone"):
     """Settings of the efficientnet-lite backbone."""
 
-    long_side_px: int = 896
+    long_side_px: int = limited(896, multiple=32)
     """Long side of the canvas, in px, a multiple of 32."""
     correspondence_blocks: tuple[int, ...] = (14, 18)
     """Blocks (0..20) whose outputs are the correspondence features, at the smallest of their strides."""
@@ -54,8 +54,6 @@ class EfficientNetLiteConfig(Section, title="backbone"):
     def __post_init__(self) -> None:
         super().__post_init__()
         factors = self.correspondence_reductions
-        is_multiple = self.long_side_px >= 32 and self.long_side_px % 32 == 0
-        self.check("long_side_px", is_multiple, "a multiple of 32")
         for name in ("correspondence_blocks", "scale_blocks"):
             is_valid = all(0 <= block < BLOCK_COUNT for block in getattr(self, name))
             self.check(name, is_valid, f"numbers from 0 to {BLOCK_COUNT - 1}")

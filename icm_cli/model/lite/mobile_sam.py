@@ -50,7 +50,7 @@ COARSE_WEIGHT, MASK_WEIGHT = 1.0, 0.25
 class MobileSamConfig(Section, title="objects"):
     """Settings of MobileSAM."""
 
-    long_side_px: int = FULL_PX
+    long_side_px: int = limited(FULL_PX, most=FULL_PX, multiple=CELL_PX)
     """Long side, in px, to which an image is scaled."""
     logit_eps: float = limited(0.01, above=0, below=0.5)
     """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that masks can override it."""
@@ -62,11 +62,6 @@ class MobileSamConfig(Section, title="objects"):
     ``lite``: those in this package, with a fine-tuned decoder; ``published``: those of MobileSAM, from their own
     package.
     """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        is_multiple = CELL_PX <= self.long_side_px <= FULL_PX and self.long_side_px % CELL_PX == 0
-        self.check("long_side_px", is_multiple, f"a multiple of {CELL_PX}, at most {FULL_PX}")
 
 
 class ObjectDecoder(sam.MaskDecoder):

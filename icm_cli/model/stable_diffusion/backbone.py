@@ -28,7 +28,7 @@ from icm_cli.files.digests import cache_folder, cached_file_digest, combined_dig
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.checkpoint import check_tensor_shapes, check_tensor_values
 from icm_cli.model.contracts import Backbone, Features
-from icm_cli.model.hub.folders import find_weight_files, read_json
+from icm_cli.model.hub.folders import find_weight_files, read_hub_json
 from icm_cli.model.similarity import AttentionMatrix, valid_tokens
 from icm_cli.model.stable_diffusion.unet import (
     FEATURE_STRIDES,
@@ -68,7 +68,7 @@ class StableDiffusionConfig(Section, title="backbone"):
 
     weights: str = DEFAULT_WEIGHTS
     """Hub id or local folder in the layout of diffusers. ``--weights`` overrides it."""
-    canvas_px: int = 768
+    canvas_px: int = limited(768, multiple=CANVAS_MULTIPLE_PX)
     """Side of the square canvas, in px, a multiple of 64."""
     timestep: int = 200
     """Timestep of the noise in the latents, 0..999. The paper says 0, the published code uses 200."""
@@ -77,9 +77,6 @@ class StableDiffusionConfig(Section, title="backbone"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        side = self.canvas_px
-        is_multiple = side >= CANVAS_MULTIPLE_PX and side % CANVAS_MULTIPLE_PX == 0
-        self.check("canvas_px", is_multiple, f"a multiple of {CANVAS_MULTIPLE_PX}")
         self.check("timestep", 0 <= self.timestep < SCHEDULE_STEPS, f"0..{SCHEDULE_STEPS - 1}")
 
 
@@ -270,7 +267,7 @@ def _load_vae_encoder(folder: Path) -> Any:
 def _from_config(cls: Any, path: Path) -> Any:
     """Build an object of a diffusers class from its JSON configuration."""
     try:
-        return cls.from_config(read_json(path))
+        return cls.from_config(read_hub_json(path))
     except Exception as error:  # diffusers validates with exceptions of several kinds
         raise ConfigError(
             f"{path} is not a valid configuration of {cls.__name__} ({error}); get the file again"

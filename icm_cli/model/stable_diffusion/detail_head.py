@@ -36,7 +36,7 @@ OUTPUT_CHANNELS = 16
 class DetailConfig(Section, title="head"):
     """Settings of the detail head. The defaults are those of the published checkpoint."""
 
-    canvas_px: int = 768
+    canvas_px: int = limited(768, multiple=FUSION_STRIDES[0])
     """Side of the square canvas, in px. The channels of the intra-similarity are absolute positions on it."""
     feature_channels: int = limited(1280, 1)
     """Channels of the backbone's features at both strides."""
@@ -49,9 +49,6 @@ class DetailConfig(Section, title="head"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        multiple = FUSION_STRIDES[0]
-        is_multiple = self.canvas_px >= multiple and self.canvas_px % multiple == 0
-        self.check("canvas_px", is_multiple, f"a multiple of {multiple}")
         is_valid = len(self.decoder_channels) == len(IMAGE_STREAM_CHANNELS) + 1 and min(self.decoder_channels) >= 1
         self.check("decoder_channels", is_valid, "four values of 1 or more")
 

@@ -71,7 +71,7 @@ def _make_files(config: DataConfig, pool: TrainingPool, long_side_px: int) -> It
     for number, (source, items) in enumerate(zip(config.sources, pool.sources, strict=True)):
         sources.append(_describe_source(number, source, items))
         for item, folder in zip(items, _item_folders(number, items), strict=True):
-            classes[folder] = sorted(item.classes)
+            classes[f"images/{folder}"] = sorted(item.classes)
     data = {"sources": sources, "backgrounds": ["backgrounds"] if pool.backgrounds else []}
     yield "data.yaml", yaml.safe_dump({**data, "copies_of": "copies_of.json"}, sort_keys=False).encode()
     yield "classes.json", json.dumps(classes).encode()
@@ -82,18 +82,18 @@ def _make_files(config: DataConfig, pool: TrainingPool, long_side_px: int) -> It
             for index, (folder, files) in enumerate(zip(_item_folders(number, items), encoded, strict=True)):
                 for kind, content in files.items():
                     suffix = "png" if kind == "alphas" else "webp"
-                    yield f"{folder.replace('images', kind, 1)}/{index:05d}.{suffix}", content
+                    yield f"{kind}/{folder}/{index:05d}.{suffix}", content
         backgrounds = threads.map(lambda path: _encode_background(path, long_side_px), pool.backgrounds)
         for index, content in enumerate(backgrounds):
             yield f"backgrounds/{index:05d}.webp", content
 
 
 def _item_folders(number: int, items: Sequence[TrainingItem]) -> list[str]:
-    """Return the folder of each item of source ``number``; every group has one folder."""
+    """Return the folder of each item of source ``number``, below "images" or "alphas"; every group has one folder."""
     group_numbers: dict[str, int] = {}
     for item in items:
         group_numbers.setdefault(item.group, len(group_numbers))
-    return [f"images/{number}/{group_numbers[item.group]:04d}" for item in items]
+    return [f"{number}/{group_numbers[item.group]:04d}" for item in items]
 
 
 def _describe_source(number: int, source: SourceConfig, items: Sequence[TrainingItem]) -> dict[str, Any]:

@@ -248,16 +248,15 @@ class MosaicSampler(Generic[Image]):
         for _ in range(MAX_MOSAIC_DRAWS):
             item, target = self._sample_tile()
             sampled = [self._sample_reference(item, target) for _ in range(self.reference_count)]
-            found = [reference for reference in sampled if reference is not None]  # their items and images
-            if len(found) < self.reference_count:
+            reference_items = [reference[0] for reference in sampled if reference is not None]
+            references = [reference[1] for reference in sampled if reference is not None]
+            if len(references) < self.reference_count:
                 continue
-            references = [image for _, image in found]
             positives = self._sample_positives(item, target, tile_count, references)
             tiles = []
             for index in range(tile_count):
                 tiles.append(positives[index] if index in positives else self._sample_tile(without=item)[1])
-            first_item, _ = found[0]
-            name = f"{item.name} by {first_item.name}{'' if positives else ' (absent)'}"
+            name = f"{item.name} by {reference_items[0].name}{'' if positives else ' (absent)'}"
             return Mosaic(name, self.rows, self.columns, references, tiles, tuple(positives))
         raise TrainingError(
             "no group has two readable views; increase train.match.views_per_group, or give more images of each object"

@@ -105,7 +105,7 @@ class EdgeMaker(SampleMaker[EdgeBatch]):
             coarse = add_uncertain_regions(coarse, scene.rgb, truth, rng)
         return coarse
 
-    def _make_scene(self, item: TrainingItem, rng: np.random.Generator) -> tuple[Scene, bool]:
+    def _make_scene(self, item: TrainingItem, rng: Rng) -> tuple[Scene, bool]:
         """Make a scene of an item; return it and whether its alpha is exact."""
         backgrounds = self.pool.backgrounds
         prefers_photograph = rng.random() < self.config.photograph_probability or not backgrounds
@@ -180,9 +180,7 @@ class RefineStage(Stage[EdgeBatch]):
         return batch.names[0], [to_rgb(layer[0, 0]) for layer in (batch.rgb, batch.coarse, batch.truth, batch.weight)]
 
 
-def _draw_degradation(
-    config: RefineStageConfig, rng: np.random.Generator
-) -> Callable[[Float, np.random.Generator], Float]:
+def _draw_degradation(config: RefineStageConfig, rng: Rng) -> Callable[[Float, Rng], Float]:
     """Draw a function that degrades a true alpha to a coarse one, by the configured probabilities."""
     drawn = rng.random()
     if drawn < config.token_probability:
@@ -191,7 +189,7 @@ def _draw_degradation(
     return degrade_to_object_mask if is_object else degrade_outline
 
 
-def _draw_crop(truth: Float, coarse: Float, crop_px: int, rng: np.random.Generator) -> tuple[slice, slice]:
+def _draw_crop(truth: Float, coarse: Float, crop_px: int, rng: Rng) -> tuple[slice, slice]:
     """Draw a square, mostly at an edge or at an error of the coarse alpha."""
     is_edge, is_wrong = (truth > 0.05) & (truth < 0.95), np.abs(truth - coarse) > 0.2
     is_candidate = is_edge if rng.random() < 0.6 else is_wrong

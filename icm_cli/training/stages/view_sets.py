@@ -234,14 +234,21 @@ class ViewEncoder:
         for batch_keys, scenes in zip(batches, loader, strict=True):
             readable = [scene for scene, _ in scenes if scene is not None]
             reasons = [reason for _, failures in scenes for reason in failures]
-            self._skipped_log.report(reasons)
-            self._view_count += len(scenes)
-            self._skipped_count += len(scenes) - len(readable)
-            if len(readable) < len(scenes):
-                check_skipped_fraction(self._skipped_count, self._view_count, reasons[-1])
+            self._report_skipped(len(scenes), len(scenes) - len(readable), reasons)
             views = _encode_scenes(self._learner, readable, self._objects) if readable else iter(())
             file_index, _ = batch_keys[0]
             yield files[file_index], [None if scene is None else next(views) for scene, _ in scenes]
+
+    def _report_skipped(self, views: int, skipped: int, reasons: Sequence[str]) -> None:
+        """Report unreadable images. ``views``: number of views that were made, of which ``skipped`` were skipped.
+
+        Raises TrainingError if too many were skipped so far.
+        """
+        self._skipped_log.report(reasons)
+        self._view_count += views
+        self._skipped_count += skipped
+        if skipped:
+            check_skipped_fraction(self._skipped_count, self._view_count, reasons[-1])
 
     def _load_file(self, file: ViewFile) -> Views | None:
         """Return the stored views of a file, memory-mapped; None if there are none, or if they have another digest."""
