@@ -96,8 +96,7 @@ def save_checkpoint(
         if with_backbone or not key.startswith("backbone.")
     }
     if small:
-        compressed = [_compress_tensor(key, tensor) for key, tensor in tensors.items()]
-        tensors = {name: tensor for entries in compressed for name, tensor in entries.items()}
+        tensors = _compress_tensors(tensors)
     texts = {**(metadata or {}), CONFIG_KEY: json.dumps(config.as_dict())}
     with atomic_write(path) as file:
         file.write(save(tensors, texts))
@@ -107,14 +106,19 @@ EIGHT_BIT_PREFIXES = ("backbone.", "objects.")
 """Prefixes of the components whose matrices are compressed to 8-bit integers."""
 
 
-def _compress_tensor(key: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return a tensor in compressed form, and its scales if it has any, by the names under which they are stored."""
-    if tensor.ndim < 2 or not tensor.is_floating_point():
-        return {key: tensor}
-    if tensor.ndim > 2 or not key.startswith(EIGHT_BIT_PREFIXES):
-        return {key: tensor.half()}
-    scale = tensor.abs().amax(dim=1).clamp(min=1e-12) / 127  # of each row, so that its largest value becomes 127
-    return {key: (tensor / scale[:, None]).round().to(torch.int8), key + ROW_SCALE: scale}
+def _compress_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors in compressed form, and the scales of those that become 8-bit integers."""
+    compressed = {}
+    for key, tensor in tensors.items():
+        if tensor.ndim < 2 or not tensor.is_floating_point():
+            compressed[key] = tensor
+        elif tensor.ndim > 2 or not key.startswith(EIGHT_BIT_PREFIXES):
+            compressed[key] = tensor.half()
+        else:
+            scale = tensor.abs().amax(dim=1).clamp(min=1e-12) / 127  # of a row, so that its largest value becomes 127
+            compressed[key] = (tensor / scale[:, None]).round().to(torch.int8)
+            compressed[key + ROW_SCALE] = scale
+    return compressed
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

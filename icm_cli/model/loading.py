@@ -250,20 +250,18 @@ def _stored_components(config: ModelConfig, checkpoint: Checkpoint) -> dict[Comp
 
     Raises ConfigError if tensors of a trained head or of trained edges are missing or have other shapes.
     """
-    stored = {}
+    stored: dict[ComponentKind, dict[str, Tensor]] = {}
     for kind in COMPONENT_KEYS:
         part: ComponentConfig | None = getattr(config, kind)
         if part is None:
             continue
         tensors = checkpoint.component(kind)
         cls = component_class(kind, part.name)
-        if kind in ("head", "edges"):
-            is_stored = cls.is_trained
-            if is_stored:
-                _check_shapes(cls, part.settings, tensors, checkpoint.where)
-        else:
-            is_stored = bool(tensors)
-        if is_stored:
+        if kind in ("backbone", "objects"):
+            if tensors:
+                stored[kind] = tensors
+        elif cls.is_trained:
+            _check_shapes(cls, part.settings, tensors, checkpoint.where)
             stored[kind] = tensors
     return stored
 

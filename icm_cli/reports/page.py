@@ -72,6 +72,7 @@ def write_page(path: Path, report: Report) -> None:
 def _template_context(report: Report) -> dict[str, Any]:
     """Return the variables of the template."""
     means = report.means
+    main_region = next(iter(means), None)
     return {
         "title": report.settings["title"],
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -81,7 +82,7 @@ def _template_context(report: Report) -> dict[str, Any]:
         "means_unseen": report.means_unseen or {},
         "metrics": report.measured_metrics,
         "metric_titles": METRIC_TITLES,
-        "main": next(iter(means), None),
+        "main": main_region,
         "published": published_scores(report.protocol),
         "comparison_caveats": comparison_caveats(report.protocol, means),
         "shot_score_titles": SHOT_SCORE_TITLES,
@@ -91,7 +92,7 @@ def _template_context(report: Report) -> dict[str, Any]:
         "max_listed": MAX_LISTED,
         "max_open": MAX_OPEN,
         "report": report,
-        **_image_variables(report, next(iter(means), None)),
+        **_image_variables(report, main_region),
     }
 
 

@@ -91,8 +91,10 @@ class RunLog:
         for name, value in metrics.items():
             if name.startswith("validation_"):
                 tag = name.replace("_", "/", 1)
+            elif name in self._loss_names:
+                tag = f"losses/{name}"
             else:
-                tag = f"losses/{name}" if name in self._loss_names else f"run/{name}"
+                tag = f"run/{name}"
             self._writer.add_scalar(tag, value, step)
         self._writer.flush()
 

@@ -115,9 +115,9 @@ def cross_entropy_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:
 
 def dice_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # noqa: ARG001
     """Return 1 - Dice coefficient, [B] in 0..1."""
-    common = (alpha * truth).sum(dim=(1, 2, 3))
-    sizes = (alpha.square() + truth.square()).sum(dim=(1, 2, 3))
-    return 1.0 - (2.0 * common + 1.0) / (sizes + 1.0)  # adding 1 gives an empty truth a gradient
+    intersection = (alpha * truth).sum(dim=(1, 2, 3))
+    sum_of_areas = (alpha.square() + truth.square()).sum(dim=(1, 2, 3))
+    return 1.0 - (2.0 * intersection + 1.0) / (sum_of_areas + 1.0)  # adding 1 gives an empty truth a gradient
 
 
 def l1_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # noqa: ARG001

@@ -14,7 +14,8 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from icm_cli.model.checkpoint import (
     read_training_sources,
     save_checkpoint,
 )
+from icm_cli.options import TrainOptions
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import TrainingPool
 from icm_cli.training.learner import Learner
@@ -151,23 +153,12 @@ class RunProgress:
 class RunFolder:
     """The folder of a run. Of several processes only the main one writes to it."""
 
-    def __init__(
-        self,
-        folder: Path,
-        settings: Settings,
-        pool: TrainingPool,
-        *,
-        overrides: Sequence[str],
-        checkpoint: Path | None,
-        command: str,
-    ) -> None:
-        """``command``, the ``--set`` overrides and the initial ``checkpoint`` are recorded in checkpoints."""
+    def __init__(self, folder: Path, settings: Settings, pool: TrainingPool, options: TrainOptions) -> None:
         self.folder = folder
-        self._command = command
         self._settings = settings
-        self._checkpoint = checkpoint
-        self._overrides = list(overrides)
         self._pool = pool
+        self._options = options
+        self._checkpoint = options.training.checkpoint
         self._provenance: dict[str, str] = {}
         """Metadata of the checkpoints: what they are trained on, and how."""
         self.best: dict[str, float] | None = None
@@ -246,9 +237,9 @@ class RunFolder:
             TRAINED_ON_KEY: json.dumps(sorted(trained_on)),
             SOURCES_KEY: json.dumps(self._describe_sources()),
             "icm.version": __version__,
-            "icm.command": self._command,
+            "icm.command": _command_line(self._options, self.folder),
             "icm.training": json.dumps(self._settings.as_dict()),
-            "icm.overrides": json.dumps(self._overrides),
+            "icm.overrides": json.dumps(list(self._options.training.overrides)),
             "icm.started_from": str(self._checkpoint or ""),
         }
 
@@ -346,6 +337,20 @@ class RunFolder:
             "weights": learner.weights_digest,
             "started_from": cached_file_digest(self._checkpoint) if self._checkpoint else None,
         }
+
+
+def _command_line(options: TrainOptions, folder: Path) -> str:
+    """Return the command line that starts the same run, for the checkpoint."""
+    training = options.training
+    flags = ("--config", "--data", "--out", "--checkpoint", "--weights")
+    values = (training.config, training.data, folder, training.checkpoint, options.device.weights)
+    arguments = ["icm", "train"]
+    for flag, value in zip(flags, values, strict=True):
+        if value is not None:
+            arguments += [flag, str(value)]
+    for override in training.overrides:
+        arguments += ["--set", override]
+    return shlex.join(arguments)
 
 
 def _load_state(path: Path) -> dict[str, Any]:

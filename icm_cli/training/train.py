@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import math
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,14 +79,7 @@ def train(options: TrainOptions, *, listener: TrainingListener | None = None) ->
         summary = TrainingSummary(folder, preview=preview)
         listener.on_training_end(summary)
         return summary
-    run = RunFolder(
-        folder,
-        settings,
-        pool,
-        overrides=training.overrides,
-        checkpoint=training.checkpoint,
-        command=_command_line(options, folder),
-    )
+    run = RunFolder(folder, settings, pool, options)
     run.prepare_folder(resume=training.resume)
     with run.lock():
         if is_main_process():
@@ -315,20 +307,6 @@ class _TrainingLoop:
             ),
             checkpoint=checkpoint if checkpoint.exists() else None,
         )
-
-
-def _command_line(options: TrainOptions, folder: Path) -> str:
-    """Return the command line that starts the same run, for the checkpoint."""
-    training = options.training
-    flags = ("--config", "--data", "--out", "--checkpoint", "--weights")
-    values = (training.config, training.data, folder, training.checkpoint, options.device.weights)
-    arguments = ["icm", "train"]
-    for flag, value in zip(flags, values, strict=True):
-        if value is not None:
-            arguments += [flag, str(value)]
-    for override in training.overrides:
-        arguments += ["--set", override]
-    return shlex.join(arguments)
 
 
 def _write_preview(path: Path, stage: AnyStage, count: int) -> None:

@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -80,9 +80,9 @@ def _make_files(config: DataConfig, pool: TrainingPool, long_side_px: int) -> It
         for number, items in enumerate(pool.sources):
             encoded = threads.map(lambda item: _encode_item(item, long_side_px), items)
             for index, (folder, files) in enumerate(zip(_item_folders(number, items), encoded, strict=True)):
-                for kind, content in files.items():
-                    suffix = "png" if kind == "alphas" else "webp"
-                    yield f"{kind}/{folder}/{index:05d}.{suffix}", content
+                yield f"images/{folder}/{index:05d}.webp", files.image
+                if files.alpha is not None:
+                    yield f"alphas/{folder}/{index:05d}.png", files.alpha
         backgrounds = threads.map(lambda path: _encode_background(path, long_side_px), pool.backgrounds)
         for index, content in enumerate(backgrounds):
             yield f"backgrounds/{index:05d}.webp", content
@@ -106,12 +106,19 @@ def _describe_source(number: int, source: SourceConfig, items: Sequence[Training
     return {**where, "weight": source.weight, "licence": source.licence, "binary": source.binary}
 
 
-def _encode_item(item: TrainingItem, long_side_px: int) -> dict[str, bytes]:
-    """Return the files of an item by their folder: "images" and "alphas", or one RGBA cut-out in "images"."""
-    layer = read_photograph(item, long_side_px)
+class _EncodedItem(NamedTuple):
+    """Files of an item: the image as WebP and the alpha as PNG; the alpha of a foreground is in its image."""
+
+    image: bytes
+    alpha: bytes | None
+
+
+def _encode_item(item: TrainingItem, long_side_px: int) -> _EncodedItem:
+    """Read an item, and encode its reduced copy. Raises ImageError."""
+    scene = read_photograph(item, long_side_px)
     if item.is_foreground:
-        return {"images": _encode_image(np.dstack([layer.rgb, layer.alpha]), ".webp", LOSSLESS)}
-    return {"images": _encode_image(layer.rgb, ".webp", IMAGE_QUALITY), "alphas": _encode_image(layer.alpha, ".png")}
+        return _EncodedItem(_encode_image(np.dstack([scene.rgb, scene.alpha]), ".webp", LOSSLESS), None)
+    return _EncodedItem(_encode_image(scene.rgb, ".webp", IMAGE_QUALITY), _encode_image(scene.alpha, ".png"))
 
 
 def _encode_background(path: Path, long_side_px: int) -> bytes:

@@ -158,6 +158,12 @@ def _draw_moving_body(style: ObjectStyle, size: int, rng: Rng) -> Float:
     _fill_outline(canvas, body, style.base)
     _draw_spots(canvas, body.mean(axis=0), radius, rng)
     still = _average_down(canvas, size)
+    kernel = _draw_motion_kernel(size, rng)
+    return np.asarray(cv2.filter2D(still, -1, kernel, borderType=cv2.BORDER_CONSTANT), np.float32)
+
+
+def _draw_motion_kernel(size: int, rng: Rng) -> Float:
+    """Draw the kernel of a motion blur: a line through its middle, with a sum of 1. ``size``: side of the image."""
     length = int(size * rng.uniform(0.03, 0.15)) | 1  # odd, so that the kernel has a middle
     kernel = np.zeros((length, length), np.float32)
     angle = rng.uniform(0.0, np.pi)
@@ -166,8 +172,7 @@ def _draw_moving_body(style: ObjectStyle, size: int, rng: Rng) -> Float:
     start = np.round(middle - half).astype(int).tolist()
     end = np.round(middle + half).astype(int).tolist()
     cv2.line(kernel, start, end, 1.0)
-    kernel /= kernel.sum()
-    return np.asarray(cv2.filter2D(still, -1, kernel, borderType=cv2.BORDER_CONSTANT), np.float32)
+    return kernel / kernel.sum()
 
 
 DRAW_FUNCTIONS: dict[str, Callable[[ObjectStyle, int, Rng], Float]] = {

@@ -227,21 +227,30 @@ class SceneMaker:
         if not self.augment.moves_pixels:
             return self._fit_photograph(item)
         layer = read_cached_photograph(item, round(self.canvas_px * self.augment.zoom))
-        total = max(1.0, float(layer.alpha.sum()))
-        for _ in range(MAX_PLACEMENTS):
-            affine = draw_photograph_transform(layer.alpha.shape, self.canvas_px, self.augment, rng)
-            alpha = self._warp_layer(layer.alpha, affine)
-            area_scale = abs(np.linalg.det(affine[:, :2]))
-            if alpha.sum() >= MIN_VISIBLE_FRACTION * total * area_scale:
-                break
-        else:  # no placement leaves enough of the object visible
+        placement = self._draw_visible_placement(layer.alpha, rng)
+        if placement is None:
             return self._fit_photograph(item)
+        affine, alpha = placement
         rgb = self._warp_layer(layer.rgb, affine, cv2.BORDER_REPLICATE)
         valid = self._warp_layer(layer.valid * np.uint8(255), affine) > HALF_U8
         nearest = cv2.INTER_NEAREST
         trimap = None if layer.trimap is None else self._warp_layer(layer.trimap, affine, interpolation=nearest)
         coarse = None if layer.coarse is None else self._warp_layer(layer.coarse, affine)
         return Scene(rgb, alpha, valid, trimap, coarse)
+
+    def _draw_visible_placement(self, alpha: ImageU8, rng: Rng) -> tuple[Affine, ImageU8] | None:
+        """Draw a transform of a photograph that leaves enough of its object visible; return it and the warped alpha.
+
+        Returns None if none was found in MAX_PLACEMENTS draws.
+        """
+        total = max(1.0, float(alpha.sum()))
+        for _ in range(MAX_PLACEMENTS):
+            affine = draw_photograph_transform(alpha.shape, self.canvas_px, self.augment, rng)
+            warped = self._warp_layer(alpha, affine)
+            area_scale = abs(np.linalg.det(affine[:, :2]))
+            if warped.sum() >= MIN_VISIBLE_FRACTION * total * area_scale:
+                return affine, warped
+        return None
 
     def make_background(self, path: Path, rng: Rng) -> Scene:
         """Crop a square of a background image; the alpha is 0."""

@@ -127,15 +127,17 @@ class _Rounds:
         loss in this round if its coarse alpha was made worse, or if the clicks will select another object.
         """
         count, corrupts_coarse = len(self._coarse), self._rng.random() < 0.5
-        is_corrupt = [can_corrupt and self._rng.random() < self._config.corruption_probability for _ in range(count)]
-        coarse = self._corrupt(self._coarse, is_corrupt) if corrupts_coarse else self._coarse
+        must_corrupt = [can_corrupt and self._rng.random() < self._config.corruption_probability for _ in range(count)]
+        coarse = self._corrupt(self._coarse, must_corrupt) if corrupts_coarse else self._coarse
         logits = self._objects(self._embedding, coarse[:, None])
-        alpha = torch.sigmoid(logits.detach())
-        self._alpha = alpha if corrupts_coarse else self._corrupt(alpha[:, 0], is_corrupt)[:, None]
-        has_loss = []
-        for has_other_object, was_corrupted in zip(self._has_other_object, is_corrupt, strict=True):
-            has_corrupt_input = was_corrupted and corrupts_coarse
-            has_loss.append(not has_other_object and not has_corrupt_input)
+        completed = torch.sigmoid(logits.detach())[:, 0]
+        if not corrupts_coarse:
+            completed = self._corrupt(completed, must_corrupt)
+        self._alpha = completed[:, None]
+        has_loss = [
+            not has_other_object and not (corrupts_coarse and was_corrupted)
+            for has_other_object, was_corrupted in zip(self._has_other_object, must_corrupt, strict=True)
+        ]
         self._rounds.append(_Round(logits, logits.new_zeros(count), torch.tensor(has_loss).to(logits)))
 
     def draw_boxes(self) -> None:
@@ -181,12 +183,14 @@ class _Rounds:
         )
         self._rounds.append(_Round(logits, iou, torch.ones_like(iou)))
 
-    def _corrupt(self, alphas: Tensor, is_corrupt: list[bool]) -> Tensor:
-        """Return alphas [B,h,w], of which those with ``is_corrupt`` are made worse."""
-        changed = []
-        for alpha, must_corrupt in zip(alphas, is_corrupt, strict=True):
-            changed.append(corrupt_alpha(alpha, self._config, self._rng) if must_corrupt else alpha)
-        return torch.stack(changed)
+    def _corrupt(self, alphas: Tensor, must_corrupt: list[bool]) -> Tensor:
+        """Return alphas [B,h,w], of which those that ``must_corrupt`` selects are made worse."""
+        return torch.stack(
+            [
+                corrupt_alpha(alpha, self._config, self._rng) if is_selected else alpha
+                for alpha, is_selected in zip(alphas, must_corrupt, strict=True)
+            ]
+        )
 
     def _masks(self, alphas: Tensor) -> list[Mask]:
         """Return alphas [B,h,w] as masks of the true alpha's resolution."""
@@ -224,14 +228,14 @@ class ObjectsStage(MatchStage):
         truth = truth[:, None].expand_as(logit)
         axes = (2, 3)
         is_present = (truth.sum(dim=axes) > 1.0).float()
-        common, sizes = (alpha * truth).sum(dim=axes), (alpha + truth).sum(dim=axes)
+        intersection, sum_of_areas = (alpha * truth).sum(dim=axes), (alpha + truth).sum(dim=axes)
         entropy = F.binary_cross_entropy_with_logits(logit, truth, reduction="none").mean(dim=axes)
         mask, true_mask = alpha.detach() > 0.5, truth > 0.5
         iou = (mask & true_mask).sum(dim=axes) / (mask | true_mask).sum(dim=axes).clamp(min=1)
         iou_error = (predicted_iou - iou) ** 2 * (predicted_iou.detach() != 0.0)
         losses = {
             "cross_entropy": CROSS_ENTROPY_WEIGHT * entropy,
-            "dice": (1.0 - (2.0 * common + 1.0) / (sizes + 1.0)) * is_present,
+            "dice": (1.0 - (2.0 * intersection + 1.0) / (sum_of_areas + 1.0)) * is_present,
             "iou": self.settings.train.clicks.iou_weight * iou_error,
         }
         return add_total({name: (loss * weights).mean(dim=1) for name, loss in losses.items()})
