@@ -179,8 +179,7 @@ class LearnedReferences:
 
     @property
     def notices(self) -> Sequence[str]:
-        notices: Sequence[str] = self.prepared.notices
-        return notices
+        return self.prepared.notices
 
 
 class Component(nn.Module, ABC):

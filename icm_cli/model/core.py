@@ -185,8 +185,7 @@ class InContextMatting(nn.Module):
         """Matte each target with its reference; gradients are kept. Without ``features``, they are extracted."""
         features = features or self.extract_features(pairs)
         references = self.prepare_pair_references(pairs, features)
-        matte: Matte = self.head(features.target, references, pairs.image, pairs.valid)
-        return matte
+        return self.head(features.target, references, pairs.image, pairs.valid)
 
     def extract_features(self, pairs: Pairs) -> PairFeatures:
         """Run the backbone on targets and references."""

@@ -330,8 +330,7 @@ def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str |
     backbone = component_class("backbone", config.backbone.name)
     if checkpoint is not None and _contains_backbone(checkpoint, backbone, weights):
         return cached_file_digest(checkpoint)
-    digest: str = backbone.weights_digest(config.backbone.settings, weights, offline=offline)
-    return digest
+    return backbone.weights_digest(config.backbone.settings, weights, offline=offline)
 
 
 def _contains_backbone(checkpoint: Path, backbone: type[Backbone], weights: str | None) -> bool:

@@ -98,8 +98,7 @@ class Report:
     @property
     def protocol(self) -> Mapping[str, Any]:
         """What the scores depend on, apart from the alphas; empty without scores."""
-        protocol: Mapping[str, Any] = self.settings.get("protocol", {})
-        return protocol
+        return self.settings.get("protocol", {})
 
     @property
     def is_evaluation(self) -> bool:

@@ -147,8 +147,7 @@ class Learner:
 
     def accumulate_gradients(self) -> AbstractContextManager[None]:
         """Return the context for a micro-batch. Processes exchange gradients only in the last micro-batch of a step."""
-        context: AbstractContextManager[None] = self.accelerator.accumulate(self.forward)
-        return context
+        return self.accelerator.accumulate(self.forward)
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of a micro-batch's summed loss.

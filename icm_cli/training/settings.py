@@ -469,8 +469,7 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-compatible mappings, which :func:`read_settings` reads back."""
         train, data = dataclasses.asdict(self.train), dataclasses.asdict(self.data)
-        plain: dict[str, Any] = json.loads(json.dumps({**self.model.as_dict(), "train": train, "data": data}))
-        return plain
+        return json.loads(json.dumps({**self.model.as_dict(), "train": train, "data": data}))
 
 
 def read_settings(config: str | Path, data: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:

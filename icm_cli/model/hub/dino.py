@@ -93,8 +93,7 @@ class Dino(Backbone):
 
     @classmethod
     def preferred_transformer_dtype(cls, config: Any) -> str:
-        dtype: str = config.dtype
-        return dtype
+        return config.dtype
 
     @classmethod
     def weight_files(cls, config: Any, weights: str | None = None, *, offline: bool) -> list[Path]:
@@ -200,5 +199,4 @@ def _load_transformer(config: DinoConfig, folder: Path) -> nn.Module:
             f"backbone positional_rank is {config.positional_rank}, but tokens of the weights in "
             f"{folder} have {width} channels; expected less than {width}"
         )
-    module: nn.Module = model
-    return module
+    return model

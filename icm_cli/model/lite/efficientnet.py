@@ -173,8 +173,7 @@ class SameConvNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if any(self.padding):
             x = F.pad(x, self.padding)
-        y: Tensor = self.norm(self.conv(x))
-        return y
+        return self.norm(self.conv(x))
 
 
 class EfficientNetBlock(nn.Module):

@@ -315,8 +315,7 @@ class TokenMatchHead(FinetunableHead):
         x = self.project_features(target.correspondence_features.to(dtype)) + self.project_evidence(both)
         for layer in self.context:
             x = layer(x, target.valid)
-        fused: Tensor = self.fusion(torch.cat([x, both], dim=1))
-        return fused
+        return self.fusion(torch.cat([x, both], dim=1))
 
     @without_autocast
     def presence_logit(
@@ -340,8 +339,7 @@ class TokenMatchHead(FinetunableHead):
         strongest = maxima[..., PRESENCE_EVIDENCE]
         fused_maxima = fused.float().masked_fill(~valid[:, None], 0.0).amax(dim=(2, 3))
         inputs = torch.cat([similarity.flatten(1), strongest.flatten(1), fused_maxima], dim=1)
-        logit: Tensor = self.presence_mlp(inputs)[:, 0]
-        return logit
+        return self.presence_mlp(inputs)[:, 0]
 
     def sharpen_presence(self, logit: Tensor) -> Tensor:
         """Apply ``presence_threshold`` and ``presence_sharpness`` to a presence logit [B], for inference."""
@@ -357,13 +355,11 @@ class TokenMatchHead(FinetunableHead):
         x = fused
         for step, skipped in zip(self.steps, self._skip_features(target, image), strict=True):
             x = step(torch.cat([upsample_2x(x), skipped.to(x.dtype)], dim=1))
-        logit: Tensor = self.output(x).float()
-        return logit
+        return self.output(x).float()
 
     def _coarse_logit(self, fused: Tensor) -> Tensor:
         """Return the logit of the coarse alpha, float32 [B,1,h,w]."""
-        logit: Tensor = self.coarse(fused.to(self.coarse.weight.dtype)).float()
-        return logit
+        return self.coarse(fused.to(self.coarse.weight.dtype)).float()
 
     def _skip_features(self, target: Features, image: Tensor | None) -> list[Tensor]:
         """Return the inputs of the decoder steps: the backbone's feature scales, then the image at -2..2.

@@ -143,8 +143,7 @@ class MobileSam(Objects):
 
     def embedding(self, image: Tensor) -> Tensor:
         """Embed images float32 [B,3,H,W] in 0..1, with H and W multiples of 16, as [B,256,H/16,W/16]."""
-        embedding: Tensor = self.encoder(image)
-        return embedding
+        return self.encoder(image)
 
     def forward(self, embedding: Tensor, coarse: Tensor) -> Tensor:
         """Decode embeddings [B,256,h,w] and coarse alphas [B,1,nh,nw] to logits float32 [B,1,4h,4w]."""

@@ -110,8 +110,7 @@ class Residual(nn.Module):
         _make_zero(self.second)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.second(self.first(x))
-        return out
+        return x + self.second(self.first(x))
 
 
 class Refine(Edges):

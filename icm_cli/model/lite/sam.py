@@ -74,8 +74,7 @@ class TinyViT(nn.Module):
             x = stage(x)
             if index < len(self.steps):
                 x = self.steps[index](x)
-        embedding: Tensor = self.neck(x)
-        return embedding
+        return self.neck(x)
 
     def fold_batch_norms(self) -> None:
         """Fold all BatchNorms into their convolutions, for inference."""
@@ -93,8 +92,7 @@ class ConvNorm(nn.Module):
         self.norm: nn.Module = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.norm(self.conv(x))
-        return y
+        return self.norm(self.conv(x))
 
     @torch.no_grad()
     def fold_norm(self) -> None:
@@ -195,8 +193,7 @@ class WindowAttention(nn.Module):
         query, key, value = self.qkv(self.norm(x)).unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
         bias = self.biases[None, :, self.offsets].to(query.dtype)  # 4 axes: with 3 the kernel is twice as slow
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        y: Tensor = self.project(attended.transpose(1, 2).flatten(2))
-        return y
+        return self.project(attended.transpose(1, 2).flatten(2))
 
 
 class MaskDecoder(nn.Module):
@@ -318,8 +315,7 @@ class CrossAttention(nn.Module):
         projected = (self.query(query), self.key(key), self.value(value))
         heads = [tokens.unflatten(2, (DECODER_HEADS, -1)).transpose(1, 2) for tokens in projected]
         attended = F.scaled_dot_product_attention(*heads)
-        y: Tensor = self.project(attended.transpose(1, 2).flatten(2))
-        return y
+        return self.project(attended.transpose(1, 2).flatten(2))
 
 
 class TwoWayAttention(nn.Module):

@@ -189,8 +189,7 @@ class StableDiffusion(Backbone):
 
     def add_noise(self, latents: Tensor, noise: Tensor) -> Tensor:
         """Add noise to latents [E,4,h,w] by the forward diffusion of the configured timestep."""
-        noisy: Tensor = self._scheduler.add_noise(latents, noise, torch.tensor([self.config.timestep]))
-        return noisy
+        return self._scheduler.add_noise(latents, noise, torch.tensor([self.config.timestep]))
 
     def mean_features(self, noisy: Tensor, maps: Mapping[int, MeanAttention] | None = None) -> dict[int, Tensor]:
         """Compute the features of one image, averaged over its noisy latents [E,4,h,w]: stride -> float32 [1,C,h,w].

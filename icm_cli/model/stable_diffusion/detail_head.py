@@ -131,8 +131,7 @@ class InterSimilarity(nn.Module):
 
     def normalised_tokens(self, feature: Tensor) -> Tensor:
         """Normalise the tokens of features [B,C,h,w], float32 [B,N,C]."""
-        normalised: Tensor = self.norm(flatten_tokens(feature))
-        return normalised
+        return self.norm(flatten_tokens(feature))
 
     def forward(self, references: Sequence[DetailReferences], feature: Tensor, valid: Tensor) -> Tensor:
         """Compute S, float32 [B,1,h,w], of features [B,C,h,w] and the references of each target.
@@ -169,8 +168,7 @@ class IntraSimilarityEncoder(nn.Module):
     def forward(self, similarity: Tensor, matrix: Tensor) -> Tensor:
         """Encode S [B,1,h,w] and A [B,N,N], both float32, to [B,channels,s,s] with N = s*s."""
         weighted = self._weight_attention(similarity, matrix)
-        encoded: Tensor = self.conv(weighted.to(self.conv.weight.dtype))
-        return encoded
+        return self.conv(weighted.to(self.conv.weight.dtype))
 
     @without_autocast
     def _weight_attention(self, similarity: Tensor, matrix: Tensor) -> Tensor:
@@ -202,8 +200,7 @@ class Fusion(nn.Module):
         for project, join, feature, similarity in layers:
             scales.append(join(torch.cat([project(feature), similarity], dim=1)))
         coarse, fine = scales
-        merged: Tensor = self.merge(torch.cat([fine, upsample_2x(coarse)], dim=1))
-        return merged
+        return self.merge(torch.cat([fine, upsample_2x(coarse)], dim=1))
 
 
 class DetailDecoder(nn.Module):

@@ -250,5 +250,4 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 
 def _join_heads(attn: Any, attended: Tensor) -> Tensor:
     """Rearrange [E,H,N,d] to [E,N,H*d] and apply the output projection."""
-    joined: Tensor = attn.to_out[0](attended.transpose(1, 2).flatten(2))
-    return joined
+    return attn.to_out[0](attended.transpose(1, 2).flatten(2))

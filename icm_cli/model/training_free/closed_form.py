@@ -89,8 +89,7 @@ def load_solver() -> Callable[..., NDArray[np.float64]]:
     This takes 2 s, and 40 s when it is compiled on a machine for the first time. The compiled code is stored in the
     user's cache folder.
     """
-    solver: Callable[..., NDArray[np.float64]] = _import_pymatting().estimate_alpha_cf
-    return solver
+    return _import_pymatting().estimate_alpha_cf
 
 
 def load_foreground_estimator() -> Callable[..., NDArray[np.float64]]:
@@ -98,8 +97,7 @@ def load_foreground_estimator() -> Callable[..., NDArray[np.float64]]:
 
     It computes colours [h,w,3] from an image [h,w,3] and its alpha [h,w], all in 0..1.
     """
-    estimator: Callable[..., NDArray[np.float64]] = _import_pymatting().estimate_foreground_ml
-    return estimator
+    return _import_pymatting().estimate_foreground_ml
 
 
 def estimate_foreground(source: DecodedImage, alpha: Float) -> Float:
@@ -135,5 +133,4 @@ def _import_pymatting() -> ModuleType:
         config.CACHE_DIR = previous_folder
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-    module: ModuleType = pymatting
-    return module
+    return pymatting

@@ -258,8 +258,7 @@ def _to_pixels(points: Points) -> NDArray[np.int32]:
 
 def _opaque_u8(colour: Points) -> list[int]:
     """Convert a colour, sRGB 0..1 [3], to opaque RGBA, 0..255 [4]."""
-    values: list[int] = np.round(np.append(colour, 1.0).clip(0.0, 1.0) * 255.0).astype(int).tolist()
-    return values
+    return np.round(np.append(colour, 1.0).clip(0.0, 1.0) * 255.0).astype(int).tolist()
 
 
 def main(

@@ -59,8 +59,7 @@ class Stage(ABC, Generic[BatchT]):
 
     def predict(self, forward: nn.Module, batch: BatchT) -> Prediction:
         """Run the selected module on a batch. ``forward``: the module as Accelerate has wrapped it."""
-        prediction: Prediction = forward(batch)
-        return prediction
+        return forward(batch)
 
     @abstractmethod
     def compute_losses(self, prediction: Prediction, batch: BatchT) -> dict[str, Tensor]:
@@ -84,8 +83,7 @@ AnyStage: TypeAlias = Stage[Any]
 def make_stage(settings: Settings, pool: TrainingPool) -> AnyStage:
     """Create the stage that ``train.stage`` names. It does not need the model yet."""
     module = importlib.import_module(f"icm_cli.training.stages.{settings.train.stage.replace('-', '_')}")
-    stage: AnyStage = module.STAGE(settings, pool)
-    return stage
+    return module.STAGE(settings, pool)
 
 
 def add_total(losses: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -220,8 +220,7 @@ def _read_entry(path: Path) -> Features | None:
     """Return the features of an entry; None if there is none, or if it is damaged."""
     try:
         with torch.serialization.safe_globals([Features, SelfSimilarity, AttentionMatrix]):
-            features: Features = torch.load(path, weights_only=True)
-            return features
+            return torch.load(path, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         return None
 
