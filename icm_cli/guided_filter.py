@@ -54,9 +54,9 @@ def guided_upsample(alpha: Float, image: ImageU8, config: GuidedFilterConfig) ->
     strip_rows = max(1, STRIP_PIXELS // width)
     for top in range(0, height, strip_rows):
         bottom = min(height, top + strip_rows)
-        a = _upsample_rows(coefficients, top, bottom, height, width)
+        a_and_b = _upsample_rows(coefficients, top, bottom, height, width)
         strip = image[top:bottom].astype(np.float32) / 255.0
-        out[top:bottom] = np.einsum("hwc,hwc->hw", a[..., :3], strip) + a[..., 3]
+        out[top:bottom] = np.einsum("hwc,hwc->hw", a_and_b[..., :3], strip) + a_and_b[..., 3]
     return np.clip(out, 0.0, 1.0, out=out)
 
 

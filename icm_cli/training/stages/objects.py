@@ -53,18 +53,18 @@ class ObjectMatcher(nn.Module):
         object. All samples of a batch have the same number of clicks, which depends on the first sample's number.
         """
         rng = np.random.default_rng((self.seed, 5, batch.counters[0]))
-        count = draw_index(self.config.count_weights, rng)
-        is_alone = count > 0 and rng.random() < self.config.alone_probability
-        coarse = torch.zeros_like(batch.alpha) if is_alone else self._coarse_alphas(batch)
+        clicks = draw_index(self.config.count_weights, rng)
+        has_coarse = not (clicks > 0 and rng.random() < self.config.alone_probability)
+        coarse = self._coarse_alphas(batch) if has_coarse else torch.zeros_like(batch.alpha)
         rounds = _Rounds(self.objects, batch, coarse, self.config, rng)
-        if count:
+        if clicks:
             rounds.select_objects()
-        if not is_alone:
-            rounds.complete(can_corrupt=count > 0)
+        if has_coarse:
+            rounds.complete(can_corrupt=clicks > 0)
         elif rng.random() < self.config.box_probability:
             rounds.draw_boxes()
-            count -= 1
-        for _ in range(count):
+            clicks -= 1  # the box replaces the first click
+        for _ in range(clicks):
             rounds.click()
         return rounds.prediction()
 
