@@ -226,7 +226,8 @@ class Learner:
         except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
             # If a worker dies, torch's signal handler raises RuntimeError at any place in this process, or the
             # connection breaks while a tensor is received.
-            if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
+            has_worker_died = isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error)
+            if has_worker_died:
                 raise TrainingError(
                     "a process that makes samples died, possibly because memory ran out; continue from the last saved "
                     "state with --resume and fewer --workers"

@@ -219,21 +219,24 @@ def degrade_to_tokens(alpha: Float, rng: Rng) -> Float:
     offset = rng.uniform(-0.6, 0.6, (2, 1)) * cell
     is_shifted = rng.random() < 0.5
     matrix = np.hstack([np.eye(2), offset * is_shifted]).astype(np.float32)
-    shifted: Float = np.asarray(
-        cv2.warpAffine(alpha, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE), np.float32
-    )
+    shifted = np.asarray(cv2.warpAffine(alpha, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE), np.float32)
     if rng.random() < 0.4:
         shifted = _dilate_or_erode(shifted, rng.uniform(-0.6, 0.6) * cell)
     grid = cv2.resize(shifted, (columns, rows), interpolation=cv2.INTER_AREA)
-    # Change the confidence, and add smooth errors, noise, holes and blobs to the logits of the cells.
-    logit = np.log((grid + 0.02) / (1.02 - grid)) * rng.uniform(0.5, 2.0) + rng.uniform(-0.7, 0.7)
-    logit += draw_smooth_noise((rows, columns), rng.uniform(1.0, 4.0), rng) * rng.uniform(0.0, 1.6)
-    logit += rng.standard_normal((rows, columns)) * rng.uniform(0.0, 0.8)
-    for strength in (-1.0, 1.0):
-        if rng.random() < 0.35:
-            logit += strength * rng.uniform(1.0, 4.5) * _draw_blob((rows, columns), rng)
+    confidence, bias = rng.uniform(0.5, 2.0), rng.uniform(-0.7, 0.7)
+    logit = np.asarray(np.log((grid + 0.02) / (1.02 - grid)) * confidence + bias, np.float32)
+    _disturb_logit(logit, rng)
     coarse = 1.0 / (1.0 + np.exp(-logit))
     return np.asarray(cv2.resize(coarse.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR))
+
+
+def _disturb_logit(logit: Float, rng: Rng) -> None:
+    """Add smooth errors, noise, a hole and a blob to the logit of a grid [h,w], in place."""
+    logit += draw_smooth_noise(logit.shape, rng.uniform(1.0, 4.0), rng) * rng.uniform(0.0, 1.6)
+    logit += rng.standard_normal(logit.shape) * rng.uniform(0.0, 0.8)
+    for sign in (-1.0, 1.0):
+        if rng.random() < 0.35:
+            logit += sign * rng.uniform(1.0, 4.5) * _draw_blob(logit.shape, rng)
 
 
 def degrade_outline(alpha: Float, rng: Rng) -> Float:
