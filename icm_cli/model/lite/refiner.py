@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from icm_cli.config import Section, limited
 from icm_cli.geometry import ImageU8, downscaled_size, resize
-from icm_cli.model.alphas import apply_in_batches, blend_tiles, max_batch_size, resize_alpha, split_into_tiles
+from icm_cli.model.alphas import Tile, apply_in_batches, blend_tiles, max_batch_size, resize_alpha, split_into_tiles
 from icm_cli.model.contracts import Edges
 
 UNSHUFFLE = 2
@@ -204,27 +204,27 @@ class Refine(Edges):
     def _refine_tiles(self, rgb: ImageU8, alpha: Tensor, weight: Tensor) -> Tensor:
         """Refine an alpha [H,W] in overlapping tiles. ``weight`` [H,W]: fraction of the correction that is applied.
 
-        Tiles in which nothing can change are omitted. Iterators keep only the corrections of one batch in memory.
+        Tiles in which nothing can change are omitted.
         """
         size = (alpha.shape[0], alpha.shape[1])
         tiles = split_into_tiles(size, self.config.tile_px, self.config.overlap_px)
-        is_changed = [bool(weight[tile.slices].any()) and self._is_undecided(alpha[tile.slices]) for tile in tiles]
-
-        def correct_tiles() -> Iterator[Tensor]:
-            changed = list(itertools.compress(tiles, is_changed))
-            for start in range(0, len(changed), TILES_PER_BATCH):
-                slices = [tile.slices for tile in changed[start : start + TILES_PER_BATCH]]
-                yield from self._correct_alphas([rgb[part] for part in slices], [alpha[part] for part in slices], None)
+        can_change = [bool(weight[tile.slices].any()) and self._is_undecided(alpha[tile.slices]) for tile in tiles]
+        corrections = self._correct_tiles(rgb, alpha, list(itertools.compress(tiles, can_change)))
 
         def refine_tiles() -> Iterator[Tensor]:
-            corrections = correct_tiles()
-            for tile, change in zip(tiles, is_changed, strict=True):
+            for tile, is_corrected in zip(tiles, can_change, strict=True):
                 refined = alpha[tile.slices]
-                if change:
+                if is_corrected:
                     refined = refined + weight[tile.slices] * (next(corrections) - refined)
                 yield refined
 
         return blend_tiles(size, tiles, refine_tiles(), alpha.device)
+
+    def _correct_tiles(self, rgb: ImageU8, alpha: Tensor, tiles: Sequence[Tile]) -> Iterator[Tensor]:
+        """Yield the corrected alphas of tiles. Only those of TILES_PER_BATCH tiles are in memory at a time."""
+        for start in range(0, len(tiles), TILES_PER_BATCH):
+            slices = [tile.slices for tile in tiles[start : start + TILES_PER_BATCH]]
+            yield from self._correct_alphas([rgb[part] for part in slices], [alpha[part] for part in slices], None)
 
     def _clear_core(self, alpha: Tensor) -> Tensor:
         """Make an alpha [H,W] opaque far inside the object and transparent far outside it, in place.

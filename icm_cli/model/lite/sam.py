@@ -43,7 +43,11 @@ FULL_CELLS = 64
 
 
 class TinyViT(nn.Module):
-    """Computes the embedding [B,256,H/16,W/16] of images, sRGB [B,3,H,W] in 0..1; H and W are multiples of 16."""
+    """Computes the embedding [B,256,H/16,W/16] of images, sRGB [B,3,H,W] in 0..1; H and W are multiples of 16.
+
+    ``patches`` makes cells of 4 px. Between two ``stages``, one of ``steps`` changes the number of channels and,
+    by its stride, the size of a cell. These names are part of the checkpoints.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,8 +57,7 @@ class TinyViT(nn.Module):
         )
         self.stages = nn.ModuleList()
         for width, depth, heads, window in STAGES:
-            blocks = [WindowBlock(width, heads, window) if heads else residual_block(width) for _ in range(depth)]
-            self.stages.append(nn.Sequential(*blocks))
+            self.stages.append(nn.Sequential(*(_make_block(width, heads, window) for _ in range(depth))))
         self.steps = nn.ModuleList(
             InvertedBottleneck(before, after, after, stride)
             for (before, after), stride in zip(itertools.pairwise(widths), STAGE_STRIDES, strict=True)
@@ -69,11 +72,9 @@ class TinyViT(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         mean = torch.tensor(IMAGENET_MEAN, device=image.device)[:, None, None]
         std = torch.tensor(IMAGENET_STD, device=image.device)[:, None, None]
-        x = self.patches(((image.float() - mean) / std).to(next(self.parameters()).dtype))
-        for index, stage in enumerate(self.stages):
-            x = stage(x)
-            if index < len(self.steps):
-                x = self.steps[index](x)
+        x = self.stages[0](self.patches(((image.float() - mean) / std).to(next(self.parameters()).dtype)))
+        for step, stage in zip(self.steps, self.stages[1:], strict=True):
+            x = stage(step(x))
         return self.neck(x)
 
     def fold_batch_norms(self) -> None:
@@ -135,11 +136,6 @@ class InvertedBottleneck(nn.Module):
         return F.gelu(x + y) if self.is_residual else y
 
 
-def residual_block(width: int) -> InvertedBottleneck:
-    """Return a block of the first stage."""
-    return InvertedBottleneck(width, EXPANSION_RATIO * width, width, is_residual=True)
-
-
 class WindowBlock(nn.Module):
     """Attention within windows, a depthwise convolution across their borders, and an MLP."""
 
@@ -168,6 +164,13 @@ class WindowBlock(nn.Module):
         attended = self.attention(windows.reshape(-1, side * side, channels))
         windows = attended.reshape(count, rows, columns, side, side, channels)
         return windows.transpose(2, 3).reshape(count, rows * side, columns * side, channels)[:, :height, :width]
+
+
+def _make_block(width: int, heads: int, window: int) -> nn.Module:
+    """Return a block of a stage: with attention, or without it if ``heads`` is 0."""
+    if heads:
+        return WindowBlock(width, heads, window)
+    return InvertedBottleneck(width, EXPANSION_RATIO * width, width, is_residual=True)
 
 
 class WindowAttention(nn.Module):
