@@ -244,18 +244,15 @@ def limited_threads() -> Iterator[None]:
     max_threads = 1 + free_threads() // 3  # readers, writers and other processes need some too
     if "OMP_NUM_THREADS" not in os.environ:
         max_threads = min(max_threads, available_cores())
-    torch_threads, opencv_threads = torch.get_num_threads(), cv2.getNumThreads()
-    if torch_threads > max_threads:
-        torch.set_num_threads(int(max_threads))
-    if opencv_threads > max_threads:
-        cv2.setNumThreads(int(max_threads))
+    libraries = ((torch.get_num_threads(), torch.set_num_threads), (cv2.getNumThreads(), cv2.setNumThreads))
+    too_many = [(threads, set_threads) for threads, set_threads in libraries if threads > max_threads]
+    for _, set_threads in too_many:
+        set_threads(int(max_threads))
     try:
         yield
     finally:
-        if torch_threads > max_threads:
-            torch.set_num_threads(torch_threads)
-        if opencv_threads > max_threads:
-            cv2.setNumThreads(opencv_threads)
+        for threads, set_threads in too_many:
+            set_threads(threads)
 
 
 OUT_OF_MEMORY = "needs more memory than could be allocated; {}; free memory, raise the limit or scale the image down"

@@ -151,29 +151,25 @@ class FeatureCache:
     @torch.no_grad()
     def pair_features(self, model: InContextMatting, batch: PairBatch, pairs: Pairs) -> PairFeatures:
         """Return the features of a batch without augmentation; the backbone encodes what is not cached."""
-        target = self._load_or_encode(
-            "target", model.backbone.target_features, batch.rgb, pairs.image, pairs.valid, pairs.target_noise_keys
+        target_inputs = pairs.image, pairs.valid, pairs.target_noise_keys
+        reference_inputs = pairs.reference_image, pairs.reference_valid, pairs.reference_noise_keys
+        return PairFeatures(
+            self._load_or_encode("target", batch.rgb, model.backbone.target_features, target_inputs),
+            self._load_or_encode("reference", batch.reference_rgb, model.backbone.reference_features, reference_inputs),
         )
-        reference = self._load_or_encode(
-            "reference",
-            model.backbone.reference_features,
-            batch.reference_rgb,
-            pairs.reference_image,
-            pairs.reference_valid,
-            pairs.reference_noise_keys,
-        )
-        return PairFeatures(target, reference)
 
     def _load_or_encode(
         self,
         role: str,
-        encode: Callable[[Tensor, Tensor, Sequence[str]], Features],
         rgb: Tensor,
-        image: Tensor,
-        valid: Tensor,
-        noise_keys: Sequence[str],
+        encode: Callable[[Tensor, Tensor, Sequence[str]], Features],
+        inputs: tuple[Tensor, Tensor, Sequence[str]],
     ) -> Features:
-        """Return the features of images from the cache, or encode and store them. ``role``: target or reference."""
+        """Return the features of images from the cache, or encode and store them.
+
+        ``role``: target or reference. ``rgb``: the images, uint8 [B,S,S,3]. ``inputs``: arguments of ``encode``.
+        """
+        image, valid, noise_keys = inputs
         singles = []
         shape = str(tuple(rgb.shape[1:]))
         for i in range(len(rgb)):
