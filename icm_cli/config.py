@@ -64,25 +64,27 @@ class Limits:
 
     least: float
     most: float
-    above: float = -math.inf
-    below: float = math.inf
+    above: float | None = None
+    below: float | None = None
     multiple: int | None = None
 
     def contains(self, value: float) -> bool:
         if self.multiple is not None and (value < self.multiple or value % self.multiple):
             return False
-        return self.least <= value <= self.most and self.above < value < self.below
+        if (self.above is not None and not value > self.above) or (self.below is not None and not value < self.below):
+            return False
+        return self.least <= value <= self.most
 
     @property
     def description(self) -> str:
         """The allowed values, such as "0 to 1" or "more than 0"."""
         if self.multiple is not None:
             return f"a multiple of {self.multiple}" + (f", at most {self.most:g}" if self.most < math.inf else "")
-        if self.above > -math.inf:
-            if self.below < math.inf:
-                return f"between {self.above:g} and {self.below:g}"
+        if self.above is not None and self.below is not None:
+            return f"between {self.above:g} and {self.below:g}"
+        if self.above is not None:
             return f"more than {self.above:g}" + (f" and at most {self.most:g}" if self.most < math.inf else "")
-        if self.below < math.inf:
+        if self.below is not None:
             return f"{self.least:g} to below {self.below:g}"
         return f"{self.least:g} to {self.most:g}" if self.most < math.inf else f"{self.least:g} or more"
 
@@ -92,8 +94,8 @@ def limited(
     least: float = 0,
     most: float = math.inf,
     *,
-    above: float = -math.inf,
-    below: float = math.inf,
+    above: float | None = None,
+    below: float | None = None,
     multiple: int | None = None,
 ) -> Any:
     """Define a field of a :class:`Section` whose value must be None or inside the :class:`Limits`."""

@@ -44,7 +44,7 @@ class VitMatteEdgesConfig(Section, title="edges"):
 
     weights: str = VITMATTE
     """Hub id, or local folder in the layout of Hugging Face. The option ``--edges-weights`` replaces it."""
-    band: float = limited(0.015, above=0, below=0.5)
+    band: float = 0.015
     """Width of the unknown region on either side of the coarse edge, as a fraction (0..0.5) of the long side."""
     tile_px: int = limited(1024, multiple=MULTIPLE_PX)
     """Side of the tiles of a larger source, a multiple of 32. The memory of attention grows with its fourth power."""
@@ -56,6 +56,7 @@ class VitMatteEdgesConfig(Section, title="edges"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check("band", 0 < self.band < 0.5, "above 0 and below 0.5")
         self.check("overlap_px", 0 <= self.overlap_px <= self.tile_px // 3, "0 to a third of tile_px")
 
 

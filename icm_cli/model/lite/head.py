@@ -65,7 +65,7 @@ class TokenMatchConfig(Section, title="head"):
     """Channels of each layer in the correspondence features."""
     width: int = limited(64, 1)
     """Channels in which the tokens of each layer are compared."""
-    context_width: int = limited(192, multiple=ATTENTION_HEADS)
+    context_width: int = limited(192, 1)
     """Channels of the attention layers."""
     context_layers: int = limited(2, 0, 64)
     """Number of attention layers."""
@@ -115,6 +115,7 @@ class TokenMatchConfig(Section, title="head"):
             self.check("decoder_channels", is_valid, expected)
         for name in ("feature_channels", "skip_channels", "decoder_channels"):
             self.check(name, min(getattr(self, name), default=1) >= 1, "numbers of 1 or more")
+        self.check("context_width", self.context_width % ATTENTION_HEADS == 0, f"a multiple of {ATTENTION_HEADS}")
 
     @property
     def comparisons(self) -> int:

@@ -52,7 +52,7 @@ class MobileSamConfig(Section, title="objects"):
 
     long_side_px: int = limited(FULL_PX, most=FULL_PX, multiple=CELL_PX)
     """Long side, in px, to which an image is scaled."""
-    logit_eps: float = limited(0.01, above=0, below=0.5)
+    logit_eps: float = 0.01
     """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that masks can override it."""
     object_threshold: float = limited(0.1, below=1)
     """A coarse alpha without a value above this is not changed: it shows no object to complete."""
@@ -62,6 +62,10 @@ class MobileSamConfig(Section, title="objects"):
     ``lite``: those in this package, with a fine-tuned decoder; ``published``: those of MobileSAM, from their own
     package.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("logit_eps", 0 < self.logit_eps < 0.5, "more than 0 and less than 0.5")
 
 
 class ObjectDecoder(sam.MaskDecoder):

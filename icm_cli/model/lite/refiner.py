@@ -47,7 +47,7 @@ class RefineConfig(Section, title="edges"):
     """Side, in px, of the tiles of a larger source."""
     overlap_px: int = 32
     """Overlap of tiles, in px, over which they are blended."""
-    logit_eps: float = limited(0.02, above=0, below=0.5)
+    logit_eps: float = 0.02
     """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that the network can override it.
     """
     unknown_margin: float = limited(0.05, below=0.5)
@@ -78,6 +78,7 @@ class RefineConfig(Section, title="edges"):
         for name in ("frame_px", "tile_px"):
             side = getattr(self, name)
             self.check(name, side >= multiple and not side % multiple, f"a multiple of {multiple}")
+        self.check("logit_eps", 0 < self.logit_eps < 0.5, "more than 0 and less than 0.5")
         self.check("overlap_px", 0 <= self.overlap_px <= self.tile_px // 2, "0 to half of tile_px")
 
     @property

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from icm_cli.config import GuidedFilterConfig, Section, limited
+from icm_cli.config import GuidedFilterConfig, Section
 from icm_cli.files.digests import cache_folder
 from icm_cli.geometry import Float, ImageU8, downscaled_size, resize, trimap_from_coarse
 from icm_cli.guided_filter import guided_upsample
@@ -29,7 +29,7 @@ RELATIVE_TOLERANCE = 1e-4
 class ClosedFormConfig(Section, title="edges"):
     """Settings of the closed-form edges."""
 
-    band: float = limited(0.015, above=0, below=0.5)
+    band: float = 0.015
     """Width of the unknown region on either side of the coarse edge, as a fraction (0..0.5) of the long side."""
     solve_long_side_px: int = 1024
     """Largest long side at which the alpha is solved, in px. A guided filter enlarges it to the size of the source."""
@@ -38,6 +38,7 @@ class ClosedFormConfig(Section, title="edges"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check("band", 0 < self.band < 0.5, "above 0 and below 0.5")
         self.check("solve_long_side_px", self.solve_long_side_px >= 64, "at least 64")
 
 
