@@ -201,13 +201,6 @@ class Evaluation:
         self, planned: Sequence[ImageResult], references: ReferenceRounds, notes: Sequence[str]
     ) -> dict[str, Any]:
         """Return what the scores depend on, apart from the alphas."""
-        generated = f"0 < alpha < 1 dilated by a {self.rule.trimap_kernel_px} px square at the scored size"
-        if not any(sample.trimap for sample in self.data.samples):
-            unknown = f"generated from the alpha: {generated}"
-        elif self.rule.has_detail_maps:
-            unknown = "published detail maps above 0"
-        else:
-            unknown = f"pixels of value 128 in the published trimaps; images without a trimap: {generated}"
         refs_per_group = max((len(names) for groups in references for names in groups.values()), default=0)
         return {
             "dataset": self.options.dataset.dataset,
@@ -216,12 +209,23 @@ class Evaluation:
             "split": self.options.dataset.split,
             "images": len({result.name for result in planned}),
             **self.rule.as_protocol(),
-            "unknown_region": unknown if "unknown" in self.rule.regions else "not scored",
+            "unknown_region": self._describe_unknown_region(),
             "rounds": len(references),
             "refs_per_group": refs_per_group,
             "mean": "over images, then over rounds; ± is the sample standard deviation over rounds",
             "notes": [*self.data.notes, *notes],
         }
+
+    def _describe_unknown_region(self) -> str:
+        """Return which pixels are scored as unknown."""
+        if "unknown" not in self.rule.regions:
+            return "not scored"
+        generated = f"0 < alpha < 1 dilated by a {self.rule.trimap_kernel_px} px square at the scored size"
+        if not any(sample.trimap for sample in self.data.samples):
+            return f"generated from the alpha: {generated}"
+        if self.rule.has_detail_maps:
+            return "published detail maps above 0"
+        return f"pixels of value 128 in the published trimaps; images without a trimap: {generated}"
 
     def _page_images(self, references: ReferenceRounds) -> PageImages:
         """Return the images that the HTML report shows in addition to sources and alphas."""

@@ -7,7 +7,8 @@ twice and gradients reach the backbone. That needs a GPU, and worker processes t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,33 @@ class SceneBatch(Batch):
     references: tuple[Tensor, ...]
 
 
+@dataclass
+class _BatchScenes:
+    """Makes the scenes of one batch."""
+
+    rng: np.random.Generator
+    skipped: list[str] = field(default_factory=list)
+    """Why images could not be read."""
+    empty_alphas: list[Path] = field(default_factory=list)
+    """Alphas without an object."""
+
+    def make_source(self, maker: SceneMaker) -> ImageSource[Scene]:
+        """Return a source that makes a new scene whenever an image is drawn."""
+        one_view = {item: [item] for item in maker.pool}
+        return ImageSource(maker.pool, one_view, partial(self._make_scene, maker))
+
+    def _make_scene(self, maker: SceneMaker, item: TrainingItem) -> Scene | None:
+        """Make a scene; None if its image cannot be read."""
+        try:
+            scene = maker.make_view(item, self.rng)
+        except ImageError as error:
+            self.skipped.append(str(error))
+            return None
+        if not scene.alpha.any():
+            self.empty_alphas.append(item.alpha_file)
+        return scene
+
+
 class SceneMosaicMaker(BatchMaker[SceneBatch]):
     """Makes mosaics of new scenes."""
 
@@ -65,42 +93,20 @@ class SceneMosaicMaker(BatchMaker[SceneBatch]):
         self._small = SceneMaker(pool, train)
         self._large = SceneMaker(pool, train, LARGE_FACTOR * train.canvas_px) if config.large_views_per_group else None
 
-    def draw_mosaics(self, counters: Sequence[int]) -> tuple[list[Mosaic[Scene]], list[str], list[Path]]:
-        """Draw the mosaics of a batch. Raises TrainingError.
-
-        Also returns why images could not be read, and the alphas without an object.
-        """
+    def draw_mosaics(self, counters: Sequence[int]) -> tuple[list[Mosaic[Scene]], _BatchScenes]:
+        """Draw the mosaics of a batch; return them and the maker of their scenes. Raises TrainingError."""
         rng = np.random.default_rng((self._seed, 1, counters[0]))
-        skipped: list[str] = []
-        empty_alphas: list[Path] = []
-
-        def make_source(maker: SceneMaker) -> ImageSource[Scene]:
-            """Return a source that makes a new scene whenever an image is drawn."""
-
-            def make_scene(item: TrainingItem) -> Scene | None:
-                try:
-                    scene = maker.make_view(item, rng)
-                except ImageError as error:
-                    skipped.append(str(error))
-                    return None
-                if not scene.alpha.any():
-                    empty_alphas.append(item.alpha_file)
-                return scene
-
-            views = {item: [item] for item in maker.pool}  # one entry per image: each draw makes a new scene
-            return ImageSource(maker.pool, views, make_scene)
-
-        large = None if self._large is None else make_source(self._large)
-        mosaics = draw_mosaics(self._config, make_source(self._small), large, len(counters), rng)
-        return mosaics, skipped, empty_alphas
+        scenes = _BatchScenes(rng)
+        large = None if self._large is None else scenes.make_source(self._large)
+        return draw_mosaics(self._config, scenes.make_source(self._small), large, len(counters), rng), scenes
 
     def make_batch(self, counters: Sequence[int]) -> SceneBatch:
-        mosaics, skipped, empty_alphas = self.draw_mosaics(counters)
+        mosaics, scenes = self.draw_mosaics(counters)
         return SceneBatch(
             names=tuple(mosaic.name for mosaic in mosaics),
             counters=tuple(counters),
-            skipped=tuple(skipped),
-            empty_alphas=tuple(empty_alphas),
+            skipped=tuple(scenes.skipped),
+            empty_alphas=tuple(scenes.empty_alphas),
             rows=mosaics[0].rows,
             columns=mosaics[0].columns,
             is_positive=torch.tensor([mosaic.is_positive for mosaic in mosaics]),
