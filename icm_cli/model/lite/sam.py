@@ -420,15 +420,23 @@ def convert_decoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "tokens": torch.cat([tensors["mask_decoder.iou_token.weight"], tensors["mask_decoder.mask_tokens.weight"]]),
     }
     for published, tensor in tensors.items():
-        for start, module in DECODER_MODULES.items():
-            if published.startswith(start):
-                name = _replace_parts(module + published.removeprefix(start), DECODER_PARTS)
-                if module in ("mask_mlps.", "iou_mlp."):  # the published layers are numbered without their activations
-                    mlp, _, rest = name.partition(".layers.")
-                    layer, _, kind = rest.partition(".")
-                    name = f"{mlp}.{2 * int(layer)}.{kind}"
-                converted[name] = tensor
+        name = _decoder_name(published)
+        if name is not None:
+            converted[name] = tensor
     return converted
+
+
+def _decoder_name(published: str) -> str | None:
+    """Return the name in this module of a published tensor; None if it is not of one of DECODER_MODULES."""
+    for start, module in DECODER_MODULES.items():
+        if published.startswith(start):
+            name = _replace_parts(module + published.removeprefix(start), DECODER_PARTS)
+            if module in ("mask_mlps.", "iou_mlp."):  # the published layers are numbered without their activations
+                mlp, _, rest = name.partition(".layers.")
+                layer, _, kind = rest.partition(".")
+                name = f"{mlp}.{2 * int(layer)}.{kind}"
+            return name
+    return None
 
 
 def _replace_parts(name: str, parts: Mapping[str, str]) -> str:
