@@ -24,6 +24,7 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 """Index of the files that contain the tensors, if there are several."""
+REPOSITORY_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 PixelStatistics: TypeAlias = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation of red, green and blue, on the scale 0..1."""
 
@@ -57,7 +58,7 @@ def find_weight_files(
     folder = _find_local_folder(weights, option)
     is_local = folder is not None
     if folder is None:
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights, re.ASCII) is None:  # not the id of a repository
+        if not REPOSITORY_ID.fullmatch(weights):
             raise ConfigError(
                 f"{option} {weights!r}: no such folder; give an existing folder, or the id of a hub repository "
                 f"such as {default}"
