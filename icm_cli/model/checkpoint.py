@@ -262,17 +262,22 @@ def convert_published_tensors(tensors: Mapping[str, Tensor], where: str) -> dict
     """
     converted = {}
     for published, tensor in tensors.items():
-        for theirs, ours in PUBLISHED_NAMES:
-            if published.startswith(theirs):
-                rest = published.removeprefix(theirs).replace("bn.", "norm.").replace("ln.", "norm.")
-                converted[f"head.{ours}{rest}"] = tensor
-                break
-        else:
+        name = _rename_published(published)
+        if name is None:
             raise ConfigError(
                 f"{where} has an unknown key {PUBLISHED_PREFIX + published!r}; expected the state dict of the "
                 "published In-Context Matting checkpoint"
             )
+        converted[f"head.{name}"] = tensor
     return converted
+
+
+def _rename_published(published: str) -> str | None:
+    """Return the name in this package of a published tensor, by PUBLISHED_NAMES; None if it is unknown."""
+    for theirs, ours in PUBLISHED_NAMES:
+        if published.startswith(theirs):
+            return ours + published.removeprefix(theirs).replace("bn.", "norm.").replace("ln.", "norm.")
+    return None
 
 
 def _read_published(path: Path) -> dict[str, Tensor]:

@@ -48,14 +48,9 @@ def estimate_quality(signals: Mapping[str, float], *, shows_object: bool = False
     have the part that measures them, or if a hint overrides it. Signals are clipped to the range of the calibration.
     """
     weights = _read_weights()
-    similarity = signals.get("object_similarity")  # only with --match same
     if "largest_component" not in signals:
-        if shows_object:
-            return Estimate(0.0, (MARKED_BUT_EMPTY,))
-        # The edges, or a matte, can also make an alpha empty from which --match same removed nothing.
-        if similarity is None or signals.get("completed_confidence", 0) > 0:
-            return Estimate(_predict(weights["empty"], signals), (NOTHING_FOUND,))
-        return Estimate(round(1 - _same_probability(similarity), DIGITS), (NOTHING_FOUND, NOT_THE_SAME))
+        return Estimate(0.0, (MARKED_BUT_EMPTY,)) if shows_object else _estimate_empty(signals)
+    similarity = signals.get("object_similarity")  # only with --match same
     quality = _predict(weights["shown"], signals)
     reasons = [reason for reason, threshold in weights["reasons"].items() if _is_beyond(threshold, signals)]
     if similarity is not None:
@@ -63,6 +58,15 @@ def estimate_quality(signals: Mapping[str, float], *, shows_object: bool = False
         if similarity < SURELY_SAME:
             reasons.insert(0, MAYBE_ANOTHER)
     return Estimate(quality, tuple(reasons))
+
+
+def _estimate_empty(signals: Mapping[str, float]) -> Estimate:
+    """Estimate the quality of an empty alpha: the probability that the image does not show the object."""
+    similarity = signals.get("object_similarity")
+    # The edges, or a matte, can also make an alpha empty from which --match same removed nothing.
+    if similarity is None or signals.get("completed_confidence", 0) > 0:
+        return Estimate(_predict(_read_weights()["empty"], signals), (NOTHING_FOUND,))
+    return Estimate(round(1 - _same_probability(similarity), DIGITS), (NOTHING_FOUND, NOT_THE_SAME))
 
 
 def _same_probability(similarity: float) -> float:

@@ -26,7 +26,7 @@ import yaml
 from icm_cli.errors import IcmError, ImageError
 from icm_cli.files.atomic_writes import atomic_write
 from icm_cli.files.digests import cached_file_digest
-from icm_cli.geometry import ImageU8, downscaled_size, resize
+from icm_cli.geometry import ImageU8, downscaled_size, format_size, resize
 from icm_cli.images.reading import read_image
 from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
 from icm_cli.training.data.scenes import read_photograph
@@ -134,7 +134,7 @@ def _encode_image(image: ImageU8, suffix: str, quality: int | None = None) -> by
     options = [] if quality is None else [cv2.IMWRITE_WEBP_QUALITY, quality]
     is_encoded, content = cv2.imencode(suffix, image, options)
     if not is_encoded:
-        raise ImageError(f"an image of {image.shape[1]}x{image.shape[0]} px cannot be written as {suffix}")
+        raise ImageError(f"an image of {format_size(image.shape)} px cannot be written as {suffix}")
     return content.tobytes()
 
 

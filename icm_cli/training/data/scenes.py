@@ -25,6 +25,7 @@ from icm_cli.geometry import (
     ImageU8,
     binarize_alpha,
     downscaled_size,
+    format_size,
     resize,
     round_to_u8,
 )
@@ -159,8 +160,8 @@ def _read_image_and_alpha(item: TrainingItem) -> tuple[ImageU8, ImageU8]:
     if alpha.shape != image.rgb.shape[:2]:
         if not item.is_binary:
             raise ImageError(
-                f"{item.image} is {image.rgb.shape[1]}x{image.rgb.shape[0]} and its alpha {item.alpha} "
-                f"{alpha.shape[1]}x{alpha.shape[0]}; expected the same size"
+                f"{item.image} is {format_size(image.rgb.shape)} and its alpha {item.alpha} "
+                f"{format_size(alpha.shape)}; expected the same size"
             )
         alpha = resize(alpha, (image.rgb.shape[0], image.rgb.shape[1]))  # masks of Open Images differ in size
     if item.is_binary:
@@ -185,7 +186,7 @@ def _read_trimap(path: Path, shape: tuple[int, ...], size: tuple[int, int]) -> I
     """Read a trimap for an image of ``shape``, and resize it. Raises ImageError."""
     trimap = _read_alpha(path, "trimaps")
     if trimap.shape != shape:
-        raise ImageError(f"trimap {path} is {trimap.shape[1]}x{trimap.shape[0]}, not its image's {shape[1]}x{shape[0]}")
+        raise ImageError(f"trimap {path} is {format_size(trimap.shape)}, not its image's {format_size(shape)}")
     lowest, known = UNKNOWN_RANGE
     levels = np.where(trimap < lowest, 0, np.where(trimap >= known, 255, UNKNOWN)).astype(np.uint8)
     return np.asarray(cv2.resize(levels, size[::-1], interpolation=cv2.INTER_NEAREST), np.uint8)
