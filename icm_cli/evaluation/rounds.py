@@ -35,6 +35,7 @@ def choose_references(
     The samples of a group are sorted by the SHA-256 of their names, or left in their order if ``in_order``. Round n
     takes the first ``refs_per_group`` usable samples from the n-th on and wraps around. At least one image of a group
     remains as a target.
+
     ``is_usable``: reads a sample, so it is only called until enough samples are found.
     """
     chosen: ReferenceRounds = [{} for _ in range(rounds)]

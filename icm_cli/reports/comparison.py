@@ -190,9 +190,14 @@ def _collect_scores(images: Sequence[Mapping[str, Any]]) -> ScoresByRegion:
                 )
             if (round_number, name) in scores[region]:
                 raise ValueError(f"{where} repeats image {format_json(name)} of round {round_number}")
-            for metric in METRICS:
-                if not 0 <= metrics[metric] <= MAX_SCORE:  # also true for NaN
-                    score = format_json(metrics[metric])
-                    raise ValueError(f"{where}.scores.{region}.{metric} is {score}; expected a number of 0 or more")
+            _check_metrics(metrics, f"{where}.scores.{region}")
             scores[region][round_number, name] = metrics
     return scores
+
+
+def _check_metrics(metrics: Mapping[str, float], where: str) -> None:
+    """Raise ValueError if a metric is negative, NaN or too large."""
+    for metric in METRICS:
+        if not 0 <= metrics[metric] <= MAX_SCORE:  # also true for NaN
+            score = format_json(metrics[metric])
+            raise ValueError(f"{where}.{metric} is {score}; expected a number of 0 or more")

@@ -162,14 +162,19 @@ class FinetunableHead(TrainedHead, ABC):
             object_guidance = torch.zeros_like(guidance) if is_negative(guidance) else guidance
             scenes.append(_Scene(image, object_guidance, is_known, valid))
         unchanged = [_extract_view(backbone, self, scene) for scene in scenes]
-        count = sum(not is_negative(guidance) for _, guidance, _ in references)
+        positives = sum(not is_negative(guidance) for _, guidance, _ in references)
         augmented = []
         for number in range(FINETUNING.views):
-            augmented.append(_extract_view(backbone, self, _augment_scene(scenes[number % count], rng)))
+            augmented.append(_extract_view(backbone, self, _augment_scene(scenes[number % positives], rng)))
             on_progress(0.5 * (number + 1) / FINETUNING.views)
-        crops = [_crop_negative(scenes[number % count], rng) for number in range(FINETUNING.negative_views)]
+        crops = [_crop_negative(scenes[number % positives], rng) for number in range(FINETUNING.negative_views)]
         negatives = [_extract_view(backbone, self, crop) for crop in crops if crop is not None]
-        return _Views(unchanged, unchanged[:count], augmented, [*negatives, *unchanged[count:]])
+        return _Views(
+            references=unchanged,
+            originals=unchanged[:positives],
+            augmented=augmented,
+            negatives=[*negatives, *unchanged[positives:]],
+        )
 
 
 def match_losses(
@@ -307,12 +312,12 @@ def _extract_view(backbone: Backbone, head: FinetunableHead, scene: _Scene) -> _
     guidance_or_half = scene.guidance * scene.known + 0.5 * (1.0 - scene.known)
     scale_features = {stride: feature.float() for stride, feature in features.scale_features.items()}
     return _View(
-        Features(features.correspondence_features, features.valid, scale_features, {}),
-        foreground_token_mask(guidance_or_half, scene.valid, token_px)[0],
-        background_token_mask(guidance_or_half, scene.valid, token_px),
-        F.avg_pool2d(scene.guidance, token_px >> head.decoder_steps)[:, 0],
-        known if bool(known.any()) else features.valid,
-        scene.image if head.decoder_uses_image else None,
+        features=Features(features.correspondence_features, features.valid, scale_features, {}),
+        inside=foreground_token_mask(guidance_or_half, scene.valid, token_px)[0],
+        outside=background_token_mask(guidance_or_half, scene.valid, token_px),
+        alpha=F.avg_pool2d(scene.guidance, token_px >> head.decoder_steps)[:, 0],
+        known=known if bool(known.any()) else features.valid,
+        image=scene.image if head.decoder_uses_image else None,
     )
 
 
