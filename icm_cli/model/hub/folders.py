@@ -115,14 +115,15 @@ def _download(weights: str, patterns: Sequence[str], *, offline: bool, option: s
         reason = "offline" if offline else (str(error) or type(error).__name__).splitlines()[0]
         published = PUBLISHED.get(weights)
         size = f" Their size is about {published.size}." if published else ""
-        licence = f"their licence ({published.licence})" if published else "their licence"
-        how_to = "run: "
+        accept_licence = ""
         if isinstance(error, GatedRepoError) or (published is not None and published.is_gated):
-            how_to = f"accept {licence} at https://huggingface.co/{weights}, run: hf auth login, then: "
+            licence = f"their licence ({published.licence})" if published else "their licence"
+            accept_licence = f"accept {licence} at https://huggingface.co/{weights}, run: hf auth login, then: "
         raise WeightsNotFoundError(
             f"the weights {weights!r} are not on this machine and cannot be downloaded ({reason}); there is no such "
-            f"folder either.{size} On a machine with network access, {how_to}hf download {weights} --local-dir FOLDER "
-            f"(older versions: huggingface-cli). Copy FOLDER to this machine and give it with {option} FOLDER",
+            f"folder either.{size} On a machine with network access, {accept_licence or 'run: '}hf download {weights} "
+            f"--local-dir FOLDER (older versions: huggingface-cli). Copy FOLDER to this machine and give it with "
+            f"{option} FOLDER",
             _describe_download(weights),
         ) from error
 
@@ -173,16 +174,20 @@ def read_pixel_statistics(folder: Path, default: PixelStatistics) -> PixelStatis
     if not path.is_file():
         return default
     content = read_hub_json(path)
-    statistics = []
-    for key, fallback in zip(("image_mean", "image_std"), default, strict=True):
-        values = content.get(key, fallback)
-        is_list = isinstance(values, (list, tuple)) and len(values) == 3
-        if not is_list or not all(isinstance(number, (int, float)) for number in values):
-            raise ConfigError(f"{path}: {key} is {values!r}; expected three numbers, get the file again")
-        statistics.append((float(values[0]), float(values[1]), float(values[2])))
-    if min(statistics[1]) <= 0:
-        raise ConfigError(f"{path}: image_std is {list(statistics[1])}; expected numbers above 0, get the file again")
-    return statistics[0], statistics[1]
+    mean = _check_colour(content.get("image_mean", default[0]), f"{path}: image_mean")
+    std = _check_colour(content.get("image_std", default[1]), f"{path}: image_std")
+    if min(std) <= 0:
+        raise ConfigError(f"{path}: image_std is {list(std)}; expected numbers above 0, get the file again")
+    return mean, std
+
+
+def _check_colour(values: object, where: str) -> tuple[float, float, float]:
+    """Return the values of red, green and blue. Raises ConfigError if ``values`` are not three numbers."""
+    if isinstance(values, (list, tuple)) and len(values) == 3:
+        red, green, blue = values
+        if all(isinstance(value, (int, float)) for value in values):
+            return float(red), float(green), float(blue)
+    raise ConfigError(f"{where} is {values!r}; expected three numbers, get the file again")
 
 
 def load_pretrained(cls: Any, folder: Path) -> Any:
