@@ -79,7 +79,7 @@ class Terminal(Listener):
     def on_image_end(self, result: ImageResult) -> None:
         self.ended += 1
         if result.status == "failed":
-            self._print(f"icm: {_failure_text(result)}")
+            self._print(f"icm: failed: {_failure_text(result)}")
         if self._bar is not None:
             self._bar.update()
         elif self.has_lines and result.status != "failed":
@@ -116,10 +116,7 @@ def print_plan(report: Report) -> None:
                 note = f" (recomputed: {result.reason})"
             write_line(sys.stdout, f"{result.source} -> {result.output}{note}")
     for result in report.failures:
-        reason = result.reason
-        if reason.startswith(result.source):
-            reason = _shown_source(result) + reason.removeprefix(result.source)
-        write_line(sys.stderr, f"icm: would fail: {reason}")
+        write_line(sys.stderr, f"icm: would fail: {_failure_text(result)}")
 
 
 def print_models(models: Sequence[ListedModel]) -> None:
@@ -177,7 +174,7 @@ def _format_result(result: ImageResult) -> str:
 def _failure_text(result: ImageResult) -> str:
     """Return a failed source and the reason, in which the source is not repeated."""
     reason = result.reason.removeprefix(result.source).lstrip(": ")
-    return f"failed: {_source_text(result)}: {reason}"
+    return f"{_source_text(result)}: {reason}"
 
 
 def _make_table(first_column: str, number_columns: Sequence[str], title: str | None = None) -> Table:
@@ -230,7 +227,7 @@ def _print_summary(report: Report) -> None:
         for shot, scores in report.shots.items():
             table.add_row(shot, f"{scores.frames}", *(f"{getattr(scores, name):.3f}" for name in SHOT_SCORE_TITLES))
         _print_blocks(table, "")
-    lines = [_failure_text(result) for result in report.failures[:MAX_PRINTED]]
+    lines = [f"failed: {_failure_text(result)}" for result in report.failures[:MAX_PRINTED]]
     if len(report.failures) > MAX_PRINTED:
         lines.append(f"... and {len(report.failures) - MAX_PRINTED} more failures")
     print_table(_summary_rows(report), *lines)

@@ -668,7 +668,7 @@ def test_dry_run_lists_images_that_would_fail(icm: Icm, scene: Path) -> None:
     output = " ".join(result.output.split())
     assert f"{image} ->" in output
     assert f"{movie} ->" not in output
-    assert f"would fail: {gone} does not exist" in output
+    assert f"would fail: {gone}: does not exist" in output
     assert f"would fail: {movie}: is a movie" in output
 
 

@@ -224,6 +224,7 @@ def test_dry_run_finds_hints_for_another_size(icm: Icm, scene: Path, hints: Path
         ended = icm(*flags, hints=hints)
         assert ended.exit_code == 1
         assert f"it is of an image of {width}x{height + 1}, and the image is {width}x{height}" in ended.stderr
+        assert f"fail{'ed' if not flags else ''}: {scene / 'imgs' / 'wall.jpg'}: annotation" in ended.stderr
         assert f"pad.0101.png is {width + 1}x{height}, and the image is" in ended.stderr
     assert (
         "1 new, 0 to be recomputed, 0 kept, 2 that would fail"
@@ -375,7 +376,7 @@ class TestRefused:
         for where, message in (
             ("none", "--hints none does not exist; expected a folder"),
             (scene / "ref.png", "is a file; expected a folder"),
-            ("none/fix.####.json", "no file matches none/fix.####.json"),
+            ("none/fix.####.json", "no file matches none/fix.####.json: the folder none does not exist"),
             (scene / "fix.####.tif", "fix.####.tif"),
         ):
             refused = icm("--dry-run", hints=where)

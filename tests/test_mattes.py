@@ -187,7 +187,7 @@ class TestFiles:
             write_matte(scene / "g" / f"g.{number}.png", read(frames / "sh.1001.png").shape)
         planned = icm("--dry-run", src=frames, garbage=scene / "g" / "g.####.png")
         assert planned.exit_code == 1
-        assert "would fail: --garbage" in planned.stderr
+        assert f"would fail: {frames / 'sh.1002.png'}: --garbage" in planned.stderr
         assert "3 images: 2 new, 0 to be recomputed, 0 kept, 1 that would fail" in planned.stderr
         result = icm(src=frames, garbage=scene / "g" / "g.####.png")
         assert result.exit_code == 1

@@ -281,6 +281,8 @@ def _find_sequence(pattern: FramePattern, text: str, skipped_files: SkippedFiles
     others = [path for name in pattern.names_with_other_numbers(names) for path in names[name] if path.is_file()]
     skipped_files.add(others, f"its number does not match {Path(text).name}, by its sign or its digits")
     skipped_files.add_skipped_paths(skipped)
+    if not (names or glob.has_magic(pattern.folder) or folder.is_dir()):
+        raise UsageError(f"no file matches {text}: the folder {folder} does not exist; check the path")
     if not matching:
         raise UsageError(
             f"no file matches {text}; its name was read as a frame pattern with {pattern.digits} "
