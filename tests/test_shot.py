@@ -200,8 +200,25 @@ def test_each_folder_and_each_numbered_name_is_a_shot() -> None:
         ["a/sx.1.png", "a/sx.2.png"],
     ]
     assert len(shots("a/sh.2.png", "a/sh.3.png", "a/sx.1.png", "a/sx.2.png", key="a/ref.png")) == 3
-    loose = ("a/sh.2.png", "a/10.31.png", "a/10.32.png", "a/end.png")  # one name alone is no shot
-    assert shots(*loose) == [[*loose, "a/sh.1.png"]]
+    assert shots("a/sh.2.png", "a/sh.2.mask.png", "a/10.31.png", "a/10.32.png", "a/sx.1.png") == [
+        ["a/sh.2.png", "a/sh.1.png"],
+        ["a/sh.2.mask.png"],
+        ["a/10.31.png", "a/10.32.png"],
+        ["a/sx.1.png"],
+    ]
+    loose = ("a/one.png", "a/two.png", "a/3.png")  # no name has several frames
+    assert shots(*loose, key="a/four.png") == [[*loose, "a/four.png"]]
+
+
+def test_a_file_with_another_name_changes_no_frame(shot: Shoot, scene: Path, frames: Path) -> None:
+    assert shot(src=frames).exit_code == 0
+    before = alphas(scene / "out")
+    shutil.copy(frames / "sh.1001.png", frames / "sh.1006.mask.png")
+    assert shot(src=frames, report=scene / "r.json").exit_code == 0
+    images = json.loads((scene / "r.json").read_text())["images"]
+    assert [image["name"] for image in images if image["status"] == "done"] == ["sh.1006.mask.png"]
+    assert shot(src=frames, out=scene / "whole").exit_code == 0
+    assert {name: content for name, content in alphas(scene / "whole").items() if "mask" not in name} == before
 
 
 @given(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from icm_cli.matting.references import Reference
 
 MIN_FRAMES = 2
-"""Files of one folder with different names before the frame number are separate shots if each has this many frames."""
+"""Files of one folder with different names before the frame number are separate shots if one has this many frames."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ def split_shots(jobs: Sequence[Job], keys: Sequence[Keyframe]) -> list[tuple[lis
     """Split frames and keyframes into shots.
 
     A folder is one shot. But if its files have several prefixes before the frame number, as a.0001.png and b.0001.png
-    have, each prefix is a shot. This requires that each prefix has at least ``MIN_FRAMES`` files, or only keyframes.
-    Missing frames do not count.
+    have, each prefix is a shot. This requires that a prefix has at least ``MIN_FRAMES`` files. Missing frames do not
+    count.
     """
     folders: dict[Path, dict[str, list[Job | Keyframe]]] = {}
     frames: list[Job | Keyframe] = [*jobs, *keys]
@@ -166,10 +166,8 @@ def split_shots(jobs: Sequence[Job], keys: Sequence[Keyframe]) -> list[tuple[lis
     shots = []
     for frames_by_prefix in folders.values():
         parts = list(frames_by_prefix.values())
-        existing = [[frame for frame in part if isinstance(frame, Keyframe) or not frame.is_missing] for part in parts]
-        # In each part, keyframes follow the jobs: if the first is a keyframe, all are.
-        are_shots = all(len(part) >= MIN_FRAMES or isinstance(part[0], Keyframe) for part in existing if part)
-        shots += parts if are_shots else [list(itertools.chain(*parts))]
+        counts = [sum(isinstance(frame, Keyframe) or not frame.is_missing for frame in part) for part in parts]
+        shots += parts if max(counts) >= MIN_FRAMES else [list(itertools.chain(*parts))]
     return [
         ([frame for frame in shot if isinstance(frame, Job)], [frame for frame in shot if isinstance(frame, Keyframe)])
         for shot in shots
