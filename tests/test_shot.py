@@ -210,6 +210,15 @@ def test_each_folder_and_each_numbered_name_is_a_shot() -> None:
     assert shots(*loose, key="a/four.png") == [[*loose, "a/four.png"]]
 
 
+def test_a_chunk_of_one_frame_of_each_shot_propagates_nothing_between_them(
+    shot: Shoot, scene: Path, frames: Path
+) -> None:
+    shutil.copy(frames / "sh.1001.png", frames / "take.1006.png")
+    assert shot("--frames", "1006", src=frames).exit_code == 0
+    assert shot("--frames", "1006", src=frames / "take.####.png", out=scene / "alone").exit_code == 0
+    assert (read(scene / "out" / "take.1006.png") == read(scene / "alone" / "take.1006.png")).all()
+
+
 def test_a_file_with_another_name_changes_no_frame(shot: Shoot, scene: Path, frames: Path) -> None:
     assert shot(src=frames).exit_code == 0
     before = alphas(scene / "out")

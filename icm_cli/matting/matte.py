@@ -44,7 +44,7 @@ from icm_cli.matting.resume import (
     report_alphas_without_source,
 )
 from icm_cli.matting.run_record import record_run
-from icm_cli.matting.shot import Keyframe, Shot, split_shots
+from icm_cli.matting.shot import MIN_FRAMES, Keyframe, Shot, split_shots
 from icm_cli.matting.sources import SkippedFiles, find_sources, real_path
 from icm_cli.options import MatteOptions, keyword_arguments
 from icm_cli.options.definition import DigestPart
@@ -155,7 +155,8 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     shot = None
     if sequences.shot:
         count = len(jobs)
-        jobs, shot = order_as_shot(jobs, reference_options.ref, references, sequences.shard)
+        min_frames = MIN_FRAMES if sequences.frames is None else 1  # a chunk may have one frame of a shot
+        jobs, shot = order_as_shot(jobs, reference_options.ref, references, sequences.shard, min_frames)
         if count and not jobs:
             listener.on_notice(EMPTY_SHARD.format(sequences.shard, options.sources.src, count))
     truths: list[Path] = []
@@ -435,11 +436,16 @@ def _make_scorer(processes: int) -> tuple[Scorer, ScoringRule]:
 
 
 def order_as_shot(
-    jobs: Sequence[Job], refs: Sequence[Path], references: Sequence[Reference], shard: str | None
+    jobs: Sequence[Job],
+    refs: Sequence[Path],
+    references: Sequence[Reference],
+    shard: str | None,
+    min_frames: int = MIN_FRAMES,
 ) -> tuple[list[Job], Shot]:
     """Return the jobs of shots sorted by name, and their :class:`Shot`; both only of a shard if one is given.
 
     ``refs``: paths of the references. Those that are frames of the sources become keyframes. ``shard``: ``--shard``.
+    ``min_frames``: see :func:`split_shots`.
     """
     folders = {real_path(Path(job.root) / job.name.parent): job.name.parent for job in jobs}
     keys = []
@@ -448,7 +454,7 @@ def order_as_shot(
         if path is not None:
             name = folders[real_path(path.parent)] / path.name
             keys.append(Keyframe(name, functools.partial(references.__getitem__, number)))
-    shot = Shot.from_examples(split_shots(jobs, keys))
+    shot = Shot.from_examples(split_shots(jobs, keys, min_frames))
     if shard is not None:
         shot = shot.shard(*parse_shard(shard))
     outputs = {job.output for job in shot.order}

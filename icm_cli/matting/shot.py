@@ -151,12 +151,14 @@ def unreadable_entry(job: Job) -> str:
     return f"{NO_MEMORY}{job.input_digest()[:ENTRY_DIGITS]}"
 
 
-def split_shots(jobs: Sequence[Job], keys: Sequence[Keyframe]) -> list[tuple[list[Job], list[Keyframe]]]:
+def split_shots(
+    jobs: Sequence[Job], keys: Sequence[Keyframe], min_frames: int = MIN_FRAMES
+) -> list[tuple[list[Job], list[Keyframe]]]:
     """Split frames and keyframes into shots.
 
     A folder is one shot. But if its files have several prefixes before the frame number, as a.0001.png and b.0001.png
-    have, each prefix is a shot. This requires that a prefix has at least ``MIN_FRAMES`` files. Missing frames do not
-    count.
+    have, each prefix is a shot. This requires that a prefix has at least ``min_frames`` files: 1 if all numbers are
+    known to be frame numbers. Missing frames do not count.
     """
     folders: dict[Path, dict[str, list[Job | Keyframe]]] = {}
     frames: list[Job | Keyframe] = [*jobs, *keys]
@@ -167,7 +169,7 @@ def split_shots(jobs: Sequence[Job], keys: Sequence[Keyframe]) -> list[tuple[lis
     for frames_by_prefix in folders.values():
         parts = list(frames_by_prefix.values())
         counts = [sum(isinstance(frame, Keyframe) or not frame.is_missing for frame in part) for part in parts]
-        shots += parts if max(counts) >= MIN_FRAMES else [list(itertools.chain(*parts))]
+        shots += parts if max(counts) >= min_frames else [list(itertools.chain(*parts))]
     return [
         ([frame for frame in shot if isinstance(frame, Job)], [frame for frame in shot if isinstance(frame, Keyframe)])
         for shot in shots
