@@ -332,19 +332,8 @@ def _decode_with_pillow(
             values = np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None]
             scale = wanted.white or (1.0 if image.mode == "F" else 65535.0)
             return DecodedImage(values, None, scale, space, bits=32).reorient(orientation)  # ``values`` are float32
-        alpha, indices, has_grey_palette = None, None, False
-        colours: Image.Image = image
-        if image.has_transparency_data:
-            colours = image.convert("RGBA")
-            alpha = np.asarray(colours.getchannel("A"))
-        if image.mode == "P":
-            indices = np.asarray(image)
-            palette = np.array(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
-            has_grey_palette = _is_grey_palette(palette, np.unique(indices))
-        if colours.mode in ("RGBA", "P", "PA", "LA"):
-            colours = colours.convert("RGB")
-        elif colours.mode == "1":
-            colours = colours.convert("L")
+        indices, has_grey_palette = _read_palette_indices(image)
+        colours, alpha = _split_alpha(image)
         if profile:
             converted = colour.to_srgb(colours, profile)
             if converted is None:
@@ -363,6 +352,28 @@ def _decode_with_pillow(
         has_grey_palette=has_grey_palette,
     )
     return decoded.reorient(orientation)
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, NDArray[Any] | None]:
+    """Return the colours of an image of 8 bits, without alpha or palette, and its alpha [H,W]; None without one."""
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return rgba.convert("RGB"), np.asarray(rgba.getchannel("A"))
+    if image.mode == "P":
+        return image.convert("RGB"), None
+    return image.convert("L") if image.mode == "1" else image, None
+
+
+def _read_palette_indices(image: Image.Image) -> tuple[NDArray[Any] | None, bool]:
+    """Return the palette indices [H,W] of an image, and whether it is one of greys; None without a palette.
+
+    See :attr:`DecodedImage.has_grey_palette`.
+    """
+    if image.mode != "P":
+        return None, False
+    indices = np.asarray(image)
+    palette = np.array(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
+    return indices, _is_grey_palette(palette, np.unique(indices))
 
 
 def _is_grey_palette(palette: NDArray[Any], used_indices: NDArray[Any]) -> bool:

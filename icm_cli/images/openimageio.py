@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from icm_cli.errors import ImageError
-from icm_cli.geometry import ImageU8, scale_to_u8
+from icm_cli.geometry import scale_to_u8
 from icm_cli.images import colour, containers
 from icm_cli.images.image_file import FileType, ImageFile
 from icm_cli.images.pixels import (
@@ -123,8 +123,7 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
     scale = _white_value(spec, dtype, wanted.white)
     if _integer_attribute(spec, "tiff:PhotometricInterpretation", -1) == MIN_IS_WHITE:
         pixels = np.asarray(np.maximum(scale - pixels, 0), dtype)
-    has_finite_alpha = alpha is None or bool(np.isfinite(alpha).all())
-    if dtype == np.float32 and not (np.isfinite(pixels).all() and has_finite_alpha):
+    if dtype == np.float32 and not (np.isfinite(pixels).all() and (alpha is None or np.isfinite(alpha).all())):
         notices.append(f"{path} has {NOT_FINITE}; they are set to 0")
         pixels = np.nan_to_num(pixels, nan=0.0, posinf=0.0, neginf=0.0)
         alpha = None if alpha is None else np.nan_to_num(alpha, nan=0.0, posinf=0.0, neginf=0.0)
@@ -135,14 +134,6 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
         if notice and profile is None:
             notices.append(f"{path} has {notice}")
     notices += _check_range(path, pixels, scale, space, wanted)
-    # In a PNG, a label of another space than sRGB takes precedence over the profile.
-    if profile is not None and (file.type.name != "png" or space == colour.SRGB):
-        converted = _convert_by_profile(pixels, scale, bytes(profile))
-        if converted is None:
-            notices.append(f"{path}: {BAD_PROFILE}")
-        else:
-            alpha = None if alpha is None else scale_to_u8(alpha, scale)
-            pixels, space, scale = converted, colour.SRGB, 255.0
     channel_formats = spec.channelformats or [spec.format] * spec.nchannels  # empty if all are equal
     decoded = DecodedImage(
         pixels,
@@ -156,6 +147,9 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
         is_half=all(str(channel_formats[channel]) == "half" for channel in layer.colours),
         own_windows=windows,
     )
+    # In a PNG, a label of another space than sRGB takes precedence over the profile.
+    if profile is not None and (file.type.name != "png" or space == colour.SRGB):
+        decoded = _convert_by_profile(decoded, bytes(profile), path)
     return decoded.reorient(orientation)
 
 
@@ -172,12 +166,14 @@ def _read_channels(reader: Any, layer: ImageLayer, read_type: str) -> tuple[NDAr
     return values[..., indices], alpha
 
 
-def _convert_by_profile(pixels: NDArray[Any], scale: float, profile: bytes) -> ImageU8 | None:
-    """Convert pixels from their ICC profile to sRGB, uint8 [H,W,3]; None if the profile cannot be used."""
-    image_u8 = scale_to_u8(pixels, scale)
-    image = Image.fromarray(image_u8 if image_u8.shape[-1] == 3 else image_u8[..., 0])
-    converted = colour.to_srgb(image, profile)
-    return None if converted is None else np.asarray(converted)
+def _convert_by_profile(image: DecodedImage, profile: bytes, path: Path) -> DecodedImage:
+    """Convert an image from its ICC profile to sRGB in 8 bits. If the profile cannot be used, add a notice."""
+    pixels_u8 = scale_to_u8(image.pixels, image.scale)
+    converted = colour.to_srgb(Image.fromarray(pixels_u8 if pixels_u8.shape[-1] == 3 else pixels_u8[..., 0]), profile)
+    if converted is None:
+        return replace(image, notices=(*image.notices, f"{path}: {BAD_PROFILE}"))
+    alpha = None if image.alpha is None else scale_to_u8(image.alpha, image.scale)
+    return replace(image, pixels=np.asarray(converted), alpha=alpha, scale=255.0, space=colour.SRGB)
 
 
 def _image_windows(spec: Any, file_type: FileType, orientation: int) -> ImageWindows:
@@ -342,28 +338,31 @@ def select_layer(reader: Any, path: Path, wanted: str, *, refuse_data: bool = Fa
     cryptomattes; a mask may hold ids. Raises ImageError, listing the layers, if there is no such layer.
     """
     layers, parts = _colour_layers(reader)
-    listed = ", ".join(dict.fromkeys(layer.name for layer in layers))
     if wanted:
-        named = [layer for layer in layers if layer.has_name(wanted)]
-        if not named:
+        named = next((layer for layer in layers if layer.has_name(wanted)), None)
+        if named is None:
             raise ImageError(
                 f"{path} has no layer {wanted!r} with R, G and B; expected one of: "
-                f"{listed or 'none'}; give one with --layer"
+                f"{_list_names(layers) or 'none'}; give one with --layer"
             )
-        return named[0], []
-    image_layers = [layer for layer in layers if not layer.is_data]
-    has_only_data = not image_layers if layers else _hold_only_data(parts)
+        return named, []
+    has_only_data = all(layer.is_data for layer in layers) if layers else _hold_only_data(parts)
     if refuse_data and has_only_data:
         raise _data_error(parts, path)
     if not layers:
         return _grey_layer(parts, path), []
-    candidates = image_layers or layers
+    candidates = layers if has_only_data else [layer for layer in layers if not layer.is_data]
     without_prefix = [layer for layer in candidates if not layer.prefix]
-    beauties = [layer for layer in candidates if layer.prefix.rpartition(".")[2].lower() in BEAUTY_NAMES]
-    chosen = (without_prefix or beauties or candidates)[0]
     if without_prefix or len(candidates) == 1:
-        return chosen, []
-    return chosen, [f"{path} has the layers {listed}; {chosen.name} is used; give --layer to use another one"]
+        return (without_prefix or candidates)[0], []
+    beauties = [layer for layer in candidates if layer.prefix.rpartition(".")[2].lower() in BEAUTY_NAMES]
+    chosen = (beauties or candidates)[0]
+    notice = f"{path} has the layers {_list_names(layers)}; {chosen.name} is used; give --layer to use another one"
+    return chosen, [notice]
+
+
+def _list_names(layers: Sequence[ImageLayer]) -> str:
+    return ", ".join(dict.fromkeys(layer.name for layer in layers))
 
 
 def _is_data(name: str) -> bool:
