@@ -664,25 +664,30 @@ def _check_alpha(alpha: Any, rgb: ImageU8, name: str) -> NDArray[Any]:
 def _as_rgb(image: Any, name: str) -> ImageU8:
     """Return an image that may be grey as contiguous uint8 [H,W,3]. Raises UsageError."""
     _refuse_masked_array(image, name)
+    expected = "expected sRGB, uint8 [H,W,3]"
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or not image.size:
-        remedy = ""
-        if isinstance(image, np.ndarray) and image.dtype.kind == "f":
-            remedy = "; convert sRGB values in 0..1 with (255 * image + 0.5).astype(numpy.uint8)"
-        elif isinstance(image, np.ndarray) and image.dtype == np.uint16:
-            remedy = "; convert 16-bit values with (image / 257 + 0.5).astype(numpy.uint8)"
-        elif not isinstance(image, np.ndarray) and image is not None:
-            remedy = "; give an array, such as numpy.asarray(PIL.Image.open(path).convert('RGB'))"
-        raise UsageError(f"{name} is {_describe(image)}; expected sRGB, uint8 [H,W,3]{remedy}")
-    if image.ndim == 2 or (image.ndim == 3 and image.shape[-1] == 1):
+        raise UsageError(f"{name} is {_describe(image)}; {expected}{_advice_about_type(image)}")
+    if image.ndim == 2 or image.shape[2:] == (1,):
         image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=-1)
-    if image.ndim != 3 or image.shape[-1] != 3:
-        remedy = ""
-        if image.ndim == 3 and image.shape[-1] == 4:
-            remedy = "; give image[..., :3] if the fourth channel is an alpha"
+    if image.shape[2:] != (3,):
+        advice = ""
+        if image.shape[2:] == (4,):
+            advice = "; give image[..., :3] if the fourth channel is an alpha"
         elif image.ndim == 3 and image.shape[0] == 3:
-            remedy = "; give image.transpose(1, 2, 0) if the channels are first"
-        raise UsageError(f"{name} is {_describe(image)}; expected sRGB, uint8 [H,W,3]{remedy}")
+            advice = "; give image.transpose(1, 2, 0) if the channels are first"
+        raise UsageError(f"{name} is {_describe(image)}; {expected}{advice}")
     return np.ascontiguousarray(image)
+
+
+def _advice_about_type(image: Any) -> str:
+    """Return how to convert an object that is no uint8 array to one, as the end of a message; "" if unknown."""
+    if not isinstance(image, np.ndarray):
+        return "" if image is None else "; give an array, such as numpy.asarray(PIL.Image.open(path).convert('RGB'))"
+    if image.dtype.kind == "f":
+        return "; convert sRGB values in 0..1 with (255 * image + 0.5).astype(numpy.uint8)"
+    if image.dtype == np.uint16:
+        return "; convert 16-bit values with (image / 257 + 0.5).astype(numpy.uint8)"
+    return ""
 
 
 def _check_hints(hints: Any, image: ImageU8, of_which: str = "") -> Hints:

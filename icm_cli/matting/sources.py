@@ -100,26 +100,14 @@ def find_sources(
     """
     sources = _find_files(src, skipped_files, is_ignored)
     if root is not None:
-        if not root.is_dir():
-            raise UsageError(f"--root {root} is not a folder; expected a folder that contains the sources")
-        absolute = {path: Path(os.path.abspath(path)) for path in sources.files}  # noqa: PTH100  resolve() follows links
-        inspected = {absolute[path]: file for path, file in sources.inspected.items() if path in absolute}
-        sources = replace(sources, root=Path(os.path.abspath(root)), files=list(absolute.values()), inspected=inspected)  # noqa: PTH100
+        sources = _change_root(sources, root)
     if not sources.files:
         where = "standard input" if str(src) == "-" else src
         raise UsageError(
             f"no images were found in {where}; expected at least one of "
             f"{', '.join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))}"
         )
-    outside = [path for path in sources.files if not path.is_relative_to(sources.root)]
-    inspected = {path: sources.inspected.get(path) or SourceFile.inspect(path) for path in outside}
-    outside = [path for path in outside if _may_be_image(inspected[path])]
-    if outside:
-        named = ", ".join(map(str, outside[:MAX_LISTED_FILES])) + (", ..." if len(outside) > MAX_LISTED_FILES else "")
-        raise UsageError(
-            f"{len(outside)} of the images are outside {sources.root}, to which output paths are "
-            f"relative: {named}; give --root a folder that contains all of them"
-        )
+    inspected_outside = _inspect_files_outside_root(sources)
     signed = [path for path in sources.files if re.search(r"[._]-[0-9]+$", path.stem)]
     if signed:
         more = f" and {len(signed) - 1} more" if len(signed) > 1 else ""
@@ -128,7 +116,38 @@ def find_sources(
             "so the - is read as part of the name; number frames from 0"
         )
     files = sorted(set(sources.files), key=natural_sort_key)
-    return replace(sources, files=files, inspected={**sources.inspected, **inspected})
+    return replace(sources, files=files, inspected={**sources.inspected, **inspected_outside})
+
+
+def _change_root(sources: Sources, root: Path) -> Sources:
+    """Return sources below another root, with absolute paths. Raises UsageError if the root is not a folder."""
+    if not root.is_dir():
+        raise UsageError(f"--root {root} is not a folder; expected a folder that contains the sources")
+    absolute = {path: _absolute_path(path) for path in sources.files}
+    inspected = {absolute[path]: file for path, file in sources.inspected.items() if path in absolute}
+    return replace(sources, root=_absolute_path(root), files=list(absolute.values()), inspected=inspected)
+
+
+def _absolute_path(path: str | Path) -> Path:
+    """Return a path as absolute, without "..". Unlike ``Path.resolve`` this does not follow links."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
+def _inspect_files_outside_root(sources: Sources) -> dict[Path, SourceFile]:
+    """Return what the headers of files outside the root state. Raises UsageError if one of these may be an image.
+
+    Files that are no images will fail one by one, with a better message.
+    """
+    outside = [path for path in sources.files if not path.is_relative_to(sources.root)]
+    inspected = {path: sources.inspected.get(path) or SourceFile.inspect(path) for path in outside}
+    images = [path for path in outside if _may_be_image(inspected[path])]
+    if images:
+        listed = ", ".join(map(str, images[:MAX_LISTED_FILES])) + (", ..." if len(images) > MAX_LISTED_FILES else "")
+        raise UsageError(
+            f"{len(images)} of the images are outside {sources.root}, to which output paths are "
+            f"relative: {listed}; give --root a folder that contains all of them"
+        )
+    return inspected
 
 
 def _may_be_image(file: SourceFile) -> bool:
@@ -308,7 +327,7 @@ def _read_list(data: bytes, where: str, skipped_files: SkippedFiles) -> Sources:
             f"{where} has NUL characters in every line; expected UTF-8 text with one path per line; "
             "use find -print, not -print0"
         )
-    absolute = [Path(os.path.abspath(line.replace("\0", NUL_PICTURE))) for line in lines]  # noqa: PTH100
+    absolute = [_absolute_path(line.replace("\0", NUL_PICTURE)) for line in lines]
     files = skipped_files.exclude(absolute, os.path.isdir, "a folder in a list; list its files instead")
     return Sources(_find_list_root(lines, where), files)
 
@@ -319,10 +338,10 @@ def _find_list_root(lines: Sequence[str], where: str) -> Path:
     Raises UsageError for different roots.
     """
     marked_roots = [line.rpartition(ROOT_MARK)[0] for line in lines if ROOT_MARK in line]
-    roots = sorted({os.path.abspath(root or "/") for root in marked_roots})  # noqa: PTH100
+    roots = sorted({_absolute_path(root or "/") for root in marked_roots})
     if len(roots) > 1:
         raise UsageError(
             f"{where} has lines of {len(roots)} roots, such as {roots[0]} and {roots[1]}, and output paths are "
             f"relative to one root; make a list for each root, or remove {ROOT_MARK} from the lines and give --root"
         )
-    return Path(roots[0]) if roots else Path.cwd()
+    return roots[0] if roots else Path.cwd()

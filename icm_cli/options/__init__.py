@@ -173,16 +173,26 @@ class ReferenceOptions(OptionGroup):
         return bool(self.point or self.not_point or self.box or self.scribble)
 
     def check_conflicts(self) -> None:
-        flags = (
-            ("--point", self.point),
-            ("--not-point", self.not_point),
-            ("--box", self.box),
-            ("--scribble", self.scribble),
-        )
-        for flag, value in flags:
-            if value and self.mask:
+        self._check_prompts()
+        if self.guidance == "paper":
+            self._check_guidance_paper()
+        if self.save_mask and len(self.ref) > 1:
+            raise UsageError(f"--save-mask writes one mask, and {len(self.ref)} references were given; give one --ref")
+        if self.save_mask and self.save_mask.suffix.lower() != ".png":
+            raise UsageError(f"--save-mask {self.save_mask} is not a .png file; give it the suffix .png")
+
+    def _check_prompts(self) -> None:
+        """Raise UsageError for prompts of several references, next to a mask, or without a mark on the object."""
+        prompts = {
+            "--point": self.point,
+            "--not-point": self.not_point,
+            "--box": self.box,
+            "--scribble": self.scribble,
+        }
+        for flag in (flag for flag, value in prompts.items() if value):
+            if self.mask:
                 raise UsageError(f"{flag} makes the mask of the reference, and --mask gives it; omit one of the two")
-            if value and len(self.ref) > 1:
+            if len(self.ref) > 1:
                 raise UsageError(
                     f"{flag} is for a single reference, and {len(self.ref)} were given; give one --ref, or a JSON file "
                     "of labelme for each one as its --mask"
@@ -191,21 +201,19 @@ class ReferenceOptions(OptionGroup):
             raise UsageError(
                 "--not-point excludes parts of an object, and nothing marks the object; give --point or --box"
             )
-        if self.guidance == "paper":
-            if not (self.point or self.scribble):
-                raise UsageError(
-                    "--guidance paper extends points and strokes on the object, and there are none; give --point or "
-                    "--scribble, or omit --guidance"
-                )
-            if self.not_point or self.box or self.save_mask:
-                raise UsageError(
-                    "--guidance paper uses only points and strokes on the object, and makes no mask; omit --not-point, "
-                    "--box and --save-mask"
-                )
-        if self.save_mask and len(self.ref) > 1:
-            raise UsageError(f"--save-mask writes one mask, and {len(self.ref)} references were given; give one --ref")
-        if self.save_mask and self.save_mask.suffix.lower() != ".png":
-            raise UsageError(f"--save-mask {self.save_mask} is not a .png file; give it the suffix .png")
+
+    def _check_guidance_paper(self) -> None:
+        """Raise UsageError if options do not fit to ``--guidance paper``."""
+        if not (self.point or self.scribble):
+            raise UsageError(
+                "--guidance paper extends points and strokes on the object, and there are none; give --point or "
+                "--scribble, or omit --guidance"
+            )
+        if self.not_point or self.box or self.save_mask:
+            raise UsageError(
+                "--guidance paper uses only points and strokes on the object, and makes no mask; omit --not-point, "
+                "--box and --save-mask"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
