@@ -132,44 +132,48 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
 
     Raises UsageError.
     """
-    reference_options, sequences = options.references, options.sequences
-    report_files = ReportFiles(
-        options.reports.report,
-        options.reports.contact_sheet,
-        mask=reference_options.save_mask,
-        review_list=options.reports.review_list,
-    )
+    sequences, ground_truth, notice = options.sequences, options.reports.gt, listener.on_notice
     output, layout = choose_output(options.output)
-    if options.reports.gt is not None and (output.invert or output.trimap == "instead"):
+    if ground_truth is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; omit --invert and --trimap instead")
     colour, _ = choose_colour_settings(options.colour)
-    protected = reference_options.files
-    skipped_files = SkippedFiles(listener.on_notice)
-    remedy = None if options.output.overwrite else "give another name, or --overwrite to replace it"
-    ReportFiles(mask=reference_options.save_mask).check_no_overwrite(protected, remedy)  # before a model makes the mask
-    references = read_all_references(options, listener.on_notice)
-    jobs, inputs = plan_images(options, layout, colour, skipped_files, listener.on_notice)
+    _check_report_paths(options, ReportFiles(mask=options.references.save_mask), [])  # before a model makes the mask
+    references = read_all_references(options, notice)
+    skipped_files = SkippedFiles(notice)
+    jobs, inputs = plan_images(options, layout, colour, skipped_files, notice)
+    hint_files = [path for job in jobs if job.hints for path in job.hints.paths]
     if inputs.hints is not None:
-        listener.on_notice(f"{format_count(sum(job.hints is not None for job in jobs), 'image')} with hints")
-        protected += [path for job in jobs if job.hints for path in job.hints.paths]
+        notice(f"{format_count(sum(job.hints is not None for job in jobs), 'image')} with hints")
     shot = None
     if sequences.shot:
         count = len(jobs)
         min_frames = MIN_FRAMES if sequences.frames is None else 1  # a chunk may have one frame of a shot
-        jobs, shot = order_as_shot(jobs, reference_options.ref, references, sequences.shard, min_frames)
+        jobs, shot = order_as_shot(jobs, options.references.ref, references, sequences.shard, min_frames)
         if count and not jobs:
-            listener.on_notice(EMPTY_SHARD.format(sequences.shard, options.sources.src, count))
+            notice(EMPTY_SHARD.format(sequences.shard, options.sources.src, count))
     truths: list[Path] = []
-    if options.reports.gt is not None:
-        jobs, truths = _add_ground_truth(jobs, options.reports.gt)
+    if ground_truth is not None:
+        jobs, truths = _add_ground_truth(jobs, ground_truth)
         check_overwrites(jobs, truths, "a ground truth")
         shot = shot and shot.with_jobs(jobs)
-    files = [path for job in jobs for path in (job.source, *job.outputs)]
     check_obstacles(jobs)
-    check_overwrites(jobs, reference_options.not_ref, "a negative reference")
-    protected += [*reference_options.not_ref, *inputs.mattes]
-    report_files.check_no_overwrite([*protected, options.sources.src, *truths, *map(str, files)], remedy)
+    check_overwrites(jobs, options.references.not_ref, "a negative reference")
+    report_files = ReportFiles(
+        options.reports.report,
+        options.reports.contact_sheet,
+        mask=options.references.save_mask,
+        review_list=options.reports.review_list,
+    )
+    outputs = [output for job in jobs for output in job.outputs]
+    sources = [options.sources.src, *(str(job.source) for job in jobs)]
+    _check_report_paths(options, report_files, [*inputs.mattes, *hint_files, *truths, *sources, *outputs])
     return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths)
+
+
+def _check_report_paths(options: MatteOptions, report_files: ReportFiles, files: Sequence[str | Path]) -> None:
+    """Raise UsageError if a report would replace a reference, one of ``files`` or a file that icm did not write."""
+    remedy = None if options.output.overwrite else "give another name, or --overwrite to replace it"
+    report_files.check_no_overwrite([*options.references.files, *options.references.not_ref, *files], remedy)
 
 
 def read_all_references(options: MatteOptions, notice: Callable[[str], None]) -> list[Reference]:
