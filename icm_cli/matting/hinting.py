@@ -6,6 +6,7 @@ alpha.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -58,37 +59,46 @@ def move_hints(hints: Hints, windows: ImageWindows) -> Hints:
     """
     if windows.is_full:
         return hints
-    height, width = windows.size
-    top, left = windows.offset
-
-    def is_inside(x: float, y: float) -> bool:
-        return 0 <= x < width and 0 <= y < height
-
-    def move_points(points: list[Point]) -> list[Point]:
-        return [(x - left, y - top) for x, y in points]
-
-    def clip_box(box: Box) -> Box:
-        x0, x1 = np.clip(sorted((box[0] - left, box[2] - left)), 0, width).tolist()
-        y0, y1 = np.clip(sorted((box[1] - top, box[3] - top)), 0, height).tolist()
-        if x0 >= x1 or y0 >= y1:
-            raise _outside_error(f"box {','.join(f'{number:g}' for number in box)}", windows)
-        return x0, y0, x1, y1
-
-    points = move_points(list(hints.points))
+    points = _move_points(hints.points, windows)
     for (x, y), moved in zip(hints.points, points, strict=True):
-        if not is_inside(*moved):
+        if not _is_inside(moved, windows):
             raise _outside_error(f"point {x:g},{y:g} on the object", windows)
     return replace(
         hints,
         size=windows.size,
         points=points,
-        not_points=[point for point in move_points(list(hints.not_points)) if is_inside(*point)],
-        boxes=[clip_box(box) for box in hints.boxes],
+        not_points=[point for point in _move_points(hints.not_points, windows) if _is_inside(point, windows)],
+        boxes=[_move_box(box, windows) for box in hints.boxes],
         object_area=_move_object_area(hints.object_area, windows, "on the object"),
         background_area=_move_area(hints.background_area, windows),
         keep=_move_object_area(hints.keep, windows, "to keep"),
         drop=_move_area(hints.drop, windows),
     )
+
+
+def _move_points(points: Sequence[Point], windows: ImageWindows) -> list[Point]:
+    """Convert points of the display window to the data window."""
+    top, left = windows.offset
+    return [(x - left, y - top) for x, y in points]
+
+
+def _is_inside(point: Point, windows: ImageWindows) -> bool:
+    """Return whether a point is inside the data window."""
+    height, width = windows.size
+    return 0 <= point[0] < width and 0 <= point[1] < height
+
+
+def _move_box(box: Box, windows: ImageWindows) -> Box:
+    """Convert a box of the display window to the data window, and cut it off there.
+
+    Raises UsageError if it is outside.
+    """
+    height, width = windows.size
+    corners = np.array(_move_points([box[:2], box[2:]], windows))
+    (x0, y0), (x1, y1) = np.clip(np.sort(corners, axis=0), 0, (width, height)).tolist()
+    if x0 >= x1 or y0 >= y1:
+        raise _outside_error(f"box {','.join(f'{number:g}' for number in box)}", windows)
+    return x0, y0, x1, y1
 
 
 def _move_area(area: Area | None, windows: ImageWindows) -> Area | None:

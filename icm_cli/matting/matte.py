@@ -133,6 +133,12 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     Raises UsageError.
     """
     sequences, ground_truth, notice = options.sequences, options.reports.gt, listener.on_notice
+    report_files = ReportFiles(
+        options.reports.report,
+        options.reports.contact_sheet,
+        mask=options.references.save_mask,
+        review_list=options.reports.review_list,
+    )
     output, layout = choose_output(options.output)
     if ground_truth is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; omit --invert and --trimap instead")
@@ -158,12 +164,6 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
         shot = shot and shot.with_jobs(jobs)
     check_obstacles(jobs)
     check_overwrites(jobs, options.references.not_ref, "a negative reference")
-    report_files = ReportFiles(
-        options.reports.report,
-        options.reports.contact_sheet,
-        mask=options.references.save_mask,
-        review_list=options.reports.review_list,
-    )
     outputs = [output for job in jobs for output in job.outputs]
     sources = [options.sources.src, *(str(job.source) for job in jobs)]
     _check_report_paths(options, report_files, [*inputs.mattes, *hint_files, *truths, *sources, *outputs])
