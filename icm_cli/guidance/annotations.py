@@ -14,7 +14,7 @@ import base64
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -220,31 +220,37 @@ def _coco_shapes(content: dict[str, Any], size: tuple[int, int], image: Path | N
     _check_size(entry.get("height"), entry.get("width"), size)
     label_by_id = {category["id"]: category["name"] for category in content.get("categories", [])}
     for number, annotation in enumerate(content["annotations"]):
-        if annotation["image_id"] != entry["id"]:
-            continue
-        name, category_id = f"annotations[{number}]", annotation.get("category_id", "")
-        label = label_by_id.get(category_id, str(category_id)).strip()
-        segmentation, box = annotation.get("segmentation"), annotation.get("bbox")
-        if isinstance(segmentation, dict):  # a run-length encoding
-            yield _Shape(name, "mask", label, [], _decode_runs(segmentation, size, name), str(category_id))
-        elif segmentation:  # polygons
-            check_schema(segmentation, [[NUMBER]], f"{name}.segmentation")
-            for values in segmentation:
-                if len(values) < 6 or len(values) % 2:
-                    raise ValueError(
-                        f"{name} has a polygon of {len(values)} numbers; expected x and y of 3 or more points"
-                    )
-                points = [_clip_point(xy, size, name) for xy in zip(values[::2], values[1::2], strict=True)]
-                yield _Shape(name, "polygon", label, points, label_id=str(category_id))
-        elif box:
-            check_schema(box, [NUMBER], f"{name}.bbox")
-            if len(box) != 4:
-                raise ValueError(f"{name} has a bbox of {len(box)} numbers; expected x, y, width and height")
-            corners = [box[:2], [box[0] + box[2], box[1] + box[3]]]
-            points = [_clip_point(corner, size, name) for corner in corners]
-            yield _Shape(name, "rectangle", label, points, label_id=str(category_id))
-        else:
-            raise ValueError(f"{name} has neither a segmentation nor a bbox; expected one of them")
+        if annotation["image_id"] == entry["id"]:
+            category_id = annotation.get("category_id", "")
+            label = label_by_id.get(category_id, str(category_id)).strip()
+            for kind, points, mask in _coco_outlines(annotation, size, f"annotations[{number}]"):
+                yield _Shape(f"annotations[{number}]", kind, label, points, mask, str(category_id))
+
+
+def _coco_outlines(
+    annotation: dict[str, Any], size: tuple[int, int], name: str
+) -> Iterator[tuple[str, list[Point], Area | None]]:
+    """Yield kind, points and mask of each shape in an annotation of COCO. Raises ValueError for one that is not valid.
+
+    ``name``: what messages call the annotation.
+    """
+    segmentation, box = annotation.get("segmentation"), annotation.get("bbox")
+    if isinstance(segmentation, dict):  # a run-length encoding
+        yield "mask", [], _decode_runs(segmentation, size, name)
+    elif segmentation:  # polygons
+        check_schema(segmentation, [[NUMBER]], f"{name}.segmentation")
+        for values in segmentation:
+            if len(values) < 6 or len(values) % 2:
+                raise ValueError(f"{name} has a polygon of {len(values)} numbers; expected x and y of 3 or more points")
+            yield "polygon", [_clip_point(xy, size, name) for xy in zip(values[::2], values[1::2], strict=True)], None
+    elif box:
+        check_schema(box, [NUMBER], f"{name}.bbox")
+        if len(box) != 4:
+            raise ValueError(f"{name} has a bbox of {len(box)} numbers; expected x, y, width and height")
+        corners = [box[:2], [box[0] + box[2], box[1] + box[3]]]
+        yield "rectangle", [_clip_point(corner, size, name) for corner in corners], None
+    else:
+        raise ValueError(f"{name} has neither a segmentation nor a bbox; expected one of them")
 
 
 def _find_coco_image(entries: Sequence[dict[str, Any]], image: Path | None) -> dict[str, Any]:
@@ -375,25 +381,41 @@ def _select_shapes(shapes: Sequence[_Shape], label: str | None, *, can_select: b
 
     ``label``: the one that marks the object. Without it, the object is marked by ``fg`` or by the only other label.
     """
-    counts = Counter(shape.label for shape in shapes)
-    listed = ", ".join(f"{format_json(name)} ({count})" for name, count in counts.most_common(MAX_LISTED))
-    meanings = {name: LABELS[name.lower()] for name in counts if name.lower() in LABELS}
-    other_labels = [name for name in counts if name not in meanings]
-    has_object = "fg" in meanings.values()
-    if label is not None:
+    meanings = {shape.label: LABELS[shape.label.lower()] for shape in shapes if shape.label.lower() in LABELS}
+    if label is None:
+        other_label = _find_object_label(shapes, meanings, can_select=can_select)
+        object_labels = set() if other_label is None else {other_label}
+    else:
         object_labels = {shape.label for shape in shapes if label.strip() in (shape.label, shape.label_id)}
         if not object_labels:
-            raise ValueError(f"no shape has the label {label}; expected one of {listed or 'the labels in the file'}")
+            listed = _list_labels(shapes) or "the labels in the file"
+            raise ValueError(f"no shape has the label {label}; expected one of {listed}")
         meanings = {name: meaning for name, meaning in meanings.items() if meaning != "fg"}
-    elif len(other_labels) > (0 if has_object else 1):
-        remedy = f"; select one, as in --mask-label {other_labels[0]}" if can_select else ""
-        raise ValueError(f"it has several labels: {listed}; expected {', '.join(AREA_NAMES)}, or one label{remedy}")
-    else:
-        for name in () if can_select else other_labels:
-            _check_spelling(name)
-        object_labels = set(other_labels)
     meanings |= dict.fromkeys(object_labels, "fg")
     return [(meanings[shape.label], shape) for shape in shapes if shape.label in meanings]
+
+
+def _find_object_label(shapes: Sequence[_Shape], meanings: Mapping[str, str], *, can_select: bool) -> str | None:
+    """Return the label that marks the object although it is not in :data:`LABELS`; None if there is no such label.
+
+    ``meanings``: the other labels, with their meanings. Raises ValueError if several labels may mark the object.
+    """
+    other_labels = list(dict.fromkeys(shape.label for shape in shapes if shape.label not in meanings))
+    object_count = len(other_labels) + ("fg" in meanings.values())
+    if other_labels and object_count > 1:
+        remedy = f"; select one, as in --mask-label {other_labels[0]}" if can_select else ""
+        raise ValueError(
+            f"it has several labels: {_list_labels(shapes)}; expected {', '.join(AREA_NAMES)}, or one label{remedy}"
+        )
+    if other_labels and not can_select:
+        _check_spelling(other_labels[0])
+    return other_labels[0] if other_labels else None
+
+
+def _list_labels(shapes: Sequence[_Shape]) -> str:
+    """Return the labels of shapes for a message, each with the number of its shapes."""
+    counts = Counter(shape.label for shape in shapes)
+    return ", ".join(f"{format_json(label)} ({count})" for label, count in counts.most_common(MAX_LISTED))
 
 
 def _check_spelling(label: str) -> None:

@@ -100,7 +100,9 @@ class Hints:
         return on_object, off_object
 
     def __post_init__(self) -> None:
-        self._convert()
+        self._convert_size()
+        self._convert_positions()
+        self._check_areas()
         self._check_positions()
         self._check_contradictions()
 
@@ -122,17 +124,18 @@ class Hints:
             if x0 == x1 or y0 == y1:
                 raise UsageError(f"{name} is empty; give two opposite corners of the object's box")
 
-    def _convert(self) -> None:
-        """Check the types and shapes of all values, and store the points and boxes as tuples of float."""
-        if not (
-            isinstance(self.size, (tuple, list))
-            and len(self.size) == 2
-            and all(isinstance(side, Integral) and not isinstance(side, bool) and side > 0 for side in self.size)
-        ):
+    def _convert_size(self) -> None:
+        """Store the size as a tuple of int. Raises UsageError if it is not a height and a width."""
+        size = self.size
+        is_pair = isinstance(size, (tuple, list)) and len(size) == 2
+        if not (is_pair and all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in size)):
             raise UsageError(
-                f"size= is {_describe(self.size)}; expected the height and width of the image, such as image.shape[:2]"
+                f"size= is {_describe(size)}; expected the height and width of the image, such as image.shape[:2]"
             )
-        object.__setattr__(self, "size", (int(self.size[0]), int(self.size[1])))
+        object.__setattr__(self, "size", (int(size[0]), int(size[1])))
+
+    def _convert_positions(self) -> None:
+        """Store the points and boxes as tuples of float. Raises UsageError for values of other types and shapes."""
         for name, count, expected in (
             ("points", 2, "points as x and y, such as [(365, 500)]"),
             ("not_points", 2, "points as x and y, such as [(365, 500)]"),
@@ -142,6 +145,9 @@ class Hints:
             if rows is None:
                 raise UsageError(f"{name}= is {_describe(getattr(self, name))}; expected {expected}, in finite numbers")
             object.__setattr__(self, name, rows)
+
+    def _check_areas(self) -> None:
+        """Raise UsageError for an area that is not a bool array of the size of the image."""
         for name in ("object_area", "background_area", "keep", "drop"):
             area = getattr(self, name)
             if area is None:

@@ -49,7 +49,8 @@ PIXELS_KEY = "icm-pixels"
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _PNG_SEAL_BYTES = 85 + len(_PNG_END)
 """Size of the digest chunk that :func:`_sealed_png` adds and of the end chunk, together."""
-_OIIO_TYPES: Mapping[BitDepth, str] = {"8": "uint8", "16": "uint16", "half": "half", "float": "float"}
+_OIIO_TYPES = {"uint8": "uint8", "uint16": "uint16", "float16": "half", "float32": "float"}
+"""NumPy's name of a data type -> OpenImageIO's name."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,14 @@ def write_alpha(
     :func:`~icm_cli.files.atomic_writes.atomic_write`. Raises OutputError, and FileWriteError if only this file cannot
     be written.
     """
-    pixels = (1.0 - alpha if output.invert else alpha)[..., None]
-    depth = output.depth_for(None)
-    _write_image(path, pixels, (output.channel,), provenance, output.format, depth, source, check=check)
+    values = _quantize((1.0 - alpha if output.invert else alpha)[..., None], output.depth_for(None))
+    texts = _add_pixel_digest(provenance, values)
+    if output.format == "png":
+        _write_png(path, values, texts, check)
+    else:
+        spec = _make_spec(values, (output.channel,), texts, output.format, source)
+        with atomic_write(path, check) as file:
+            _write_with_openimageio(file.name, spec, values, output.format)
 
 
 def write_foreground(
@@ -173,22 +179,28 @@ def write_foreground(
         colours = colours * alpha[..., None]
         if output.format == "tiff":  # PNG supports straight alpha only
             attributes["oiio:UnassociatedAlpha"] = 0
-    pixels = np.concatenate([colours, alpha[..., None]], axis=-1)
-    depth, channels = output.depth_for(source), ("R", "G", "B", "A")
-    _write_image(path, pixels, channels, provenance, output.format, depth, source, attributes, check)
+    values = _quantize(np.concatenate([colours, alpha[..., None]], axis=-1), output.depth_for(source))
+    texts = _add_pixel_digest(provenance, values)
+    if output.format == "png" and values.dtype == np.uint8:  # Pillow has no RGBA of 16 bits
+        _write_png(path, values, texts, check)
+    else:
+        spec = _make_spec(values, ("R", "G", "B", "A"), texts, output.format, source, attributes)
+        with atomic_write(path, check) as file:
+            _write_with_openimageio(file.name, spec, values, output.format)
 
 
 def write_trimap(
     path: Path, trimap: NDArray[np.uint8], provenance: Mapping[str, str], check: WriteCheck | None = None
 ) -> None:
     """Write a trimap, uint8 [H,W] with 0, 128 and 255, as PNG."""
-    values = trimap[..., None].astype(np.float32) / np.float32(255.0)
-    _write_image(path, values, ("Y",), provenance, "png", "8", check=check)
+    values = np.asarray(trimap[..., None], np.uint8)
+    _write_png(path, values, _add_pixel_digest(provenance, values), check)
 
 
 def write_mask(path: Path, mask: NDArray[np.bool_]) -> None:
     """Write the mask of a reference, bool [H,W], as PNG: white on the object, black elsewhere."""
-    _write_image(path, mask[..., None].astype(np.float32), ("Y",), {ICM_MASK_MARK.decode(): "mask"}, "png", "8")
+    values = mask[..., None].astype(np.uint8) * np.uint8(255)
+    _write_png(path, values, _add_pixel_digest({ICM_MASK_MARK.decode(): "mask"}, values))
 
 
 def read_provenance(path: Path) -> dict[str, str] | None:
@@ -275,7 +287,7 @@ def set_provenance_entry(path: Path, key: str, value: str | None, check: WriteCh
         raise ImageError(f"{path} has several parts or cannot be read completely; expected an alpha that icm wrote")
     spec.erase_attribute("tiff:RowsPerStrip")
     spec.attribute(PROVENANCE_KEY, json.dumps(provenance))
-    spec.attribute("DateTime", spec.getattribute("DateTime") or "")  # see _write_image
+    spec.attribute("DateTime", spec.getattribute("DateTime") or "")  # see _make_spec
     with atomic_write(path, check) as out:
         _write_with_openimageio(out.name, spec, pixels, "tiff" if file.type.name == "tiff" else "exr")
 
@@ -316,43 +328,44 @@ def _read_openimageio_provenance(file: ImageFile) -> dict[str, str]:
     return provenance
 
 
-def _write_image(
-    path: Path,
-    pixels: Float,
-    channels: tuple[str, ...],
-    provenance: Mapping[str, str],
-    format_: ImageFormat,
-    depth: BitDepth,
-    source: DecodedImage | None = None,
-    attributes: Mapping[str, Any] = MappingProxyType({}),
-    check: WriteCheck | None = None,
-) -> None:
-    """Write pixels [H,W,C] on the scale 0..1 to a file of this format and depth, with their provenance.
-
-    ``source``: image from which an EXR copies its windows and timecode. ``attributes``: further attributes of
-    OpenImageIO.
-    """
-    values = _quantize(pixels, depth)
-    provenance = {**provenance, PIXELS_KEY: _pixel_digest(values)}
+def _write_png(path: Path, values: NDArray[Any], texts: Mapping[str, str], check: WriteCheck | None = None) -> None:
+    """Write values [H,W,C] as a PNG with these texts, atomically."""
     with atomic_write(path, check) as file:
-        if format_ == "png" and (depth == "8" or len(channels) == 1):  # Pillow has no RGBA of 16 bits
-            file.write(_encode_png(values, provenance))
-            return
-        spec = oiio.ImageSpec(values.shape[1], values.shape[0], len(channels), _OIIO_TYPES[depth])
-        spec.channelnames = channels
-        if "A" in channels:
-            spec.alpha_channel = channels.index("A")
-        # Without DateTime, OpenImageIO would write the time of day, and equal alphas would differ.
-        texts = provenance if format_ == "png" else {PROVENANCE_KEY: json.dumps(provenance), "DateTime": ""}
-        # UnassociatedAlpha describes the pixels, which stay unchanged.
-        for key, value in {**texts, "compression": "zip", "oiio:UnassociatedAlpha": 1, **attributes}.items():
-            if isinstance(value, tuple):
-                spec.attribute(key, f"float[{len(value)}]", value)
-            else:
-                spec.attribute(key, value)
-        if format_ == "exr" and source is not None:
-            source.copy_metadata_to(spec)
-        _write_with_openimageio(file.name, spec, values, format_)
+        file.write(_encode_png(values, texts))
+
+
+def _make_spec(
+    values: NDArray[Any],
+    channels: tuple[str, ...],
+    texts: Mapping[str, str],
+    format_: ImageFormat,
+    source: DecodedImage | None,
+    attributes: Mapping[str, Any] = MappingProxyType({}),
+) -> oiio.ImageSpec:
+    """Return OpenImageIO's specification of a file with values [H,W,C], and with texts in its metadata.
+
+    ``source``: image from which an EXR copies its windows and timecode. ``attributes``: further attributes.
+    """
+    spec = oiio.ImageSpec(values.shape[1], values.shape[0], len(channels), _OIIO_TYPES[values.dtype.name])
+    spec.channelnames = channels
+    if "A" in channels:
+        spec.alpha_channel = channels.index("A")
+    # Without DateTime, OpenImageIO would write the time of day, and equal alphas would differ.
+    metadata = texts if format_ == "png" else {PROVENANCE_KEY: json.dumps(texts), "DateTime": ""}
+    # UnassociatedAlpha describes the pixels, which stay unchanged.
+    for key, value in {**metadata, "compression": "zip", "oiio:UnassociatedAlpha": 1, **attributes}.items():
+        if isinstance(value, tuple):
+            spec.attribute(key, f"float[{len(value)}]", value)
+        else:
+            spec.attribute(key, value)
+    if format_ == "exr" and source is not None:
+        source.copy_metadata_to(spec)
+    return spec
+
+
+def _add_pixel_digest(provenance: Mapping[str, str], values: NDArray[Any]) -> dict[str, str]:
+    """Return a provenance with the digest of the stored values [H,W,C]."""
+    return {**provenance, PIXELS_KEY: _pixel_digest(values)}
 
 
 def _encode_png(values: NDArray[Any], texts: Mapping[str, str]) -> bytes:

@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
-from icm_cli.errors import UsageError, format_count, shorten
+from icm_cli.errors import UsageError, format_count
 from icm_cli.files.atomic_writes import TEMPORARY_PREFIX
 from icm_cli.files.paths import RECORD_FOLDER
 from icm_cli.guidance.annotations import AREA_NAMES
@@ -394,31 +394,37 @@ def _pattern_and_format(out: str, format_: ImageFormat | None) -> tuple[FramePat
 
     Raises UsageError if the two contradict each other, or if ``out`` is named like a single image or a movie.
     """
-    path = Path(out)
+    path, default = Path(out), format_ or "png"
     if path.is_dir():
-        return None, format_ or "png"
+        return None, default
     pattern = FramePattern.parse(out)
-    if pattern is None and path.suffix.lower() in MOVIE_SUFFIXES:
-        raise UsageError(f"--out {out} is named like a movie, and icm writes an alpha per frame; expected a folder")
-    if pattern is None and path.suffix.lower() in IMAGE_SUFFIXES:
-        raise UsageError(
-            f"--out {out} is named like an image, and every image has its own alpha; expected a folder, or a frame "
-            f"pattern such as {path.with_suffix('.####' + path.suffix)}"
-        )
-    # Path finds a suffix only after a name, such as "x".
-    suffix = "" if pattern is None else Path(f"x{pattern.after}").suffix.lower()
-    if not suffix:  # the name of a folder
-        return None, format_ or "png"
+    if pattern is None:
+        _check_folder_name(out)
+        return None, default
+    suffix = Path(f"x{pattern.after}").suffix.lower()  # Path finds a suffix only after a name, such as "x"
     fitting = next((name for name, suffixes in FORMAT_SUFFIXES.items() if suffix in suffixes), None)
-    if fitting is None and _VERSION_SUFFIX.fullmatch(suffix):  # a folder named like show.####.v2
-        return None, format_ or "png"
     if fitting is None:
+        if not suffix or _VERSION_SUFFIX.fullmatch(suffix):  # the name of a folder, such as show.####.v2
+            return None, default
         raise UsageError(f"--out {out} is a frame pattern with extension {suffix}; expected .png, .tif, .tiff or .exr")
     if format_ not in (None, fitting):
         raise UsageError(
             f"--out {out} has the extension of format {fitting}, and --format is {format_}; remove one of the two"
         )
     return pattern, fitting
+
+
+def _check_folder_name(out: str) -> None:
+    """Raise UsageError if ``--out`` is named like a single image or a movie."""
+    path = Path(out)
+    suffix = path.suffix.lower()
+    if suffix in MOVIE_SUFFIXES:
+        raise UsageError(f"--out {out} is named like a movie, and icm writes an alpha per frame; expected a folder")
+    if suffix in IMAGE_SUFFIXES:
+        raise UsageError(
+            f"--out {out} is named like an image, and every image has its own alpha; expected a folder, or a frame "
+            f"pattern such as {path.with_suffix('.####' + path.suffix)}"
+        )
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -61,23 +61,18 @@ class Shot:
         names: list[Path] = []
         for jobs, keys in examples:
             present = [job for job in jobs if not job.is_missing]
-            names += [*(job.name for job in present), *(keyframe.name for keyframe in keys)]
             frames: list[Job | Keyframe] = sorted([*present, *keys], key=lambda frame: natural_sort_key(frame.name))
-            starts = [index for index, frame in enumerate(frames) if isinstance(frame, Keyframe) or frame.hints] or [0]
-            # The frames first..last belong to a start. Between two starts, the border is in the middle.
-            lasts = [*((start + next_start) // 2 for start, next_start in itertools.pairwise(starts)), len(frames) - 1]
-            firsts = [0, *(last + 1 for last in lasts[:-1])]
-            for start, first, last in zip(starts, firsts, lasts, strict=True):
+            names += [frame.name for frame in frames]
+            for start, first, last in _divide_at_starts(frames):
                 order += (frame for frame in frames[start : start + 1] if isinstance(frame, Job))
                 forward, backward = frames[start : last + 1], frames[first : start + 1][::-1]
-                for run in (forward, backward):
-                    for before, frame in itertools.pairwise(run):
-                        assert isinstance(frame, Job)  # every keyframe is a start
-                        order.append(frame)
-                        if isinstance(before, Job):
-                            previous[frame.output] = before
-                        else:
-                            keyframes[frame.output] = before
+                for before, frame in itertools.chain(itertools.pairwise(forward), itertools.pairwise(backward)):
+                    assert isinstance(frame, Job)  # every keyframe is a start
+                    order.append(frame)
+                    if isinstance(before, Job):
+                        previous[frame.output] = before
+                    else:
+                        keyframes[frame.output] = before
             order += (job for job in jobs if job.is_missing)
         return cls(order, previous, keyframes, sorted(dict.fromkeys(names), key=natural_sort_key))
 
@@ -149,6 +144,17 @@ def start_entry(keyframe: Keyframe | None) -> str:
 def unreadable_entry(job: Job) -> str:
     """Return the entry of PREDECESSORS_KEY for a frame that cannot be read, until its files change."""
     return f"{NO_MEMORY}{job.input_digest()[:ENTRY_DIGITS]}"
+
+
+def _divide_at_starts(frames: Sequence[Job | Keyframe]) -> list[tuple[int, int, int]]:
+    """Return the index of each start in the frames of a shot, and of the first and the last frame that belong to it.
+
+    Starts are keyframes and frames with hints, or else the first frame. The border between two starts is in the middle.
+    """
+    starts = [index for index, frame in enumerate(frames) if isinstance(frame, Keyframe) or frame.hints] or [0]
+    lasts = [*((start + next_start) // 2 for start, next_start in itertools.pairwise(starts)), len(frames) - 1]
+    firsts = [0, *(last + 1 for last in lasts[:-1])]
+    return list(zip(starts, firsts, lasts, strict=True))
 
 
 def split_shots(
