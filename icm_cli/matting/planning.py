@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
-from icm_cli.errors import UsageError, format_count
+from icm_cli.errors import UsageError, format_count, shorten
 from icm_cli.files.atomic_writes import TEMPORARY_PREFIX
 from icm_cli.files.paths import RECORD_FOLDER
 from icm_cli.guidance.annotations import AREA_NAMES
