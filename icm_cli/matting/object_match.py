@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import cv2
 import numpy as np
 import torch
@@ -31,25 +29,25 @@ def keep_same_objects(
     any foreground.
     """
     values: Float = alpha.numpy(force=True)
-    owners = _nearest_objects(values > 0.5, values.size * tokens.cell_px**2 / (content[0] * content[1]))
+    foreground = values > 0.5
+    owners = _nearest_objects(foreground, values.size * tokens.cell_px**2 / (content[0] * content[1]))
     if owners is None:
         return alpha, None
-    numbers = [int(number) for number in np.unique(owners[values > 0.5])]
-    compared = {
-        number: tokens.compare_object(alpha * torch.from_numpy(owners == number).to(alpha), content)
-        for number in numbers
+    similarities = {  # of each object: to the references, and to the negative references
+        int(number): tokens.compare_object(alpha * torch.from_numpy(owners == number).to(alpha), content)
+        for number in np.unique(owners[foreground])
     }
-    counting = {
-        number: similarity for number, (similarity, to_negatives) in compared.items() if similarity > to_negatives
-    }
-    largest = max(counting.values(), default=max(similarity for similarity, _ in compared.values()))
+    counting = [similarity for similarity, to_negatives in similarities.values() if similarity > to_negatives]
+    largest = max(counting or [similarity for similarity, _ in similarities.values()])
     smallest_kept = max(config.min_similarity, largest - config.max_difference)
-    kept = [
-        number
-        for number in numbers
-        if counting.get(number, -math.inf) >= smallest_kept
-        or (hints is not None and _has_mark((values > 0.5) & (owners == number), hints))
-    ]
+
+    def is_kept(number: int) -> bool:
+        similarity, to_negatives = similarities[number]
+        if similarity > to_negatives and similarity >= smallest_kept:
+            return True
+        return hints is not None and _has_mark(foreground & (owners == number), hints)
+
+    kept = list(filter(is_kept, similarities))
     return alpha * torch.from_numpy(np.isin(owners, kept)).to(alpha), largest
 
 

@@ -339,18 +339,22 @@ class Predictor:
         3. Apply the mattes and hints of the frames.
         """
         coarse = [self.select_objects(frame, each) for frame, each in zip(frames, coarse, strict=True)]
-        alphas = self.complete_alphas(frames, coarse)
-        completed = list(alphas)
-        if self.model.edges is not None:
-            finite = [index for index, alpha in enumerate(alphas) if bool(alpha.isfinite().all())]
-            images = [frames[index].rgb for index in finite]
-            refined = self.model.edges.refine_alphas(images, [alphas[index] for index in finite])
-            for index, alpha in zip(finite, refined, strict=True):
-                alphas[index] = alpha
-        final = [alpha.numpy(force=True) for alpha in alphas]
+        completed = self.complete_alphas(frames, coarse)
+        final = [alpha.numpy(force=True) for alpha in self._refine_edges(frames, completed)]
         if stabilise is not None:
             final = list(map(stabilise, final))
         return [self._make_result(*each) for each in zip(frames, coarse, completed, final, strict=True)]
+
+    def _refine_edges(self, frames: Sequence[Frame], alphas: Sequence[Tensor]) -> list[Tensor]:
+        """Refine the edges of alphas [h,w], if the model has edges. Those that are not finite stay as they are."""
+        refined = list(alphas)
+        if self.model.edges is not None:
+            finite = [index for index, alpha in enumerate(alphas) if bool(alpha.isfinite().all())]
+            images = [frames[index].rgb for index in finite]
+            results = self.model.edges.refine_alphas(images, [alphas[index] for index in finite])
+            for index, alpha in zip(finite, results, strict=True):
+                refined[index] = alpha
+        return refined
 
     @torch.inference_mode()
     def select_objects(self, frame: Frame, coarse: CoarseAlpha) -> CoarseAlpha:
@@ -378,32 +382,36 @@ class Predictor:
         ``embeds_crops``: see :func:`~icm_cli.matting.prompting.complete_by_prompts`.
         """
         alphas = [each.alpha for each in coarse]
-        finite = [index for index, alpha in enumerate(alphas) if bool(alpha.isfinite().all())]
-        # Alphas that were completed by prompts must not be completed again without them.
-        prompted = [index for index in finite if self._complete_by_hints(frames[index], alphas, index, embeds_crops)]
+        unfinished = []
+        for index, (frame, each) in enumerate(zip(frames, coarse, strict=True)):
+            if not each.alpha.isfinite().all():
+                continue
+            is_completed = each.is_completed
+            if frame.hints is not None:
+                alphas[index], is_prompted = self._complete_by_hints(frame, frame.hints, each.alpha, embeds_crops)
+                is_completed |= is_prompted  # without its prompts, it must not be completed again
+            if not is_completed:
+                unfinished.append(index)
         if self.model.edges is not None:
-            unfinished = [index for index in finite if not coarse[index].is_completed and index not in prompted]
             completed = self._complete_objects([frames[n] for n in unfinished], [alphas[n] for n in unfinished])
             for index, alpha in zip(unfinished, completed, strict=True):
                 alphas[index] = alpha
         return alphas
 
-    def _complete_by_hints(self, frame: Frame, alphas: list[Tensor], index: int, embeds_crops: bool) -> bool:
-        """Apply the hints of a frame to its coarse alpha ``alphas[index]``, in place.
+    def _complete_by_hints(self, frame: Frame, hints: Hints, alpha: Tensor, embeds_crops: bool) -> tuple[Tensor, bool]:
+        """Return a coarse alpha that follows hints, and whether the object model has completed it.
 
-        Areas are painted into it; points and boxes prompt the object model. Returns whether that completed the alpha.
+        Areas are painted into it; points and boxes prompt the object model.
         """
-        if (hints := frame.hints) is None:
-            return False
-        alphas[index] = edit_coarse_alpha(alphas[index], hints)
-        if (prompts := make_prompts(hints)) is None:
-            return False
+        alpha = edit_coarse_alpha(alpha, hints)
+        prompts = make_prompts(hints)
+        if prompts is None:
+            return alpha, False
         objects = self.prompted_objects
-        if not (frame.shows_object or objects.has_object(alphas[index])):
-            return False
+        if not (frame.shows_object or objects.has_object(alpha)):
+            return alpha, False
         embedder = frame.embedder or ImageEmbedder(objects, frame.visible_rgb)
-        alphas[index] = complete_by_prompts(embedder, alphas[index], hints, prompts, embeds_crops=embeds_crops)
-        return True
+        return complete_by_prompts(embedder, alpha, hints, prompts, embeds_crops=embeds_crops), True
 
     def _make_result(self, frame: Frame, coarse: CoarseAlpha, completed: Tensor, alpha: Float) -> FrameAlpha:
         """Return the result of a frame: apply its mattes and hints to ``alpha``, and measure the signals.
@@ -538,19 +546,19 @@ def check_learn_steps(steps: int, head: type[Head]) -> None:
 def _coarse_alpha_of(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
     """Return the coarse alpha of one frame of a batch; see :meth:`Predictor.coarse_alphas`."""
     height, width = frame.placement.content
-    alpha = matte.alpha[index, 0, :height, :width].float().contiguous()
+    presence = matte.presence
+    alphas = presence.alpha_if_present if presence is not None and frame.shows_object else matte.alpha
+    alpha = alphas[index, 0, :height, :width].float().contiguous()
     signals = {"confidence": float(matte.confidence[index])}
+    if frame.shows_object:
+        everywhere = torch.ones_like(alpha[None]).bool()
+        signals["confidence"] = float(confidence_and_found(alpha[None, None], everywhere)[0])
     if matte.similarity is not None:
         signals |= dict(zip(("similarity", "background_similarity"), matte.similarity[index].tolist(), strict=True))
     object_tokens = None if matte.object_tokens is None else matte.object_tokens[index]
-    coarse = CoarseAlpha(alpha, bool(matte.found[index]), signals, object_tokens=object_tokens)
-    presence = matte.presence
-    if frame.shows_object:
-        if presence is not None:
-            alpha = presence.alpha_if_present[index, 0, :height, :width].float().contiguous()
-        confidence = float(confidence_and_found(alpha[None, None], torch.ones_like(alpha[None]).bool())[0])
-        coarse = replace(coarse, alpha=alpha, found=True, signals={**signals, "confidence": confidence})
-    elif presence is not None:
+    found = frame.shows_object or bool(matte.found[index])
+    coarse = CoarseAlpha(alpha, found, signals, object_tokens=object_tokens)
+    if presence is not None and not frame.shows_object:
         logit = float(presence.logit[index])
         coarse = replace(coarse, presence_logit=logit, signals={**signals, "presence": logit})
         if presence.is_uncertain[index]:
