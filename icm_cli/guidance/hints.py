@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from icm_cli.errors import UsageError, shorten
 from icm_cli.files.digests import combined_digest
 from icm_cli.geometry import distance_inside, format_size
+from icm_cli.options.definition import is_number
 
 Point: TypeAlias = tuple[float, float]
 """x and y in pixels of the displayed image: from its top left corner, x to the right and y down."""
@@ -128,7 +129,7 @@ class Hints:
         """Store the size as a tuple of int. Raises UsageError if it is not a height and a width."""
         size = self.size
         is_pair = isinstance(size, (tuple, list)) and len(size) == 2
-        if not (is_pair and all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in size)):
+        if not (is_pair and all(is_number(side, Integral) and side > 0 for side in size)):
             raise UsageError(
                 f"size= is {_describe(size)}; expected the height and width of the image, such as image.shape[:2]"
             )
@@ -210,7 +211,7 @@ def _convert_rows(values: Any, count: int) -> tuple[tuple[float, ...], ...] | No
     try:
         for row in values:
             numbers = tuple(row)
-            if len(numbers) != count or any(isinstance(n, bool) or not isinstance(n, Real) for n in numbers):
+            if len(numbers) != count or not all(is_number(number, Real) for number in numbers):
                 return None
             rows.append(tuple(float(number) for number in numbers))
     except (TypeError, OverflowError):  # a value that is no row, or a number that is too large

@@ -34,7 +34,7 @@ from icm_cli.model.contracts import Head, Matte, Objects, ObjectTokens, Prepared
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import FOUND_FRACTION, confidence_and_found
 from icm_cli.options import MAX_LEARN_STEPS, MatteOptions
-from icm_cli.options.definition import name_arguments_in_errors
+from icm_cli.options.definition import is_number, name_arguments_in_errors
 
 
 @dataclass(frozen=True)
@@ -533,8 +533,7 @@ class Predictor:
 
 def check_learn_steps(steps: int, head: type[Head]) -> None:
     """Raise UsageError for a number that the option refuses, and for a head that cannot learn references."""
-    is_whole = isinstance(steps, numbers.Integral) and not isinstance(steps, bool)
-    if not is_whole or not 0 <= steps <= MAX_LEARN_STEPS:
+    if not is_number(steps, numbers.Integral) or not 0 <= steps <= MAX_LEARN_STEPS:
         raise UsageError(f"--learn-steps is {steps!r}; expected a whole number from 0 to {MAX_LEARN_STEPS}")
     if steps and not head.can_learn_references:
         raise UsageError(

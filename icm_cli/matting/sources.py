@@ -272,9 +272,9 @@ def _keep_images(root: Path, paths: Sequence[Path], skipped: SkippedPaths, skipp
     inspected = {path: SourceFile.inspect(path) for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES}
     reasons = {path: _reason_to_skip(file) for path, file in inspected.items()}
     for reason in (UNREADABLE_FILE, A_MOVIE, NOT_AN_IMAGE):
-        paths_to_skip = {path for path in paths if reasons.get(path) == reason}
-        paths = skipped_files.exclude(paths, paths_to_skip.__contains__, reason)
-    return Sources(root, paths, inspected={path: inspected[path] for path in paths if path in inspected})
+        skipped_files.add(sorted({path for path in paths if reasons.get(path) == reason}), reason)
+    images = [path for path in paths if not reasons.get(path)]
+    return Sources(root, images, inspected={path: inspected[path] for path in images if path in inspected})
 
 
 def _reason_to_skip(file: SourceFile) -> str:

@@ -232,11 +232,11 @@ class OptionField:
     def _convert_one(self, value: object) -> Any:
         """Convert and check one value. Raises UsageError."""
         try:
-            is_number_choice = _is_number(value, int) and str(value) in self.choices  # depth=16 is depth="16"
+            is_number_choice = is_number(value, int) and str(value) in self.choices  # depth=16 is depth="16"
             converted = _convert(str(value) if is_number_choice else value, self.value_type)
             parts = converted if isinstance(converted, tuple) else [converted]
-            for part in parts:
-                self._check(part)
+            if not all(map(self._is_allowed, parts)):
+                raise ValueError
         except (ValueError, TypeError, OverflowError):
             parsed = self.parse_text(value)
             is_text_of_tuple = isinstance(value, str) and isinstance(parsed, tuple)  # only the command parses text
@@ -244,22 +244,22 @@ class OptionField:
             raise UsageError(f"{self.flag} is {quote_value(value)}; expected {expected}") from None
         return converted
 
-    def _check(self, value: object) -> None:
-        """Raise ValueError for a value that is not allowed, and UsageError for a text that is no path."""
+    def _is_allowed(self, value: object) -> bool:
+        """Return whether a converted value is in the range, the choices or the pattern of the option.
+
+        Raises UsageError for a text that is no path.
+        """
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            is_allowed = self.properties.minimum <= value <= self.properties.maximum
-        elif isinstance(value, str) and self.choices:
-            is_allowed = value in self.choices
-        elif self.is_path:
-            is_allowed = value != ""
+            return self.properties.minimum <= value <= self.properties.maximum
+        if isinstance(value, str) and self.choices:
+            return value in self.choices
+        if self.is_path:
             check_path(str(value), self.flag)
-        elif isinstance(value, str):
+            return value != ""
+        if isinstance(value, str):
             is_text = value.isprintable() and not value.isspace() and 0 < len(value) <= MAX_TEXT_LENGTH
-            is_allowed = is_text and re.fullmatch(self.properties.pattern or ".*", value, re.ASCII) is not None
-        else:
-            is_allowed = True
-        if not is_allowed:
-            raise ValueError
+            return is_text and re.fullmatch(self.properties.pattern or ".*", value, re.ASCII) is not None
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,22 +370,15 @@ def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., R
     """
 
     def decorate(function: Callable[..., Returned]) -> Callable[..., Returned]:
-        all_parameters = inspect.signature(function).parameters.values()
-        other_parameters = [parameter for parameter in all_parameters if parameter.kind is parameter.KEYWORD_ONLY]
-        option_parameters = [
-            _signature_parameter(field, is_positional=field.name in options_class.positional)
-            for field in options_class.api_fields()
-        ]
-        result_type = function.__annotations__.get("return")
-        signature = inspect.Signature([*option_parameters, *other_parameters], return_annotation=result_type)
+        signature = _make_signature(function, options_class)
+        option_names = {field.name for field in options_class.api_fields()}
 
         @functools.wraps(function)
         def call(*arguments: Any, **keywords: Any) -> Returned:
             if len(arguments) == 1 and isinstance(arguments[0], options_class):
                 return function(*arguments, **keywords)
             values = signature.bind(*arguments, **keywords).arguments
-            other_names = [parameter.name for parameter in other_parameters]
-            other_values = {name: values.pop(name) for name in other_names if name in values}
+            other_values = {name: values.pop(name) for name in list(values) if name not in option_names}
             with (
                 name_arguments_in_errors(options_class),
                 resource_errors(),
@@ -399,6 +392,19 @@ def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., R
         return call
 
     return decorate
+
+
+def _make_signature(function: Callable[..., Any], options_class: type[CommandOptions]) -> inspect.Signature:
+    """Return the signature of a function with each option as an argument, instead of the options object."""
+    parameters = []
+    for field in options_class.api_fields():
+        is_positional = field.name in options_class.positional
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if is_positional else inspect.Parameter.KEYWORD_ONLY
+        default = inspect.Parameter.empty if field.is_required else field.default
+        parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=field.annotation))
+    others = inspect.signature(function).parameters.values()
+    parameters += [parameter for parameter in others if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    return inspect.Signature(parameters, return_annotation=function.__annotations__.get("return"))
 
 
 @contextlib.contextmanager
@@ -433,12 +439,6 @@ def describe_arguments(options_class: type[CommandOptions]) -> str:
     return "\n".join(["Args:", *lines])
 
 
-def _signature_parameter(field: OptionField, *, is_positional: bool) -> inspect.Parameter:
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if is_positional else inspect.Parameter.KEYWORD_ONLY
-    default = inspect.Parameter.empty if field.is_required else field.default
-    return inspect.Parameter(field.name, kind, default=default, annotation=field.annotation)
-
-
 def _without_none(hint: Any) -> Any:
     """Return a type without ``None``: ``str`` for ``str | None``, ``str | int`` for ``str | int | None``."""
     if typing.get_origin(hint) not in (types.UnionType, typing.Union):
@@ -449,19 +449,19 @@ def _without_none(hint: Any) -> Any:
 
 def _convert(value: object, hint: Any) -> Any:
     """Convert one value to a type. Raises ValueError for another kind of value."""
-    if typing.get_origin(hint) is typing.Union and value not in _words(hint):
-        hint = int  # the union is of a number and a word, and this is no word
-    if typing.get_origin(hint) is tuple:
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Union:  # of a number and a word
+        return value if value in _words(hint) else _convert_number(value, int)
+    if origin is tuple:
         if not isinstance(value, (tuple, list)):
             raise ValueError
-        item_types = typing.get_args(hint)
-        return tuple(_convert(item, item_type) for item, item_type in zip(value, item_types, strict=True))
+        return tuple(_convert(item, item_type) for item, item_type in zip(value, members, strict=True))
+    if hint in (int, float):
+        return _convert_number(value, hint)
     if hint is Path:
         if not isinstance(value, (str, os.PathLike)) or str(value) == "":
             raise ValueError
         return Path(value)
-    if hint in (int, float):
-        return _convert_number(value, hint)
     if hint is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, bool if hint is bool else str):  # all other types are text, such as a Literal
@@ -471,7 +471,7 @@ def _convert(value: object, hint: Any) -> Any:
 
 def _convert_number(value: object, hint: type[int] | type[float]) -> int | float:
     """Convert a number, which may be of NumPy, to an int or a finite float. Raises ValueError for another value."""
-    if not _is_number(value, numbers.Integral if hint is int else numbers.Real):
+    if not is_number(value, numbers.Integral if hint is int else numbers.Real):
         raise ValueError
     number = typing.cast(float, value)
     if hint is float and not math.isfinite(number):
@@ -490,7 +490,8 @@ def _is_flat_tuple(value: object) -> bool:
     return isinstance(value, tuple) and bool(value) and not any(isinstance(item, Iterable) for item in value)
 
 
-def _is_number(value: object, kind: type) -> bool:
+def is_number(value: object, kind: type) -> bool:
+    """Return whether a value is a number of a kind, such as ``numbers.Integral``. True and False are none."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
