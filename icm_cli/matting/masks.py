@@ -230,24 +230,33 @@ def _several_colours_error(colours: Mapping[Any, float], path: Path) -> Ambiguou
 def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
     """Return the mask of a grey file: a trimap, a soft or binary mask, or one label. Raises AmbiguousMaskError."""
     present = np.unique(values)
-    if values.dtype.kind in "iu" and (len(present) > MAX_LABELS or _is_trimap(present, WHITES[0])):
-        white = next((white for white in WHITES if present[-1] <= white), scale)
-        if white < scale:
-            notice(
-                f"mask {path} has values up to {_label_text(present[-1])} of {scale:.10g}; {white:.10g} is used as "
-                "white; give --mask-label if the values are labels"
-            )
-            scale = white
-    low, high = END_TOLERANCE * scale, (1.0 - END_TOLERANCE) * scale
-    if _is_trimap(present, scale):
+    white = _guess_white(present, scale)
+    if white < scale:
+        notice(
+            f"mask {path} has values up to {_label_text(present[-1])} of {scale:.10g}; {white:.10g} is used as "
+            "white; give --mask-label if the values are labels"
+        )
+    low, high = END_TOLERANCE * white, (1.0 - END_TOLERANCE) * white
+    if _is_trimap(present, white):
         notice(f"mask {path} is a trimap; its unknown pixels are neither object nor background")
         return Mask(values > high, (values > low) & (values <= high))
     if len(present) > MAX_LABELS:
-        return _mask_from_soft_values(values, scale, path)
+        return _mask_from_soft_values(values, white, path)
     has_black = present[0] <= low
     if not has_black:
-        return _mask_without_unknown(values > 0.5 * scale)
-    return _mask_from_grey_labels(values, scale, path, notice)
+        return _mask_without_unknown(values > 0.5 * white)
+    return _mask_from_grey_labels(values, white, path, notice)
+
+
+def _guess_white(present: NDArray[Any], scale: float) -> float:
+    """Return the value of white in a soft mask or a trimap of integers, which may use fewer bits than its type has.
+
+    ``present``: the sorted values of the mask. ``scale``: the largest value of its type, which is white otherwise.
+    """
+    may_be_unscaled = len(present) > MAX_LABELS or _is_trimap(present, WHITES[0])
+    if present.dtype.kind not in "iu" or not may_be_unscaled:
+        return scale
+    return min(scale, next((white for white in WHITES if present[-1] <= white), scale))
 
 
 def _mask_from_grey_labels(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
