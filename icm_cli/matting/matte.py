@@ -494,21 +494,19 @@ def _find_problem_of_guidance(job: Job) -> str:
 
 def _find_problem(job: Job) -> str:
     """Return why a job would fail, as far as this is known without decoding the image; "" if no reason is known."""
-    source = job.source
+    source, inspected = job.source, job.inspected
     assert isinstance(source, Path)
-    inspected = job.inspected
-    problem = _find_problem_of_guidance(job)
     if not os.path.exists(source):  # noqa: PTH110  Path.exists raises errors
-        problem = f"{source} does not exist"
-    elif kind := special_file_kind(source.stat().st_mode):
-        problem = f"{source} is {kind}; expected an image file"
-    elif source.is_file() and source.stat().st_size == 0:
-        problem = f"{source} {EMPTY_FILE}"
-    elif inspected is not None and inspected.type.is_movie:
-        problem = f"{source}: {movie_message(source)}"
-    elif inspected is not None and inspected.error is not None and not inspected.error.is_transient:
-        problem = str(inspected.error)
-    return problem
+        return f"{source} does not exist"
+    if kind := special_file_kind(source.stat().st_mode):
+        return f"{source} is {kind}; expected an image file"
+    if source.is_file() and source.stat().st_size == 0:
+        return f"{source} {EMPTY_FILE}"
+    if inspected is not None and inspected.type.is_movie:
+        return f"{source}: {movie_message(source)}"
+    if inspected is not None and inspected.error is not None and not inspected.error.is_transient:
+        return str(inspected.error)
+    return _find_problem_of_guidance(job)
 
 
 def _remove_temporaries(plan: MattingPlan, listener: Listener) -> None:

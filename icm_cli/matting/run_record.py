@@ -71,24 +71,23 @@ def _is_part_of_recorded_run(values: Mapping[str, Any], folder: Path, jobs: Sequ
     """
     with contextlib.suppress(UsageError, OutputError):
         earlier = recorded_values(read_run_record(folder))
-
-        def is_equal(*names: str) -> bool:
-            return all(values.get(name) == earlier.get(name) for name in names)
-
-        if not is_equal("out", "name", "keep_suffix", "format"):
+        changed = {name for name in {**values, **earlier} if values.get(name) != earlier.get(name)}
+        if changed & {"out", "name", "keep_suffix", "format"}:
             return False
-        if is_equal("src", "root"):
-            is_selection = not is_equal("include", "exclude")
+        if changed & {"src", "root"}:
+            is_selection = _are_in_folder(jobs, earlier["src"], earlier.get("root", earlier["src"]))
         else:
-            is_folder = os.path.isdir(earlier["src"])  # noqa: PTH112  Path.is_dir raises errors
-            is_selection = (
-                is_folder
-                and jobs[0].root == earlier.get("root", earlier["src"])
-                and all(Path(earlier["src"]) in path.parents for job in jobs for path in job.files)
-            )
+            is_selection = bool(changed & {"include", "exclude"})
         source_filter = SourceFilter(earlier.get("include", ()), earlier.get("exclude", ()))
         return is_selection and all(source_filter.selects_name(job.name) for job in jobs)
     return False
+
+
+def _are_in_folder(jobs: Sequence[Job], folder: str, root: str) -> bool:
+    """Return whether all files of the jobs are below a folder, and their names are relative to ``root``."""
+    is_folder = os.path.isdir(folder)  # noqa: PTH112  Path.is_dir raises errors
+    files = [path for job in jobs for path in job.files]
+    return is_folder and jobs[0].root == root and all(Path(folder) in path.parents for path in files)
 
 
 def _is_list(src: str) -> bool:
