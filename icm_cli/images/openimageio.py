@@ -127,13 +127,8 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
         notices.append(f"{path} has {NOT_FINITE}; they are set to 0")
         pixels = np.nan_to_num(pixels, nan=0.0, posinf=0.0, neginf=0.0)
         alpha = None if alpha is None else np.nan_to_num(alpha, nan=0.0, posinf=0.0, neginf=0.0)
-    space, profile = wanted.space, None
-    if wanted.space == "auto":
-        profile = spec.getattribute("ICCProfile")
-        space, notice = _file_colour_space(spec, file.type, wanted.config)
-        if notice and profile is None:
-            notices.append(f"{path} has {notice}")
-    notices += _check_range(path, pixels, scale, space, wanted)
+    space, profile, space_notices = _space_and_profile(spec, file, wanted)
+    notices += [*space_notices, *_check_range(path, pixels, scale, space, wanted)]
     channel_formats = spec.channelformats or [spec.format] * spec.nchannels  # empty if all are equal
     decoded = DecodedImage(
         pixels,
@@ -147,9 +142,8 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
         is_half=all(str(channel_formats[channel]) == "half" for channel in layer.colours),
         own_windows=windows,
     )
-    # In a PNG, a label of another space than sRGB takes precedence over the profile.
-    if profile is not None and (file.type.name != "png" or space == colour.SRGB):
-        decoded = _convert_by_profile(decoded, bytes(profile), path)
+    if profile is not None:
+        decoded = _convert_by_profile(decoded, profile, path)
     return decoded.reorient(orientation)
 
 
@@ -264,6 +258,20 @@ def _check_range(
             f"give --white {MAX_12_BIT}"
         ]
     return []
+
+
+def _space_and_profile(
+    spec: Any, file: ImageFile, wanted: colour.ColourSettings
+) -> tuple[str, bytes | None, list[str]]:
+    """Return the colour space, the ICC profile to convert the colours from, if any, and notices."""
+    if wanted.space != "auto":
+        return wanted.space, None, []
+    profile = spec.getattribute("ICCProfile")
+    space, notice = _file_colour_space(spec, file.type, wanted.config)
+    notices = [f"{file.path} has {notice}"] if notice and profile is None else []
+    # In a PNG, a label of another space than sRGB takes precedence over the profile.
+    is_used = profile is not None and (file.type.name != "png" or space == colour.SRGB)
+    return space, bytes(profile) if is_used else None, notices
 
 
 def _file_colour_space(spec: Any, file_type: FileType, config: str) -> tuple[str, str]:
