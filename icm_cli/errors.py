@@ -95,10 +95,10 @@ def format_count(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def list_first(names: Sequence[object], limit: int) -> str:
-    """Return at most ``limit`` names, and the number of the others, such as "a.png, b.png and 2 more"."""
-    text = ", ".join(map(str, names[:limit]))
-    return f"{text} and {len(names) - limit} more" if len(names) > limit else text
+def list_first(items: Sequence[object], limit: int = 1, separator: str = ", ", conjunction: str = " and") -> str:
+    """Return the first items, and how many others there are, such as "a.png and 3 more"."""
+    more = f"{conjunction} {len(items) - limit} more" if len(items) > limit else ""
+    return separator.join(map(str, items[:limit])) + more
 
 
 def join_words(words: Iterable[str]) -> str:

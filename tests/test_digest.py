@@ -26,9 +26,9 @@ from icm_cli.guidance.hints import Hints
 from icm_cli.matting import digest as digest_module
 from icm_cli.matting import model_choice as model_choice_module
 from icm_cli.matting.digest import EXCLUDED, alpha_digest, fingerprint_package
-from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.matte import make_plan, run_digest
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
+from icm_cli.matting.prompting import MaskMaker
 from icm_cli.model import loading
 from icm_cli.options import MatteOptions
 from icm_cli.options.definition import DigestPart

@@ -16,7 +16,7 @@ from conftest import Icm, alphas, read, shrink
 from PIL import Image
 
 import icm_cli
-from icm_cli.matting import mask_maker
+from icm_cli.matting import prompting
 
 ON, OFF = (90, 138), (16, 24)
 HEAD = 94, 32
@@ -27,7 +27,7 @@ AT = f"{ON[0]},{ON[1]}"
 @pytest.fixture(autouse=True, scope="module")
 def _load_parts_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mask_maker, "load_objects_and_edges", functools.cache(mask_maker.load_objects_and_edges))
+        patch.setattr(prompting, "load_objects_and_edges", functools.cache(prompting.load_objects_and_edges))
         yield
 
 
@@ -150,7 +150,7 @@ def test_coordinates_are_those_of_the_displayed_image(icm: Icm, scene: Path, tru
 def test_outlines_are_the_mask_without_a_model(
     icm: Icm, scene: Path, truth: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(mask_maker, "load_objects_and_edges")
+    monkeypatch.delattr(prompting, "load_objects_and_edges")
     left, top, right, bottom = box_of(truth)
     square = [[left, top], [right, top], [right, bottom], [left, bottom]]
     path = labelme(scene, truth.shape, {"label": "fg", "shape_type": "polygon", "points": square}, point(*ON))
@@ -249,7 +249,7 @@ def test_contradictory_or_wrong_prompts_are_refused(
     icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(scene)
-    monkeypatch.delattr(mask_maker, "load_objects_and_edges")
+    monkeypatch.delattr(prompting, "load_objects_and_edges")
     size = 200, 200
     labelme(scene, size, point(*ON, "cat"), point(*OFF, "dog"))
     labelme(scene, size, point(*OFF, "bg"), name="bg.json")

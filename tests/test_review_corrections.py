@@ -42,7 +42,7 @@ OpenReview = Callable[[], Review]
 @pytest.fixture
 def small_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the decoder that hints prompt, if the model has none, by a small one with random weights."""
-    monkeypatch.setattr("icm_cli.matting.mask_maker.load_objects_and_edges", lambda _: (small_objects(), None))
+    monkeypatch.setattr("icm_cli.matting.prompting.load_objects_and_edges", lambda _: (small_objects(), None))
 
 
 @pytest.fixture

@@ -15,7 +15,15 @@ from pathlib import Path
 
 import cachetools
 
-from icm_cli.errors import FileAccessError, ImageError, ImageMemoryError, UsageError, format_count, shorten
+from icm_cli.errors import (
+    FileAccessError,
+    ImageError,
+    ImageMemoryError,
+    UsageError,
+    format_count,
+    list_first,
+    shorten,
+)
 from icm_cli.files.atomic_writes import TEMPORARY_SUFFIX, FileIdentity, temporary_name
 from icm_cli.files.digests import combined_digest
 from icm_cli.files.paths import MAX_NAME_BYTES, describe_obstacle
@@ -250,8 +258,8 @@ def check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
             writers.setdefault(job.trimap, []).append(f"the trimap of {job.source}")
     shared = {output: sources for output, sources in writers.items() if len(sources) > 1}
     if shared:
-        lines = [f"{' and '.join(sources)} to {output}" for output, sources in list(shared.items())[:MAX_LISTED_FILES]]
-        more = f"; and {len(shared) - MAX_LISTED_FILES} more" if len(shared) > MAX_LISTED_FILES else ""
+        lines = [f"{' and '.join(sources)} to {output}" for output, sources in shared.items()]
+        listed = list_first(lines, MAX_LISTED_FILES, "; ", "; and")
         remedy = "give --keep-suffix (a.jpg.png, a.png.png)"
         if layout.pattern is not None:
             remedy = "give --out a folder instead of a frame pattern"
@@ -259,7 +267,7 @@ def check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
             remedy = "use more of {stem}, {frame} and {suffix} in --name"
         raise UsageError(
             f"{format_count(len(shared), 'file')} would be written by several images each: "
-            f"{'; '.join(lines)}{more}; {remedy}, rename some images, or skip some with --exclude"
+            f"{listed}; {remedy}, rename some images, or skip some with --exclude"
         )
     for output, (source,) in writers.items():
         for parent in output.parents:

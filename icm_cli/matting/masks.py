@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.errors import UsageError
+from icm_cli.errors import UsageError, list_first
 from icm_cli.geometry import has_same_aspect
 from icm_cli.images.areas import MAX_LABELS, find_flat_pixels, has_colour, is_photograph, pack_colours, value_fractions
 from icm_cli.images.decoding import open_image
@@ -444,6 +444,5 @@ def _mask_without_unknown(inside: NDArray[np.bool_]) -> Mask:
 
 
 def _format_labels(labels: dict[str, float]) -> str:
-    named = [f"{label} ({fraction:.1%} of the image)" for label, fraction in list(labels.items())[:MAX_LISTED_LABELS]]
-    more = len(labels) - len(named)
-    return ", ".join(named) + (f" and {more} more" if more > 0 else "")
+    named = [f"{label} ({fraction:.1%} of the image)" for label, fraction in labels.items()]
+    return list_first(named, MAX_LISTED_LABELS)

@@ -30,9 +30,9 @@ from icm_cli.matting.engine import EngineOptions
 from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.hint_files import MAX_CHECKED_PIXELS
 from icm_cli.matting.jobs import Job, OutputLayout, check_obstacles, check_overwrites
-from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
 from icm_cli.matting.planning import EMPTY_SHARD, choose_colour_settings, choose_output, parse_shard, plan_images
+from icm_cli.matting.prompting import MaskMaker
 from icm_cli.matting.references import Reference, ReferenceReader, check_negatives
 from icm_cli.matting.result_collector import ResultCollector, environment_settings
 from icm_cli.matting.resume import (

@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
-from icm_cli.errors import UsageError, format_count, shorten
+from icm_cli.errors import UsageError, format_count, list_first, shorten
 from icm_cli.files.atomic_writes import TEMPORARY_PREFIX
 from icm_cli.files.paths import RECORD_FOLDER
 from icm_cli.guidance.annotations import AREA_NAMES
@@ -231,8 +231,7 @@ class JobPlanner:
                 )
             if policy == "skip":
                 alphas = self._find_earlier_alphas(pattern, frames)
-                more = f" and {len(alphas) - 1} more" if len(alphas) > 1 else ""
-                result = f"its earlier alpha {alphas[0]}{more} is kept" if alphas else "no alpha is written"
+                result = f"its earlier alpha {list_first(alphas)} is kept" if alphas else "no alpha is written"
                 self.skipped_files.notify(f"{problem}; {result}")
                 continue
             if len(files) + frames.count > MAX_MISSING_JOBS:
@@ -353,9 +352,8 @@ class JobPlanner:
             for sentence in image_hints.notices:
                 self.skipped_files.notify(sentence)
         for label, paths in files_by_label.items():
-            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
             self.skipped_files.notify(
-                f"the label {label} of hints {paths[0]}{more} was taken for fg, on the object; expected one of "
+                f"the label {label} of hints {list_first(paths)} was taken for fg, on the object; expected one of "
                 f"{', '.join(AREA_NAMES)}; change the label if it marks something else"
             )
         return [

@@ -23,10 +23,9 @@ from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
 from icm_cli.matting.hinting import apply_hints_to_alpha, edit_coarse_alpha, make_prompts, says_present
-from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.mattes import Mattes
 from icm_cli.matting.object_match import keep_same_objects
-from icm_cli.matting.prompting import ImageEmbedder, complete_by_prompts
+from icm_cli.matting.prompting import ImageEmbedder, MaskMaker, complete_by_prompts
 from icm_cli.matting.quality_signals import measure_signals
 from icm_cli.matting.references import MakeMask, Reference, check_negatives, make_guidance, mask_from_hints
 from icm_cli.model.alphas import apply_in_batches, max_batch_size, resize_alpha

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from icm_cli.environment import __version__
-from icm_cli.errors import ImageError, OutputError, UsageError, format_count
+from icm_cli.errors import ImageError, OutputError, UsageError, format_count, list_first
 from icm_cli.files.atomic_writes import FileIdentity, identify_file
 from icm_cli.files.json_files import check_schema, read_json, write_json
 from icm_cli.files.paths import RECORD_FOLDER, describe_obstacle, is_file, walk_files
@@ -338,8 +338,7 @@ def find_existing_alphas(
     conflicts = [error for error, _ in inspected if isinstance(error, OtherSourceError)]
     conflicts += [_retouched_error(alpha.retouched, alpha.job) for alpha in outdated if alpha.retouched]
     if conflicts:
-        more = f"; and {len(conflicts) - MAX_LISTED_FILES} more" if len(conflicts) > MAX_LISTED_FILES else ""
-        raise UsageError("; ".join(map(str, conflicts[:MAX_LISTED_FILES])) + more)
+        raise UsageError(list_first(conflicts, MAX_LISTED_FILES, "; ", "; and"))
     remaining = [job for job in jobs if job.output not in kept]
     return ExistingAlphas(remaining, [alpha for alpha in alphas if alpha.job.output in kept], outdated)
 

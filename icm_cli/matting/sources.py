@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from icm_cli.errors import UsageError
+from icm_cli.errors import UsageError, list_first
 from icm_cli.files.paths import (
     LIST_SUFFIXES,
     ROOT_MARK,
@@ -51,8 +51,7 @@ class SkippedFiles(Counter[str]):
         """Count files that are skipped for a reason, and give a notice."""
         self[reason] += len(paths)
         if paths and is_reported:
-            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            self.notify(f"{min(paths)}{more} skipped: {reason}{ADVICE.get(reason, '')}")
+            self.notify(f"{list_first(sorted(paths))} skipped: {reason}{ADVICE.get(reason, '')}")
 
     def exclude(
         self, paths: Collection[Path], is_excluded: Callable[[Path], bool], reason: str, *, is_reported: bool = True
@@ -110,9 +109,8 @@ def find_sources(
     inspected_outside = _inspect_files_outside_root(sources)
     signed = [path for path in sources.files if re.search(r"[._]-[0-9]+$", path.stem)]
     if signed:
-        more = f" and {len(signed) - 1} more" if len(signed) > 1 else ""
         skipped_files.notify(
-            f"{min(signed, key=natural_sort_key)}{more}: negative frame numbers are not supported, "
+            f"{list_first(sorted(signed, key=natural_sort_key))}: negative frame numbers are not supported, "
             "so the - is read as part of the name; number frames from 0"
         )
     files = sorted(set(sources.files), key=natural_sort_key)
