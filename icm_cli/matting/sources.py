@@ -107,14 +107,19 @@ def find_sources(
             f"{', '.join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))}"
         )
     inspected_outside = _inspect_files_outside_root(sources)
-    signed = [path for path in sources.files if re.search(r"[._]-[0-9]+$", path.stem)]
+    signed = sorted(filter(_has_signed_number, sources.files), key=natural_sort_key)
     if signed:
         skipped_files.notify(
-            f"{list_first(sorted(signed, key=natural_sort_key))}: negative frame numbers are not supported, "
+            f"{list_first(signed)}: negative frame numbers are not supported, "
             "so the - is read as part of the name; number frames from 0"
         )
     files = sorted(set(sources.files), key=natural_sort_key)
     return replace(sources, files=files, inspected={**sources.inspected, **inspected_outside})
+
+
+def _has_signed_number(path: Path) -> bool:
+    """Return whether a file has a negative frame number, such as a.-5.png."""
+    return re.search(r"[._]-[0-9]+$", path.stem) is not None
 
 
 def _change_root(sources: Sources, root: Path) -> Sources:
