@@ -455,6 +455,22 @@ def test_images_of_a_run_with_other_sources_are_not_listed(icm: Icm, scene: Path
     assert list(client.items()) == [*items, "new.jpg"]
 
 
+def test_a_run_with_other_sources_is_noticed_when_its_record_is_written(
+    icm: Icm, scene: Path, open_review: OpenReview
+) -> None:
+    """A run writes its first alpha before its record, and may have only this alpha."""
+    assert icm().exit_code == 0
+    client = open_review()
+    client.items()
+    (scene / "others").mkdir()
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "others" / "other.jpg")
+    assert icm(src=scene / "others", out=scene / "elsewhere").exit_code == 0
+    for name, warnings in (("other.png", 0), (".icm/run.json", 1)):
+        shutil.copy(scene / "elsewhere" / name, scene / "out" / name)
+        assert len(client.items()) == 3
+        assert len(client.get("/api/run")["warnings"]) == warnings
+
+
 def test_frames_that_are_added_are_at_their_place_in_the_shot(icm: Icm, scene: Path, open_review: OpenReview) -> None:
     (scene / "frames").mkdir()
     for numbers in ((1, 2, 5, 11), (3, 4)):

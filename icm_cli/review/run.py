@@ -31,7 +31,7 @@ from icm_cli.matting.hint_files import SUFFIXES as HINT_SUFFIXES
 from icm_cli.matting.jobs import TRIMAP_SUFFIX, Job
 from icm_cli.matting.planning import choose_colour_settings, choose_output, plan_images
 from icm_cli.matting.resume import DIGEST_KEY, NAME_KEY, ROOT_KEY, escape_name, recorded_details
-from icm_cli.matting.run_record import read_run_record
+from icm_cli.matting.run_record import RECORD_NAME, read_run_record
 from icm_cli.matting.shot import split_shots
 from icm_cli.matting.sources import SkippedFiles, natural_sort_key, real_path
 from icm_cli.options import MatteOptions
@@ -86,6 +86,9 @@ class ReviewRun:
         """
         self.folder = Path(os.path.abspath(folder))  # noqa: PTH100  resolve() follows links
         self.record_folder = self.folder / RECORD_FOLDER
+        self._record_path = self.record_folder / RECORD_NAME
+        self._record = identify_file(self._record_path)
+        """Identity of the record of the run when it was last compared with the options of this review."""
         recorded = _with_output_folder(read_run_record(self.folder), self.folder)
         self.options, self.hints_folder, self._pattern = self._choose_hints(_without_taught(recorded), hints)
         self._notice = notice
@@ -346,13 +349,15 @@ class ReviewRun:
         return ""
 
     def _add_new_images(self) -> None:
-        """Plan the run again if there are alphas of images that are not listed, and add these images to the list.
+        """Plan the run again if there are new alphas of images that are not listed, and add these images to the list.
 
+        A run writes its first alpha before its record, so the run is also planned again after a change of the record.
         If the record names other sources by now, no image is added, with one notice: the list stays that of the run
         under review, whose images are recomputed.
         """
         before, self._unlisted = self._unlisted, self._find_unlisted()
-        if self._unlisted <= before:
+        record_before, self._record = self._record, identify_file(self._record_path)
+        if self._unlisted <= before and (not self._unlisted or self._record == record_before):
             return
         if not self._has_other_sources():
             self._add_images(*self._plan(lambda _: None), {})
