@@ -148,6 +148,11 @@ def test_references_of_the_run_stay_the_same_when_others_are_added(
     assert preview.exit_code == 0, preview.output
     reopened = ReviewRun(scene / "out", None, lambda _: None)
     assert reopened.names == run.names
+    assert run_command(command_line(teaching.options())).exit_code == 0  # the recompute records masks below .icm
+    (scene / "out").rename(scene / "moved")
+    moved = ReviewRun(scene / "moved", None, lambda _: None)
+    (after,) = read_all_references(moved.options, lambda _: None)
+    assert after.digest == before.digest
 
 
 @pytest.mark.parametrize("decision", ["undo", "reject", "correct"])

@@ -463,16 +463,22 @@ def with_values(options: MatteOptions, *, dropped: Collection[str] = (), **value
 def _with_output_folder(options: MatteOptions, folder: Path) -> MatteOptions:
     """Return the options of a run with ``folder`` as its output folder, which may have been moved since the run.
 
-    A recompute records the folder ``.icm/hints``, which has been moved too then.
+    A recompute records hints and masks below ``.icm``, which have been moved too then.
     """
     _, layout = choose_output(options.output)
-    if real_path(layout.folder) == real_path(folder):
+    before = real_path(layout.folder)
+    if before == real_path(folder):
         return options
+
+    def move(path: str | Path) -> str:
+        recorded = real_path(Path(path))
+        is_moved = recorded.is_relative_to(before / RECORD_FOLDER)
+        return str(folder / recorded.relative_to(before) if is_moved else path)
+
     out = folder if layout.pattern is None else folder / Path(options.output.out).name
-    values, hints = {"out": str(out)}, Path(RECORD_FOLDER, HINTS_NAME)
-    if options.hints.hints and real_path(Path(options.hints.hints)) == real_path(layout.folder / hints):
-        values["hints"] = str(folder / hints)
-    return with_values(options, **values)
+    moved = {name: [*map(move, options.get_value(name))] for name in ("mask", "not_mask") if name in options.given}
+    hints = options.hints.hints
+    return with_values(options, out=str(out), **moved, **({"hints": move(hints)} if hints else {}))
 
 
 def _without_taught(options: MatteOptions) -> MatteOptions:
