@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from test_review_corrections import OpenReview, open_review, point, revision, sm
 from typer.testing import CliRunner
 
 from icm_cli.errors import UsageError
+from icm_cli.files.json_files import write_json
 from icm_cli.matting.matte import read_all_references
 from icm_cli.matting.run_record import command_line
 from icm_cli.review.run import ReviewRun
@@ -229,6 +233,36 @@ def test_an_image_that_is_taught_again_keeps_its_mask(icm: Icm, open_review: Ope
     assert [*masks.iterdir()] == [mask]
     teaching.forget(pad)
     assert not [*masks.iterdir()]
+
+
+def test_teaching_waits_for_a_decision_that_is_being_saved(
+    icm: Icm, open_review: OpenReview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mask is that of the new alpha, and the image is a reference afterwards."""
+    assert icm().exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    pad = accept(run, state, teaching, "pad.0101.png")
+    is_writing, may_write = threading.Event(), threading.Event()
+
+    def write_late(*arguments: Any) -> None:
+        is_writing.set()
+        may_write.wait()
+        write_json(*arguments)
+
+    monkeypatch.setattr("icm_cli.review.corrections.write_json", write_late)
+    shape = {"label": "keep", "shape_type": "rectangle", "points": [[0, 0], [99, 99]]}
+    with ThreadPoolExecutor() as executor:
+        accepted = executor.submit(teaching._corrections.accept, pad, revision(state, run, pad), [shape])
+        is_writing.wait()
+        taught = executor.submit(teaching.teach, pad, "reference", "alpha")
+        with contextlib.suppress(TimeoutError):
+            taught.result(0.3)
+        may_write.set()
+        accepted.result()
+        taught.result()
+    (mask,) = (run.record_folder / "references").iterdir()
+    assert (read(mask) == 255 * (read(run.jobs[pad].output) > 128)).all()
+    assert state.read("pad.0101.png").taught is not None
 
 
 def test_an_empty_alpha_is_no_reference(icm: Icm, open_review: OpenReview) -> None:

@@ -26,10 +26,17 @@ from icm_cli.files.system_errors import error_for_failed_write
 from icm_cli.geometry import ImageU8
 from icm_cli.matting.resume import mark_reviewed
 from icm_cli.options import MatteOptions
-from icm_cli.review.references import add_taught, mask_path
+from icm_cli.review.references import add_taught_images, mask_path
 from icm_cli.review.run import ReviewRun, with_values
 from icm_cli.review.shapes import Annotation, Shapes
-from icm_cli.review.state import ImageState, ModelNotReadyError, ReviewState, ReviewStatus, StaleAnswerError, Taught
+from icm_cli.review.state import (
+    ImageState,
+    ModelNotReadyError,
+    ReviewState,
+    ReviewStatus,
+    StaleAnswerError,
+    TeachingUse,
+)
 from icm_cli.review.undo import Entry, UndoCopies
 
 if TYPE_CHECKING:
@@ -83,17 +90,17 @@ class Corrections:
     def options(self) -> MatteOptions:
         """Return the options of the run with the device, the hints and the taught references of the review."""
         _, states = self._state.read_all()
-        options = add_taught(self._run, states)
+        options = add_taught_images(self._run, states)
         return options if self._device is None else with_values(options, device=self._device)
 
     def base_references(self) -> Sequence[Reference]:
         """Return the references of the run without taught images. Raises ModelNotReadyError."""
         return self._model_without_waiting().references[: len(self._run.options.references.ref)]
 
-    def set_taught(self, id: int, taught: Taught | None) -> None:
-        """Store how an image is taught, and prepare the references again if that changes them."""
-        with self._edit_taught(self._run.names[id]) as image:
-            image.taught = taught
+    def store_use(self, id: int, use: TeachingUse | None) -> None:
+        """Store how an image is used to teach, and prepare the references again if that changes them."""
+        with self._edit_use(self._run.names[id]) as image:
+            image.taught = use
 
     def prepare(self, id: int) -> None:
         """Start to read an image, so that its first answer is fast. Returns at once."""
@@ -146,7 +153,7 @@ class Corrections:
         job = self._run.jobs[id]
         if reason := self._run.source_error(id):
             raise UsageError(f"{job.planned.name} cannot be accepted: {reason}")
-        with self._image_lock(id):
+        with self.image_lock(id):
             self._check_revision(id, revision)
             if shapes is not None:
                 self.load_model()
@@ -158,7 +165,7 @@ class Corrections:
     def reject(self, id: int, revision: int) -> None:
         """Reject an alpha. Its file stays, but the stamp of an earlier acceptance is removed from it."""
         job = self._run.jobs[id]
-        with self._image_lock(id):
+        with self.image_lock(id):
             has_stamp = self._run.refresh(id).is_reviewed
             with self._recorded_change(id, revision, job.outputs if has_stamp else [], "rejected"):
                 if has_stamp:
@@ -170,14 +177,14 @@ class Corrections:
         The image is no longer used as a reference: the mask of a reference is that of its last decision.
         """
         name, alpha = self._run.names[id], self._run.jobs[id].output
-        with self._image_lock(id):
+        with self.image_lock(id):
             self._check_revision(id, revision)
             entries = self._state.read(name).undo
             if not entries:
                 raise UsageError(f"{name} has no change that can be undone")
             last = entries[-1]
             self._copies.restore(last, alpha)
-            with self._edit_taught(name) as image:
+            with self._edit_use(name) as image:
                 image.undo = _without_entry(image.undo, last)
                 image.status = last["status"]
                 _stop_use_as_reference(image)
@@ -191,16 +198,16 @@ class Corrections:
         """Stop the thread of the model after its current task."""
         self._executor.shutdown(cancel_futures=True)
 
-    def _image_lock(self, id: int) -> threading.Lock:
+    def image_lock(self, id: int) -> threading.Lock:
         """Return the lock that a thread of this process holds while it changes an image."""
         with self._lock:
             return self._image_locks[id]
 
     @contextlib.contextmanager
-    def _edit_taught(self, name: str) -> Iterator[ImageState]:
+    def _edit_use(self, name: str) -> Iterator[ImageState]:
         """Context that yields the state of an image for editing.
 
-        If it is taught in another way at the end, its old mask is removed, and the references are prepared again. The
+        If its use has changed at the end, its old mask is removed, and the references are prepared again. The
         network is not loaded again.
         """
         with self._state.edit(name) as image:
@@ -209,8 +216,8 @@ class Corrections:
         if image.taught == before:
             return
         old_mask, new_mask = (
-            None if taught is None else mask_path(self._run.record_folder, taught["kind"], taught["mask"])
-            for taught in (before, image.taught)
+            None if use is None else mask_path(self._run.record_folder, use["kind"], use["mask"])
+            for use in (before, image.taught)
         )
         if old_mask is not None and old_mask != new_mask:
             old_mask.unlink(missing_ok=True)
@@ -311,7 +318,7 @@ class Corrections:
                 image.undo = _without_entry(image.undo, entry)
             self._copies.discard(entry)
             raise
-        with self._edit_taught(name) as image:
+        with self._edit_use(name) as image:
             image.status = status
             if not keeps_alpha:
                 _stop_use_as_reference(image)

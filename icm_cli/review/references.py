@@ -90,7 +90,7 @@ def write_taught_mask(path: Path, alpha: ImageU8, kind: Kind) -> None:
     write_mask(path, inside)
 
 
-def add_taught(run: ReviewRun, states: Mapping[str, ImageState]) -> MatteOptions:
+def add_taught_images(run: ReviewRun, states: Mapping[str, ImageState]) -> MatteOptions:
     """Return the options of a run with the taught images as further references and negatives.
 
     They are in the order of the run's images, and follow the references of the run. Taught negatives come before the
@@ -101,10 +101,10 @@ def add_taught(run: ReviewRun, states: Mapping[str, ImageState]) -> MatteOptions
     masks: dict[Kind, list[Path]] = {kind: [] for kind in KINDS}
     for job in run.jobs:
         name = job.planned.name
-        taught = states[name].taught if name in states else None
-        if taught is not None:
-            sources[taught["kind"]].append(job.files[0])
-            masks[taught["kind"]].append(mask_path(run.record_folder, taught["kind"], taught["mask"]))
+        use = states[name].taught if name in states else None
+        if use is not None:
+            sources[use["kind"]].append(job.files[0])
+            masks[use["kind"]].append(mask_path(run.record_folder, use["kind"], use["mask"]))
     own = run.options.references
     values: dict[str, Any] = {}
     dropped: Sequence[str] = ()

@@ -90,7 +90,7 @@ class ReviewRun:
         self._record = identify_file(self._record_path)
         """Identity of the record of the run when it was last compared with the options of this review."""
         recorded = _with_output_folder(read_run_record(self.folder), self.folder)
-        self.options, self.hints_folder, self._pattern = self._choose_hints(_without_taught(recorded), hints)
+        self.options, self.hints_folder, self._pattern = self._choose_hints(_without_taught_images(recorded), hints)
         self._notice = notice
         self.save_error = self._find_save_error()
         """What cannot be saved, and why; "" if everything can."""
@@ -481,7 +481,7 @@ def _with_output_folder(options: MatteOptions, folder: Path) -> MatteOptions:
     return with_values(options, out=str(out), **moved, **({"hints": move(hints)} if hints else {}))
 
 
-def _without_taught(options: MatteOptions) -> MatteOptions:
+def _without_taught_images(options: MatteOptions) -> MatteOptions:
     """Return options without the references and negatives that were taught in a review, as a recompute records them."""
     references = options.references
     positives = _untaught_pairs(references.ref, references.mask)
@@ -499,10 +499,10 @@ def _without_taught(options: MatteOptions) -> MatteOptions:
 
 def _untaught_pairs(refs: Sequence[Path], masks: Sequence[Path]) -> list[tuple[Path, Path | None]]:
     """Return the references that no review has taught, each with its mask; None for those beyond the last mask."""
-    return [(ref, mask) for ref, mask in zip_longest(refs, masks) if mask is None or not _is_taught(mask)]
+    return [(ref, mask) for ref, mask in zip_longest(refs, masks) if mask is None or not _is_taught_mask(mask)]
 
 
-def _is_taught(mask: Path) -> bool:
+def _is_taught_mask(mask: Path) -> bool:
     """Return whether a mask is one that a review has written for a taught image."""
     folder = mask.parent
     is_of_review = folder.name in (REFERENCES_NAME, NEGATIVES_NAME) and folder.parent.name == RECORD_FOLDER

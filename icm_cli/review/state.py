@@ -52,8 +52,8 @@ class StateBusyError(IcmError):
     """Another process holds the lock of the state."""
 
 
-Taught: TypeAlias = dict[str, Any]
-"""How an image is taught: ``kind`` and ``area`` as in :meth:`Teaching.teach`, and the file name of the ``mask``."""
+TeachingUse: TypeAlias = dict[str, Any]
+"""How a taught image is used: ``kind`` and ``area`` as in :meth:`Teaching.teach`, and the file name of the ``mask``."""
 
 
 @dataclass
@@ -63,7 +63,8 @@ class ImageState:
     status: ReviewStatus = "open"
     revision: int = 0
     """Revision of the whole state at the last change of this image; 0 if it was never changed."""
-    taught: Taught | None = None
+    taught: TeachingUse | None = None
+    """None if it is used neither as a reference nor as a negative."""
     change: float | None = None
     """Difference between the alphas before and after the last recompute, 0..1; see :func:`measure_change`."""
     undo: list[dict[str, Any]] = field(default_factory=list)

@@ -118,19 +118,20 @@ class Teaching:
         """
         run, name = self._run, self._run.names[id]
         check_teachable(run.options, run.jobs[id], kind, area)
-        if kind == "reference" and not run.refresh(id).is_reviewed:
-            raise UsageError(f"{name} is not accepted; a reference needs a correct alpha: accept it first (A)")
-        if kind == "reference" and needs_base_masks(run.options):
-            write_base_masks(run.record_folder, self._corrections.base_references())
-        height, width = self._images.display_size(id)
-        alpha = np.full((height, width), 255, np.uint8) if area == "image" else self._images.read_alpha(id)
-        file_name = f"{combined_digest(name, alpha.tobytes())[:16]}.png"
-        write_taught_mask(mask_path(run.record_folder, kind, file_name), alpha, kind)
-        self._corrections.set_taught(id, {"kind": kind, "area": area, "mask": file_name})
+        with self._corrections.image_lock(id):  # no decision replaces the alpha meanwhile
+            if kind == "reference" and not run.refresh(id).is_reviewed:
+                raise UsageError(f"{name} is not accepted; a reference needs a correct alpha: accept it first (A)")
+            if kind == "reference" and needs_base_masks(run.options):
+                write_base_masks(run.record_folder, self._corrections.base_references())
+            height, width = self._images.display_size(id)
+            alpha = np.full((height, width), 255, np.uint8) if area == "image" else self._images.read_alpha(id)
+            file_name = f"{combined_digest(name, alpha.tobytes())[:16]}.png"
+            write_taught_mask(mask_path(run.record_folder, kind, file_name), alpha, kind)
+            self._corrections.store_use(id, {"kind": kind, "area": area, "mask": file_name})
 
     def forget(self, id: int) -> None:
         """Stop using an image as a reference or negative."""
-        self._corrections.set_taught(id, None)
+        self._corrections.store_use(id, None)
 
     def options(self) -> MatteOptions:
         """Return the options of the recompute: those of the run, with the hints and the taught images."""

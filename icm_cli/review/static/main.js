@@ -47,7 +47,7 @@ function decide(decision, isNext) {
   const id = single.id ?? grid.active;
   if (id === null) return;
   if (single.id !== null && findButton(decision.name).disabled) {
-    if (decision === decisions.accept && single.obstacle) notify(single.obstacle);
+    if (decision === decisions.accept && single.refusal) notify(single.refusal);
     return;
   }
   decision(id);

@@ -17,7 +17,7 @@ class Single {
   ids = []; // the list for previous and next: that of the overview when it was left
   shot = null; // the ids of the shot of the image, also while the next frame is loaded; null: it is in none
   details = null;
-  obstacle = ""; // why the image cannot be accepted
+  refusal = ""; // why the image cannot be accepted
   draft = null;
   constructor() {
     viewer.drawn = () => {
@@ -179,8 +179,8 @@ class Single {
   enableButtons(item, isReady) {
     const { details, draft } = this;
     const hasAlpha = item.has_alpha || draft?.isDirty;
-    this.obstacle = details?.source_error || (hasAlpha ? "" : "There is no alpha to accept.");
-    const canAccept = isReady && this.obstacle === "";
+    this.refusal = details?.source_error || (hasAlpha ? "" : "There is no alpha to accept.");
+    const canAccept = isReady && this.refusal === "";
     const isEnabled = {
       accept: canAccept, "accept-stay": canAccept, reject: isReady,
       undo: isReady && (details.can_undo || lastDecided() !== undefined),
@@ -189,7 +189,7 @@ class Single {
       "clear-hints": editor.draft?.shapes.length > 0, "discard-hints": editor.draft?.isDirty,
     };
     for (const [action, value] of Object.entries(isEnabled)) findButton(action).disabled = !value;
-    for (const each of document.querySelectorAll("[data-title]")) each.title = this.obstacle || each.dataset.title;
+    for (const each of document.querySelectorAll("[data-title]")) each.title = this.refusal || each.dataset.title;
     findButton("forget").hidden = item.taught === null;
   }
 }
