@@ -200,6 +200,12 @@ def test_the_change_of_an_alpha_is_relative_to_its_object() -> None:
     noise = empty.copy()
     noise[0, :3] = 1
     assert measure_change(noise, empty) < 0.001
+    tiny = np.zeros((2, 6, 6), np.uint8)
+    tiny[0, :3], tiny[1, 3:] = 255, 255
+    assert measure_change(*tiny) == 1
+    small = np.zeros((2, 200, 300), np.uint8)
+    small[0, 9:14, 9:14], small[1, 99:104, 9:14] = 255, 255
+    assert measure_change(*small) == 1
 
 
 def test_what_cannot_be_taught_is_refused(icm: Icm, open_review: OpenReview) -> None:

@@ -60,8 +60,11 @@ SAVE_INTERVAL_S = 3.0
 """Interval at which the differences of recomputed alphas are saved, and then shown by the page."""
 DIFFERENCE_DIGITS = 3
 """Differences of alphas (0..1) are rounded to this many decimal places, so that invisible ones become 0."""
-MIN_OBJECT_PX = 64
-"""Smallest area, in pixels, that a difference of alphas refers to, so that noise in an empty alpha counts little."""
+MIN_OBJECT_PX, MIN_OBJECT_FRACTION = 64, 1 / 5000
+"""Smallest area that a difference of alphas refers to, so that noise in an empty alpha counts little.
+
+It is this fraction of the image, but at most this number of pixels.
+"""
 STOP_TIMEOUT_S = 60.0
 """Seconds that a recompute has to finish its files when the server stops. Then it is killed."""
 READ_TIMEOUT_S = 0.3
@@ -428,7 +431,8 @@ class Teaching:
 def measure_change(before: ImageU8, after: ImageU8) -> float:
     """Return the difference of two alphas, uint8 [H,W]: 1 - IoU, so 0 if they are equal, 1 if they share nothing.
 
-    The IoU is the sum of their minima divided by that of their maxima. It does not depend on the size of the image.
+    The IoU is the sum of their minima divided by that of their maxima. An area of less than about 1/5000 of the image
+    counts less.
     """
     common, union = (function(before, after).sum(dtype=np.int64) / 255 for function in (np.minimum, np.maximum))
-    return float((union - common) / max(union, MIN_OBJECT_PX))
+    return float((union - common) / max(union, min(MIN_OBJECT_PX, MIN_OBJECT_FRACTION * before.size)))
