@@ -781,6 +781,24 @@ class TestSeveralPeople:
         expect(second.locator("#image-status")).to_have_attribute("data-status", "accepted")
         expect(message).to_have_count(0)
 
+    def test_messages_end_with_what_they_are_about(self, server: ReviewServer, open_page: Open) -> None:
+        """That of a failed decision with the next decision, in any window; that of refused hints with these hints."""
+        server.wait_until_ready()
+        first, second = open_page(server), open_page(server)
+        image = open_image(first, server, IMAGES[0])
+        alerts = first.locator("#alerts .alert")
+        first.route(re.compile("/accept"), lambda route: route.fulfill(status=503, json={"error": "it is locked"}))
+        first.keyboard.press("Shift+A")
+        expect(alerts).to_contain_text("brickwall.jpg was not accepted: it is locked")
+        open_image(second, server, IMAGES[0])
+        second.keyboard.press("Shift+A")
+        expect(alerts).to_have_count(0)
+        first.route(re.compile("/answer"), lambda route: route.fulfill(status=400, json={"error": "they are refused"}))
+        first.mouse.click(*to_page(first, image, (20, 20)))
+        expect(alerts).to_contain_text("they are refused.")
+        first.keyboard.press("Control+z")
+        expect(alerts).to_have_count(0)
+
     def test_the_own_recompute_is_no_decision(self, server: ReviewServer, open_page: Open) -> None:
         """A rejected image whose alpha changes becomes open again, also while it has hints that are not saved."""
         server.wait_until_ready()
@@ -1082,7 +1100,7 @@ class TestFailures:
             page.goto(f"{server.origin}/#image-{item['id']}")
             expect(page.locator("#image-name")).to_have_attribute("title", name)
             expect(page.locator("#single")).to_have_attribute("aria-busy", "false")
-            alert, status = page.locator('#alerts .alert[data-topic="image"]'), page.locator("#image-status")
+            alert, status = page.locator('#alerts .alert[data-topic^="image"]'), page.locator("#image-status")
             if name in IMAGES[:2]:
                 expect(alert).to_contain_text(Path(name).name)
             else:

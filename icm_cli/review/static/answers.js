@@ -8,10 +8,12 @@ let controller = new AbortController();
 let isBusy = false; // whether a coarse answer is being computed
 const describe = (text) => setText(byId("answer-state"), text);
 
+/** Forget the answers of earlier hints, and their error. */
 export function cancel() {
   controller.abort();
   controller = new AbortController();
   isBusy = false;
+  clearError("answer");
   describe("");
 }
 /** Ask for the coarse answer, and after a pause for the refined one. `show(draft, shapes, ...)` shows them. */
@@ -39,7 +41,6 @@ async function request(draft, show, isRefined) {
     const hints = await draft.encode();
     if (signal.aborted) return;
     const blob = await api.answer(draft.id, draft.source, hints, isRefined, signal);
-    clearError("answer");
     await show(draft, shapes, blob, isRefined, signal);
     if (isRefined && !signal.aborted) describe("");
   } catch (error) { if (!isAborted(error) && !signal.aborted) handleFailure(error); }
@@ -51,6 +52,6 @@ function handleFailure(error) {
   cancel();
   describe("No alpha for these hints");
   if (error.image) store.updateStale(error.image);
-  const topic = error.image ? "image" : error.status === 503 ? "model" : "answer";
+  const topic = error.image ? `image ${error.image.id}` : error.status === 503 ? "model" : "answer";
   reportError(`${error.message}.`, { topic: error.topic ?? topic });
 }

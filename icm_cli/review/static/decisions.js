@@ -65,7 +65,7 @@ async function send(id, action, request) {
   });
   store.setPending(id, saving);
   const isDone = await saving;
-  if (isDone) clearError(`decision ${id}`);
+  if (isDone) for (const topic of ["decision", "image"]) clearError(`${topic} ${id}`);
   else if (action === "accept" || action === "reject") decided.delete(id);
   store.setPending(id, null);
   if (!isDone) return null;
@@ -78,6 +78,7 @@ function reportDecision(id, text, isKept = true) {
   reportError(text + kept, { topic: `decision ${id}`, action: button });
 }
 
-store.on("decided-elsewhere", (id) =>
-  reportDecision(id, `${nameOf(id)} was changed in another window. Check it, and decide again.`),
-);
+store.on("decided-elsewhere", (id) => {
+  if (!isDraft(id)) clearError(`decision ${id}`);
+  else reportDecision(id, `${nameOf(id)} was changed in another window. Check it, and decide again.`);
+});

@@ -57,7 +57,7 @@ class Single {
       if (this.id !== id) return;
       Object.assign(this, { details, draft, shot: details.shot });
       this.showItem(); // decisions are possible even if the source cannot be read
-      if (details.error) reportError(`${details.name}: ${details.error}`, { topic: "image" });
+      if (details.error) reportError(`${details.name}: ${details.error}`, { topic: `image ${id}` });
       const [source, before] = await Promise.all([loadSource(details), loadAlpha(details)]);
       if (this.id !== id) return;
       if (isNew || viewer.image?.source[0] !== source) viewer.setImage({ ...details, source, before });
@@ -65,19 +65,19 @@ class Single {
       editor.setDraft(draft);
       this.showItem();
       const { answer, shapes } = draft;
-      if (!draft.isDirty) viewer.setAlpha("after", null);
+      if (!draft.isDirty) this.showSaved();
       else if (answer?.shapes === shapes) viewer.setAlpha("after", await decodeImage(answer.blob));
       else answers.ask(draft, this.showAnswer);
     } catch (error) {
       if (this.id !== id) return;
       if (isNew) viewer.set({ image: null });
-      reportError(`${store.items.get(id).name}: ${error.message}.`, { topic: error.topic ?? "image" });
+      reportError(`${store.items.get(id).name}: ${error.message}.`, { topic: error.topic ?? `image ${id}` });
     }
   }
   close() { this.leave(); viewer.set({ image: null }); strip.show([], null, ""); }
   leave() {
     answers.cancel();
-    for (const topic of ["image", "answer"]) clearError(topic);
+    clearError(`image ${this.id}`);
     this.id = this.details = this.draft = null;
     editor.setDraft(null);
   }
@@ -106,12 +106,12 @@ class Single {
   answer(isDragging = false) {
     editor.draw();
     this.showItem();
-    if (!this.draft.isDirty) {
-      answers.cancel();
-      viewer.setAlpha("after", null);
-    } else if (isDragging) answers.askWhileDragging(this.draft, this.showAnswer);
+    if (!this.draft.isDirty) this.showSaved();
+    else if (isDragging) answers.askWhileDragging(this.draft, this.showAnswer);
     else answers.ask(this.draft, this.showAnswer);
   }
+  /** Show only the saved alpha: there are no other hints. */
+  showSaved() { answers.cancel(); viewer.setAlpha("after", null); }
   showAnswer = async (draft, shapes, blob, isRefined, signal) => {
     const bitmap = await decodeImage(blob);
     if (signal.aborted || draft !== this.draft) return;

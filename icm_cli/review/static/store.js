@@ -57,8 +57,8 @@ class Store extends EventTarget {
   /** Store images that the server sent; older revisions than the known ones are ignored. */
   update(images) {
     const newer = images.filter(({ id, revision }) => revision >= (this.items.get(id)?.revision ?? 0));
-    const isForeign = ({ id, decision }) => // a decision of somebody else, while there are unsaved hints here
-      isDraft(id) && !this.pending.has(id) && decision !== this.items.get(id)?.decision;
+    const isForeign = ({ id, decision }) => // a decision of somebody else
+      this.items.has(id) && !this.pending.has(id) && decision !== this.items.get(id).decision;
     const foreign = newer.filter(isForeign);
     for (const item of newer) this.items.set(item.id, item);
     if (newer.length > 0) this.emit("items", new Set(newer.map((item) => item.id)));

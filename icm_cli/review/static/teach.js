@@ -1,6 +1,6 @@
 // Dialog of teaching: the taught images, the recompute with its progress, and the command of the run.
 import { api } from "./api.js";
-import { byId, clone, formatPercent, notify, reportError, setText } from "./dom.js";
+import { byId, clearError, clone, formatPercent, notify, reportError, setText } from "./dom.js";
 import { store } from "./store.js";
 import { showThumbnail } from "./thumbnails.js";
 
@@ -20,6 +20,7 @@ export function show() {
 export async function send(request) {
   try {
     store.setRecompute(await request());
+    clearError("recompute");
   } catch (error) { reportError(`Recompute: ${error.message}.`, { topic: "recompute" }); }
 }
 
