@@ -636,11 +636,12 @@ class TestFixes:
 
     def test_images_without_an_alpha_come_last(self, server: ReviewServer, open_page: Open, folder: Path) -> None:
         """A run of a few frames of a sequence has no alphas of the others."""
-        (folder / "alphas" / "night" / "deepfield.png").unlink()
         page = open_page(server)
         total = len(IMAGES) + len(HOSTILE_NAMES)
         page.locator("#filter-folder").select_option("night")
-        expect(page.locator(f"{CELLS} .cell-name")).to_have_count(3)
+        expect(page.locator(f"{CELLS} .thumbnail.loaded")).to_have_count(3)
+        (folder / "alphas" / "night" / "deepfield.png").unlink()
+        expect(page.locator(f"{CELLS} .thumbnail.loaded")).to_have_count(2)
         assert listed_ids(page)[-1] == server.images()["night/deepfield.jpg"]["id"]
         expect(page.locator("#counts")).to_contain_text(f"0 of {total - 1} reviewed")
         page.locator('#filter-status [value="open"]').check()
@@ -910,6 +911,10 @@ class TestKills:
             server.kill()
             message = page.locator('#alerts .alert[data-topic="connection"]')
             expect(message).to_contain_text(f"start icm review again with --port {server.port}. Open its new link")
+            page.keyboard.press("r")
+            failed = page.locator('#alerts .alert[data-topic^="decision"]')
+            expect(failed).to_contain_text("was not rejected: the server does not answer.")
+            expect(failed).not_to_contain_text("--port")
             server = start("--port", str(server.port))
             expect(message).to_contain_text("this page needs the link of the icm review that runs now")
             other = page.context.new_page()
@@ -1100,7 +1105,7 @@ class TestFailures:
             page.goto(f"{server.origin}/#image-{item['id']}")
             expect(page.locator("#image-name")).to_have_attribute("title", name)
             expect(page.locator("#single")).to_have_attribute("aria-busy", "false")
-            alert, status = page.locator('#alerts .alert[data-topic^="image"]'), page.locator("#image-status")
+            alert, status = page.locator('#alerts .alert[data-topic="image"]'), page.locator("#image-status")
             if name in IMAGES[:2]:
                 expect(alert).to_contain_text(Path(name).name)
             else:
@@ -1117,6 +1122,12 @@ class TestFailures:
                     expect(button).to_have_attribute("title", re.compile("restore the source, or reject the alpha"))
                 page.keyboard.press("a")
                 expect(page.locator("#status")).to_contain_text("brickwall.jpg does not exist any more")
+                shutil.copy(folder / "imgs" / IMAGES[4], folder / "imgs" / name)
+                page.keyboard.press("a")
+                expect(page.locator('[data-action="accept"]')).to_be_enabled()
+                expect(alert).to_have_count(0)
+                page.locator("#stage").hover()
+                expect(page.locator("#readout")).to_contain_text("RGB")
 
     def test_a_folder_without_a_run(self, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "icm_cli.cli", "review", str(tmp_path), "--no-browser"]

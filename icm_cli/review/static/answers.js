@@ -52,6 +52,6 @@ function handleFailure(error) {
   cancel();
   describe("No alpha for these hints");
   if (error.image) store.updateStale(error.image);
-  const topic = error.image ? `image ${error.image.id}` : error.status === 503 ? "model" : "answer";
+  const topic = error.image ? `decision ${error.image.id}` : error.status === 503 ? "model" : "answer";
   reportError(`${error.message}.`, { topic: error.topic ?? topic });
 }

@@ -4,8 +4,7 @@ const MAX_KEPT = 3; // sources, and alphas: those of the last images, and of the
 export const isAborted = (error) => error.name === "AbortError";
 /** Any text that differs between browser tabs: the server drops superseded answers of the same tab. */
 const tab = crypto.getRandomValues(new Uint32Array(2)).join("-");
-const NO_ANSWER = "the server does not answer. If it has ended, start icm review again with --port";
-const CONTINUE = "Open its new link in another tab. Then go on in this tab, which keeps hints that are not saved";
+const CONTINUE = "Open its new link in another tab. Then go on in this tab, which keeps hints that are not saved.";
 let run = {}; // what the server says about the run; its `list` identifies the list of images
 
 async function call(method, path, { body, signal } = {}) {
@@ -15,14 +14,15 @@ async function call(method, path, { body, signal } = {}) {
     response = await fetch(path, { method, signal, headers, body: body && JSON.stringify(body) });
   } catch (error) {
     if (isAborted(error)) throw error;
-    throw createError(`${NO_ANSWER} ${run.port}. ${CONTINUE}`, { status: 0, topic: "connection" });
+    const advice = ` If it has ended, start icm review again with --port ${run.port}. ${CONTINUE}`;
+    throw createError("the server does not answer", { status: 0, topic: "connection", advice });
   }
   if (response.ok) return response;
   const { status } = response;
   const { error = `the server answered with status ${status}`, image } = await response.json().catch(() => ({}));
   throw createError(error, { status, image, topic: [403, 410].includes(status) ? "connection" : undefined });
 }
-/** `image`: the newest state after a conflict (409). `topic`: that of its message; undefined: any. */
+/** `image`: newest state after a conflict (409). `topic`: that of its message, or undefined. `advice`: what to do. */
 const createError = (message, properties) => Object.assign(new Error(message), properties);
 
 const json = async (...request) => (await call(...request)).json();

@@ -65,7 +65,7 @@ async function send(id, action, request) {
   });
   store.setPending(id, saving);
   const isDone = await saving;
-  if (isDone) for (const topic of ["decision", "image"]) clearError(`${topic} ${id}`);
+  if (isDone) clearError(`decision ${id}`);
   else if (action === "accept" || action === "reject") decided.delete(id);
   store.setPending(id, null);
   if (!isDone) return null;

@@ -17,8 +17,7 @@ function route() {
   const isSingle = store.items.has(id);
   byId("overview").hidden = isSingle;
   byId("single").hidden = !isSingle;
-  if (isSingle) showSingle(id);
-  else showOverview();
+  (isSingle ? showSingle : showOverview)(id);
 }
 function showSingle(id) {
   const isFromOverview = single.id === null;
@@ -47,7 +46,8 @@ function decide(decision, isNext) {
   const id = single.id ?? grid.active;
   if (id === null) return;
   if (single.id !== null && findButton(decision.name).disabled) {
-    if (decision === decisions.accept && single.refusal) notify(single.refusal);
+    const isRefused = decision === decisions.accept && single.refusal; // unless the source was restored meanwhile
+    if (isRefused) single.refresh(viewer.image === null).then(() => notify(single.refusal));
     return;
   }
   decision(id);

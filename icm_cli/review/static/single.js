@@ -57,7 +57,8 @@ class Single {
       if (this.id !== id) return;
       Object.assign(this, { details, draft, shot: details.shot });
       this.showItem(); // decisions are possible even if the source cannot be read
-      if (details.error) reportError(`${details.name}: ${details.error}`, { topic: `image ${id}` });
+      if (details.error) reportError(`${details.name}: ${details.error}`, { topic: "image" });
+      else clearError("image");
       const [source, before] = await Promise.all([loadSource(details), loadAlpha(details)]);
       if (this.id !== id) return;
       if (isNew || viewer.image?.source[0] !== source) viewer.setImage({ ...details, source, before });
@@ -71,13 +72,13 @@ class Single {
     } catch (error) {
       if (this.id !== id) return;
       if (isNew) viewer.set({ image: null });
-      reportError(`${store.items.get(id).name}: ${error.message}.`, { topic: error.topic ?? `image ${id}` });
+      reportError(`${store.items.get(id).name}: ${error.message}.`, { topic: error.topic ?? "image" });
     }
   }
   close() { this.leave(); viewer.set({ image: null }); strip.show([], null, ""); }
   leave() {
     answers.cancel();
-    clearError(`image ${this.id}`);
+    clearError("image");
     this.id = this.details = this.draft = null;
     editor.setDraft(null);
   }
@@ -106,9 +107,9 @@ class Single {
   answer(isDragging = false) {
     editor.draw();
     this.showItem();
-    if (!this.draft.isDirty) this.showSaved();
-    else if (isDragging) answers.askWhileDragging(this.draft, this.showAnswer);
-    else answers.ask(this.draft, this.showAnswer);
+    const ask = isDragging ? answers.askWhileDragging : answers.ask;
+    if (this.draft.isDirty) ask(this.draft, this.showAnswer);
+    else this.showSaved();
   }
   /** Show only the saved alpha: there are no other hints. */
   showSaved() { answers.cancel(); viewer.setAlpha("after", null); }
@@ -145,8 +146,7 @@ class Single {
   }
   /** Show what is known about the image: in the panel, the strip and the buttons. */
   showItem() {
-    const item = store.items.get(this.id);
-    const { details, draft } = this;
+    const [item, { details, draft }] = [store.items.get(this.id), this];
     const isSaving = store.pending.has(item.id);
     const change = isChanged(item) ? `, changed ${formatPercent(item.change)}` : "";
     document.title = `${baseName(item.name)} – icm review`;
@@ -179,7 +179,8 @@ class Single {
   enableButtons(item, isReady) {
     const { details, draft } = this;
     const hasAlpha = item.has_alpha || draft?.isDirty;
-    this.refusal = details?.source_error || (hasAlpha ? "" : "There is no alpha to accept.");
+    const missing = details?.source_error && `It cannot be accepted: ${details.source_error}.`;
+    this.refusal = missing || (hasAlpha ? "" : "There is no alpha to accept.");
     const canAccept = isReady && this.refusal === "";
     const isEnabled = {
       accept: canAccept, "accept-stay": canAccept, reject: isReady,

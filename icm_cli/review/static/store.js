@@ -47,7 +47,7 @@ class Store extends EventTarget {
       clearError("connection");
       if (before?.model_state === NOT_CONNECTED) this.emit("reconnected");
     } catch (error) {
-      reportError(`The page is not up to date: ${error.message}.`, { topic: "connection" });
+      reportError(`The page is not up to date: ${error.message}.${error.advice ?? ""}`, { topic: "connection" });
       if (this.run === null || this.run.model_state === NOT_CONNECTED) return;
       this.run = { ...this.run, model_state: NOT_CONNECTED };
       this.emit("run");

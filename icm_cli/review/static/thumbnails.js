@@ -57,8 +57,8 @@ function receiveThumbnail(image, entry, answer) {
   else if (!(entry.id in (answer?.errors ?? {}))) return;
   if (waiting.get(image) !== entry) return; // the <img> shows another image by now
   waiting.delete(image);
-  if (jpeg !== undefined) setImage(image, loaded.get(entry.key));
-  else image.parentElement.dataset.reason = answer.errors[entry.id];
+  setImage(image, loaded.get(entry.key));
+  if (jpeg === undefined) image.parentElement.dataset.reason = answer.errors[entry.id];
 }
 
 function setImage(image, url) {
