@@ -519,6 +519,15 @@ class TestFixes:
         expect(page.locator("#hints-state")).to_have_text("1 hint, not saved")
         page.mouse.click(*to_page(page, image, ON_OBJECT))
         expect(page.locator("#hints-state")).to_have_text("No hints")
+        page.mouse.click(*to_page(page, image, ON_OBJECT))
+        page.keyboard.press("Shift+A")
+        expect(page.locator("#hints-state")).to_have_text("1 hint, saved")
+        page.mouse.click(*to_page(page, image, OFF_OBJECT), button="right")
+        open_image(page, server, IMAGES[0])
+        open_image(page, server, WRONG)
+        expect(page.locator("#hints-state")).to_have_text("2 hints, not saved")
+        page.keyboard.press("Control+z")
+        expect(page.locator("#hints-state")).to_have_text("1 hint, saved")
 
     def test_a_press_outside_of_the_image_is_no_hint(self, server: ReviewServer, open_page: Open) -> None:
         """Also if the mouse moves a little, with an arrow key for the pointer of the keyboard during the press."""

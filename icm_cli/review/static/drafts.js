@@ -3,7 +3,8 @@ import { encodeShapes, readShapes } from "./shapes.js";
 import { store } from "./store.js";
 
 const drafts = new Map();
-const isEqual = (shapes, others) => JSON.stringify(shapes) === JSON.stringify(others);
+const keyOf = ({ label, shape_type: type, points, mask = null }) => JSON.stringify([label, type, points, mask]);
+const isEqual = (shapes, others) => String(shapes?.map(keyOf)) === String(others?.map(keyOf));
 
 /** The hints of one image, with the steps to undo and redo. A list of shapes is replaced, never changed. */
 class Draft {
@@ -40,12 +41,11 @@ class Draft {
   /** Store which shapes the server has; null: others than those here, which stay. */
   markSaved(saved) { this.set(this.shapes, saved); }
   /** Take the shapes that the server sent, unless there are others here that are not saved. */
-  receive(shapes) {
-    if (this.isDirty && !isEqual(this.shapes, shapes)) this.markSaved(shapes);
-    else if (!isEqual(this.saved, shapes)) {
-      [this.past, this.future, this.answer] = [[], [], null];
-      this.set(shapes, shapes);
-    } else this.set(this.saved, this.saved);
+  receive(received) {
+    const shapes = isEqual(this.saved, received) ? this.saved : received; // the same objects, which undo may return to
+    if (this.isDirty && !isEqual(this.shapes, shapes)) return this.markSaved(shapes);
+    if (shapes !== this.saved) [this.past, this.future, this.answer] = [[], [], null];
+    this.set(shapes, shapes);
   }
   /** Return the promise of the hints as the server takes them. */
   encode() { return encodeShapes(this.shapes, this.width, this.height); }
