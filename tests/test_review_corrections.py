@@ -32,7 +32,7 @@ from icm_cli.matting.resume import REVIEWED_KEY
 from icm_cli.review.corrections import Corrections
 from icm_cli.review.images import DisplayImages
 from icm_cli.review.run import ReviewRun
-from icm_cli.review.state import ReviewState, StaleAnswerError, StaleRevisionError
+from icm_cli.review.state import ModelNotReadyError, ReviewState, StaleAnswerError, StaleRevisionError
 
 pytestmark = pytest.mark.usefixtures("small_decoder")
 Review = tuple[ReviewRun, ReviewState, Corrections]
@@ -394,6 +394,20 @@ def test_a_device_that_does_not_exist_is_reported_in_the_terminal(icm: Icm, scen
     (notice,) = notices
     assert notice == f"the model cannot be loaded: {corrections.model_error}"
     assert "cuda:99" in notice
+
+
+def test_hints_load_a_model_again_that_could_not_be_loaded(icm: Icm, scene: Path) -> None:
+    assert icm().exit_code == 0
+    (scene / "mask.png").rename(scene / "moved.png")
+    run = ReviewRun(scene / "out", None, lambda _: None)
+    corrections = Corrections(run, ReviewState(run.record_folder), None, lambda _: None)
+    for _ in range(2):
+        with pytest.raises(ModelNotReadyError, match=r"mask\.png does not exist"):
+            corrections.answer(0, [point("fg", 30, 30)], refined=False)
+    (scene / "moved.png").rename(scene / "mask.png")
+    assert corrections.answer(0, [point("fg", 30, 30)], refined=False)[30, 30] > 127
+    assert corrections.model_state == "ready"
+    corrections.close()
 
 
 def test_newer_requests_of_a_tab_replace_those_that_wait(

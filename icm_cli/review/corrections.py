@@ -81,10 +81,13 @@ class Corrections:
             return ""
         return _describe_failure(self._loading)
 
-    def load_model(self) -> None:
-        """Start to load the model and the references, unless that has begun. Returns at once."""
+    def load_model(self, *, retries: bool = False) -> None:
+        """Start to load the model and the references, unless that has begun. Returns at once.
+
+        ``retries``: start again if it has failed. The reason may be gone, such as a missing reference.
+        """
         with self._lock:
-            if self._loading is None:
+            if self._loading is None or (retries and self.model_state == "failed"):
                 self._begin_loading()
 
     def options(self) -> MatteOptions:
@@ -119,7 +122,7 @@ class Corrections:
         the call waits for it. Raises StaleAnswerError, ModelNotReadyError if the model cannot be loaded, or IcmError
         for hints or images that cannot be used.
         """
-        self.load_model()
+        self.load_model(retries=True)
         client = tab or f"image {id}"
         with self._lock:
             if client in self._pending:
@@ -156,7 +159,7 @@ class Corrections:
         with self.image_lock(id):
             self._check_revision(id, revision)
             if shapes is not None:
-                self.load_model()
+                self.load_model(retries=True)
                 self._submit(lambda: self._correct(id, revision, shapes)).result()
                 return
             with self._recorded_change(id, revision, job.outputs, "accepted", keeps_alpha=True):
