@@ -146,8 +146,8 @@ def _with_options(
 ) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
     """Return a decorator for the function of a command, which takes one options object.
 
-    It makes a function of it whose signature tells Typer about every option. ``callbacks``: by the name of a flag, a
-    function that does something else and exits.
+    The decorator returns a function with one parameter for each option, which is what Typer reads. ``callbacks``: by
+    the name of a flag that ends the command, such as ``list_models``, the function that is called instead.
     """
 
     def decorate(body: Callable[[Options], None]) -> Callable[..., None]:

@@ -121,13 +121,13 @@ def _region_mse(result: ImageResult, region: Region) -> float:
 
 
 def _breakdown_tables(scored: Sequence[ImageResult]) -> dict[str, dict[str, dict[Region, Means]]]:
-    """Return the means by group and by category, if there are several."""
+    """Return a table of means for each kind of category and for the groups, without tables of a single row."""
 
-    def category_table(category: str) -> dict[str, dict[Region, Means]]:
-        return compute_means_by(scored, lambda result: result.categories.get(category))
+    def category_table(kind: str) -> dict[str, dict[Region, Means]]:
+        return compute_means_by(scored, lambda result: result.categories.get(kind))
 
-    categories = sorted({category for result in scored for category in result.categories})
-    tables = {category: category_table(category) for category in categories}
+    kinds = sorted({kind for result in scored for kind in result.categories})
+    tables = {kind: category_table(kind) for kind in kinds}
     tables["group"] = compute_means_by(scored, lambda result: result.group)
     return {name: rows for name, rows in tables.items() if len(rows) > 1}
 

@@ -105,13 +105,13 @@ class PairMaker(SampleMaker[PairBatch]):
             target, name = self._make_negative(partner, rng)
         else:
             target, name = scenes.make_scene(item, rng), item.name
-        if not (is_negative or target.alpha.any()):
-            empty_alphas.append(item.alpha_file)
+            if not target.alpha.any():
+                empty_alphas.append(item.alpha_file)
         target = scenes.augment_colours(scenes.add_distractors(target, distractors, rng), rng)
         found = self._make_reference(item, partner, distractors[:1], rng)
         if found is None:
             return None
-        partner, reference = found
+        reference_item, reference = found
         reference = scenes.augment_colours(reference, rng)
         alpha = binarize_alpha(target.alpha) if item.is_binary else target.alpha
         trimap = make_trimap(alpha, self.config.trimap_kernel_px) if target.trimap is None else target.trimap
@@ -124,7 +124,7 @@ class PairMaker(SampleMaker[PairBatch]):
             "guidance": draw_guidance(reference.alpha, pairs, rng),
             "reference_valid": reference.valid,
         }
-        return TrainingSample(f"{name} by {partner.name}", layers, tuple(empty_alphas))
+        return TrainingSample(f"{name} by {reference_item.name}", layers, tuple(empty_alphas))
 
     def _make_reference(
         self, item: TrainingItem, partner: TrainingItem, distractors: Sequence[TrainingItem], rng: Rng
