@@ -256,7 +256,7 @@ def test_real_folders_take_precedence_over_links(tmp_path: Path, src: str) -> No
 @pytest.mark.parametrize(
     ("names", "src", "out", "message"),
     [
-        ([], "in/a.####.jpg", "out", "frame pattern"),
+        ([], "in/a.####.jpg", "out", "no file matches .*in does not exist"),
         (["in/a.jpg"], "in", "in", "also the output folder"),
         (["in/a.jpg", "in/a.png"], "in", "out", "be written by several images"),
         (["in/a.png"], "in/a.png", "in", "also the output folder"),
