@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import importlib.metadata
 import math
@@ -62,6 +63,13 @@ def peak_memory_bytes() -> int:
         return peak * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def trim_heap() -> None:
+    """Return the free memory of the heap to the system. Only glibc does so on request."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def processor_property(name: str) -> str:

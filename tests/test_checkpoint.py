@@ -74,6 +74,18 @@ def test_round_trip(tmp_path: Path, with_backbone: bool) -> None:
     assert all(torch.equal(loaded.tensors[key], expected[key]) for key in expected)
 
 
+def test_loading_makes_no_second_copy_and_does_not_use_the_file(saved: tuple[Path, HeadOnly]) -> None:
+    path, model = saved
+    tensors = head_tensors(path)
+    with path.open("r+b") as file:  # as a copy over the file of a model that is in use
+        file.write(bytes(path.stat().st_size))
+    head = DetailHead(DETAIL)
+    load_strict(head, tensors, "file")
+    loaded, expected = head.state_dict(), model.head.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    assert all(loaded[name].data_ptr() == tensor.data_ptr() for name, tensor in tensors.items())
+
+
 def test_default_head_has_the_published_size() -> None:
     with torch.device("meta"):
         head = DetailHead(DetailConfig())

@@ -6,6 +6,8 @@ import json
 import math
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -66,6 +68,20 @@ def write_psd(path: Path, rgb: np.ndarray) -> Path:
     no_palette_resources_or_layers = bytes(12)
     path.write_bytes(header + no_palette_resources_or_layers + bytes(2) + rgb.transpose(2, 0, 1).tobytes())
     return path
+
+
+def test_openimageio_is_imported_only_for_files_that_need_it(tmp_path: Path) -> None:
+    """It takes 30 MB."""
+    exr = written(tmp_path / "a.exr", RGB.astype(np.float32) / 255, "half")
+    code = (
+        "import sys; from pathlib import Path\nfrom icm_cli.images.reading import read_image\n"
+        "from icm_cli.images.writing import write_mask\nphoto = read_image(Path(sys.argv[1]))\n"
+        "write_mask(Path(sys.argv[3]), photo.rgb[..., 0])\nassert 'OpenImageIO' not in sys.modules\n"
+        "read_image(Path(sys.argv[2]))\nassert 'OpenImageIO' in sys.modules\n"
+    )
+    paths = map(str, (DEMO / "ref.jpg", exr, tmp_path / "mask.png"))
+    ended = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_psd_of_8_bits_is_read(tmp_path: Path) -> None:

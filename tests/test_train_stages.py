@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from conftest import DEMO, refine_alpha
 from hypothesis import given, settings
@@ -23,7 +24,7 @@ from train_data import MODEL, PLAIN, change, log, metadata, same_weights, train,
 from icm_cli.config import parse_model_config
 from icm_cli.errors import ConfigError
 from icm_cli.model.lite.head import TokenMatchHead
-from icm_cli.model.lite.refiner import Refine
+from icm_cli.model.lite.refiner import Refine, enlarge_and_join
 from icm_cli.model.loading import load_model_for_training
 from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
 from icm_cli.training.settings import MatchStageConfig, TrainConfig, read_settings
@@ -499,6 +500,19 @@ def test_uncertain_regions_fade_inside_and_appear_outside() -> None:
 
 
 class TestRefineNetwork:
+    @pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
+    def test_features_are_enlarged_and_joined_as_by_torch(self, order: torch.memory_format) -> None:
+        coarse = torch.rand(2, 5, 3, 4).to(memory_format=order).requires_grad_()
+        fine = torch.rand(2, 7, 6, 8).to(memory_format=order).requires_grad_()
+        expected = torch.cat([F.interpolate(coarse, scale_factor=2.0, mode="nearest"), fine], dim=1)
+        weight = torch.rand_like(expected)
+        gradients = torch.autograd.grad((expected * weight).sum(), [coarse, fine])
+        joined = enlarge_and_join(coarse, fine)
+        assert torch.equal(joined, expected)
+        assert joined.is_contiguous(memory_format=order)
+        for found, wanted in zip(torch.autograd.grad((joined * weight).sum(), [coarse, fine]), gradients, strict=True):
+            torch.testing.assert_close(found, wanted)
+
     def test_details_start_at_zero_and_learn(self) -> None:
         plain = Refine(Refine.Config(widths=(4, 6)))
         finer = Refine(Refine.Config(widths=(4, 6), detail_blocks=2))

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import io
 import logging
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import OpenImageIO as oiio
 import PIL
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -88,31 +86,6 @@ class SourceFile:
             return True
 
 
-_settings_lock = threading.Lock()
-_settings = contextlib.ExitStack()
-_threads_with_settings = 0
-
-
-@contextlib.contextmanager
-def library_settings() -> Iterator[None]:
-    """Context in which image libraries neither limit sizes nor print; OpenImageIO uses one thread.
-
-    These settings are global. They are restored when the last thread leaves the context.
-    """
-    global _threads_with_settings
-    with _settings_lock:
-        _threads_with_settings += 1
-        if _threads_with_settings == 1:
-            _change_settings(_settings)
-    try:
-        yield
-    finally:
-        with _settings_lock:
-            _threads_with_settings -= 1
-            if not _threads_with_settings:
-                _settings.close()
-
-
 def _change_settings(restorers: contextlib.ExitStack) -> None:
     """Change the settings, and register callbacks that restore them."""
     logger = logging.getLogger("PIL")
@@ -122,14 +95,16 @@ def _change_settings(restorers: contextlib.ExitStack) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
     restorers.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     Image.MAX_IMAGE_PIXELS = None  # check_memory limits the size by the free memory instead
-    restorers.callback(oiio.attribute, "threads", oiio.get_int_attribute("threads"))
-    oiio.attribute("threads", 1)  # icm reads several files at once in threads of its own
     for libtiff in _pillow_libtiffs():
         for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
             set_handler = getattr(libtiff, name)
             set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
             former_handler = set_handler(None)  # None: print nothing
             restorers.callback(set_handler, former_handler)
+
+
+library_settings = openimageio.SharedSettings(_change_settings)
+"""Context in which image libraries neither limit sizes nor print."""
 
 
 @functools.cache

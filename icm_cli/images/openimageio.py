@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import OpenImageIO as oiio
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
@@ -52,28 +52,73 @@ BEAUTY_NAMES = frozenset({"beauty", "combined", "rgb", "rgba"})
 """Names of layers, or of their last parts, that hold the whole image and not a component of it."""
 
 
+class SharedSettings:
+    """Context with changed global settings. They are restored when the last thread leaves the context."""
+
+    def __init__(self, change: Callable[[contextlib.ExitStack], None]) -> None:
+        """``change`` changes the settings, and registers callbacks that restore them."""
+        self._change = change
+        self._restorers = contextlib.ExitStack()
+        self._lock = threading.Lock()
+        self._threads = 0
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            self._threads += 1
+            if self._threads == 1:
+                self._change(self._restorers)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._threads -= 1
+                if not self._threads:
+                    self._restorers.close()
+
+
+def import_library() -> Any:
+    """Return the module ``OpenImageIO``. It takes 30 MB, so it is imported when the first file needs it."""
+    import OpenImageIO
+
+    return OpenImageIO
+
+
+def _use_one_thread(restorers: contextlib.ExitStack) -> None:
+    """Let OpenImageIO use one thread: icm reads several files at once in threads of its own."""
+    oiio = import_library()
+    restorers.callback(oiio.attribute, "threads", oiio.get_int_attribute("threads"))
+    oiio.attribute("threads", 1)
+
+
+one_thread = SharedSettings(_use_one_thread)
+"""Context in which OpenImageIO uses one thread."""
+
+
 @contextlib.contextmanager
 def open_reader(file: ImageFile, *, must_open: bool = True) -> Iterator[Any]:
     """Open a file so that its colours are read as they are stored, not multiplied by its alpha.
 
     If that fails: raise UnidentifiedImageError, or yield None if not ``must_open``.
     """
-    if _may_have_straight_alpha(file):
-        settings = oiio.ImageSpec()
-        settings.attribute("oiio:UnassociatedAlpha", 1)
-        reader = oiio.ImageInput.open(str(file.path), settings)
-    else:
-        reader = oiio.ImageInput.open(str(file.path))  # faster: with settings, OpenImageIO opens a file twice
-    if reader is None:
-        reason = oiio.geterror()  # also clears the error
-        if must_open:
-            raise UnidentifiedImageError(reason)
-        yield None
-        return
-    try:
-        yield reader
-    finally:
-        reader.close()
+    oiio = import_library()
+    with one_thread():
+        if _may_have_straight_alpha(file):
+            settings = oiio.ImageSpec()
+            settings.attribute("oiio:UnassociatedAlpha", 1)
+            reader = oiio.ImageInput.open(str(file.path), settings)
+        else:
+            reader = oiio.ImageInput.open(str(file.path))  # faster: with settings, OpenImageIO opens a file twice
+        if reader is None:
+            reason = oiio.geterror()  # also clears the error
+            if must_open:
+                raise UnidentifiedImageError(reason)
+            yield None
+            return
+        try:
+            yield reader
+        finally:
+            reader.close()
 
 
 def _may_have_straight_alpha(file: ImageFile) -> bool:
@@ -111,7 +156,7 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
     path = file.path
     layer, notices = _find_layer(reader, file, frame, wanted.layer, refuse_data=not wanted.is_matte)
     reader.seek_subimage(layer.part, 0)
-    spec = oiio.ImageSpec(reader.spec())
+    spec = import_library().ImageSpec(reader.spec())
     orientation = _orientation(spec)
     windows = _image_windows(spec, file.type, orientation)
     read_type = _read_type(spec, wanted)

@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import OpenImageIO as oiio
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
@@ -280,7 +279,7 @@ def set_provenance_entry(path: Path, key: str, value: str | None, check: WriteCh
         if value is not None:
             provenance[key] = value
         with openimageio.open_reader(file) as reader:
-            spec = oiio.ImageSpec(reader.spec())
+            spec = openimageio.import_library().ImageSpec(reader.spec())
             pixels = reader.read_image(0, 0, 0, spec.nchannels, "unknown")  # in the type of the file
             has_one_part = not reader.seek_subimage(1, 0)
     if pixels is None or not has_one_part:
@@ -341,11 +340,12 @@ def _make_spec(
     format_: ImageFormat,
     source: DecodedImage | None,
     attributes: Mapping[str, Any] = MappingProxyType({}),
-) -> oiio.ImageSpec:
+) -> Any:
     """Return OpenImageIO's specification of a file with values [H,W,C], and with texts in its metadata.
 
     ``source``: image from which an EXR copies its windows and timecode. ``attributes``: further attributes.
     """
+    oiio = openimageio.import_library()
     spec = oiio.ImageSpec(values.shape[1], values.shape[0], len(channels), _OIIO_TYPES[values.dtype.name])
     spec.channelnames = channels
     if "A" in channels:
@@ -379,11 +379,11 @@ def _encode_png(values: NDArray[Any], texts: Mapping[str, str]) -> bytes:
     return _sealed_png(encoded.getvalue().removesuffix(_PNG_END))
 
 
-def _write_with_openimageio(path: str, spec: oiio.ImageSpec, values: NDArray[Any], format_: str) -> None:
+def _write_with_openimageio(path: str, spec: Any, values: NDArray[Any], format_: str) -> None:
     """Write values [H,W,C] to a file. Raises OSError."""
-    writer = oiio.ImageOutput.create(format_)
+    writer = openimageio.import_library().ImageOutput.create(format_)
     assert writer is not None
-    with library_settings():
+    with library_settings(), openimageio.one_thread():
         is_written = writer.open(path, spec) and writer.write_image(values) and writer.close()
     if not is_written:
         raise _write_failure(Path(path), writer.geterror(), values.nbytes)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from icm_cli.device import Device, device_errors, resolve_device
-from icm_cli.environment import check_not_forked
+from icm_cli.environment import check_not_forked, trim_heap
 from icm_cli.errors import UsageError
 from icm_cli.geometry import Float, ImageU8, Placement, alpha_to_u8, format_size, resize
 from icm_cli.guidance.hints import Hints
@@ -316,7 +316,10 @@ class Predictor:
             return [_coarse_alpha_of(matte, index, frame) for index, frame in enumerate(batch)]
 
         largest = max_batch_size(self.device.torch_device)
-        return apply_in_batches(infer, frames, lambda frame: frame.canvas.shape, largest)
+        coarse = apply_in_batches(infer, frames, lambda frame: frame.canvas.shape, largest)
+        if self.device.torch_device.type == "cpu":
+            trim_heap()  # backbone and head leave gaps in it that the tensors of the next networks do not fit into
+        return coarse
 
     def infer(self, frames: Sequence[Frame], reference: PreparedReferences) -> Matte:
         """Run backbone and head on a batch of frames, without their hints. Their canvases must have the same size."""
@@ -524,7 +527,7 @@ class Predictor:
         return self.model.extend_guidance(tensors, points, index)
 
     def _image_batch(self, canvases: Sequence[ImageU8]) -> Tensor:
-        return self._to_device(np.stack(canvases)).permute(0, 3, 1, 2).float() / 255.0
+        return self._to_device(np.stack(canvases)).permute(0, 3, 1, 2).float().div_(255.0)
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device.torch_device)

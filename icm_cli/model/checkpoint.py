@@ -134,7 +134,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if key.partition(".")[0] not in COMPONENT_KEYS:
             raise ConfigError(f"checkpoint {path}: unknown tensor {key!r}; {DAMAGED}")
     with _open_safetensors(path) as file:
-        tensors = {key: file.get_tensor(key) for key in header.keys}
+        # get_tensor maps the file into memory; copies let it be closed, or replaced while a model uses the tensors.
+        tensors = {key: file.get_tensor(key).clone() for key in header.keys}
     _expand_matrices(tensors, path)
     return Checkpoint(tensors, config, header.metadata, f"checkpoint {path}")
 
@@ -150,7 +151,7 @@ def _expand_matrices(tensors: dict[str, Tensor], path: Path) -> None:
                 f"checkpoint {path}: tensor {scale_name!r} with the shape {list(scale.shape)} has no 8-bit matrix "
                 f"{name!r} with as many rows; {DAMAGED}"
             )
-        tensors[name] = matrix.float() * scale[:, None]
+        tensors[name] = matrix.float().mul_(scale[:, None])
 
 
 def read_config(path: Path) -> ModelConfig | None:
@@ -208,12 +209,14 @@ def read_training_sources(path: Path) -> dict[str, dict[str, Any]]:
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Load a state dict whose tensors must be exactly those of the module, with finite values.
 
-    Raises ConfigError, with ``where`` as the name of the file.
+    The module takes over the tensors that have its data types; no copy is made of them. Raises ConfigError, with
+    ``where`` as the name of the file.
     """
     expected = module.state_dict()
     check_tensor_shapes(expected, {key: tensor.shape for key, tensor in tensors.items()}, where)
     check_tensor_values(expected, tensors, where)
-    module.load_state_dict(tensors, strict=True)
+    converted = {key: tensor.to(expected[key].dtype) for key, tensor in tensors.items()}
+    module.load_state_dict(converted, strict=True, assign=True)
 
 
 def check_tensor_shapes(expected: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], where: str) -> None:

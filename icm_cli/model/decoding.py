@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +24,14 @@ class ConvNormReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.norm(self.conv(x)), inplace=True)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Return GELU of a tensor that is not used afterwards; computed in place if no gradient is needed."""
+    if x.requires_grad:
+        return F.gelu(x)
+    y: Tensor = torch.ops.aten.gelu_(x)
+    return y
 
 
 def make_alpha_layers(inputs: int, channels: int) -> nn.Sequential:

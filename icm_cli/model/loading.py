@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -161,7 +162,7 @@ def load_objects_and_edges(device: Device) -> tuple[Objects, Edges]:
 
     def load(kind: ComponentKind) -> Any:
         part: ComponentConfig = getattr(config, kind)
-        with torch.random.fork_rng(devices=[]):  # the random numbers of the caller stay as they are
+        with _WithoutRandomWeights():
             component = component_class(kind, part.name)(part.settings).eval()
         load_strict(component, checkpoint.component(kind), checkpoint.where)
         component.optimise_for_inference()
@@ -192,8 +193,8 @@ def load_model_for_training(
 class _WithoutRandomWeights(TorchFunctionMode):
     """Mode that skips the random initialisation of weights: its functions return their tensor as it is.
 
-    On the meta device, drawing random numbers imports torch's compiler, which takes seconds and sets environment
-    variables.
+    Weights that a checkpoint replaces then take neither time nor memory, because their pages are never written. On the
+    meta device, drawing random numbers imports torch's compiler, which takes seconds and sets environment variables.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -214,20 +215,28 @@ def build_model(
     that its random weights depend on the seed only.
     """
     stored = {} if checkpoint is None else _stored_components(config, checkpoint)
-    head = component_class("head", config.head.name)(config.head.settings)
+
+    def replaceable_weights(kind: ComponentKind) -> contextlib.AbstractContextManager[object]:
+        return _WithoutRandomWeights() if kind in stored else contextlib.nullcontext()
+
+    with replaceable_weights("head"):
+        head = component_class("head", config.head.name)(config.head.settings)
     backbone_class = component_class("backbone", config.backbone.name)
     if checkpoint is not None and "backbone" in stored and backbone_class.is_self_contained:
         _reject_weights(weights, checkpoint.where)
-        backbone = backbone_class(config.backbone.settings).eval()
+        with replaceable_weights("backbone"):
+            backbone = backbone_class(config.backbone.settings).eval()
     else:
         backbone = backbone_class.load(config.backbone.settings, weights, offline=offline, seed=seed)
     edges, objects = None, None
     if config.edges is not None:
-        edges = component_class("edges", config.edges.name).load(config.edges.settings, offline=offline)
+        with replaceable_weights("edges"):
+            edges = component_class("edges", config.edges.name).load(config.edges.settings, offline=offline)
     if config.objects is not None:
         objects_class = component_class("objects", config.objects.name)
         make_objects = objects_class if "objects" in stored else objects_class.load
-        objects = make_objects(config.objects.settings).eval()
+        with replaceable_weights("objects"):
+            objects = make_objects(config.objects.settings).eval()
     model = InContextMatting(
         backbone,
         head,

@@ -25,6 +25,7 @@ from icm_cli.config import Section, limited
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import IMAGENET_MEAN, IMAGENET_STD, MAX_ENLARGEMENT, Backbone, Features
+from icm_cli.model.decoding import gelu
 from icm_cli.model.lite.efficientnet import BLOCK_COUNT, EfficientNetLite, EfficientNetLiteConfig
 from icm_cli.model.similarity import SelfSimilarity, valid_tokens
 
@@ -286,4 +287,4 @@ class TransformerBlock(nn.Module):
         query, key, value = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         x = x + self.scale1 * self.project(attended)
-        return x + self.scale2 * self.reduce(F.gelu(self.expand(self.norm2(x))))
+        return x + self.scale2 * self.reduce(gelu(self.expand(self.norm2(x))))

@@ -146,7 +146,7 @@ class EfficientNetLite(Backbone):
         """Return the outputs of the blocks with these numbers for images [B,3,H,W] in 0..1: number -> [B,C,h,w]."""
         dtype = self.stem.conv.weight.dtype
         x = ((image * 255.0 - 127.0) / 128.0).to(dtype, memory_format=torch.channels_last)
-        x = F.relu6(self.stem(x))
+        x = F.relu6(self.stem(x), inplace=True)
         outputs = {}
         for number, block in enumerate(self.blocks[: max(numbers) + 1]):
             x = block(x)
@@ -160,10 +160,12 @@ class SameConvNorm(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, *, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
-        self.norm: nn.BatchNorm2d | nn.Identity = nn.BatchNorm2d(outputs, eps=1e-3)
         total = kernel - stride
-        self.padding = (total // 2, total - total // 2) * 2  # left and right, top and bottom
+        before, after = total // 2, total - total // 2
+        is_symmetric = before == after
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, before if is_symmetric else 0, groups=groups, bias=False)
+        self.norm: nn.BatchNorm2d | nn.Identity = nn.BatchNorm2d(outputs, eps=1e-3)
+        self.padding = (0,) * 4 if is_symmetric else (before, after) * 2  # left and right, top and bottom
 
     def fold_norm(self) -> None:
         """Fold the BatchNorm into the convolution, for inference. The module can then not be trained or saved."""
@@ -188,8 +190,8 @@ class EfficientNetBlock(nn.Module):
         self.has_residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu6(self.expand(x)) if self.expand is not None else x
-        y = self.project(F.relu6(self.depthwise(y)))
+        y = F.relu6(self.expand(x), inplace=True) if self.expand is not None else x
+        y = self.project(F.relu6(self.depthwise(y), inplace=True))
         return x + y if self.has_residual else y
 
 

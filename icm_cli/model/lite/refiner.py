@@ -111,7 +111,8 @@ class Residual(nn.Module):
         _make_zero(self.second)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(self.first(x))
+        out: Tensor = self.second(self.first(x))
+        return out.add_(x)
 
 
 class Refine(Edges):
@@ -151,8 +152,10 @@ class Refine(Edges):
         for step in self.down:
             scales.append(step(scales[-1]))
         x = scales.pop()
-        for step, scale in zip(reversed(self.up), reversed(scales), strict=True):
-            x = step(torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), scale], dim=1))
+        for step in reversed(self.up):
+            x = enlarge_and_join(x, scales.pop())
+            for layer in step.children():  # not step(x), which would keep its input in memory until its last layer
+                x = layer(x)
         return logit + F.pixel_shuffle(self.output(self.details(x)), UNSHUFFLE).float()
 
     @torch.inference_mode()
@@ -288,7 +291,7 @@ class Refine(Edges):
             padded = [np.pad(rgb, ((0, below), (0, right), (0, 0)), mode="edge") for rgb, _ in batch]
             image = torch.from_numpy(np.stack(padded)).to(self.output.weight.device).permute(0, 3, 1, 2)
             alpha = torch.stack([alpha for _, alpha in batch])[:, None].to(self.output.weight.device)
-            logit = self(image.float() / 255.0, F.pad(alpha, (0, right, 0, below), mode="replicate"))
+            logit = self(image.float().div_(255.0), F.pad(alpha, (0, right, 0, below), mode="replicate"))
             return list(torch.sigmoid(logit)[:, 0, :height, :width])
 
         return apply_in_batches(correct, list(zip(images, coarse, strict=True)), lambda item: item[1].shape, max_batch)
@@ -305,6 +308,22 @@ class _ReducedImage:
     """Fraction of the correction that is applied to each pixel, float32 [h,w] in 0..1."""
     region: tuple[slice, slice]
     """The part that the network sees. It contains all pixels with a weight."""
+
+
+def enlarge_and_join(x: Tensor, scale: Tensor) -> Tensor:
+    """Enlarge features [B,C,h,w] to the nearest [B,C,2h,2w], and append the channels of ``scale`` [B,D,2h,2w].
+
+    Equal to ``torch.cat``, but without a copy of the enlarged features: at the finest scale it is 38 MB.
+    """
+    is_channels_last = scale.is_contiguous(memory_format=torch.channels_last)
+    order = torch.channels_last if is_channels_last else torch.contiguous_format
+    channels = x.shape[1]
+    size = (len(x), channels + scale.shape[1], *scale.shape[2:])
+    joined = torch.empty(size, dtype=scale.dtype, device=scale.device, memory_format=order)
+    enlarged = joined[:, :channels].view(*x.shape[:3], 2, x.shape[3], 2)
+    enlarged.copy_(x[:, :, :, None, :, None])
+    joined[:, channels:] = scale
+    return joined
 
 
 def _convolutions(inputs: int, outputs: int) -> nn.Sequential:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.model.contracts import IMAGENET_MEAN, IMAGENET_STD
+from icm_cli.model.decoding import gelu
 
 CELL_PX = 16
 """Side of a cell of the embedding, in px."""
@@ -72,7 +73,8 @@ class TinyViT(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         mean = torch.tensor(IMAGENET_MEAN, device=image.device)[:, None, None]
         std = torch.tensor(IMAGENET_STD, device=image.device)[:, None, None]
-        x = self.stages[0](self.patches(((image.float() - mean) / std).to(next(self.parameters()).dtype)))
+        x = self.patches((image.float() - mean).div_(std).to(next(self.parameters()).dtype))
+        x = self.stages[0](x)
         for step, stage in zip(self.steps, self.stages[1:], strict=True):
             x = stage(step(x))
         return self.neck(x)
@@ -132,8 +134,8 @@ class InvertedBottleneck(nn.Module):
         self.reduce = ConvNorm(inner, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.reduce(F.gelu(self.depthwise(F.gelu(self.expand(x)))))
-        return F.gelu(x + y) if self.is_residual else y
+        y: Tensor = self.reduce(gelu(self.depthwise(gelu(self.expand(x)))))
+        return gelu(x + y) if self.is_residual else y
 
 
 class WindowBlock(nn.Module):
@@ -151,7 +153,7 @@ class WindowBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._attend_in_windows(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         cells = self.local(x).permute(0, 2, 3, 1)
-        cells = cells + self.reduce(F.gelu(self.expand(self.norm(cells))))
+        cells = cells + self.reduce(gelu(self.expand(self.norm(cells))))
         return cells.permute(0, 3, 1, 2)
 
     def _attend_in_windows(self, x: Tensor) -> Tensor:
