@@ -76,7 +76,7 @@ def test_openimageio_is_imported_only_for_files_that_need_it(tmp_path: Path) -> 
     code = (
         "import sys; from pathlib import Path\nfrom icm_cli.images.reading import read_image\n"
         "from icm_cli.images.writing import write_mask\nphoto = read_image(Path(sys.argv[1]))\n"
-        "write_mask(Path(sys.argv[3]), photo.rgb[..., 0])\nassert 'OpenImageIO' not in sys.modules\n"
+        "write_mask(Path(sys.argv[3]), photo.rgb[..., 0] > 0)\nassert 'OpenImageIO' not in sys.modules\n"
         "read_image(Path(sys.argv[2]))\nassert 'OpenImageIO' in sys.modules\n"
     )
     paths = map(str, (DEMO / "ref.jpg", exr, tmp_path / "mask.png"))
