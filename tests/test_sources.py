@@ -394,12 +394,12 @@ def test_lines_outside_the_root_that_are_no_images_fail_alone(
     dry = icm("--dry-run", src="list.txt")
     assert dry.exit_code == 1
     for reason in (
-        "/nope/x.0001.png does not exist",
-        "/dev/zero is a device",
-        "zzz... does not exist",
-        "pipe.png is a pipe",
-        "socket.png is a socket",
-        "empty.png is empty (0 bytes)",
+        "/nope/x.0001.png: does not exist",
+        "/dev/zero: is a device",
+        "zzz...: does not exist",
+        "pipe.png: is a pipe",
+        "socket.png: is a socket",
+        "empty.png: is empty (0 bytes)",
     ):
         assert reason in dry.stderr
     assert "2 new, 0 to be recomputed, 0 kept, 6 that would fail" in dry.stderr  # notes are found out by decoding
