@@ -1134,6 +1134,7 @@ class TestFailures:
                 shutil.copy(folder / "imgs" / IMAGES[4], folder / "imgs" / name)
                 page.keyboard.press("a")
                 expect(page.locator('[data-action="accept"]')).to_be_enabled()
+                expect(page.locator("#status")).to_have_text("It can be accepted now. Press A again.")
                 expect(alert).to_have_count(0)
                 page.locator("#stage").hover()
                 expect(page.locator("#readout")).to_contain_text("RGB")

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from conftest import Icm, alphas, output_files, read, shrink
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icm_cli.errors import UsageError
+from icm_cli.errors import ImageError, UsageError
 from icm_cli.evaluation.evaluate import evaluate
 from icm_cli.geometry import CanvasRule, Float, alpha_to_u8
 from icm_cli.guidance.hints import Hints
@@ -755,6 +755,47 @@ def test_a_plate_that_is_still_being_written_is_not_taken_for_one_that_stays_bro
         assert shot().exit_code == 1
     plate.write_bytes(content)
     os.utime(plate, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert shot().exit_code == 0
+    assert shot(out=scene / "whole").exit_code == 0
+    assert alphas(scene / "out") == alphas(scene / "whole")
+
+
+def test_frames_after_a_plate_that_a_new_decoder_can_read_are_recomputed(
+    shot: Shoot, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is the same: such as a HEIC file before and after pillow-heif is installed."""
+    read_with_digest = Job.read_with_digest
+
+    def read_without_decoder(self: Job) -> Any:
+        if self.name.name == "sh.1006.png":
+            raise ImageError(f"{self.source} needs a decoder")
+        return read_with_digest(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "read_with_digest", read_without_decoder)
+        assert shot().exit_code == 1
+    for done in (1, 2, 0):  # the next run finds the alpha of the plate
+        assert shot(report=scene / "r.json").exit_code == 0
+        assert json.loads((scene / "r.json").read_text())["summary"]["done"] == done
+    assert shot(out=scene / "whole").exit_code == 0
+    assert alphas(scene / "out") == alphas(scene / "whole")
+
+
+def test_frames_after_a_frame_whose_output_path_was_in_use_are_recomputed(
+    shot: Shoot, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program writes a file there during the run. The plate itself can be read."""
+    begin_run, other = FlowPropagator.begin_run, scene / "out" / "sh.1006.png"
+
+    def write_other_file(self: FlowPropagator, jobs: Iterable[Job]) -> Iterable[Job]:
+        other.parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(other), BLACK)
+        return begin_run(self, jobs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FlowPropagator, "begin_run", write_other_file)
+        assert shot().exit_code == 1
+    other.unlink()
     assert shot().exit_code == 0
     assert shot(out=scene / "whole").exit_code == 0
     assert alphas(scene / "out") == alphas(scene / "whole")

@@ -34,7 +34,14 @@ from icm_cli.images.writing import DEFAULT_OUTPUT, OutputFormat, write_alpha, wr
 from icm_cli.matting.hinting import apply_hints_to_trimap
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor, Session
-from icm_cli.matting.resume import Origin, check_unchanged, file_identities, find_kept_result, make_provenance
+from icm_cli.matting.resume import (
+    Origin,
+    OtherSourceError,
+    check_unchanged,
+    file_identities,
+    find_kept_result,
+    make_provenance,
+)
 from icm_cli.matting.shot import Shot
 from icm_cli.model.contracts import PreparedReferences
 from icm_cli.model.training_free.closed_form import estimate_foreground
@@ -346,6 +353,8 @@ class Engine:
         result: LoadedImage | ImageResult
         try:
             result = self._load(job)
+        except OtherSourceError as error:  # the image itself may be readable
+            result = _failed_result(job, str(error))
         except ImageError as error:
             if job.fails_again_after(error):
                 self.matting.mark_unreadable(job)

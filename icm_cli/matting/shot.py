@@ -129,8 +129,11 @@ class Shot:
             if not isinstance(frame, Job):
                 return entry == start_entry(frame)
             earlier = reusable.get(frame.output)
-            is_same_memory = earlier is not None and entry == earlier.provenance.get(MEMORY_KEY, NO_MEMORY)
-            return is_same_memory or entry == unreadable_entry(frame)
+            if earlier is not None and entry == earlier.provenance.get(MEMORY_KEY, NO_MEMORY):
+                return True
+            # An alpha that no person has accepted shows that the same file can be read now, such as with a new decoder.
+            is_readable = earlier is not None and not earlier.is_reviewed
+            return entry == unreadable_entry(frame) and not is_readable
 
         entries = alpha.predecessors
         return bool(entries) and all(map(is_same, entries, self.frames_before(alpha.job)))

@@ -46,8 +46,8 @@ function decide(decision, isNext) {
   const id = single.id ?? grid.active;
   if (id === null) return;
   if (single.id !== null && findButton(decision.name).disabled) {
-    const isRefused = decision === decisions.accept && single.refusal; // unless the source was restored meanwhile
-    if (isRefused) single.refresh(viewer.image === null).then(() => notify(single.refusal));
+    const report = () => notify(single.refusal || "It can be accepted now. Press A again."); // its source was restored
+    if (decision === decisions.accept && single.refusal) single.refresh(viewer.image === null).then(report);
     return;
   }
   decision(id);
