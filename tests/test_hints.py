@@ -501,10 +501,13 @@ def test_a_hint_for_a_reference_is_reported(icm: Icm, scene: Path, hints: Path) 
 def test_frame_pattern(icm: Icm, scene: Path, hints: Path) -> None:
     write_hint(hints / "fix.101.json")
     write_hint(hints / "fix.102.json")
+    write_hint(hints / "fix.99.json")
     done = icm(hints=hints / "fix.###.json", report=scene / "r.json")
     assert done.exit_code == 0, done.output
     assert statuses(scene / "r.json")["pad.0101.png"] == ("done", True)
     assert f"{hints / 'fix.102.json'} skipped: a hint without an image" in done.stderr
+    assert f"{hints / 'fix.99.json'} skipped: its number does not match fix.###.json" in done.stderr
+    (hints / "fix.99.json").unlink()
     shutil.copy(scene / "imgs" / "pad.0101.png", scene / "imgs" / "sub" / "pad.0101.png")
     refused = icm(hints=hints / "fix.###.json")
     assert refused.exit_code == 2

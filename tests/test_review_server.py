@@ -415,7 +415,7 @@ def test_images_that_another_run_adds_are_listed(
 ) -> None:
     """The ids of the others stay, so pages that show the earlier list can still be used."""
     monkeypatch.setattr("icm_cli.review.server.SCAN_INTERVAL_S", 0)
-    monkeypatch.setattr("icm_cli.review.server.SCAN_PAUSE", 0)
+    monkeypatch.setattr("icm_cli.review.server.SCAN_PAUSE_FACTOR", 0)
     known = client.get("/api/run")["list"]
     first = client.get("/api/images")
     for folder in ("imgs", "imgs/new"):
@@ -520,7 +520,7 @@ def test_alphas_that_other_processes_write_are_found(
 ) -> None:
     """A page also gets those that were written while no server ran."""
     monkeypatch.setattr("icm_cli.review.server.SCAN_INTERVAL_S", 0)
-    monkeypatch.setattr("icm_cli.review.server.SCAN_PAUSE", 0)
+    monkeypatch.setattr("icm_cli.review.server.SCAN_PAUSE_FACTOR", 0)
     first = client.get("/api/images")
     known = f"since={first['revision']}&files={first['files']}"
     assert client.get(f"/api/images?{known}")["images"] == []

@@ -194,9 +194,10 @@ def _apply_list(layout: Layout, base: Path, files: FileSets) -> FileSets:
     """Return only the files that the list of the layout names. Raises UsageError if it cannot be read."""
     path, names = _read_list(layout, base)
     keys = {*files.images, *files.alphas}
-    absent = names - keys - {key.split("/")[0] for key in keys}
+    absent = names - keys - {key.split("/")[0] for key in keys}  # a list names images, or folders of images
     problems = [
-        Problem("absent-file", name, f"{path} lists {name}, but this image does not exist") for name in sorted(absent)
+        Problem("absent-file", name, f"{path} lists {name}, but there is no image or folder of this name")
+        for name in sorted(absent)
     ]
 
     def select_listed(files_by_key: Files) -> Files:

@@ -157,7 +157,7 @@ def _find_remaining_jobs(
 ) -> list[Job]:
     """Return the jobs that must be matted, and report the others: those that cannot be scored or have an alpha."""
     shot = settings.shot
-    if shot is None:  # in a shot, later frames need the alphas of all earlier ones
+    if shot is None:  # a shot keeps all frames, because later frames need the alphas of all earlier ones
         jobs = _exclude_colour_truths(evaluation, jobs, collector)
     existing = find_existing_alphas(
         shot.order if shot else jobs,

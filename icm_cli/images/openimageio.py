@@ -160,6 +160,7 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
     orientation = _orientation(spec)
     windows = _image_windows(spec, file.type, orientation)
     read_type = _read_type(spec, wanted)
+    # "float" has 4 bytes in OpenImageIO, and 8 in NumPy.
     sample_bytes = 4 if read_type == "float" else np.dtype(read_type).itemsize
     for height, width in {windows.size, windows.display}:
         check_memory(path, width, height, sample_bytes)

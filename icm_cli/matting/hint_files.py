@@ -180,7 +180,7 @@ class HintFiles:
         elif (pattern := FramePattern.parse(where)) is None:
             raise UsageError(f"--hints {where} {'is a file' if folder.exists() else 'does not exist'}; {EXPECTED}")
         else:
-            for path in _find_numbered_files(where, pattern, skipped_files.notify):
+            for path in _find_numbered_files(where, pattern, skipped_files):
                 number = FrameName.from_path(path).number
                 if path.suffix.lower() not in SUFFIXES or number is None:
                     raise UsageError(f"--hints {where} names {path}; {EXPECTED}")
@@ -281,17 +281,19 @@ class HintFiles:
         return {image.as_posix(), (image.with_suffix("") if has_suffix else image).as_posix()}
 
 
-def _find_numbered_files(where: str, pattern: FramePattern, notice: Callable[[str], None]) -> Sequence[Path]:
-    """Return the files that match a frame pattern. A notice is given if none matches. Raises UsageError."""
+def _find_numbered_files(where: str, pattern: FramePattern, skipped_files: SkippedFiles) -> Sequence[Path]:
+    """Return the files that match a frame pattern; if none matches, give a notice.
+
+    Raises UsageError if the folder does not exist, or the suffix is not that of a hint file.
+    """
     try:
-        return find_sources(where, None, SkippedFiles(lambda _: None)).files
+        return find_sources(where, None, skipped_files).files
     except UsageError:
         folder = Path(pattern.folder)
-        may_match = Path(where).suffix.lower() in SUFFIXES and retry_transient(folder.is_dir)
-        if not may_match:
+        if Path(where).suffix.lower() not in SUFFIXES or not retry_transient(folder.is_dir):
             raise
         names = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
-        notice(
+        skipped_files.notify(
             f"no hints match {where}, so no image has hints; if there are such files, check the name and the number "
             f"of digits, {pattern.digits} or more{pattern.similar_names(names)}"
         )

@@ -279,8 +279,12 @@ class _MattingRun:
         return contextlib.nullcontext(setups[0].create_engine(on_result, notice))
 
     def _make_collector(self, start: float) -> ResultCollector:
-        """Return a collector with an empty report. It scores the alphas if there are ground truths."""
-        plan, settings, scoring = self._plan, self._settings(), None
+        """Return a collector with an empty report.
+
+        If there are ground truths, it scores the alphas, and its report lists the images without one.
+        """
+        plan, settings = self._plan, self._settings()
+        scoring = None
         if plan.truths:
             scoring, rule = _make_scorer(self._setups[0].options.workers)
             rounds = {"rounds": 1, "refs_per_group": len(self._options.references.ref)}
@@ -293,7 +297,7 @@ class _MattingRun:
         report = Report(
             settings,
             allowed=ALLOWED_PROBLEMS,
-            skipped_files=+plan.skipped_files,
+            skipped_files=+plan.skipped_files,  # without reasons of count 0
             page_images=page_images,
             review_below=self._options.reports.review_below,
             review_list=plan.report_files.review_list,

@@ -70,7 +70,7 @@ DETAILS_SCHEMA = {
 RECORDED_DETAILS = tuple(name.removesuffix("?") for name in DETAILS_SCHEMA)
 UNRECORDED_VERSION = "0.1"
 """Version of alphas that do not record one: those of icm 0.1.x."""
-OTHER_PREDECESSOR = "a frame that is propagated to it changed"
+PREDECESSOR_CHANGED = "a frame that is propagated to it changed"
 """Why a frame of a shot is recomputed, if neither its files nor its settings have changed."""
 MAX_OTHER_FILES = 10_000
 """If an output folder has more files that are no outputs of the run, alphas without source are not counted."""
@@ -159,7 +159,8 @@ class ExistingAlpha:
             return "its hints changed" if earlier_hints else "its hints are new"
         if not self._has_same_source():
             return "its source changed"
-        return OTHER_PREDECESSOR if self.has_same_digest else "settings, references or mattes changed"
+        # If nothing of its own has changed, it is recomputed because of a frame that is propagated to it.
+        return PREDECESSOR_CHANGED if self.has_same_digest else "settings, references or mattes changed"
 
 
 def make_provenance(job: Job, digest: str, origin: Origin, details: MattingDetails) -> dict[str, str]:
@@ -216,7 +217,9 @@ def file_identities(job: Job) -> dict[Path, FileIdentity]:
 
 
 def check_unchanged(path: Path, job: Job, digest: str, replaceable: Mapping[Path, FileIdentity]) -> None:
-    """Raise OtherSourceError if an output must not be replaced, because another run wrote it during this one.
+    """Raise OtherSourceError if an output must not be replaced, because its file has changed during this run.
+
+    Examples: another run has written it, a person has reviewed it, or a folder is there now.
 
     ``replaceable``: identities of the outputs that this run may replace. A newer output may be replaced too if it is
     damaged, or if it has the same source and ``digest`` as the new one.
@@ -224,7 +227,7 @@ def check_unchanged(path: Path, job: Job, digest: str, replaceable: Mapping[Path
     current = file_identities(job).get(path)
     if current == replaceable.get(path) and not describe_obstacle(path):
         return
-    provenance = _read_own_provenance(path, job)
+    provenance = _read_own_provenance(path, job)  # raises errors for folders and for files of others
     if provenance and has_changed_pixels(path, provenance):
         raise _retouched_error(path, job)
     if REVIEWED_KEY in provenance:

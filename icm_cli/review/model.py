@@ -153,7 +153,7 @@ class RunModel:
             shot = self._find_shot(id, job)
             if shot is None:
                 matting: FrameMatting = _SessionMatting(image)
-            else:  # the alphas of a shot record which frames they were propagated from
+            else:  # only the matting of a shot records which frames an alpha was propagated from
                 matting = self._create_matting(shot)
             result = self._run_engine(job, shot, _StampedMatting(matting, stamp, lambda: begin_writing(annotation)))
         if result.status != "done":

@@ -6,6 +6,7 @@ import base64
 import errno
 import importlib.resources
 import json
+import math
 import os
 import re
 import secrets
@@ -67,7 +68,7 @@ IDLE_DELAY_S = 5
 """Seconds between the start and the loading of the model if nobody opens the page."""
 SCAN_INTERVAL_S = 10
 """Seconds between two scans of all alphas while a page is open."""
-SCAN_PAUSE = 20
+SCAN_PAUSE_FACTOR = 20
 """Least pause between two scans, in durations of a scan, on slow drives."""
 STATIC_TYPES = {
     ".html": "text/html",
@@ -300,10 +301,13 @@ class ReviewApp:
             start = time.monotonic()
             if start < self._next_scan:
                 return
-            self._next_scan = start + SCAN_INTERVAL_S
-        self.run.scan_alphas()
-        with self._lock:
-            self._next_scan = time.monotonic() + max(SCAN_INTERVAL_S, SCAN_PAUSE * (time.monotonic() - start))
+            self._next_scan = math.inf  # no second scan begins during this one
+        try:
+            self.run.scan_alphas()
+        finally:
+            duration = time.monotonic() - start
+            with self._lock:
+                self._next_scan = start + duration + max(SCAN_INTERVAL_S, SCAN_PAUSE_FACTOR * duration)
 
     def item(self, id: int) -> dict[str, Any]:
         """Return what the overview shows of an image, from the current state of its files."""
@@ -311,7 +315,7 @@ class ReviewApp:
         return self.run.item(id, self.state.read(self.run.names[id]))
 
     def describe_image(self, id: int) -> dict[str, Any]:
-        """Return what the page shows of a single image, and prepare the image for answers."""
+        """Return what the page shows of a single image, and begin to read it, so that its first hint is fast."""
         self.corrections.prepare(id)
         job, item = self.run.jobs[id], self.item(id)
         height, width, shapes = 0, 0, None  # unless they can be read

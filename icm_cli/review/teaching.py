@@ -168,15 +168,15 @@ class Teaching:
         with self._lock:
             if self._progress.state == "running":
                 return
-            lock = open_locked(self._lock_path, LOCK_TIMEOUT_S)
-            if lock is None:
+            lock_fd = open_locked(self._lock_path, LOCK_TIMEOUT_S)
+            if lock_fd is None:
                 return  # another server runs one, which progress() will follow
-            os.truncate(lock, 0)
+            os.truncate(lock_fd, 0)
             self._is_unread = False
             self._events.write_bytes(b"")
             (self._run.record_folder / LOG_NAME).write_bytes(b"")
             self._progress = _Progress("running", total=len(self._run.jobs))
-            self._thread = threading.Thread(target=self._recompute, args=(lock,), name="icm-recompute")
+            self._thread = threading.Thread(target=self._recompute, args=(lock_fd,), name="icm-recompute")
             self._thread.start()
 
     def stop(self) -> None:
@@ -248,7 +248,7 @@ class Teaching:
 
         A recompute that has ended is followed too: its events say how it ended.
         """
-        before = self._run.record_folder / BEFORE_NAME
+        before_folder = self._run.record_folder / BEFORE_NAME
         state: RecomputeState = "stopped"
         message = "it ended before all images were recomputed; start it again to continue"
         image_events, failures = list[dict[str, Any]](), 0
@@ -263,16 +263,16 @@ class Teaching:
                     state, message = "failed", event["message"]
                 elif event["event"] == "finished" and event["exit_code"] is not None:
                     state, message = "done", self._describe_failures(failures)
-            if before.exists() and not self._is_closed.is_set():
+            if before_folder.exists() and not self._is_closed.is_set():
                 _, states = self._state.read_all()
                 compared = {name for name, image in states.items() if image.change is not None}  # by the killed server
                 changes: dict[int, float] = {}
                 for event in image_events:
                     if event["name"] not in compared:
-                        changes |= self._compare(event, before)
+                        changes |= self._compare(event, before_folder)
                 self._save_changes(changes)
                 if state == "done":
-                    shutil.rmtree(before, ignore_errors=True)
+                    shutil.rmtree(before_folder, ignore_errors=True)
         except (IcmError, OSError) as error:
             state, message = "failed", str(error)
         finally:
@@ -304,26 +304,26 @@ class Teaching:
                     return
                 time.sleep(FOLLOW_INTERVAL_S)
 
-    def _recompute(self, lock: int) -> None:
-        """Run the whole recompute, in its own thread. ``lock``: descriptor of the locked file, which is closed."""
-        before = self._run.record_folder / BEFORE_NAME
+    def _recompute(self, lock_fd: int) -> None:
+        """Run the whole recompute, in its own thread. ``lock_fd``: descriptor of the locked file, which is closed."""
+        before_folder = self._run.record_folder / BEFORE_NAME
         state: RecomputeState = "failed"
         message = "the recompute ended unexpectedly; the log of the server says more"
         try:
-            self._save_alphas(before)
+            self._save_alphas(before_folder)
             with self._state.edit_all() as images:
                 for image in images.values():
                     image.change = None
-            state, message = self._run_command(before, lock)
+            state, message = self._run_command(before_folder, lock_fd)
         except (IcmError, OSError) as error:
             message = str(error)
         finally:
             if state == "done":
-                shutil.rmtree(before, ignore_errors=True)
+                shutil.rmtree(before_folder, ignore_errors=True)
             with self._lock:
                 self._progress.state, self._progress.message = state, message
                 self._process = None
-                os.close(lock)
+                os.close(lock_fd)
 
     def _save_alphas(self, folder: Path) -> None:
         """Save all alphas in a folder for comparison, as hard links. Those of an interrupted recompute stay there."""
@@ -344,14 +344,14 @@ class Teaching:
         output = self._run.jobs[id].output
         return folder / f"{combined_digest(self._run.names[id])[:32]}{output.suffix}"
 
-    def _run_command(self, before: Path, lock: int) -> tuple[RecomputeState, str]:
+    def _run_command(self, before_folder: Path, lock_fd: int) -> tuple[RecomputeState, str]:
         """Run ``icm matte``, which keeps the lock too. Return how it ended, and a message for the page."""
         words = [*shlex.split(command_line(self.options()))[1:], "--progress", "json"]
         with (self._run.record_folder / LOG_NAME).open("wb") as log, self._events.open("wb") as events:
             process = start_module(
-                "icm_cli", *words, stdin=subprocess.DEVNULL, stdout=events, stderr=log, pass_fds=[lock]
+                "icm_cli", *words, stdin=subprocess.DEVNULL, stdout=events, stderr=log, pass_fds=[lock_fd]
             )
-        os.pwrite(lock, f"{process_space()} {process.pid}".encode(), 0)
+        os.pwrite(lock_fd, f"{process_space()} {process.pid}".encode(), 0)
         with self._lock:
             self._process = process
             if self._progress.message:  # stop was called meanwhile
@@ -359,7 +359,7 @@ class Teaching:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, process.pid, LOW_PRIORITY)  # so that answers stay fast
         with process:
-            failures, error = self._read_events(process, before)
+            failures, error = self._read_events(process, before_folder)
         code = process.returncode
         if code in INTERRUPTED_CODES:
             return "stopped", "stopped; the alphas that are not recomputed yet are unchanged"
@@ -367,7 +367,7 @@ class Teaching:
             return "failed", error or f"icm matte ended with exit code {code}; see {log.name}"
         return "done", self._describe_failures(failures)
 
-    def _read_events(self, process: subprocess.Popen[bytes], before: Path) -> tuple[int, str]:
+    def _read_events(self, process: subprocess.Popen[bytes], before_folder: Path) -> tuple[int, str]:
         """Read the events of ``icm matte`` until it ends, and report its progress.
 
         Returns the number of images that failed, and the error that ended the run or "".
@@ -379,7 +379,7 @@ class Teaching:
                 error = event["message"]
             elif event["event"] == "image":
                 failures += self._has_failed(event)
-                unsaved |= self._compare(event, before)
+                unsaved |= self._compare(event, before_folder)
                 with self._lock:
                     self._progress.add(event)
                     self._progress.changed |= unsaved
@@ -401,7 +401,7 @@ class Teaching:
         log = self._run.record_folder / LOG_NAME
         return f"{format_count(failures, 'image')} failed; see {log}" if failures else ""
 
-    def _compare(self, event: Mapping[str, Any], before: Path) -> dict[int, float]:
+    def _compare(self, event: Mapping[str, Any], before_folder: Path) -> dict[int, float]:
         """Return the difference of a recomputed alpha to the one before, as {id: 0..1}; {} if none was written.
 
         ``event``: the event of the image. An alpha that had another size, or cannot be read, has the difference 1.
@@ -410,7 +410,7 @@ class Teaching:
         if id is None or event["status"] != "done":
             return {}
         with contextlib.suppress(ImageError):
-            after, saved = self._images.read_alpha(id), self._saved_alpha(before, id)
+            after, saved = self._images.read_alpha(id), self._saved_alpha(before_folder, id)
             earlier = self._images.read_alpha(id, saved) if saved.exists() else np.zeros_like(after)
             if earlier.shape == after.shape:
                 return {id: round(measure_change(earlier, after), DIFFERENCE_DIGITS)}

@@ -309,9 +309,9 @@ class SceneMaker:
             alpha = binarize_alpha(alpha)
         trimap = None
         if layer.trimap is not None:
-            size = placement.content[::-1]
+            height, width = placement.content
             trimap = np.zeros_like(alpha)
-            trimap[valid] = cv2.resize(layer.trimap, size, interpolation=cv2.INTER_NEAREST).ravel()
+            trimap[valid] = cv2.resize(layer.trimap, (width, height), interpolation=cv2.INTER_NEAREST).ravel()
         coarse = None if layer.coarse is None else placement.fit_to_canvas(layer.coarse)
         return Scene(placement.fit_to_canvas(layer.rgb), alpha, valid, trimap, coarse)
 
