@@ -182,7 +182,7 @@ def test_davis_2017_with_the_2016_list_and_palettes(evaluate: Icm, davis: Path, 
     assert {name: image["jaccard"] for name, image in by_name(report).items()} == dict.fromkeys(middle("cow"), 1.0)
     assert result.exit_code == 1
     assert report["summary"]["problems"] == {"absent-file": 1}
-    assert "val.txt lists sheep, but this image does not exist" in result.stderr
+    assert "val.txt lists sheep, but there is no image or folder of this name" in result.stderr
     evaluate(dataset="davis16", data_root=davis, report=tmp_path / "r.json", allow="absent-file")
     assert all(image["jaccard"] is not None for image in report_of(tmp_path / "r.json")["images"])
 

@@ -110,7 +110,7 @@ class MatchStage(MosaicStage[MosaicBatch]):
         self._views |= self._encoder.load_views([file for file in files if file not in self._views])
 
     def _use_view_set_of(self, step: int) -> None:
-        """Switch to the view set of a step, and load (or encode) the files of the next one that are due at this step."""
+        """Switch to the view set of a step, and load or encode the files of the next one that are due now."""
         self._load_views(self._plan.files_due(step))
         number = self._plan.set_number(step)
         if number == self._set_number:
