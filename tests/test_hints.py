@@ -117,6 +117,21 @@ def test_dry_run_says_why_an_alpha_is_recomputed(icm: Icm, scene: Path, hints: P
     )
 
 
+def test_a_run_without_the_option_says_that_it_undoes_corrections(icm: Icm, scene: Path, hints: Path) -> None:
+    lost = "recomputing 2 alphas made with hints, such as"
+    for path in (hints / "wall.json", hints / "sub" / "deep.json"):
+        write_hint(path)
+    assert icm(hints=hints).exit_code == 0
+    planned = icm("--dry-run")
+    assert planned.stderr.count(lost) == 1
+    assert "give --hints DIR or --keep-existing to keep the corrections" in planned.stderr
+    assert lost not in icm("--dry-run", hints=scene / "imgs").stderr
+    kept = icm("--keep-existing")
+    assert (kept.exit_code, lost in kept.stderr) == (0, False)
+    assert icm().stderr.count(lost) == 1
+    assert lost not in icm().stderr
+
+
 def test_names_of_hints(icm: Icm, scene: Path, hints: Path) -> None:
     """The name of the image with or without its extension; the extension of the hint in any case."""
     write_hint(hints / "wall.jpg.JSON")

@@ -263,6 +263,8 @@ class _MattingRun:
         if existing.new_source_states and not self._options.reports.dry_run:
             add_source_states(folder, existing.new_source_states)
         existing.report(on_result, self._listener.on_notice, hint="; --keep-existing keeps them")
+        if self._options.hints.hints is None:
+            existing.report_lost_hints(self._listener.on_notice)
         return existing
 
     def _runner(self, on_result: Callable[[ImageResult], None]) -> contextlib.AbstractContextManager[Runner]:

@@ -273,6 +273,15 @@ class ExistingAlphas:
         compared = [alpha for alpha in self.kept if not (alpha.is_of_same_state or alpha.is_reviewed)]
         return {escape_name(alpha.job.planned.name): alpha.source_state for alpha in compared}
 
+    def report_lost_hints(self, notice: Callable[[str], None]) -> None:
+        """Give a notice that counts the alphas that were made with hints and are recomputed without them."""
+        lost = [alpha.job.output for alpha in self.outdated if HINTS_KEY in alpha.provenance and not alpha.job.hints]
+        if lost:
+            notice(
+                f"recomputing {format_count(len(lost), 'alpha')} made with hints, such as {lost[0]}, without hints; "
+                "give --hints DIR or --keep-existing to keep the corrections"
+            )
+
     def report(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None], hint: str = "") -> None:
         """Report the images whose alpha is kept.
 
