@@ -520,7 +520,7 @@ def test_image_not_made_by_icm_is_not_overwritten(icm: Icm, scene: Path, form: s
     retouched = out.read_bytes()
     refused = icm("--format", form)
     assert refused.exit_code == 2
-    assert f"{out} was not made by icm and would be overwritten" in refused.stderr
+    assert f"{out} is not an alpha of icm" in refused.stderr
     assert out.read_bytes() == retouched
     assert icm("--format", form, "--overwrite", src=scene / "imgs" / "wall.jpg").exit_code == 0
     assert out.read_bytes() == made

@@ -165,7 +165,7 @@ def test_file_that_appears_during_the_run_is_not_replaced(
     during_the_run(monkeypatch, lambda: (scene / "out" / "wall.png").write_bytes(foreign))
     result = icm("--overwrite", src=scene / "imgs" / "wall.jpg")
     assert result.exit_code == 1
-    assert "wall.png was not made by icm" in result.stderr
+    assert "wall.png is not an alpha of icm" in result.stderr
     assert (scene / "out" / "wall.png").read_bytes() == foreign
 
 
@@ -238,7 +238,7 @@ def test_only_damaged_files_of_icm_are_replaced(
     is_kept = kind in ("text", "torn image")
     result = icm(src=source)
     assert result.exit_code == (2 if is_kept else 0)
-    assert ("wall.png was not made by icm" in result.stderr) == is_kept
+    assert ("wall.png is not an alpha of icm" in result.stderr) == is_kept
     assert wall.read_bytes() == (left if is_kept else made)
     assert icm("--overwrite", src=source).exit_code == 0
     wall.unlink()
@@ -380,7 +380,7 @@ def test_output_that_cannot_be_read_is_not_replaced(icm: Icm, scene: Path, monke
 
 
 STOPS: dict[str, tuple[int, str, Callable[[Path], dict[str, object]]]] = {
-    "foreign file": (2, "was not made by icm", lambda scene: put(scene / "out" / "wall.png", scene / "mask.png")),
+    "foreign file": (2, "is not an alpha of icm", lambda scene: put(scene / "out" / "wall.png", scene / "mask.png")),
     "weights": (3, "--weights is", lambda scene: {"model": None, "weights": scene / "imgs"}),
     "edges": (3, "are not on this machine", lambda _: {"edges": "vitmatte", "offline": ""}),
     "report folder": (3, "a file has the name of its folder", lambda scene: {"report": scene / "ref.png" / "r.csv"}),

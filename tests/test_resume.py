@@ -142,7 +142,7 @@ def test_keep_existing_still_refuses_files_of_others(icm: Icm, scene: Path) -> N
     cv2.imwrite(str(scene / "out" / "wall.png"), read(scene / "out" / "wall.png"))
     result = icm("--keep-existing")
     assert result.exit_code == 2
-    assert "was not made by icm" in result.stderr
+    assert "is not an alpha of icm, or another program removed its metadata" in result.stderr
 
 
 def test_keep_existing_and_overwrite_exclude_each_other(icm: Icm) -> None:

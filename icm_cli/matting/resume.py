@@ -493,7 +493,10 @@ def _read_own_provenance(path: Path, job: Job) -> dict[str, str]:
     provenance = read_provenance(path)
     is_foreign = _is_foreign_file(path) if provenance is None else DIGEST_KEY not in provenance
     if is_foreign:
-        raise OtherSourceError(f"{path} was not made by icm and would be overwritten; {_keep_advice(job)}")
+        raise OtherSourceError(
+            f"{path} is not an alpha of icm, or another program removed its metadata; it would be overwritten; "
+            f"{_keep_advice(job)}"
+        )
     if not provenance or NAME_KEY not in provenance:
         return {}
     is_same_root = provenance.get(ROOT_KEY) == escape_name(job.root)
