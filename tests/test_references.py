@@ -74,7 +74,7 @@ def test_mask_of_another_size_is_resized_with_a_notice(folder: Path) -> None:
         ("ref.png", "torn.png", "cut short"),
         ("torn.png", "mask.png", "cut short"),
         ("none.png", "mask.png", "does not exist"),
-        ("ref.png", None, "not an RGBA cut-out"),
+        ("ref.png", None, "not an RGBA cut-out; give --mask .* or mark the object with --point, --box or --scribble"),
     ],
 )
 def test_invalid_references_are_refused(folder: Path, ref: str, mask: str | None, message: str) -> None:

@@ -171,7 +171,8 @@ class ReferenceReader:
                 return Reference(image.rgb, guidance, windows=image.windows)
             if needs_mask:
                 raise UsageError(
-                    f"reference {ref} has no mask and is not an RGBA cut-out; give --mask with the object in white"
+                    f"reference {ref} has no mask and is not an RGBA cut-out; give --mask with the object in white, or "
+                    "mark the object with --point, --box or --scribble"
                 )
             return _reference_without_background(image)
 
