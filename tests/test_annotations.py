@@ -229,7 +229,7 @@ def test_coco_image_is_found_by_its_name(tmp_path: Path, names: list[str], found
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cannot be read"),
+        (b"", "cannot be read: it is not valid JSON; expected"),
         (b"\xff\xfe{", "cannot be read"),
         (b"[" * 100_000, "nested too deeply"),
         ([], "is \\[\\] instead of an object"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,6 @@ def change(report: dict[str, Any], path: str, value: Any) -> str:
     [
         ("settings", ..., "settings is missing"),
         ("settings.protocol", [1], "settings.protocol is [1] instead of an object"),
-        ("settings.protocol", ..., "icm matte without --gt"),
         ("settings.protocol.rounds", {"a": 1}, "settings.protocol.rounds is"),
         ("settings.protocol.regions", [3], "settings.protocol.regions[0] is 3 instead of a string"),
         ("settings.learn_steps", "abc", 'learn_steps is "abc" instead of an integer'),
@@ -150,6 +150,22 @@ def test_wrong_value_is_named(good: Path, tmp_path: Path, path: str, value: Any,
 def test_file_that_is_no_report_is_refused(good: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.json").write_bytes(content)
     assert_refused(compare(good, tmp_path / "bad.json"), "bad.json", "expected a JSON report of icm eval")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"\xff\xfe\x00", b'{"images": [', b"[1" + b"1" * 5000 + b"]"])
+def test_file_that_is_not_json_is_refused_without_the_wording_of_python(
+    good: Path, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "bad.json").write_bytes(content)
+    refused = compare(good, tmp_path / "bad.json")
+    assert_refused(refused, "bad.json cannot be compared: it is not valid JSON")
+    assert not re.search("Expecting|char|codec|sys", refused.stderr)
+    assert ("(line 1, column 13)" in refused.stderr) == content.startswith(b"{")
+
+
+def test_report_of_icm_matte_without_scores_is_refused(good: Path, tmp_path: Path) -> None:
+    (tmp_path / "matte.json").write_text(change(make_report(), "settings.protocol", ...))
+    assert_refused(compare(good, tmp_path / "matte.json"), "of icm matte without --gt", "again with icm matte ... --gt")
 
 
 @pytest.mark.parametrize(

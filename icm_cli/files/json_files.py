@@ -37,7 +37,7 @@ def read_json(path: Path, kind: str, schema: Any, expected: str, *, use: str = "
         if not path.is_file():
             problem = "is not a file" if path.exists() else "does not exist"
             raise UsageError(f"{kind} {path} {problem}; {expected}")
-        content = json.loads(path.read_bytes())
+        content = _parse_json(path.read_bytes())
         check_schema(content, schema, "")
     except RecursionError as error:
         raise UsageError(f"{kind} {path} cannot be {use}: it is nested too deeply; {expected}") from error
@@ -45,6 +45,17 @@ def read_json(path: Path, kind: str, schema: Any, expected: str, *, use: str = "
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{kind} {path} cannot be {use}: {reason}; {expected}") from error
     return content
+
+
+def _parse_json(content: bytes) -> Any:
+    """Return the value of a JSON text. Raises ValueError without the wording of the library, and RecursionError."""
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        position = ""
+        if isinstance(error, json.JSONDecodeError) and error.pos > 0:
+            position = f" (line {error.lineno}, column {error.colno})"
+        raise ValueError(f"it is not valid JSON{position}") from error
 
 
 def format_json(value: Any) -> str:

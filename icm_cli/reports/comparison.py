@@ -153,6 +153,7 @@ def _read_report(path: Path) -> _ScoredReport:
     settings = content["settings"]
     version = content.get("schema_version", 1)
     protocol = settings.get("protocol")
+    expected = EXPECTED_REPORT
     try:
         if not 1 <= version <= SCHEMA_VERSION:
             raise ValueError(
@@ -160,10 +161,11 @@ def _read_report(path: Path) -> _ScoredReport:
                 "the version of icm that wrote it"
             )
         if protocol is None:
-            raise ValueError("it has no scores, like a report of icm matte without --gt")
+            expected = "expected scores; write it again with icm matte ... --gt DIR --report FILE.json"
+            raise ValueError("it is a report of icm matte without --gt, and has no scores")
         scores = _collect_scores(content["images"])
     except ValueError as error:
-        raise UsageError(f"report {path} cannot be compared: {error}; {EXPECTED_REPORT}") from error
+        raise UsageError(f"report {path} cannot be compared: {error}; {expected}") from error
     if "metric_variant" not in protocol:
         protocol["metric_variant"] = protocol.get("lineage")  # its name in version 1
     return _ScoredReport(

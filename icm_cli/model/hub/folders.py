@@ -159,7 +159,7 @@ def read_hub_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); get the file again") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); get the file again") from error
+        raise ConfigError(f"{path} is not valid JSON; get the file again") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a configuration; expected keys with values, get the file again")
     return content
