@@ -503,6 +503,24 @@ class TestPlaces:
         assert "area to keep at 0,0 is outside the data window" in failed.stderr
 
 
+@pytest.mark.parametrize("src", ["list.txt", "imgs/wall.jpg", "imgs/*.jpg"])
+def test_a_hint_for_an_image_that_is_not_listed_is_not_reported(
+    icm: Icm, scene: Path, hints: Path, src: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(scene)
+    (scene / "list.txt").write_text("imgs/./wall.jpg\n")
+    for name in ("pad.0101.json", "sub/deep.png.json", "none.json"):
+        write_hint(hints / name)
+    planned = icm("--dry-run", src=src, hints=hints)
+    assert planned.exit_code == 0, planned.output
+    assert f"{hints / 'none.json'} skipped: a hint without an image of its name" in planned.stderr
+    shutil.copy(hints / "none.json", hints / "fix.101.json")
+    (hints / "none.json").unlink()
+    planned = icm("--dry-run", src=src, hints=hints / "fix.###.json")
+    assert planned.exit_code == 0, planned.output
+    assert "without an image" not in planned.stderr
+
+
 def test_a_hint_for_a_reference_is_reported(icm: Icm, scene: Path, hints: Path) -> None:
     shutil.copy(scene / "ref.png", scene / "imgs" / "key.png")
     write_hint(hints / "key.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
@@ -256,8 +256,8 @@ class HintFiles:
     ) -> None:
         """Report files that belong to no source or to a reference, and those that are not hints.
 
-        Hints of sources that are not matted are not reported. Files that are not hints are reported unless the folder
-        contains the sources. ``unused``: see :meth:`assign_files`.
+        Hints of images that are not matted are not reported, also if ``--src`` does not name these images. Files that
+        are not hints are reported unless the folder contains the sources. ``unused``: see :meth:`assign_files`.
         """
         source_keys: set[str | int | None] = set()
         reference_keys: set[str | int | None] = set()
@@ -265,6 +265,8 @@ class HintFiles:
             keys = reference_keys if is_reference(path) else source_keys
             keys |= self._keys(name_below(path, sources.root))
         known_keys = source_keys | reference_keys
+        if unused.keys() - known_keys:
+            known_keys |= self._keys_of_unlisted_images(unused.keys() - known_keys, sources)
         without_image = [path for key, paths in unused.items() if key not in known_keys for path in paths]
         of_reference = [path for key, paths in unused.items() if key in reference_keys for path in paths]
         skipped_files.add(sorted(without_image), WITHOUT_IMAGE)
@@ -272,6 +274,23 @@ class HintFiles:
         real_root = real_path(sources.root)
         if self.folder not in (real_root, *real_root.parents):
             skipped_files.add(sorted(self.others), NOT_A_HINT)
+
+    def _keys_of_unlisted_images(self, keys: Set[str | int], sources: Sources) -> set[str | int | None]:
+        """Return the keys of the images that ``--src`` does not name: those in the folders of sources and of ``keys``.
+
+        ``--src`` may be a list, a glob or one file. A folder that cannot be read has no images.
+        """
+        folders = {path.parent for path in sources.files}
+        folders |= {(sources.root / key).parent for key in keys if isinstance(key, str)}
+        found: set[str | int | None] = set()
+        for folder in folders:
+            with contextlib.suppress(OSError):
+                for path in folder.iterdir():
+                    image_keys = self._keys(name_below(path, sources.root))
+                    is_image = path.suffix.lower() in IMAGE_SUFFIXES
+                    if is_image and image_keys & keys and self._resolve(path) not in self.real_paths:
+                        found |= image_keys
+        return found
 
     def _keys(self, image: Path) -> set[str | int | None]:
         """Return the keys of ``files`` at which hints of an image may be. ``image``: its path below the root."""
