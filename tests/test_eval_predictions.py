@@ -43,6 +43,17 @@ def test_saved_alphas_have_the_same_scores_as_in_the_run_that_made_them(evaluate
     assert [each["foreground"] for each in made["images"]] == [each["foreground"] for each in scored["images"]]
 
 
+def test_summary_names_the_folder_of_a_relative_data_root(
+    evaluate: Evaluate, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    for folder, root in ((data, "."), (data / "alphas", "..")):
+        monkeypatch.chdir(folder)
+        summary = evaluate(data_root=root, pred=tmp_path / "pred")
+        assert summary.exit_code == 0, summary.output
+        assert f"{data.name}, size original" in " ".join(summary.output.split())
+
+
 def test_damaged_prediction_prints_one_message_and_no_library_warning(data: Path, tmp_path: Path) -> None:
     """The worker process suppresses the warning that Pillow prints about a truncated TIFF."""
     copy_alphas(data, tmp_path / "pred")

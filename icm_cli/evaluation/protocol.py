@@ -48,8 +48,11 @@ class Evaluation:
 
     @property
     def title(self) -> str:
-        """Title for reports: that of the dataset; the location for the dataset ``folder``."""
-        return self.location if self.options.dataset.dataset == "folder" else self.data.dataset.title
+        """Title for reports: that of the dataset; for the dataset ``folder``, its location, or the name of "."."""
+        if self.options.dataset.dataset != "folder":
+            return self.data.dataset.title
+        has_name = Path(self.location).name not in ("", "..")
+        return self.location if has_name else Path(self.location).resolve().name or self.location
 
     @property
     def is_scoring_only(self) -> bool:
