@@ -83,6 +83,7 @@ def test_prompts_make_the_mask_of_the_reference(icm: Icm, scene: Path, truth: np
     ended = icm("--dry-run", save_mask=scene / "made.png", **{"mask": None, **options})
     assert ended.exit_code == 0, ended.stderr
     assert not (scene / "out").exists()
+    assert f"wrote the mask of the reference to {scene / 'made.png'}" in ended.stderr
     made = read(scene / "made.png")
     assert set(np.unique(made)) == {0, 255}
     assert overlap(made > 127, truth) > 0.85

@@ -88,6 +88,7 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
     if path := options.references.save_mask:
         check_writable(path.parent)
         write_mask(path, plan.references[0].display_mask)
+        listener.on_notice(f"wrote the mask of the reference to {path}")
     select_model = functools.partial(ModelChoice.from_options, options.model, options.resources.batch_size)
     ray = RayCluster.from_options(options.sequences.ray, options.sequences.ray_cpus, options.model.device)
     with ray or contextlib.nullcontext() as cluster:
