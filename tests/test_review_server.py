@@ -471,6 +471,20 @@ def test_a_run_with_other_sources_is_noticed_when_its_record_is_written(
         assert len(client.get("/api/run")["warnings"]) == warnings
 
 
+def test_a_source_that_is_restored_is_found(icm: Icm, scene: Path, open_review: OpenReview) -> None:
+    assert icm().exit_code == 0
+    source = scene / "imgs" / "wall.jpg"
+    content = source.read_bytes()
+    source.unlink()
+    client = open_review()
+    image = f"/api/images/{client.items()['wall.jpg']['id']}"
+    assert client.get(image)["error"] == f"{source} does not exist any more"
+    source.write_bytes(content)
+    details = client.get(image)
+    assert (details["error"], details["source_error"]) == (None, "")
+    assert client.items()["wall.jpg"]["error"] is None
+
+
 def test_frames_that_are_added_are_at_their_place_in_the_shot(icm: Icm, scene: Path, open_review: OpenReview) -> None:
     (scene / "frames").mkdir()
     for numbers in ((1, 2, 5, 11), (3, 4)):

@@ -249,6 +249,12 @@ class ReviewRun:
         with self._lock:
             return self._alphas[id]
 
+    def find_restored_source(self, id: int) -> None:
+        """Plan the run again if the source of an image exists again. It did not when the run was planned."""
+        if id in self.errors and not self.source_error(id):
+            with self._scan_lock:
+                self._add_images(*self._plan(lambda _: None), {})
+
     def source_error(self, id: int) -> str:
         """Return why an image whose source does not exist cannot be accepted; "" if all its files exist."""
         for path in self.jobs[id].files:

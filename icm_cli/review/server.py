@@ -316,6 +316,7 @@ class ReviewApp:
 
     def describe_image(self, id: int) -> dict[str, Any]:
         """Return what the page shows of a single image, and begin to read it, so that its first hint is fast."""
+        self.run.find_restored_source(id)
         self.corrections.prepare(id)
         job, item = self.run.jobs[id], self.item(id)
         height, width, shapes = 0, 0, None  # unless they can be read
