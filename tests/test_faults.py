@@ -460,7 +460,7 @@ def test_openexr_write_error_names_the_output(icm: Icm, scene: Path) -> None:
 @pytest.mark.parametrize("text", ["Cannot write: No space left on device.", "write error"])
 def test_full_disk_is_reported_for_exr_and_tiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     broken = Mock(open=Mock(return_value=False), geterror=Mock(return_value=f"{text}\n" * 7))
-    monkeypatch.setattr("icm_cli.images.writing.oiio.ImageOutput", Mock(create=Mock(return_value=broken)))
+    monkeypatch.setattr("OpenImageIO.ImageOutput", Mock(create=Mock(return_value=broken)))
     monkeypatch.setattr(shutil, "disk_usage", Mock(return_value=Mock(free=0)))
     with pytest.raises(
         OutputError, match=r"^\S*/a.exr cannot be written: no space left on the device; free some space and"
@@ -476,7 +476,7 @@ def test_name_with_newline_is_printed_on_one_line(icm: Icm, scene: Path) -> None
     assert sum("two\\nlines.jpg" in line for line in result.stderr.splitlines()) == 1
     assert not any(line.startswith(("lines", "name")) for line in result.output.splitlines())
     dry = icm("--dry-run")
-    assert "bad\\nname.jpg is empty (0 bytes)" in dry.stderr
+    assert "bad\\nname.jpg: is empty (0 bytes)" in dry.stderr
     plan = dry.stdout.splitlines()
     assert len(plan) == 4
     assert all(" -> " in line for line in plan)
