@@ -648,6 +648,13 @@ def test_frames_after_a_damaged_frame_are_recomputed_when_it_is_restored(
     assert json.loads((scene / "r.json").read_text())["summary"]["done"] == 0  # all are kept
 
 
+def assert_equal_to_a_fresh_run(shot: Shoot, scene: Path) -> None:
+    """A run over the existing alphas, and one into an empty folder, succeed and write the same bytes."""
+    assert shot().exit_code == 0
+    assert shot(out=scene / "whole").exit_code == 0
+    assert alphas(scene / "out") == alphas(scene / "whole")
+
+
 @pytest.mark.parametrize("remaining_bytes", [500, 0])
 @pytest.mark.parametrize("has_alpha", [True, False])
 def test_frames_after_a_plate_that_stays_broken_are_recomputed_once(
@@ -675,9 +682,7 @@ def test_frames_after_a_plate_that_stays_broken_are_recomputed_once(
     assert recomputed() == ["1007", "1008"]
     plate.write_bytes(content)
     os.utime(plate, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert shot().exit_code == 0
-    assert shot(out=scene / "whole").exit_code == 0
-    assert alphas(scene / "out") == alphas(scene / "whole")
+    assert_equal_to_a_fresh_run(shot, scene)
 
 
 def test_frames_after_a_broken_plate_are_recomputed_if_more_frames_are_before_it(
@@ -755,9 +760,7 @@ def test_a_plate_that_is_still_being_written_is_not_taken_for_one_that_stays_bro
         assert shot().exit_code == 1
     plate.write_bytes(content)
     os.utime(plate, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert shot().exit_code == 0
-    assert shot(out=scene / "whole").exit_code == 0
-    assert alphas(scene / "out") == alphas(scene / "whole")
+    assert_equal_to_a_fresh_run(shot, scene)
 
 
 def test_frames_after_a_plate_that_a_new_decoder_can_read_are_recomputed(

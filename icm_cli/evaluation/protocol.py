@@ -100,7 +100,10 @@ class Evaluation:
             provenance = read_provenance(path)
             # None: the file is not readable, for example after an interrupted run
             if provenance is not None and DIGEST_KEY not in provenance:
-                raise UsageError(f"{path} exists and was not made by icm; give --save-alphas another folder")
+                raise UsageError(
+                    f"{path} exists and is not an alpha of icm, or another program removed its metadata; give "
+                    "--save-alphas another folder"
+                )
         inputs = [path for path in (self.options.dataset.groups, self.options.protocol.references) if path]
         self.reports.check_no_overwrite([*self._dataset_files, *alphas, *inputs])
 

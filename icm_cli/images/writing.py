@@ -274,7 +274,10 @@ def set_provenance_entry(path: Path, key: str, value: str | None, check: WriteCh
             return
         provenance = read_provenance(path)
         if provenance is None:
-            raise ImageError(f"{path} was not made by icm, so its provenance cannot be changed; run icm matte again")
+            raise ImageError(
+                f"{path} is not an alpha of icm, or another program removed its metadata; its provenance cannot be "
+                "changed; run icm matte again"
+            )
         provenance.pop(key, None)
         if value is not None:
             provenance[key] = value

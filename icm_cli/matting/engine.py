@@ -356,7 +356,7 @@ class Engine:
         except OtherSourceError as error:  # the image itself may be readable
             result = _failed_result(job, str(error))
         except ImageError as error:
-            if job.fails_again_after(error):
+            if job.is_permanent_error(error):
                 self.matting.mark_unreadable(job)
             result = _failed_result(job, str(error))
         except Exception as error:

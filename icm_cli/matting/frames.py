@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fileseq import constants, filesequence, frameset
 
-from icm_cli.errors import UsageError, shorten
+from icm_cli.errors import UsageError, list_first, shorten
 from icm_cli.files.paths import MAX_NAME_BYTES
 
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<frame>[._-]?(?P<number>[0-9]{1,255}))", re.DOTALL)
@@ -117,9 +117,7 @@ class FramePattern:
         for name in sorted(names):
             groups.setdefault(_NUMBERS.sub("0", name), []).append(name)
         similar = get_close_matches(_NUMBERS.sub("0", self.frame_name(0)), groups, n=MAX_SIMILAR_NAMES)
-        listed = [
-            f"{first} and {len(more)} more" if more else first for first, *more in map(groups.__getitem__, similar)
-        ]
+        listed = [list_first(groups[name]) for name in similar]
         return f"; similar names in {self.folder}: {', '.join(listed)}" if listed else ""
 
     def _compile_expression(self, number: str) -> re.Pattern[str]:

@@ -116,7 +116,7 @@ class Job:
         mattes_digest = "" if self.mattes is None else self.mattes.digest
         return combined_digest(self.planned.name, str(state), self.hints_digest, mattes_digest)
 
-    def fails_again_after(self, error: ImageError) -> bool:
+    def is_permanent_error(self, error: ImageError) -> bool:
         """Return whether an error in reading the image occurs in every run with the same :meth:`input_digest`."""
         if self.inspected is None or isinstance(error, ImageMemoryError):
             return False

@@ -400,10 +400,9 @@ class FlowPropagator:
         except (ImageError, ValueError, cv2.error):
             return None, False
         try:
-            image = job.read_image()
+            rgb = _reduce_image(job.read_image().to_display_window().rgb, None, self._config)
         except ImageError as error:
-            return None, job.fails_again_after(error)
-        rgb = _reduce_image(image.to_display_window().rgb, None, self._config)
+            return None, job.is_permanent_error(error)
         digest = provenance.get(MEMORY_KEY, NO_MEMORY)
         return FrameMemory(rgb, alpha, correction=correction, matted=matted, digest=digest), False
 
