@@ -166,7 +166,7 @@ NAMES = st.text("a #./é\r\u3000", min_size=1, max_size=6).filter(lambda name: n
 @given(st.lists(NAMES, min_size=1), st.sampled_from(["/", "/no folder", "/no/./folder"]))
 def test_src_reads_what_a_review_list_contains(names: list[str], root: str) -> None:
     files = [Path(os.path.normpath(f"{root}/x{name}")) for name in names]
-    files = [file for file in files if file.is_relative_to(os.path.normpath(root))]
+    files = [file for file in files if Path(os.path.normpath(root)) in file.parents]
     results = [
         ImageResult(str(file), "o", "done", name=str(file.relative_to(os.path.normpath(root)))) for file in files
     ]
