@@ -124,10 +124,15 @@ def test_a_run_without_the_option_says_that_it_undoes_corrections(icm: Icm, scen
     assert icm(hints=hints).exit_code == 0
     planned = icm("--dry-run")
     assert planned.stderr.count(lost) == 1
-    assert "give --hints DIR or --keep-existing to keep the corrections" in planned.stderr
+    assert "to keep the corrections, give --hints DIR, or --keep-existing without --overwrite" in planned.stderr
     assert lost not in icm("--dry-run", hints=scene / "imgs").stderr
+    assert icm("--dry-run", "--overwrite").stderr.count(lost) == 1
+    assert lost not in icm("--dry-run", "--overwrite", hints=hints).stderr
     kept = icm("--keep-existing")
     assert (kept.exit_code, lost in kept.stderr) == (0, False)
+    assert icm("--overwrite").stderr.count(lost) == 1
+    assert lost not in icm("--overwrite").stderr
+    assert icm(hints=hints).exit_code == 0
     assert icm().stderr.count(lost) == 1
     assert lost not in icm().stderr
 

@@ -42,6 +42,7 @@ from icm_cli.matting.resume import (
     find_existing_alphas,
     read_source_states,
     report_alphas_without_source,
+    report_lost_hints,
 )
 from icm_cli.matting.run_record import record_run
 from icm_cli.matting.shot import MIN_FRAMES, Keyframe, Shot, split_shots
@@ -252,20 +253,21 @@ class _MattingRun:
         shot, options, folder = self._plan.shot, self._setups[0].options, self._plan.layout.folder
         jobs = shot.order if shot else self._plan.jobs
         if options.overwrite:
-            return ExistingAlphas([replace(job, replaceable=file_identities(job)) for job in jobs])
-        existing = find_existing_alphas(
-            jobs,
-            options.job_digest,
-            workers=options.workers,
-            keep_all=options.keep_existing,
-            reusable_outputs=shot.reusable_outputs if shot else None,
-            source_states=read_source_states(folder),
-        )
+            existing = ExistingAlphas([replace(job, replaceable=file_identities(job)) for job in jobs])
+        else:
+            existing = find_existing_alphas(
+                jobs,
+                options.job_digest,
+                workers=options.workers,
+                keep_all=options.keep_existing,
+                reusable_outputs=shot.reusable_outputs if shot else None,
+                source_states=read_source_states(folder),
+            )
         if existing.new_source_states and not self._options.reports.dry_run:
             add_source_states(folder, existing.new_source_states)
         existing.report(on_result, self._listener.on_notice, hint="; --keep-existing keeps them")
         if self._options.hints.hints is None:
-            existing.report_lost_hints(self._listener.on_notice)
+            report_lost_hints(existing.remaining, workers=options.workers, notice=self._listener.on_notice)
         return existing
 
     def _runner(self, on_result: Callable[[ImageResult], None]) -> contextlib.AbstractContextManager[Runner]:

@@ -273,15 +273,6 @@ class ExistingAlphas:
         compared = [alpha for alpha in self.kept if not (alpha.is_of_same_state or alpha.is_reviewed)]
         return {escape_name(alpha.job.planned.name): alpha.source_state for alpha in compared}
 
-    def report_lost_hints(self, notice: Callable[[str], None]) -> None:
-        """Give a notice that counts the alphas that were made with hints and are recomputed without them."""
-        lost = [alpha.job.output for alpha in self.outdated if HINTS_KEY in alpha.provenance and not alpha.job.hints]
-        if lost:
-            notice(
-                f"recomputing {format_count(len(lost), 'alpha')} made with hints, such as {lost[0]}, without hints; "
-                "give --hints DIR or --keep-existing to keep the corrections"
-            )
-
     def report(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None], hint: str = "") -> None:
         """Report the images whose alpha is kept.
 
@@ -353,6 +344,27 @@ def find_existing_alphas(
         raise UsageError(list_first(conflicts, MAX_LISTED_FILES, "; ", "; and"))
     remaining = [job for job in jobs if job.output not in kept]
     return ExistingAlphas(remaining, [alpha for alpha in alphas if alpha.job.output in kept], outdated)
+
+
+def report_lost_hints(jobs: Sequence[Job], *, workers: int, notice: Callable[[str], None]) -> None:
+    """Give a notice that counts the alphas that were made with hints and are recomputed without them.
+
+    ``jobs``: those without hints whose images are matted. ``workers``: number of threads that read files.
+    """
+
+    def has_hints(path: Path) -> bool:
+        with contextlib.suppress(ImageError):
+            return is_file(path) and HINTS_KEY in read_provenance_header(path)
+        return False
+
+    outputs = [job.output for job in jobs]
+    with ThreadPoolExecutor(workers, "icm-inspect") as executor:
+        lost = list(compress(outputs, executor.map(has_hints, outputs)))
+    if lost:
+        notice(
+            f"recomputing {format_count(len(lost), 'alpha')} made with hints, such as {lost[0]}, without hints; "
+            "to keep the corrections, give --hints DIR, or --keep-existing without --overwrite"
+        )
 
 
 def report_alphas_without_source(
