@@ -1092,13 +1092,34 @@ class TestFailures:
         )
         server = start()
         page = open_page(server)
-        image = open_image(page, server, IMAGES[0])
-        expect(page.locator("#model-state")).to_have_attribute("data-state", "failed")
-        expect(page.locator('#alerts .alert[data-topic="model"]')).to_contain_text("long_side_px is -3")
-        page.mouse.click(*to_page(page, image, (20, 20)))
-        page.keyboard.press("Control+z")
-        page.locator('[data-action="reject"]').click()
-        expect(page.locator("#status")).to_contain_text("rejected")
+        image = open_image(page, server, WRONG)
+        state, alert = page.locator("#model-state"), page.locator('#alerts .alert[data-topic="model"]')
+        expect(state).to_have_attribute("data-state", "failed")
+        expect(alert).to_contain_text("long_side_px is -3")
+        alert.get_by_role("button").click()
+        page.mouse.click(*to_page(page, image, ON_OBJECT))
+        expect(alert).to_contain_text("long_side_px is -3")
+        expect(page.locator("#answer-state")).to_have_text("No alpha for these hints")
+        page.locator("#reload-model").click()
+        expect(alert).to_contain_text("press Try again at the top")
+        (folder / "small.yaml").write_text(SMALL_MODEL)
+        page.locator("#reload-model").click()
+        wait_for_answer(page)
+        assert shown_alpha(page, image, ON_OBJECT) > 127
+        expect(state).to_have_attribute("data-state", "ready")
+        expect(page.locator("#reload-model")).to_be_hidden()
+        expect(alert).to_have_count(0)
+
+    def test_an_answer_that_was_replaced_by_an_earlier_request(self, server: ReviewServer, open_page: Open) -> None:
+        """The earlier request, which the page has cancelled, may reach the server after the later one."""
+        server.wait_until_ready()
+        page = open_page(server)
+        image = open_image(page, server, WRONG)
+        stale = json.dumps({"error": "newer hints replace these"})
+        page.route(re.compile("/answer"), lambda route: route.fulfill(status=409, body=stale), times=1)
+        page.mouse.click(*to_page(page, image, ON_OBJECT))
+        wait_for_answer(page)
+        assert shown_alpha(page, image, ON_OBJECT) > 127
 
     def test_sources_that_are_gone_or_damaged(
         self, start: Callable[..., ReviewServer], open_page: Open, folder: Path

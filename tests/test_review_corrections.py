@@ -396,17 +396,48 @@ def test_a_device_that_does_not_exist_is_reported_in_the_terminal(icm: Icm, scen
     assert "cuda:99" in notice
 
 
-def test_hints_load_a_model_again_that_could_not_be_loaded(icm: Icm, scene: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_loaded_again_on_demand(icm: Icm, scene: Path) -> None:
+    """Hints do not load it again, and only the first attempt is a notice."""
+    assert icm().exit_code == 0
+    (scene / "mask.png").rename(scene / "moved.png")
+    run, notices = ReviewRun(scene / "out", None, lambda _: None), list[str]()
+    corrections = Corrections(run, ReviewState(run.record_folder), None, notices.append)
+    for change in (corrections.answer, corrections.accept):
+        with pytest.raises(ModelNotReadyError, match=r"the model cannot be loaded: .*mask\.png does not exist"):
+            change(0, *([[point("fg", 30, 30)], False] if change == corrections.answer else [0, [point("fg", 30, 30)]]))
+    (scene / "moved.png").rename(scene / "mask.png")
+    with pytest.raises(ModelNotReadyError):
+        corrections.answer(0, [point("fg", 30, 30)], refined=False)
+    assert len(notices) == 1
+    corrections.reload_model()
+    assert corrections.answer(0, [point("fg", 30, 30)], refined=False)[30, 30] > 127
+    assert corrections.model_state == "ready"
+    network = corrections._model and corrections._model._predictor
+    corrections.reload_model()  # does nothing
+    assert (corrections.model_state, corrections._model and corrections._model._predictor) == ("ready", network)
+    corrections.close()
+
+
+def test_two_tabs_with_hints_while_the_model_fails_to_load_get_the_reason(icm: Icm, scene: Path) -> None:
+    """A third tab starts to load it again as soon as it has failed, before the hints of the two are answered."""
     assert icm().exit_code == 0
     (scene / "mask.png").rename(scene / "moved.png")
     run = ReviewRun(scene / "out", None, lambda _: None)
-    corrections = Corrections(run, ReviewState(run.record_folder), None, lambda _: None)
-    for _ in range(2):
-        with pytest.raises(ModelNotReadyError, match=r"mask\.png does not exist"):
-            corrections.answer(0, [point("fg", 30, 30)], refined=False)
-    (scene / "moved.png").rename(scene / "mask.png")
+
+    def handle_failure(_: str) -> None:  # in the thread of the model, which answers nothing meanwhile
+        while corrections._executor._work_queue.qsize() < 2:
+            time.sleep(0.01)
+        (scene / "moved.png").rename(scene / "mask.png")
+        corrections.reload_model()
+
+    corrections = Corrections(run, ReviewState(run.record_folder), None, handle_failure)
+    with ThreadPoolExecutor(2) as tabs:
+        answering = tabs.submit(corrections.answer, 0, [point("fg", 30, 30)], refined=False, tab="one")
+        accepting = tabs.submit(corrections.accept, 1, 0, [point("fg", 30, 30)])
+        for request in (answering, accepting):
+            with pytest.raises(ModelNotReadyError, match=r"mask\.png does not exist"):
+                request.result(60)
     assert corrections.answer(0, [point("fg", 30, 30)], refined=False)[30, 30] > 127
-    assert corrections.model_state == "ready"
     corrections.close()
 
 

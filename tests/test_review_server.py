@@ -485,6 +485,41 @@ def test_a_source_that_is_restored_is_found(icm: Icm, scene: Path, open_review: 
     assert client.items()["wall.jpg"]["error"] is None
 
 
+@pytest.mark.parametrize("is_missing_at_start", [True, False])
+def test_other_tabs_show_a_source_that_is_restored(
+    icm: Icm, scene: Path, open_review: OpenReview, monkeypatch: pytest.MonkeyPatch, is_missing_at_start: bool
+) -> None:
+    """They ask for its thumbnail again, because the version of the image is another one."""
+    monkeypatch.setattr("icm_cli.review.server.SCAN_INTERVAL_S", 0)
+    monkeypatch.setattr("icm_cli.review.server.SCAN_PAUSE_FACTOR", 0)
+    assert icm().exit_code == 0
+    source = scene / "imgs" / "wall.jpg"
+    content = source.read_bytes()
+    if is_missing_at_start:
+        source.unlink()
+    client = open_review()
+    client.items()
+    source.unlink(missing_ok=True)
+    listed = client.get("/api/images")
+    lost = next(item for item in listed["images"] if item["name"] == "wall.jpg")
+    assert "wall.jpg" in str(client.thumbnail(lost["id"]))
+    source.write_bytes(content)
+    (found,) = client.get(f"/api/images?since={listed['revision']}&files={listed['files']}")["images"]
+    assert (found["name"], found["error"], found["revision"]) == ("wall.jpg", None, lost["revision"])
+    assert found["version"] != lost["version"]
+    assert isinstance(client.thumbnail(lost["id"]), bytes)
+
+
+def test_an_alpha_that_is_restored_gets_a_new_version(client: Client) -> None:
+    """A tab that asked for the alpha while it was replaced may have kept the wrong one under the earlier version."""
+    known = client.get("/api/images")
+    before = known["images"][0]
+    accepted = client.request("POST", f"{IMAGE}/accept", {"revision": before["revision"], "hints": None}).json
+    undone = client.request("POST", f"{IMAGE}/undo", {"revision": accepted["revision"]}).json
+    assert len({before["version"], accepted["version"], undone["version"]}) == 3
+    assert client.get(f"/api/images?since={known['revision']}&files={known['files']}")["images"] == [undone]
+
+
 def test_frames_that_are_added_are_at_their_place_in_the_shot(icm: Icm, scene: Path, open_review: OpenReview) -> None:
     (scene / "frames").mkdir()
     for numbers in ((1, 2, 5, 11), (3, 4)):

@@ -57,7 +57,7 @@ class Corrections:
         self._run, self._state, self._device, self._notice = run, state, device, notice
         self._copies = UndoCopies(run.record_folder)
         self._executor = ThreadPoolExecutor(1, "icm-model")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._image_locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         self._pending: dict[str, Future[ImageU8]] = {}
         """The last answer that each browser tab asked for, until it is computed."""
@@ -81,13 +81,16 @@ class Corrections:
             return ""
         return _describe_failure(self._loading)
 
-    def load_model(self, *, retries: bool = False) -> None:
-        """Start to load the model and the references, unless that has begun. Returns at once.
-
-        ``retries``: start again if it has failed. The reason may be gone, such as a missing reference.
-        """
+    def load_model(self) -> None:
+        """Start to load the model and the references, unless that has begun. Returns at once."""
         with self._lock:
-            if self._loading is None or (retries and self.model_state == "failed"):
+            if self._loading is None:
+                self._begin_loading()
+
+    def reload_model(self) -> None:
+        """Start to load the model again if that has failed: the reason may be gone, such as a missing reference."""
+        with self._lock:
+            if self.model_state == "failed":
                 self._begin_loading()
 
     def options(self) -> MatteOptions:
@@ -98,7 +101,11 @@ class Corrections:
 
     def base_references(self) -> Sequence[Reference]:
         """Return the references of the run without taught images. Raises ModelNotReadyError."""
-        return self._model_without_waiting().references[: len(self._run.options.references.ref)]
+        with self._lock:
+            loading = self._loading or self._begin_loading()
+        if not loading.done():
+            raise ModelNotReadyError("the model is loading; try again in a moment")
+        return self._loaded_model(loading).references[: len(self._run.options.references.ref)]
 
     def store_use(self, id: int, use: TeachingUse | None) -> None:
         """Store how an image is used to teach, and prepare the references again if that changes them."""
@@ -122,12 +129,11 @@ class Corrections:
         the call waits for it. Raises StaleAnswerError, ModelNotReadyError if the model cannot be loaded, or IcmError
         for hints or images that cannot be used.
         """
-        self.load_model(retries=True)
         client = tab or f"image {id}"
         with self._lock:
             if client in self._pending:
                 self._pending[client].cancel()
-            future = self._submit(lambda: self._ready_model().answer(id, shapes, refined=refined))
+            future = self._submit_to_model(lambda model: model.answer(id, shapes, refined=refined))
             self._pending[client] = future
         try:
             return future.result()
@@ -143,7 +149,7 @@ class Corrections:
 
         Such a reason is that the references have changed since the alpha was made. Raises ModelNotReadyError.
         """
-        return self._submit(lambda: self._ready_model().outdated_reason(id)).result()
+        return self._submit_to_model(lambda model: model.outdated_reason(id)).result()
 
     def accept(self, id: int, revision: int, shapes: Shapes | None) -> None:
         """Accept an alpha as it is, or save hints and accept the alpha that is computed from them.
@@ -159,8 +165,7 @@ class Corrections:
         with self.image_lock(id):
             self._check_revision(id, revision)
             if shapes is not None:
-                self.load_model(retries=True)
-                self._submit(lambda: self._correct(id, revision, shapes)).result()
+                self._submit_to_model(lambda model: self._correct(model, id, revision, shapes)).result()
                 return
             with self._recorded_change(id, revision, job.outputs, "accepted", keeps_alpha=True):
                 mark_reviewed(job, _make_stamp("accepted"))
@@ -222,11 +227,11 @@ class Corrections:
             None if use is None else mask_path(self._run.record_folder, use["kind"], use["mask"])
             for use in (before, image.taught)
         )
-        if old_mask is not None and old_mask != new_mask:
-            old_mask.unlink(missing_ok=True)
         with self._lock:
             if self._loading is not None:
                 self._begin_loading()
+        if old_mask is not None and old_mask != new_mask:  # afterwards: an earlier loading may still read it
+            old_mask.unlink(missing_ok=True)
 
     def _submit(self, task: Callable[[], Result]) -> Future[Result]:
         """Queue a task for the thread of the model, and return its future."""
@@ -239,14 +244,25 @@ class Corrections:
 
         return self._executor.submit(run)
 
-    def _begin_loading(self) -> None:
-        """Queue the loading of the model. The lock is held."""
-        self._loading = self._submit(self._load)
-        self._loading.add_done_callback(self._report_failure)
+    def _submit_to_model(self, task: Callable[[RunModel], Result]) -> Future[Result]:
+        """Queue a task that uses the model, and return its future. Starts to load the model if nobody has.
+
+        The task fails with ModelNotReadyError if the model could not be loaded before it, even if another tab has
+        started to load it again since.
+        """
+        with self._lock:
+            loading = self._loading or self._begin_loading()
+            return self._submit(lambda: task(self._loaded_model(loading)))
+
+    def _begin_loading(self) -> Future[None]:
+        """Queue the loading of the model, and return its future. The lock is held."""
+        self._loading = loading = self._submit(self._load)
+        loading.add_done_callback(self._report_failure)
+        return loading
 
     def _report_failure(self, loading: Future[None]) -> None:
-        """Print a notice if the loading has failed. Called when it has ended."""
-        if not loading.cancelled() and loading.exception():
+        """Print a notice if the loading has failed, unless another one has begun. Called when it has ended."""
+        if loading is self._loading and not loading.cancelled() and loading.exception():
             self._notice(f"the model cannot be loaded: {_describe_failure(loading)}")
 
     def _load(self) -> None:
@@ -262,25 +278,18 @@ class Corrections:
             with contextlib.suppress(IcmError, OSError):  # the next answer for this image reports it
                 self._model.open_image(id)
 
-    def _ready_model(self) -> RunModel:
-        """Return the loaded model. Raises ModelNotReadyError if it, or its references, could not be loaded."""
-        if self._model is None or self.model_state == "failed":
-            raise ModelNotReadyError(f"the model could not be loaded: {self.model_error}")
+    def _loaded_model(self, loading: Future[None]) -> RunModel:
+        """Return the model. Raises ModelNotReadyError if ``loading``, which has ended, has failed."""
+        if loading.exception() or self._model is None:
+            raise ModelNotReadyError(f"the model cannot be loaded: {_describe_failure(loading)}")
         return self._model
-
-    def _model_without_waiting(self) -> RunModel:
-        """Return the model. Raises ModelNotReadyError unless it is loaded. Starts to load it if nobody has."""
-        self.load_model()
-        if self.model_state == "loading":
-            raise ModelNotReadyError("the model is loading; try again in a moment")
-        return self._ready_model()
 
     def _check_revision(self, id: int, revision: int) -> None:
         """Raise StaleRevisionError if an image has another revision."""
         with self._state.edit(self._run.names[id], revision):
             pass  # nothing is edited, so nothing is saved
 
-    def _correct(self, id: int, revision: int, shapes: Shapes) -> None:
+    def _correct(self, model: RunModel, id: int, revision: int, shapes: Shapes) -> None:
         """Save hints, and compute and save their alpha. Runs in the thread of the model."""
         old_paths = self._run.hint_paths(id)
         new_path = self._run.hint_target(id) if shapes else None
@@ -297,7 +306,7 @@ class Corrections:
                     unused_paths = [path for path in old_paths if path != new_path]
                 _remove_files(unused_paths)
 
-            self._ready_model().correct(id, shapes, _make_stamp("corrected"), begin_writing)
+            model.correct(id, shapes, _make_stamp("corrected"), begin_writing)
 
     @contextlib.contextmanager
     def _recorded_change(

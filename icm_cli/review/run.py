@@ -60,6 +60,8 @@ class AlphaFile:
     is_own: bool = False
     """Whether its provenance says that icm made it for this image."""
     details: MattingDetails = NO_DETAILS
+    has_source: bool = True
+    """Whether all files of the source exist."""
 
     @property
     def is_reviewed(self) -> bool:
@@ -68,7 +70,7 @@ class AlphaFile:
 
     @property
     def version(self) -> str:
-        """Text that changes whenever the file changes. It is part of URLs, so that browsers can cache images."""
+        """Text that changes whenever the file changes. After an undo, it is the earlier one again."""
         return "" if self.identity is None else f"{self.identity[1]:x}-{self.identity[0]:x}"
 
 
@@ -115,8 +117,11 @@ class ReviewRun:
         """Why each alpha has a low quality, including reasons from the comparison with other alphas."""
         self._scan_lock, self._is_scanned = threading.Lock(), False
         self._revision = time.time_ns() // 1_000_000
+        """Revision of the alphas. It starts above those of earlier servers, and grows with every change."""
         self._revisions: list[int] = []
-        """Revision of the alphas, and of the last change of each alpha. It starts above those of earlier servers."""
+        """Revision at the last change of each alpha, or of the reasons for its quality."""
+        self._versions: list[int] = []
+        """Revision at the last change of each alpha, or of whether its source exists."""
         self._shots: dict[int, list[int]] | None = None
         """The frames of the shot of each image, by id; None until they are needed."""
         self._add_images(*self._plan(notice), _read_index(self._index))
@@ -155,6 +160,8 @@ class ReviewRun:
         """
         with self._scan_lock:
             self._add_new_images()
+            if any(self.source_error(id) == "" for id in self.errors):
+                self._plan_again()
             before = list(self._alphas)
             with library_settings():  # entered once instead of for each file
                 alphas = [self._read_alpha_file(id) for id in range(len(self.jobs))]
@@ -204,12 +211,15 @@ class ReviewRun:
         """Store what is known about the alpha of an image. A change gets a new revision. The lock is held."""
         if (alpha, reasons) != (self._alphas[id], self._reasons[id]):
             self._revision += 1
+            if alpha != self._alphas[id]:
+                self._versions[id] = self._revision
             self._alphas[id], self._reasons[id], self._revisions[id] = alpha, reasons, self._revision
 
     def item(self, id: int, state: ImageState) -> dict[str, Any]:
         """Return what the overview shows of an image, as JSON. ``state``: what the review has stored about it."""
         with self._lock:
             alpha, reasons, has_hints = self._alphas[id], self._reasons[id], self._has_hints[id]
+            version = self._versions[id]
         status = "accepted" if alpha.is_reviewed else "open"
         if state.status == "rejected":
             status = "rejected"
@@ -225,7 +235,7 @@ class ReviewRun:
             "decision": state.undo[-1]["folder"] if state.undo else "",
             "has_hints": has_hints,
             "has_alpha": alpha.is_own,
-            "version": alpha.version,
+            "version": f"{version:x}",  # part of URLs, so that browsers can cache images: it never returns
             "taught": state.taught["kind"] if state.taught else None,
             "change": state.change,
             "error": self.errors.get(id),
@@ -253,7 +263,7 @@ class ReviewRun:
         """Plan the run again if the source of an image exists again. It did not when the run was planned."""
         if id in self.errors and not self.source_error(id):
             with self._scan_lock:
-                self._add_images(*self._plan(lambda _: None), {})
+                self._plan_again()
 
     def source_error(self, id: int) -> str:
         """Return why an image whose source does not exist cannot be accepted; "" if all its files exist."""
@@ -366,7 +376,7 @@ class ReviewRun:
         if self._unlisted <= before and (not self._unlisted or self._record == record_before):
             return
         if not self._has_other_sources():
-            self._add_images(*self._plan(lambda _: None), {})
+            self._plan_again()
         elif not self.other_run_warning:
             self.other_run_warning = (
                 f"another run of icm matte with other sources has written to {self.folder}, and its images are not "
@@ -398,6 +408,7 @@ class ReviewRun:
                     continue
                 self._revision += 1
                 self._revisions.append(self._revision)
+                self._versions.append(self._revision)
                 self._alphas.append(known.get(name, NO_ALPHA))
                 self._reasons.append(())
                 self._has_hints.append(job.hints is not None)
@@ -407,6 +418,10 @@ class ReviewRun:
             self._stem_counts = Counter(job.name.with_suffix("").as_posix() for job in self.jobs)
             self._list_digests.append(combined_digest(str(self.folder), *self.names)[:16])
             self._shots = None
+
+    def _plan_again(self) -> None:
+        """Add the images that are new, and those whose source exists again. The lock of the scan is held."""
+        self._add_images(*self._plan(lambda _: None), {})
 
     def _plan(self, notice: Callable[[str], None]) -> tuple[Sequence[Job], Sequence[Job]]:
         """Return the jobs of all images of the run, and those of alphas whose source does not exist any more."""
@@ -447,17 +462,15 @@ class ReviewRun:
 
     def _read_alpha_file(self, id: int) -> AlphaFile:
         """Return what is known about the alpha of an image. Its file is opened only if its size or time has changed."""
-        path, known = self.jobs[id].output, self._alphas[id]
+        path, known, has_source = self.jobs[id].output, self._alphas[id], not self.source_error(id)
         identity = identify_file(path)
-        if identity is None:
-            return NO_ALPHA
         if identity == known.identity:
-            return known
+            return known if has_source == known.has_source else replace(known, has_source=has_source)
         with contextlib.suppress(ImageError):
             provenance = read_provenance_header(path)
             if DIGEST_KEY in provenance and provenance.get(NAME_KEY) == escape_name(self.names[id]):
-                return AlphaFile(identity, is_own=True, details=recorded_details(provenance))
-        return AlphaFile(identity)
+                return AlphaFile(identity, is_own=True, details=recorded_details(provenance), has_source=has_source)
+        return AlphaFile(identity, has_source=has_source)
 
 
 def with_values(options: MatteOptions, *, dropped: Collection[str] = (), **values: Any) -> MatteOptions:

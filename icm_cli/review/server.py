@@ -231,6 +231,7 @@ class ReviewApp:
                 post(f"{image}/accept", {**REVISION_SCHEMA, "hints": (dict, type(None)), "source?": str}, self.accept),
                 post(f"{image}/reject", {**REVISION_SCHEMA, "source?": str}, self.reject),
                 post(f"{image}/undo", REVISION_SCHEMA, self.undo),
+                post("/api/model", NO_BODY, lambda _: self.corrections.reload_model()),
                 post("/api/references", {"id": int, "kind": str, "area": str}, self.teach),
                 forget,
                 get("/api/recompute", lambda _: self.teaching.progress()),

@@ -43,15 +43,18 @@ async function request(draft, show, isRefined) {
     const blob = await api.answer(draft.id, draft.source, hints, isRefined, signal);
     await show(draft, shapes, blob, isRefined, signal);
     if (isRefined && !signal.aborted) describe("");
-  } catch (error) { if (!isAborted(error) && !signal.aborted) handleFailure(error); }
+  } catch (error) {
+    if (isAborted(error) || signal.aborted) return;
+    if (error.status === 409 && !error.image) return request(draft, show, isRefined); // an earlier one came later
+    handleFailure(error);
+  }
   if (!signal.aborted) isBusy = false;
 }
 
 function handleFailure(error) {
-  if (error.status === 409 && !error.image) return; // superseded by a newer request
   cancel();
   describe("No alpha for these hints");
+  if (error.status === 503) return store.emit("run"); // the model could not be loaded
   if (error.image) store.updateStale(error.image);
-  const topic = error.image ? `decision ${error.image.id}` : error.status === 503 ? "model" : "answer";
-  reportError(`${error.message}.`, { topic: error.topic ?? topic });
+  reportError(`${error.message}.`, { topic: error.topic ?? (error.image ? `decision ${error.image.id}` : "answer") });
 }

@@ -49,6 +49,7 @@ export const api = {
   undo: (id, revision) => change(id, "undo", { revision }),
   teach: (id, kind, area) => json("POST", "/api/references", { body: { id, kind, area } }),
   forget: (id) => json("DELETE", `/api/references/${id}`),
+  reloadModel: () => json("POST", "/api/model", { body: {} }),
   recomputeState: () => json("GET", "/api/recompute"),
   recompute: () => json("POST", "/api/recompute", { body: {} }),
   stopRecompute: () => json("POST", "/api/recompute/stop", { body: {} }),

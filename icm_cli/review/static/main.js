@@ -70,6 +70,7 @@ const ACTIONS = {
   "open-help": () => byId("help").showModal(),
   "open-teach": () => teachDialog.show(),
   close: (dialog) => byId(dialog).close(),
+  "reload-model": reloadModel,
   recompute: () => teachDialog.send(api.recompute),
   "stop-recompute": () => teachDialog.send(api.stopRecompute),
   "copy-command": () => teachDialog.copyCommand(),
@@ -127,9 +128,18 @@ function showRun() {
   setText(byId("model-state"), `model: ${state}`);
   byId("model-state").dataset.state = state;
   byId("model-state").title = message || model;
-  if (state === "failed") reportError(`The model cannot be loaded: ${message}`, { topic: "model" });
-  else clearError("model");
+  byId("reload-model").hidden = state !== "failed";
+  if (state !== "failed") clearError("model");
+  else reportError(`The model cannot be loaded: ${message}. Correct this, and press Try again at the top.`, { topic: "model" });
   for (const text of warnings) reportError(`${text[0].toUpperCase()}${text.slice(1)}.`);
+}
+/** Load the model again after a failure, and ask again for the alpha of the hints. */
+async function reloadModel() {
+  clearError("model");
+  await api.reloadModel().catch(() => {}); // poll() reports it
+  await store.poll();
+  showRun();
+  if (single.draft?.isDirty) single.answer();
 }
 
 document.addEventListener("click", ({ target }) => {

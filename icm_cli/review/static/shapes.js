@@ -3,7 +3,6 @@
 import { decodeImage } from "./api.js";
 import { createCanvas } from "./viewer.js";
 
-const LABELS = { bg: "bg", background: "bg", keep: "keep", drop: "drop" };
 export const PAINT_LABELS = ["keep", "drop"];
 /** Least value of a pixel of a mask, 0..255. Above one half, two masks cannot share a pixel. */
 const MIN_PAINT = 128;
@@ -23,12 +22,9 @@ export function boxCorners(points) {
   const [xs, ys] = [points.map(([x]) => x), points.map(([, y]) => y)];
   return [Math.min(...xs), Math.min(...ys), Math.max(...xs), Math.max(...ys)];
 }
-/** Return the shapes of hints with the labels fg, bg, keep or drop, and decode their masks. */
+/** Return the shapes of hints that the server sent, with the labels fg, bg, keep or drop, and decode their masks. */
 export async function readShapes(hints) {
-  const shapes = (hints?.shapes ?? []).map((shape) => {
-    const label = LABELS[shape.label.trim().toLowerCase()] ?? "fg";
-    return { ...shape, label, shape_type: shape.shape_type ?? "polygon" };
-  });
+  const shapes = hints?.shapes ?? [];
   for (const shape of shapes) if (shape.shape_type === "mask") masks.set(shape, await decodeMask(shape.mask));
   return shapes;
 }
