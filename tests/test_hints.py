@@ -112,9 +112,7 @@ def test_dry_run_says_why_an_alpha_is_recomputed(icm: Icm, scene: Path, hints: P
     }
     assert plan(hints=None)["wall"] == "(recomputed: its hints were removed)"
     assert plan("--overwrite")["wall"] == "(recomputed: --overwrite)"
-    assert plan(hints=None, not_ref=scene / "imgs" / "wall.jpg")["deep"] == (
-        "(recomputed: settings, references or mattes changed)"
-    )
+    assert plan(hints=None, not_ref=scene / "imgs" / "wall.jpg")["deep"] == "(recomputed: references changed)"
 
 
 def test_a_run_without_the_option_says_that_it_undoes_corrections(icm: Icm, scene: Path, hints: Path) -> None:

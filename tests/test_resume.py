@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 from conftest import Icm, alphas, read
 
@@ -134,6 +135,28 @@ def test_touched_source_is_read_only_once(icm: Icm, scene: Path, monkeypatch: py
     os.utime(changed, ns=(1, 1))
     assert icm(report=scene / "r.json").exit_code == 0
     assert statuses(scene / "r.json")["wall.jpg"][0] == "done"
+
+
+def test_notices_and_dry_run_name_the_options_that_changed(icm: Icm, scene: Path) -> None:
+    garbage = scene / "garbage.png"
+    cv2.imwrite(str(garbage), np.zeros((133, 200), np.uint8))
+    assert icm("--include", "pad*").exit_code == 0
+    for changed, flags in {
+        "--invert": ["--invert"],
+        "references": ["--not-ref", str(scene / "imgs" / "wall.jpg")],
+        "model or --match": ["--edges", "closed-form"],
+        "--depth and --seed": ["--seed", "7", "--depth", "16"],
+    }.items():
+        planned = icm("--dry-run", "--include", "pad*", *flags)
+        assert planned.exit_code == 0, planned.output
+        assert f"pad.0101.png (recomputed: {changed} changed)" in planned.stdout
+    pad = scene / "out" / "pad.0101.png"
+    made = f"1 alpha made with other settings (--seed, keep matte), such as {pad}"
+    options = {"seed": 7, "keep": garbage}
+    assert f"kept {made}" in icm("--keep-existing", "--include", "pad*", **options).stderr.replace("\n", " ")
+    done = icm("--include", "pad*", **options)
+    assert f"recomputing {made}; --keep-existing keeps them" in done.stderr.replace("\n", " ")
+    assert "other settings" not in icm("--dry-run", "--include", "pad*", **options).stderr
 
 
 def test_keep_existing_still_refuses_files_of_others(icm: Icm, scene: Path) -> None:

@@ -825,7 +825,7 @@ class TestSeveralPeople:
         image = open_image(page, server, IMAGES[0])
         page.mouse.click(*to_page(page, image, (20, 20)), button="right")
         expect(page.locator("#hints-state")).to_contain_text("1 hint, not saved. The whole alpha may change: ")
-        expect(page.locator("#hints-state")).to_contain_text("references or mattes changed")
+        expect(page.locator("#hints-state")).to_contain_text(": references changed")
         page.locator('[data-action="open-teach"]').click()
         page.locator('[data-action="recompute"]').click()
         expect(page.locator("#recompute-state")).to_contain_text("Done", timeout=90_000)

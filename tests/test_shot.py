@@ -814,12 +814,13 @@ def test_dry_run_says_which_frame_has_changed_mattes(shot: Shoot, scene: Path) -
     planned = shot("--dry-run", **options).stdout.splitlines()
     reasons = {line.rpartition("sh.")[2][:4]: line.partition("(")[2] for line in planned if "recomputed" in line}
     assert reasons == {
-        "1006": "recomputed: settings, references or mattes changed)",
+        "1006": "recomputed: garbage matte changed)",
         "1007": PROPAGATED[1:],
         "1008": PROPAGATED[1:],
     }
     planned = shot("--dry-run", "--seed", "7", **options).stdout
-    assert planned.count("(recomputed: settings, references or mattes changed)") == 7
+    assert planned.count("(recomputed: --seed changed)") == 6
+    assert planned.count("(recomputed: --seed and garbage matte changed)") == 1
 
 
 def test_a_run_that_is_stopped_after_a_replaced_frame_recomputes_the_next_frames(

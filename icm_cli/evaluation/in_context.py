@@ -27,7 +27,7 @@ from icm_cli.files.digests import cache_folder, combined_digest
 from icm_cli.files.json_files import write_json
 from icm_cli.files.system_errors import error_for_failed_write
 from icm_cli.images.reading import HAS_COLOUR, is_coloured_file, read_ground_truth, read_source_image
-from icm_cli.matting.digest import alpha_digest
+from icm_cli.matting.digest import AlphaDigest, alpha_digest
 from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import AnyModelChoice, sequence_digest_parts
@@ -114,7 +114,7 @@ def _list_examples(evaluation: Evaluation, references: ReferenceRounds) -> list[
 
 def _example_digests(
     store: ReferenceStore, choice: AnyModelChoice, examples: Sequence[Example], learn_steps: int
-) -> list[str]:
+) -> list[AlphaDigest]:
     """Return, for every example, a digest of everything that determines its alphas, except the source images."""
     common: dict[str, str] = {str(name): value for name, value in choice.digest_parts().items()}
     is_shot = store.evaluation.options.matting.shot
@@ -208,7 +208,7 @@ def _make_collector(
 
 
 @contextlib.contextmanager
-def _alphas_folder(evaluation: Evaluation, digests: Sequence[str]) -> Iterator[Path]:
+def _alphas_folder(evaluation: Evaluation, digests: Sequence[AlphaDigest]) -> Iterator[Path]:
     """Context of the folder of the alphas: that of ``--save-alphas``, or one in the cache.
 
     The folder in the cache is removed if the run succeeds and no other run uses it.
@@ -232,7 +232,7 @@ def _alphas_folder(evaluation: Evaluation, digests: Sequence[str]) -> Iterator[P
             folder.with_suffix(".lock").unlink(missing_ok=True)
 
 
-def _cache_folder(evaluation: Evaluation, digests: Sequence[str]) -> Path:
+def _cache_folder(evaluation: Evaluation, digests: Sequence[AlphaDigest]) -> Path:
     """Return the cache folder of this evaluation, and remove folders of other evaluations that ended long ago."""
     root = cache_folder() / "eval"
     with contextlib.suppress(OSError):
@@ -241,7 +241,7 @@ def _cache_folder(evaluation: Evaluation, digests: Sequence[str]) -> Path:
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink()
     files = [str(sample.file.resolve()) for sample in evaluation.data.samples]
-    return root / combined_digest(*digests, *files)[:32]
+    return root / combined_digest(*(digest.value for digest in digests), *files)[:32]
 
 
 @dataclass

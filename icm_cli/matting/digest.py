@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 
 from icm_cli.environment import __version__
@@ -37,9 +38,28 @@ EXCLUDED = frozenset(
 """Modules of these packages that do not decide pixels."""
 
 
-def alpha_digest(values: Mapping[str, str]) -> str:
+PART_DIGITS = 8
+"""Number of hexadecimal digits of the digest of a part."""
+
+
+@dataclass(frozen=True)
+class AlphaDigest:
+    """Digest of everything that decides an alpha, except its source."""
+
+    value: str
+    parts: str = ""
+    """Names and short digests of the parts, such as "seed=5f3c9a01 model=06b1d2e7". They show which part differs."""
+
+    def add_parts(self, values: Mapping[str, str]) -> AlphaDigest:
+        """Return the digest of alphas that also depend on ``values``: name -> value as text."""
+        parts = [f"{name}={values[name]}" for name in sorted(values)]
+        short_digests = [f"{name}={combined_digest(values[name])[:PART_DIGITS]}" for name in sorted(values)]
+        return AlphaDigest(combined_digest(self.value, *parts), " ".join([*self.parts.split(), *short_digests]))
+
+
+def alpha_digest(values: Mapping[str, str]) -> AlphaDigest:
     """Return the digest of alphas that depend on the code of icm and on ``values``: name -> value as text."""
-    return combined_digest(__version__, code_fingerprint(), *(f"{name}={values[name]}" for name in sorted(values)))
+    return AlphaDigest(combined_digest(__version__, code_fingerprint())).add_parts(values)
 
 
 def describe_build() -> str:

@@ -31,6 +31,7 @@ from icm_cli.images.pixels import (
     too_large_message,
 )
 from icm_cli.images.writing import DEFAULT_OUTPUT, OutputFormat, write_alpha, write_foreground, write_trimap
+from icm_cli.matting.digest import AlphaDigest
 from icm_cli.matting.hinting import apply_hints_to_trimap
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor, Session
@@ -134,7 +135,7 @@ class EngineOptions:
             covers.
     """
 
-    digests: Sequence[str]
+    digests: Sequence[AlphaDigest]
     batch_size: int
     workers: int
     overwrite: bool = False
@@ -145,14 +146,12 @@ class EngineOptions:
     processes: int = 1
     decoder_digest: str = ""
 
-    def job_digest(self, job: Job) -> str:
+    def job_digest(self, job: Job) -> AlphaDigest:
         """Return the digest of everything that decides the alpha of a job besides its source and earlier frames."""
         digest = self.digests[job.example_index]
         if job.hints is not None:
-            digest = combined_digest(digest, job.hints_digest, self.decoder_digest)
-        if job.mattes is not None:
-            digest = combined_digest(digest, job.mattes.digest)
-        return digest
+            digest = replace(digest, value=combined_digest(digest.value, job.hints_digest, self.decoder_digest))
+        return digest if job.mattes is None else digest.add_parts(job.mattes.digests)
 
 
 WORKING_BYTES = 150_000_000
@@ -523,7 +522,7 @@ class Engine:
     def _write_files(self, image: LoadedImage, alpha: Float, provenance: dict[str, str]) -> None:
         """Write the files of an image. The one at ``job.output`` comes last: if it exists, the image is finished."""
         output, job, windows = self.options.output, image.job, image.windows
-        digest = self.options.job_digest(job)
+        digest = self.options.job_digest(job).value
         check = partial(check_unchanged, job=job, digest=digest, replaceable=image.replaceable)
         if output.trimap != "none":
             trimap = trimap_from_alpha(alpha, output.band_px)

@@ -113,8 +113,8 @@ class Job:
     def input_digest(self) -> str:
         """Return a digest of the files of the image, its hints and its mattes, as they were when it was planned."""
         state = self.inspected and (self.inspected.planned_state or self.inspected.error)
-        mattes_digest = "" if self.mattes is None else self.mattes.digest
-        return combined_digest(self.planned.name, str(state), self.hints_digest, mattes_digest)
+        matte_digests = None if self.mattes is None else self.mattes.digests
+        return combined_digest(self.planned.name, str(state), self.hints_digest, str(matte_digests))
 
     def is_permanent_error(self, error: ImageError) -> bool:
         """Return whether an error in reading the image occurs in every run with the same :meth:`input_digest`."""

@@ -25,7 +25,7 @@ from icm_cli.images.image_file import EMPTY_FILE, movie_message
 from icm_cli.images.writing import OutputFormat, write_mask
 from icm_cli.matting.cluster import RayCluster
 from icm_cli.matting.devices import EngineSetup, Runner, WorkerPool
-from icm_cli.matting.digest import alpha_digest
+from icm_cli.matting.digest import AlphaDigest, alpha_digest
 from icm_cli.matting.engine import EngineOptions
 from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.hint_files import MAX_CHECKED_PIXELS
@@ -332,7 +332,7 @@ class _MattingRun:
             "colorspace": colour.space,
             "layer": colour.layer,
             "white": colour.white,
-            "digest": self._setups[0].options.digests[0],
+            "digest": self._setups[0].options.digests[0].value,
             "device": "; ".join(devices),
             "learn_steps": self._setups[0].learn_steps,
         }
@@ -340,7 +340,7 @@ class _MattingRun:
 
 def run_digest(
     options: MatteOptions, references: Sequence[Reference], output: OutputFormat, choice: ModelChoice
-) -> str:
+) -> AlphaDigest:
     """Return the digest of everything that decides the alphas of a run, except their sources, hints and mattes."""
     learn_steps = choice.resolve_learn_steps(options.sequences.learn_steps, is_shot=options.sequences.shot)
     parts = {

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from icm_cli.errors import ImageError, UsageError, format_count
-from icm_cli.files.digests import combined_digest
 from icm_cli.geometry import Float, ImageU8, format_size, has_same_aspect, resize, round_to_u8
 from icm_cli.images.areas import has_colour, is_photograph, pack_colours
 from icm_cli.images.decoding import image_size
@@ -120,9 +119,10 @@ class ImageMattes:
             file.check(windows)
 
     @functools.cached_property
-    def digest(self) -> str:
-        """Hash of the content of the files."""
-        return combined_digest(*("" if file is None else file.digest for file in (self.garbage, self.keep)))
+    def digests(self) -> dict[str, str]:
+        """Hashes of the content of the files, by the kind of matte."""
+        files = {"garbage": self.garbage, "keep": self.keep}
+        return {kind: file.digest for kind, file in files.items() if file is not None}
 
     def read(self, windows: ImageWindows) -> Mattes:
         """Read the mattes for an image with these windows. Raises ImageError."""

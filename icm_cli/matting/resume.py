@@ -24,13 +24,24 @@ from icm_cli.files.paths import RECORD_FOLDER, describe_obstacle, is_file, walk_
 from icm_cli.images.decoding import open_image
 from icm_cli.images.image_file import ICM_ALPHA_MARK
 from icm_cli.images.writing import has_changed_pixels, read_provenance, read_provenance_header, set_provenance_entry
-from icm_cli.matting.digest import code_fingerprint
+from icm_cli.matting.digest import AlphaDigest, code_fingerprint
 from icm_cli.matting.jobs import OBSTACLE_ADVICE, Job
 from icm_cli.matting.sources import MAX_LISTED_FILES
 from icm_cli.reports.result import ImageResult, MattingDetails
 
 DIGEST_KEY = "icm-digest"
 VERSION_KEY = "icm-version"
+PARTS_KEY = "icm-parts"
+"""Provenance entry with :attr:`AlphaDigest.parts`, from which messages say what has changed."""
+PART_NAMES = {
+    "references": "references",
+    "model": "model or --match",
+    "propagation": "--shot",
+    "colour_config": "--ocio",
+    "garbage": "garbage matte",
+    "keep": "keep matte",
+}
+"""Names of the parts in messages. Each other part is the option of its name."""
 CODE_KEY = "icm-code"
 SOURCE_KEY = "icm-source"
 NAME_KEY = "icm-name"
@@ -97,7 +108,7 @@ class ExistingAlpha:
     """A complete alpha that an earlier run made for the source of a job."""
 
     job: Job
-    digest: str
+    digest: AlphaDigest
     """The digest that the alpha would have if it were computed now."""
     provenance: Mapping[str, str]
     source_state: str
@@ -131,7 +142,15 @@ class ExistingAlpha:
     @property
     def has_same_digest(self) -> bool:
         """Whether nothing but the source can make a new alpha differ from this one."""
-        return self.provenance[DIGEST_KEY] == self.digest
+        return self.provenance[DIGEST_KEY] == self.digest.value
+
+    @property
+    def changed_parts(self) -> list[str]:
+        """What has changed since the alpha was made, apart from its source and hints, as messages name it."""
+        recorded = self.provenance.get(PARTS_KEY, self.digest.parts)
+        changed = set(recorded.split()).symmetric_difference(self.digest.parts.split())
+        names = {part.partition("=")[0] for part in changed}
+        return sorted(PART_NAMES.get(name, f"--{name.replace('_', '-')}") for name in names)
 
     def can_be_kept(self, *, keep_all: bool) -> bool:
         """Return whether the alpha is kept: if it is reviewed, or if its source and its digest are the same.
@@ -159,11 +178,12 @@ class ExistingAlpha:
             return "its hints changed" if earlier_hints else "its hints are new"
         if not self._has_same_source():
             return "its source changed"
-        # If nothing of its own has changed, it is recomputed because of a frame that is propagated to it.
-        return PREDECESSOR_CHANGED if self.has_same_digest else "settings, references or mattes changed"
+        if self.has_same_digest:  # it is recomputed because of a frame that is propagated to it
+            return PREDECESSOR_CHANGED
+        return f"{' and '.join(self.changed_parts) or 'settings'} changed"
 
 
-def make_provenance(job: Job, digest: str, origin: Origin, details: MattingDetails) -> dict[str, str]:
+def make_provenance(job: Job, digest: AlphaDigest, origin: Origin, details: MattingDetails) -> dict[str, str]:
     """Return the provenance of an alpha: what made it, its source, and its result.
 
     ``digest``: see :func:`icm_cli.matting.digest.alpha_digest`.
@@ -171,7 +191,8 @@ def make_provenance(job: Job, digest: str, origin: Origin, details: MattingDetai
     recorded = {name: getattr(details, name) for name in RECORDED_DETAILS}
     return {
         **({HINTS_KEY: job.hints_digest} if job.hints else {}),
-        DIGEST_KEY: digest,
+        DIGEST_KEY: digest.value,
+        PARTS_KEY: digest.parts,
         VERSION_KEY: __version__,
         CODE_KEY: code_fingerprint(),
         SOURCE_KEY: origin.state,
@@ -195,7 +216,7 @@ def mark_reviewed(job: Job, stamp: str | None) -> None:
             set_provenance_entry(path, REVIEWED_KEY, stamp)
 
 
-def find_kept_result(job: Job, digest_for: Callable[[Job], str], *, keep_all: bool) -> ImageResult | None:
+def find_kept_result(job: Job, digest_for: Callable[[Job], AlphaDigest], *, keep_all: bool) -> ImageResult | None:
     """Return the result of an existing alpha that is kept; None if the image must be matted.
 
     ``digest_for`` and ``keep_all``: see :func:`find_existing_alphas`. Raises OtherSourceError if the output is the
@@ -276,8 +297,8 @@ class ExistingAlphas:
     def report(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None], hint: str = "") -> None:
         """Report the images whose alpha is kept.
 
-        Notices count the alphas of another version of icm, those that are kept although settings have changed, and
-        those that were retouched. ``hint``: end of the notice about alphas of another version that are recomputed.
+        Notices count the alphas of another version of icm, those of other settings, and those that were retouched.
+        ``hint``: end of the notices about alphas that are recomputed.
         """
         for alpha in self.kept:
             on_result(alpha.result)
@@ -289,19 +310,18 @@ class ExistingAlphas:
             )
         unreviewed = [alpha for alpha in self.kept if not alpha.is_reviewed]
         _count_versions(unreviewed, "kept", "", notice)
-        others = [alpha.job.output for alpha in unreviewed if alpha.is_of_this_icm and not alpha.has_same_digest]
-        if others:
-            notice(f"kept {format_count(len(others), 'alpha')} made with other settings, such as {others[0]}")
+        _count_other_settings([alpha for alpha in unreviewed if not alpha.has_same_digest], "kept", "", notice)
         retouched = [alpha.retouched for alpha in self.kept if alpha.retouched is not None]
         if retouched:
             count = format_count(len(retouched), "alpha")
             notice(f"kept {count} with pixels changed by another program, such as {retouched[0]}")
         _count_versions(self.outdated, "recomputing", hint, notice)
+        _count_other_settings([alpha for alpha in self.outdated if alpha.changed_parts], "recomputing", hint, notice)
 
 
 def find_existing_alphas(
     jobs: Sequence[Job],
-    digest_for: Callable[[Job], str],
+    digest_for: Callable[[Job], AlphaDigest],
     *,
     workers: int,
     keep_all: bool = False,
@@ -424,8 +444,19 @@ def _count_versions(alphas: Sequence[ExistingAlpha], action: str, hint: str, not
         notice(f"{action} {format_count(len(others), 'alpha')} made by another version of icm ({counts}){hint}")
 
 
+def _count_other_settings(
+    alphas: Sequence[ExistingAlpha], action: str, hint: str, notice: Callable[[str], None]
+) -> None:
+    """Give a notice that counts those alphas that this icm made, and names what has changed. See _count_versions()."""
+    others = [alpha for alpha in alphas if alpha.is_of_this_icm]
+    names = sorted({name for alpha in others for name in alpha.changed_parts}) or ["hints"]
+    if others:
+        made = f"{format_count(len(others), 'alpha')} made with other settings ({', '.join(names)})"
+        notice(f"{action} {made}, such as {others[0].job.output}{hint}")
+
+
 def read_existing_alpha(
-    job: Job, digest_for: Callable[[Job], str], source_states: Mapping[str, str] = MappingProxyType({})
+    job: Job, digest_for: Callable[[Job], AlphaDigest], source_states: Mapping[str, str] = MappingProxyType({})
 ) -> ExistingAlpha | None:
     """Return the alpha that an earlier run made for a job; None if there is none, or if it is damaged.
 
