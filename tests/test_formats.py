@@ -213,6 +213,38 @@ def test_unknown_colour_names_are_reported(colour: ColourSettings, message: str)
         colour.validate()
 
 
+@pytest.mark.parametrize(
+    "version", ["cg-config-v1.0.0_aces-v1.3_ocio-v2.1", "studio-config-v2.1.0_aces-v1.3_ocio-v2.3"]
+)
+def test_linear_spaces_have_other_names_in_older_configurations(tmp_path: Path, version: str) -> None:
+    colour = ColourSettings(config=f"ocio://{version}")
+    path = written(tmp_path / "a.exr", linear(RGB), "half")
+    assert difference(path, colour) <= 1
+    written(path, linear(RGB), "half", colorInteropID="lin_ap1_scene")
+    assert difference(path, colour, read_image(path).rgb) <= 1
+    assert difference(path, colour) > 20
+
+
+WITHOUT_ROLES = """
+ocio_profile_version: 1
+roles: {default: raw}
+displays: {monitor: [!<View> {name: Raw, colorspace: raw}]}
+colorspaces: [!<ColorSpace> {name: raw, isdata: true}, !<ColorSpace> {name: plate}]
+"""
+
+
+def test_configurations_without_a_colour_space_or_a_role_are_reported(tmp_path: Path) -> None:
+    config = tmp_path / "c.ocio"
+    config.write_text(WITHOUT_ROLES)
+    path = written(tmp_path / "a.exr", linear(RGB), "half")
+    with pytest.raises(ImageError, match=r"cannot be read: .*c\.ocio has no colour space lin_rec709_scene; give one"):
+        read_image(path, ColourSettings(config=str(config)))
+    with pytest.raises(ImageError, match=r"cannot be read: .*none\.ocio does not exist"):
+        read_image(path, ColourSettings(config="none.ocio"))
+    with pytest.raises(UsageError, match=r"c\.ocio cannot convert plate to monitor \(.*scene_linear"):
+        ColourSettings("plate", str(config)).validate()
+
+
 def swapped_profile() -> bytes:
     """Return an ICC profile with red and blue swapped."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())

@@ -235,6 +235,14 @@ def test_tiff_output_declares_its_alpha_association(icm: Icm, scene: Path, kind:
     np.testing.assert_allclose(over_black[..., :3], expected, atol=1.1 / 255)
 
 
+def test_foregrounds_of_single_pixels_are_written(icm: Icm, scene: Path) -> None:
+    for size in ((1, 1), (1, 2), (5, 1)):
+        Image.new("RGB", size, (10, 20, 30)).save(scene / "imgs" / f"{size[0]}x{size[1]}.png")
+    result = icm("--exclude", "*wall*", "--exclude", "*pad*", "--exclude", "*deep*", foreground="straight")
+    assert result.exit_code == 0, result.output
+    assert read(scene / "out" / "1x1.png")[0, 0, :3].tolist() == [30, 20, 10]
+
+
 def test_foreground_has_the_bit_depth_of_its_source(icm: Icm, scene: Path) -> None:
     rgb = read(next((scene / "imgs").glob("wall.*")))[..., 2::-1]
     (scene / "deep").mkdir()

@@ -53,6 +53,7 @@ HDR_SPACES = ("pq_rec2020_display", "hlg_rec2020_display", "pq_p3d65_display")
 HDR_WHITE = 2.03
 """Reference white of HDR, 203 cd/m2 (ITU-R BT.2408), relative to that of sRGB."""
 ACES = frozenset({"lin_ap0_scene", "lin_ap1_scene"})
+_OCIO_ERRORS = (ocio.Exception, ocio.ExceptionMissingFile)
 ACES_WHITE = 0.32168, 0.33767
 D65 = 0.3127, 0.3290
 """White point, x and y, of the spaces in ``PRIMARIES`` that are not ACES."""
@@ -80,7 +81,7 @@ class ColourSettings:
     """Whether the file is a mask whose values are labels, and so may have any value."""
 
     def validate(self) -> None:
-        """Raise UsageError for an unknown configuration, colour space or view."""
+        """Raise UsageError for an unknown configuration, colour space or view, or if the space cannot be converted."""
         if self == ColourSettings():
             return
         config, display = _load_config(self.config), _display_name(self.config)
@@ -94,6 +95,8 @@ class ColourSettings:
                 f"view {self.view!r} is not a view of {display!r}. "
                 f"{did_you_mean(self.view, list(config.getViews(display)))}"
             )
+        if self.space not in ("auto", SRGB):
+            _display_processor(self.config, self.space, self.view, self.exposure)
 
     @property
     def config_identity(self) -> str:
@@ -148,12 +151,23 @@ def _packed_image(pixels: NDArray[Any]) -> Any:
     )
 
 
+@functools.lru_cache(maxsize=64)
 def find_colour_space(label: str | None, config: str) -> str | None:
-    """Return the name that the configuration has for a colour space; None if it has no such space."""
+    """Return the name that the configuration has for a colour space; None if it has no such space.
+
+    Older configurations, such as those of ACES 1.2, have other names for the linear spaces. OpenColorIO finds these
+    spaces by their transforms.
+    """
     if not label:
         return None
-    space = _load_config(config).getColorSpace(label)
-    return None if space is None else str(space.getName())
+    loaded = _load_config(config)
+    space = loaded.getColorSpace(label)
+    if space is not None:
+        return str(space.getName())
+    try:
+        return str(ocio.Config.IdentifyBuiltinColorSpace(loaded, _load_config(BUILT_IN), label))
+    except _OCIO_ERRORS:
+        return None
 
 
 @dataclass(frozen=True)
@@ -254,15 +268,20 @@ def _icc_transform(profile: bytes, mode: str) -> Any:
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
+def _chosen_config(path: str) -> str:
+    """Return the path or name of an OpenColorIO configuration; "" is that of $OCIO, or the built-in one."""
+    return path or os.environ.get("OCIO", "") or BUILT_IN
+
+
 @functools.lru_cache(maxsize=4)
 def _load_config(path: str) -> Any:
     """Load an OpenColorIO configuration; "" is that of $OCIO, or the built-in one. Raises UsageError."""
-    chosen = path or os.environ.get("OCIO", "") or BUILT_IN
+    chosen = _chosen_config(path)
     try:
         if chosen.startswith("ocio://"):
             return ocio.Config.CreateFromBuiltinConfig(chosen.removeprefix("ocio://"))
         return ocio.Config.CreateFromFile(str(Path(chosen)))
-    except (ocio.Exception, ocio.ExceptionMissingFile, TypeError) as error:  # TypeError: a path that is not UTF-8
+    except (*_OCIO_ERRORS, TypeError) as error:  # TypeError: a path that is not UTF-8
         if chosen.startswith("ocio://"):
             reason = f"is not built into OpenColorIO {ocio.GetVersion()}"
         elif not Path(chosen).exists():
@@ -284,20 +303,32 @@ def _display_name(config: str) -> str:
 def _display_processor(path: str, space: str, view: str, exposure: float) -> Any:
     """Return the processor from float32 in a space to display sRGB uint8. It rounds itself, faster than NumPy does.
 
-    ``path``: the configuration. ``view``: "" for the default view. ``exposure``: in stops.
+    ``path``: the configuration. ``view``: "" for the default view. ``exposure``: in stops. Raises UsageError if the
+    configuration does not have the space, or cannot convert it.
     """
     config, display = _load_config(path), _display_name(path)
+    source = find_colour_space(space, path)
+    if source is None:
+        raise UsageError(
+            f"the OpenColorIO configuration {_chosen_config(path)} has no colour space {space}; give one of its colour "
+            "spaces with --colorspace, or another configuration with --ocio or $OCIO"
+        )
     if not view:
         view = VIEW if VIEW in config.getViews(display) else str(config.getDefaultView(display))
     gain = 2.0**exposure
-    if find_colour_space(space, path) in {find_colour_space(label, path) for label in HDR_SPACES}:
+    if source in {find_colour_space(label, path) for label in HDR_SPACES}:
         gain /= HDR_WHITE
     linear = "scene_linear"
     group = ocio.GroupTransform()
-    group.appendTransform(ocio.ColorSpaceTransform(src=space, dst=linear))
+    group.appendTransform(ocio.ColorSpaceTransform(src=source, dst=linear))
     if gain != 1.0:
         group.appendTransform(ocio.MatrixTransform.Scale([gain, gain, gain, 1.0]))
     group.appendTransform(ocio.DisplayViewTransform(src=linear, display=display, view=view))
-    return config.getProcessor(group).getOptimizedCPUProcessor(
-        ocio.BIT_DEPTH_F32, ocio.BIT_DEPTH_UINT8, ocio.OPTIMIZATION_DEFAULT
-    )
+    try:
+        processor = config.getProcessor(group)
+    except _OCIO_ERRORS as error:
+        raise UsageError(
+            f"the OpenColorIO configuration {_chosen_config(path)} cannot convert {space} to {display} "
+            f"({' '.join(str(error).split())}); give another configuration with --ocio or $OCIO"
+        ) from error
+    return processor.getOptimizedCPUProcessor(ocio.BIT_DEPTH_F32, ocio.BIT_DEPTH_UINT8, ocio.OPTIMIZATION_DEFAULT)

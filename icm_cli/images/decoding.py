@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from icm_cli.environment import OUT_OF_MEMORY, is_out_of_memory, measure_free_memory
-from icm_cli.errors import FileAccessError, ImageError, ImageMemoryError
+from icm_cli.errors import FileAccessError, IcmError, ImageError, ImageMemoryError, UsageError
 from icm_cli.files.system_errors import describe_os_error, is_system_error, is_transient
 from icm_cli.images import colour, containers, openimageio
 from icm_cli.images.image_file import EMPTY_FILE, UNKNOWN_TYPE, FileType, ImageFile, has_state, movie_message
@@ -149,7 +149,7 @@ def retry_decoding(file: ImageFile, decode: Callable[[], Result]) -> Result:
     """
     try:
         return decode()
-    except (ImageError, MemoryError):
+    except (IcmError, MemoryError):
         raise
     except Exception as error:
         if is_system_error(error):
@@ -231,6 +231,8 @@ def as_image_errors(path: Path, file_type: FileType = UNKNOWN_TYPE) -> Iterator[
         yield
     except ImageError:
         raise
+    except UsageError as error:  # the OpenColorIO configuration
+        raise ImageError(f"{path} cannot be read: {error}") from None
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist; check the path") from None
     except IsADirectoryError:

@@ -113,6 +113,8 @@ def estimate_foreground(source: DecodedImage, alpha: Float) -> Float:
     pixels = source.pixels.astype(np.float32) / np.float32(source.scale)
     if pixels.shape[-1] == 1:
         pixels = np.repeat(pixels, 3, axis=-1)
+    if alpha.size == 1:  # the estimator divides by the logarithm of the size
+        return pixels
     # The estimator clips to 0..1, so values beyond are scaled into this range and back.
     least, largest = min(0.0, float(pixels.min())), max(1.0, float(pixels.max()))
     scaled = (pixels.astype(np.float64) - least) / (largest - least)
