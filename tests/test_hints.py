@@ -485,6 +485,23 @@ class TestPlaces:
         first, second = (read(scene / "out" / f"scan.000{page}.png") for page in (1, 2))
         assert (second[:20, :30] == 255).all()
         assert not (first[:20, :30] == 255).all()
+        write_hint(hints / "scan.json")
+        planned = icm("--dry-run", hints=hints, src=folder)
+        assert f"{hints / 'scan.json'} skipped: a hint for a file with several pages; add the number" in planned.stderr
+
+    @pytest.mark.parametrize("flags", [["--src", "imgs/wall.jpg"], ["--src", "imgs", "--exclude", "scan*"]])
+    def test_a_hint_for_a_page_that_is_not_selected_is_not_reported(
+        self, icm: Icm, scene: Path, hints: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(scene)
+        page = Image.open(scene / "imgs" / "wall.jpg")
+        page.save(scene / "imgs" / "scan.tif", save_all=True, append_images=[page])
+        for name in ("scan.json", "scan.0002.json", "scan.tif.0001.json", "scan.0001.tif.json", "scan.0003.json"):
+            write_hint(hints / name)
+        planned = icm("--dry-run", *flags, src=None, hints=hints)
+        assert planned.exit_code == 0, planned.output
+        listed = f"{hints / 'scan.0003.json'} and 1 more skipped: a hint without an image of its name"
+        assert listed in planned.stderr.replace("\n", " ")
 
     def test_coordinates_of_exr_files_are_of_the_display_window(self, icm: Icm, scene: Path, hints: Path) -> None:
         rgb = linear(read(scene / "imgs" / "wall.jpg")[..., ::-1])

@@ -27,6 +27,8 @@ _PLACEHOLDER = re.compile(
 )
 _RANGE = re.compile(r"(?P<first>-?[0-9]{1,99})(?:-(?P<last>-?[0-9]{1,99})(?:(?P<mode>[xy:])-?(?P<step>[0-9]{1,99}))?)?")
 _NUMBERS = re.compile("[0-9]+")
+PAGE_NUMBER = re.compile(r"\.\d{4,}(?=(\.[^./]*)?$)")
+"""Number in the name of a page, which the name of its file does not have."""
 _NUMBER_MARK = "\0"
 """Marks the place of the number while wildcards are translated to a regular expression. No file name contains it."""
 
@@ -55,6 +57,11 @@ class FrameName:
         """Split the name of a file."""
         match = _NUMBERED.fullmatch(path.stem)
         return cls(match["stem"], match["frame"], int(match["number"])) if match else cls(path.stem)
+
+
+def page_name(name: Path, page: int) -> Path:
+    """Return the name of a page (from 0) of a file with several, such as scan.0001.tif for the first one."""
+    return name.with_name(f"{name.stem}.{page + 1:04d}{name.suffix}")
 
 
 @dataclass(frozen=True)

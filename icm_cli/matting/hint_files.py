@@ -26,11 +26,11 @@ from icm_cli.guidance.annotations import (
     read_hints,
 )
 from icm_cli.guidance.hints import Area, Hints
-from icm_cli.images.decoding import image_size
+from icm_cli.images.decoding import SourceFile, image_size
 from icm_cli.images.image_file import IMAGE_SUFFIXES
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import read_stored_pixels
-from icm_cli.matting.frames import FrameName, FramePattern
+from icm_cli.matting.frames import PAGE_NUMBER, FrameName, FramePattern, page_name
 from icm_cli.matting.sources import PathResolver, SkippedFiles, Sources, find_sources, name_below, real_path
 
 JSON_SUFFIX = ".json"
@@ -38,6 +38,7 @@ SUFFIXES = (JSON_SUFFIX, ".png")
 EXPECTED = "expected a folder of .json and .png files named like the images, or frames such as hints/sh010.####.json"
 WITHOUT_IMAGE = "a hint without an image of its name"
 OF_REFERENCE = "a hint for a reference, which is not matted; correct its mask instead"
+OF_PAGES = "a hint for a file with several pages; add the number of a page to its name, as in scan.0001.json"
 NOT_A_HINT = "not a hint; expected .json or .png"
 MAX_CHECKED_PIXELS = 1 << 26
 """A file that states a larger image size is checked only when its image is read, to save memory."""
@@ -251,45 +252,51 @@ class HintFiles:
         self,
         unused: Mapping[str | int, Sequence[Path]],
         sources: Sources,
+        files_with_pages: Set[Path],
         is_reference: Callable[[Path], bool],
         skipped_files: SkippedFiles,
     ) -> None:
-        """Report files that belong to no source or to a reference, and those that are not hints.
+        """Report files that belong to no source, a reference or a file with pages, and those that are not hints.
 
         Hints of images that are not matted are not reported, also if ``--src`` does not name these images. Files that
         are not hints are reported unless the folder contains the sources. ``unused``: see :meth:`assign_files`.
+        ``files_with_pages``: the sources of which more than one page is matted.
         """
-        source_keys: set[str | int | None] = set()
-        reference_keys: set[str | int | None] = set()
+        keys_by_reason = defaultdict[str, set[str | int | None]](set)
         for path in sources.files if unused else ():
-            keys = reference_keys if is_reference(path) else source_keys
-            keys |= self._keys(name_below(path, sources.root))
-        known_keys = source_keys | reference_keys
-        if unused.keys() - known_keys:
-            known_keys |= self._keys_of_unlisted_images(unused.keys() - known_keys, sources)
-        without_image = [path for key, paths in unused.items() if key not in known_keys for path in paths]
-        of_reference = [path for key, paths in unused.items() if key in reference_keys for path in paths]
-        skipped_files.add(sorted(without_image), WITHOUT_IMAGE)
-        skipped_files.add(sorted(of_reference), OF_REFERENCE)
+            reason = OF_REFERENCE if is_reference(path) else OF_PAGES if path in files_with_pages else ""
+            keys_by_reason[reason] |= self._keys(name_below(path, sources.root))
+        unknown_keys = unused.keys() - set().union(*keys_by_reason.values())
+        if unknown_keys:
+            keys_by_reason[WITHOUT_IMAGE] |= unknown_keys - self._keys_of_unlisted_images(unknown_keys, sources)
+        for reason in (WITHOUT_IMAGE, OF_REFERENCE, OF_PAGES):
+            unused_paths = [path for key, paths in unused.items() if key in keys_by_reason[reason] for path in paths]
+            skipped_files.add(sorted(unused_paths), reason)
         real_root = real_path(sources.root)
         if self.folder not in (real_root, *real_root.parents):
             skipped_files.add(sorted(self.others), NOT_A_HINT)
 
     def _keys_of_unlisted_images(self, keys: Set[str | int], sources: Sources) -> set[str | int | None]:
-        """Return the keys of the images that ``--src`` does not name: those in the folders of sources and of ``keys``.
+        """Return the keys of the images and pages in the folders of sources and of ``keys``.
 
-        ``--src`` may be a list, a glob or one file. A folder that cannot be read has no images.
+        These may be images that ``--src`` does not name, if it is a list, a glob or one file, and pages of images that
+        are not matted. A folder that cannot be read has no images.
         """
+        texts = [key for key in keys if isinstance(key, str)]
+        keys_with_pages = {PAGE_NUMBER.sub("", key) for key in texts if PAGE_NUMBER.search(key)}
         folders = {path.parent for path in sources.files}
-        folders |= {(sources.root / key).parent for key in keys if isinstance(key, str)}
+        folders |= {(sources.root / key).parent for key in texts}
         found: set[str | int | None] = set()
         for folder in folders:
             with contextlib.suppress(OSError):
                 for path in folder.iterdir():
-                    image_keys = self._keys(name_below(path, sources.root))
-                    is_image = path.suffix.lower() in IMAGE_SUFFIXES
-                    if is_image and image_keys & keys and self._resolve(path) not in self.real_paths:
-                        found |= image_keys
+                    name = name_below(path, sources.root)
+                    image_keys = self._keys(name)
+                    may_have_pages = not image_keys.isdisjoint(keys_with_pages)
+                    is_image = path.suffix.lower() in IMAGE_SUFFIXES and bool(may_have_pages or image_keys & keys)
+                    if is_image and self._resolve(path) not in self.real_paths:
+                        pages = range(SourceFile.inspect(path).frame_count if may_have_pages else 0)
+                        found |= image_keys.union(*(self._keys(page_name(name, page)) for page in pages))
         return found
 
     def _keys(self, image: Path) -> set[str | int | None]:

@@ -20,7 +20,14 @@ from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.decoding import SourceFile, library_settings
 from icm_cli.images.image_file import IMAGE_SUFFIXES, MOVIE_SUFFIXES
 from icm_cli.images.writing import FORMAT_SUFFIXES, OutputFormat
-from icm_cli.matting.frames import FrameName, FramePattern, FrameRanges, missing_frames, parse_frame_range
+from icm_cli.matting.frames import (
+    FrameName,
+    FramePattern,
+    FrameRanges,
+    missing_frames,
+    page_name,
+    parse_frame_range,
+)
 from icm_cli.matting.hint_files import HintFiles, check_image_hints
 from icm_cli.matting.jobs import DEFAULT_NAME, Job, OutputLayout, check_collisions, check_overwrites
 from icm_cli.matting.mattes import GARBAGE, KEEP, MatteFiles, assign_mattes
@@ -273,7 +280,7 @@ class JobPlanner:
         for page in range(page_count):
             numbered, page_number = name, 0
             if page_count > 1:
-                numbered, page_number = name.with_name(f"{name.stem}.{page + 1:04d}{name.suffix}"), page + 1
+                numbered, page_number = page_name(name, page), page + 1
             output = self.layout.output_path(numbered)
             job = Job(
                 source,
@@ -316,7 +323,8 @@ class JobPlanner:
             return real in real_inputs or self._is_output(real)
 
         files, unused = self.inputs.hints.assign_files([job.name for job in jobs], is_input_or_output)
-        self.inputs.hints.report_unused(unused, self.sources, self._is_reference, self.skipped_files)
+        files_with_pages = {path for job in jobs if job.planned.page for path in job.files}
+        self.inputs.hints.report_unused(unused, self.sources, files_with_pages, self._is_reference, self.skipped_files)
         check_overwrites(jobs, [path for paths in files.values() for path in paths], "a hint", self._resolve)
         return files
 

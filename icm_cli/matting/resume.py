@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from icm_cli.images.decoding import open_image
 from icm_cli.images.image_file import ICM_ALPHA_MARK
 from icm_cli.images.writing import has_changed_pixels, read_provenance, read_provenance_header, set_provenance_entry
 from icm_cli.matting.digest import AlphaDigest, code_fingerprint
+from icm_cli.matting.frames import PAGE_NUMBER
 from icm_cli.matting.jobs import OBSTACLE_ADVICE, Job
 from icm_cli.matting.sources import MAX_LISTED_FILES
 from icm_cli.reports.result import ImageResult, MattingDetails
@@ -85,8 +85,6 @@ PREDECESSOR_CHANGED = "a frame that is propagated to it changed"
 """Why a frame of a shot is recomputed, if neither its files nor its settings have changed."""
 MAX_OTHER_FILES = 10_000
 """If an output folder has more files that are no outputs of the run, alphas without source are not counted."""
-_PAGE_NUMBER = re.compile(r"\.\d{4,}(?=(\.[^./]*)?$)")
-"""Number in the name of a page, which the name of its file does not have."""
 
 
 class OtherSourceError(ImageError):
@@ -428,7 +426,7 @@ def _find_files_without_source(folder: Path, jobs: Sequence[Job], workers: int) 
         name, root = provenance.get(NAME_KEY, ""), roots.get(provenance.get(ROOT_KEY, ""))
         if not name or root is None or name in names or "\\" in name:
             return False
-        possible_sources = (root / name, root / _PAGE_NUMBER.sub("", name))
+        possible_sources = (root / name, root / PAGE_NUMBER.sub("", name))
         return not any(is_file(source) and str(source) not in sources for source in possible_sources)
 
     with ThreadPoolExecutor(workers, "icm-inspect") as executor:
