@@ -145,7 +145,7 @@ class CachedEmbedder(ImageEmbedder):
     """Embeddings of an image, which is given, and of its crops, from a cache."""
 
     def __init__(self, objects: Objects, source: Path, image: EmbeddedImage, cache: Cache) -> None:
-        self._objects, self._source, self._cache = objects, source, cache
+        self.objects, self._source, self._cache = objects, source, cache
         self.image = image
 
     def has_crop(self, box: CropBox) -> bool:  # noqa: ARG002
@@ -156,7 +156,7 @@ class CachedEmbedder(ImageEmbedder):
         stored = self._cache.load(key)
         if stored is not None:
             return stored[0]
-        (image,) = self._objects.embed_images([box.crop(read_image(self._source).rgb)])
+        (image,) = self.objects.embed_images([box.crop(read_image(self._source).rgb)])
         self._cache.store(key, image, None, None)
         return image
 
