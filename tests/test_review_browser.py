@@ -235,6 +235,21 @@ class TestOverview:
         open_image(page, server, f"odd/{HOSTILE_NAMES[-1]}")
         check_width(page)
 
+    def test_a_zoom_of_200_percent(self, server: ReviewServer, open_page: Open) -> None:
+        """Nothing in the header overlaps, and the image has room."""
+        page = open_page(server, 640, 400)
+        open_image(page, server, IMAGES[0])
+        overlaps = """() => {
+            const boxes = [...document.querySelectorAll("#header button, #counts, #model-state, h1")]
+                .filter((each) => each.checkVisibility()).map((each) => each.getBoundingClientRect());
+            return boxes.some((one, index) => one.right > innerWidth || boxes.slice(index + 1).some((other) =>
+                one.left < other.right && other.left < one.right && one.top < other.bottom && other.top < one.bottom));
+        }"""
+        assert not page.evaluate(overlaps)
+        stage = page.locator("#stage").bounding_box()
+        assert stage is not None
+        assert stage["height"] > 240
+
 
 def check_width(page: Page) -> None:
     """The page is as wide as the window, and all that can be pressed is in the window."""
@@ -265,6 +280,7 @@ class TestNames:
         page = open_page(server)
         page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         page.locator('[data-action="open-teach"]').click()
+        page.locator("#teach summary").click()
         expect(page.locator("#command")).to_contain_text("\\u{202e}gpj")
         page.locator('[data-action="copy-command"]').click()
         copied = page.evaluate("navigator.clipboard.readText()")
@@ -715,6 +731,32 @@ class TestFixes:
         page.keyboard.press("u")
         expect(page.locator("#image-status")).to_have_attribute("data-status", "open")
 
+    def test_an_image_is_accepted_only_after_it_was_shown(self, server: ReviewServer, open_page: Open) -> None:
+        """While it is loaded, the image before is still visible. The focus stays in the page."""
+        page = open_page(server)
+        held: list[Any] = []
+        source = re.compile(f"/{server.images()['day/lawn.jpg']['id']}/source")
+        page.route(source, lambda route: held.append(route))
+        page.locator("#sort").select_option("name")
+        page.locator(CELLS, has_text="brickwall.jpg").click()
+        expect(page.locator("#single")).to_have_attribute("aria-busy", "false")
+        button = page.locator('[data-action="accept"]')
+        button.focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#status")).to_contain_text("brickwall.jpg: accepted")
+        expect(page.locator("#image-name")).to_have_text("lawn.jpg")
+        expect(page.locator("#detail-source")).to_contain_text("lawn.jpg")  # its details are there
+        expect(page.locator("#loading")).to_be_visible()
+        expect(button).to_be_disabled()
+        for key in ("a", "r", "Shift+A"):
+            page.keyboard.press(key)
+        wait_until(lambda: bool(held), "the source is not asked for")
+        for route in held:
+            route.continue_()
+        expect(button).to_be_enabled()
+        assert server.images()["day/lawn.jpg"]["status"] == "open"
+        expect(page.locator("#marks")).to_be_focused()
+
     def test_every_control_has_a_name(self, server: ReviewServer, open_page: Open) -> None:
         page = open_page(server)
         open_image(page, server, IMAGES[0])
@@ -1036,7 +1078,10 @@ class TestTeaching:
         page.locator('[data-action="negative"]').click()
         expect(page.locator("#taught-state")).to_contain_text("negative")
         accepted = (folder / "alphas" / "night" / "cat.png").read_bytes()
+        before = {name: read(folder / "alphas" / Path(name).with_suffix(".png")) for name in server.images()}
         page.locator('[data-action="open-teach"]').click()
+        total = len(IMAGES) + len(HOSTILE_NAMES)
+        expect(page.locator("#recompute-plan")).to_have_text(f"at most {total - 1} of {total} alphas are replaced")
         expect(page.locator("#taught-list li")).to_have_count(2)
         page.locator(f'#taught-list li[data-id="{other["id"]}"] [data-action="forget-row"]').click()
         expect(page.locator("#taught-list li")).to_have_count(1)
@@ -1047,6 +1092,13 @@ class TestTeaching:
         assert (folder / "alphas" / "night" / "cat.png").read_bytes() == accepted
         changes = {name: item["change"] for name, item in server.images().items()}
         assert max(change or 0 for change in changes.values()) > 0
+        row, count = page.locator("#changed-list li").first, page.locator("#changed-list li").count()
+        name = row.locator('[data-part="name"]').inner_text()
+        row.get_by_role("button", name="Undo").click()
+        expect(page.locator("#status")).to_contain_text("alpha before the recompute restored")
+        expect(page.locator("#changed-list li")).to_have_count(count - 1)
+        assert read(folder / "alphas" / Path(name).with_suffix(".png")).tobytes() == before[name].tobytes()
+        expect(page.locator("#teach")).to_be_visible()
         command = server.get("/api/run")["command"]
         line = [sys.executable, "-m", "icm_cli.cli", *shlex.split(command)[1:], "--dry-run"]
         outcome = subprocess.run(line, capture_output=True, text=True, timeout=60)

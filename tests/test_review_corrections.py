@@ -263,13 +263,13 @@ def test_undo_brings_back_every_file_and_status(icm: Icm, scene: Path, open_revi
         (before, "open", ["wall.png"]),
     ]
     for content, status, names in expected:
-        assert corrections.can_undo(id)
+        assert state.read("wall.jpg").undo
         corrections.undo(id, revision(state, run, id))
         run.refresh(id)
         assert (root / "wall.png").read_bytes() == content
         assert run.item(id, state.read("wall.jpg"))["status"] == status
         assert sorted(path.name for path in hints.glob("*.*")) == names
-    assert not corrections.can_undo(id)
+    assert not state.read("wall.jpg").undo
     assert not list((run.record_folder / "undo").iterdir())
     with pytest.raises(UsageError, match="no change that can be undone"):
         corrections.undo(id, revision(state, run, id))
@@ -291,7 +291,7 @@ def test_a_stale_revision_changes_nothing(icm: Icm, scene: Path, open_review: Op
             change()
     assert alphas(scene / "out") == before
     other.undo(0, revision(state, run, 0))
-    assert not corrections.can_undo(0)
+    assert not state.read(run.names[0]).undo
 
 
 def test_undo_does_not_replace_an_alpha_that_was_written_again(icm: Icm, open_review: OpenReview, scene: Path) -> None:
@@ -530,8 +530,8 @@ def test_a_killed_process_loses_nothing(
         assert (item["status"] == "accepted") == (content[0] == new[0])
         seen.add((content[0] == new[0], content[1] == new[1], bool(saved)))
         if content[0] == new[0]:
-            assert corrections.can_undo(0), number  # the earlier alpha is not lost
-        if corrections.can_undo(0):
+            assert state.read(run.names[0]).undo, number  # the earlier alpha is not lost
+        if state.read(run.names[0]).undo:
             corrections.undo(0, revision(state, run, 0))
             assert [path.read_bytes() for path in outputs] == old
             assert not run.hint_paths(0)

@@ -538,10 +538,12 @@ def test_only_decisions_change_the_decision_of_an_image(client: Client) -> None:
     item = next(iter(client.items().values()))
     target = f"/api/images/{item['id']}"
     rejected = client.request("POST", f"{target}/reject", {"revision": item["revision"]}).json
-    client.app.teaching._save_changes({item["id"]: 0.5})  # as a recompute does
+    client.app.teaching._save_changes({item["id"]: 0.5}, Path("before"))  # as a recompute does
     changed = client.get(target)
     assert (changed["status"], changed["decision"]) == ("open", rejected["decision"])
-    undone = client.request("POST", f"{target}/undo", {"revision": changed["revision"]}).json
+    recomputed = client.request("POST", f"{target}/undo", {"revision": changed["revision"]}).json
+    assert (recomputed["status"], recomputed["decision"]) == ("rejected", rejected["decision"])
+    undone = client.request("POST", f"{target}/undo", {"revision": recomputed["revision"]}).json
     assert "" == item["decision"] == undone["decision"] != rejected["decision"]
 
 

@@ -340,6 +340,58 @@ def test_a_rejected_alpha_that_is_recomputed_is_open_again(icm: Icm, scene: Path
     assert state.read("sub/deep.png").change is None
 
 
+def test_the_last_recompute_of_an_image_can_be_undone(
+    icm: Icm, open_review: OpenReview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Undo restores the alpha, the trimap and the status; then it takes back the decision before the recompute."""
+    assert icm(trimap="also").exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    pad = run.find_id("pad.0101.png")
+    assert pad is not None
+    outputs = run.jobs[pad].outputs
+    teaching._corrections.reject(pad, 0)
+    event = json.dumps({"event": "image", "name": "pad.0101.png", "status": "done", "ended": 1, "total": 1})
+    greys = iter((100, 200, 250))
+
+    def write_outputs(*_: str, **streams: Any) -> subprocess.Popen[bytes]:
+        grey = np.full(read(outputs[0]).shape[:2], next(greys), np.uint8)
+        for output in outputs:
+            cv2.imwrite(str(output.with_suffix(".new.png")), grey)
+            output.with_suffix(".new.png").replace(output)
+        return subprocess.Popen(["echo", event], **streams)
+
+    monkeypatch.setattr("icm_cli.review.teaching.start_module", write_outputs)
+    for _ in range(2):
+        before, status = [output.read_bytes() for output in outputs], state.read("pad.0101.png").status
+        decision = run.item(pad, state.read("pad.0101.png"))["decision"]
+        changed = recompute(teaching)["changed"]
+        item = run.item(pad, state.read("pad.0101.png"))
+        assert (item["status"], item["undo"], item["decision"]) == ("open", "recompute", decision)
+        assert [each["id"] for each in changed] == [pad]
+    teaching._corrections.undo(pad, revision(state, run, pad))
+    assert [output.read_bytes() for output in outputs] == before
+    item = run.item(pad, state.read("pad.0101.png"))
+    assert (item["status"], item["change"], item["undo"]) == (status, None, "decision")
+    assert teaching.progress()["changed"] == []
+    assert recompute(teaching)["state"] == "done"
+    assert len([*(run.record_folder / "undo").iterdir()]) == 1
+    assert not (run.record_folder / "before").exists()
+
+
+def test_undo_of_a_decision_during_a_recompute_is_not_lost(icm: Icm, open_review: OpenReview) -> None:
+    """A person has accepted the new alpha before the recompute has saved that it changed."""
+    assert icm().exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    before = run.record_folder / "before"
+    teaching._save_alphas(before)
+    pad = accept(run, state, teaching, "pad.0101.png")
+    teaching._save_changes({pad: 0.5}, before)
+    item = run.item(pad, state.read("pad.0101.png"))
+    assert (item["status"], item["undo"]) == ("accepted", "decision")
+    teaching._corrections.undo(pad, revision(state, run, pad))
+    assert not run.refresh(pad).is_reviewed
+
+
 @pytest.mark.slow
 def test_a_taught_frame_of_a_shot_is_a_keyframe_and_stays_listed(
     icm: Icm, scene: Path, open_review: OpenReview

@@ -37,7 +37,7 @@ from icm_cli.review.state import (
     StaleAnswerError,
     TeachingUse,
 )
-from icm_cli.review.undo import Entry, UndoCopies
+from icm_cli.review.undo import Entry, UndoCopies, undo_cause
 
 if TYPE_CHECKING:
     from icm_cli.matting.references import Reference
@@ -180,7 +180,7 @@ class Corrections:
                     mark_reviewed(job, None)
 
     def undo(self, id: int, revision: int) -> None:
-        """Restore the alpha, the hints and the status that an image had before its last change.
+        """Restore the alpha, the hints and the status that an image had before its last decision or recompute.
 
         The image is no longer used as a reference: the mask of a reference is that of its last decision.
         """
@@ -195,12 +195,10 @@ class Corrections:
             with self._edit_use(name) as image:
                 image.undo = _without_entry(image.undo, last)
                 image.status = last["status"]
+                if undo_cause([last]) == "recompute":
+                    image.change = None
                 _stop_use_as_reference(image)
             self._copies.discard(last)
-
-    def can_undo(self, id: int) -> bool:
-        """Return whether an image has a change that can be undone."""
-        return bool(self._state.read(self._run.names[id]).undo)
 
     def close(self) -> None:
         """Stop the thread of the model after its current task."""

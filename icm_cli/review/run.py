@@ -39,6 +39,7 @@ from icm_cli.quality.batch import add_batch_reasons
 from icm_cli.reports.result import ImageResult, MattingDetails
 from icm_cli.review.shapes import Shapes, read_shapes
 from icm_cli.review.state import ImageState
+from icm_cli.review.undo import last_decision, undo_cause
 
 INDEX_NAME, HINTS_NAME = "index.json", "hints"
 REFERENCES_NAME, NEGATIVES_NAME = "references", "negatives"
@@ -232,7 +233,8 @@ class ReviewRun:
             "reasons": list(reasons),
             "status": status,
             "revision": state.revision,
-            "decision": state.undo[-1]["folder"] if state.undo else "",
+            "decision": last_decision(state.undo),
+            "undo": undo_cause(state.undo),
             "has_hints": has_hints,
             "has_alpha": alpha.is_own,
             "version": f"{version:x}",  # part of URLs, so that browsers can cache images: it never returns

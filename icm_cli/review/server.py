@@ -336,7 +336,6 @@ class ReviewApp:
             "output": str(job.output),
             "hints": None if shapes is None else {"shapes": shapes},
             "shot": self.run.shot_of(id),
-            "can_undo": self.corrections.can_undo(id),
         }
 
     def get_source(self, request: ApiRequest) -> Response:

@@ -20,7 +20,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ import numpy as np
 
 from icm_cli.environment import start_module
 from icm_cli.errors import IcmError, ImageError, OutputError, UsageError, format_count
-from icm_cli.files.atomic_writes import open_locked, process_space
+from icm_cli.files.atomic_writes import identify_file, open_locked, process_space
 from icm_cli.files.digests import combined_digest
 from icm_cli.files.system_errors import describe_os_error, error_for_failed_write
 from icm_cli.geometry import ImageU8
@@ -47,6 +47,7 @@ from icm_cli.review.references import (
 )
 from icm_cli.review.run import ReviewRun
 from icm_cli.review.state import ImageState, ReviewState
+from icm_cli.review.undo import Entry, UndoCopies, link_or_copy, undo_cause
 
 BEFORE_NAME, LOG_NAME = "before", "recompute.log"
 EVENTS_NAME, LOCK_NAME = "recompute.jsonl", "recompute.lock"
@@ -85,8 +86,6 @@ class _Progress:
     """Number of all images, without those whose alpha is known to be kept."""
     kept: int = 0
     message: str = ""
-    changed: dict[int, float] = field(default_factory=dict)
-    """Difference of each recomputed alpha to the one before, 0..1, by the id of the image."""
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Count an image that has ended. ``event``: the event of the image."""
@@ -101,9 +100,9 @@ class Teaching:
         self, run: ReviewRun, state: ReviewState, corrections: Corrections, notice: Callable[[str], None]
     ) -> None:
         self._run, self._state, self._corrections, self._notice = run, state, corrections, notice
-        self._images = DisplayImages(run)
+        self._images, self._copies = DisplayImages(run), UndoCopies(run.record_folder)
         self._lock = threading.Lock()
-        self._progress = _Progress(changed=self._read_changes())
+        self._progress = _Progress()
         self._events, self._lock_path = run.record_folder / EVENTS_NAME, run.record_folder / LOCK_NAME
         self._is_closed = threading.Event()
         self._is_followed = False
@@ -143,24 +142,24 @@ class Teaching:
     def progress(self) -> dict[str, Any]:
         """Return the progress of the recompute as JSON, with the changed images, largest difference first."""
         self._follow_other()
+        changed = sorted(self._read_changes().items(), key=lambda item: -item[1])
         with self._lock:
             progress = self._progress
-            changed = sorted(progress.changed.items(), key=lambda item: -item[1])
             return {
                 "state": progress.state,
                 "done": progress.done,
                 "total": progress.total,
                 "message": progress.message or self._last_notice(),
-                "changed": [{"id": id, "difference": value} for id, value in changed if value > 0],
+                "changed": [{"id": id, "difference": value} for id, value in changed],
             }
 
     def _last_notice(self) -> str:
-        """Return the last message of a recompute that still learns the references; else "". The lock is held."""
+        """Return how far a recompute has learned the references; "" if it does not learn. The lock is held."""
         if self._progress.state != "running" or self._progress.done > 0:
             return ""
         with contextlib.suppress(OSError):
             lines = (self._run.record_folder / LOG_NAME).read_text(errors="replace").splitlines()
-            return lines[-1].removeprefix("icm: ") if lines else ""
+            return lines[-1].removeprefix("icm: ") if lines and "learning" in lines[-1] else ""
         return ""
 
     def start(self) -> None:
@@ -270,15 +269,13 @@ class Teaching:
                 for event in image_events:
                     if event["name"] not in compared:
                         changes |= self._compare(event, before_folder)
-                self._save_changes(changes)
+                self._save_changes(changes, before_folder)
                 if state == "done":
                     shutil.rmtree(before_folder, ignore_errors=True)
         except (IcmError, OSError) as error:
             state, message = "failed", str(error)
         finally:
-            changed = self._read_changes()
             with self._lock:
-                self._progress.changed = changed
                 self._progress.state, self._progress.message, self._is_followed = state, message, False
 
     def _read_changes(self) -> dict[int, float]:
@@ -310,10 +307,12 @@ class Teaching:
         state: RecomputeState = "failed"
         message = "the recompute ended unexpectedly; the log of the server says more"
         try:
+            is_continued = before_folder.exists()
             self._save_alphas(before_folder)
-            with self._state.edit_all() as images:
-                for image in images.values():
-                    image.change = None
+            if not is_continued:
+                with self._state.edit_all() as images:
+                    for image in images.values():
+                        image.change = None
             state, message = self._run_command(before_folder, lock_fd)
         except (IcmError, OSError) as error:
             message = str(error)
@@ -326,23 +325,22 @@ class Teaching:
                 os.close(lock_fd)
 
     def _save_alphas(self, folder: Path) -> None:
-        """Save all alphas in a folder for comparison, as hard links. Those of an interrupted recompute stay there."""
+        """Save all alphas and trimaps in a folder, as hard links."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for id, job in enumerate(self._run.jobs):
-                saved = self._saved_alpha(folder, id)
-                if job.output.is_file() and not saved.exists():
-                    try:
-                        os.link(job.output, saved)
-                    except OSError:  # the drive has no hard links
-                        shutil.copy2(job.output, saved)
+            shutil.rmtree(folder, ignore_errors=True)  # that of an interrupted recompute
+            folder.mkdir(parents=True)
+            for id in range(len(self._run.jobs)):
+                for output, saved in self._saved_outputs(folder, id).items():
+                    if output.is_file():
+                        link_or_copy(output, saved)
         except OSError as error:
             raise error_for_failed_write(folder, error) from error
 
-    def _saved_alpha(self, folder: Path, id: int) -> Path:
-        """Return the path of the saved alpha of an image."""
-        output = self._run.jobs[id].output
-        return folder / f"{combined_digest(self._run.names[id])[:32]}{output.suffix}"
+    def _saved_outputs(self, folder: Path, id: int) -> dict[Path, Path]:
+        """Return the outputs of an image, each with the path at which it is saved."""
+        name = combined_digest(self._run.names[id])[:32]
+        outputs = self._run.jobs[id].outputs
+        return {output: folder / f"{name}-{number}{output.suffix}" for number, output in enumerate(outputs)}
 
     def _run_command(self, before_folder: Path, lock_fd: int) -> tuple[RecomputeState, str]:
         """Run ``icm matte``, which keeps the lock too. Return how it ended, and a message for the page."""
@@ -382,11 +380,10 @@ class Teaching:
                 unsaved |= self._compare(event, before_folder)
                 with self._lock:
                     self._progress.add(event)
-                    self._progress.changed |= unsaved
             if time.monotonic() - saved_at > SAVE_INTERVAL_S:
-                self._save_changes(unsaved)
+                self._save_changes(unsaved, before_folder)
                 unsaved, saved_at = {}, time.monotonic()
-        self._save_changes(unsaved)
+        self._save_changes(unsaved, before_folder)
         return failures, error
 
     def _has_failed(self, event: Mapping[str, Any]) -> bool:
@@ -410,22 +407,38 @@ class Teaching:
         if id is None or event["status"] != "done":
             return {}
         with contextlib.suppress(ImageError):
-            after, saved = self._images.read_alpha(id), self._saved_alpha(before_folder, id)
+            saved = self._saved_outputs(before_folder, id)[self._run.jobs[id].output]
+            after = self._images.read_alpha(id)
             earlier = self._images.read_alpha(id, saved) if saved.exists() else np.zeros_like(after)
             if earlier.shape == after.shape:
                 return {id: round(measure_change(earlier, after), DIFFERENCE_DIGITS)}
         return {id: 1.0}
 
-    def _save_changes(self, changes: Mapping[int, float]) -> None:
-        """Save the differences in the state. A rejected image whose alpha has changed becomes open again."""
+    def _save_changes(self, changes: Mapping[int, float], before_folder: Path) -> None:
+        """Save the differences in the state, and the alphas before, so that each change can be undone.
+
+        A rejected image whose alpha has changed becomes open again.
+        """
         if not changes:
             return
+        replaced = list[Entry]()
         with self._state.edit_all() as images:
             for id, difference in changes.items():
                 image = images.setdefault(self._run.names[id], ImageState())
                 image.change = difference
-                if image.status == "rejected" and difference:
+                if not difference:
+                    continue
+                is_saving = image.undo and image.undo[-1]["alpha"] is None
+                if not (is_saving or self._run.refresh(id).is_reviewed):  # else the new alpha is accepted meanwhile
+                    if undo_cause(image.undo) == "recompute":  # only the last recompute can be undone
+                        replaced.append(image.undo.pop())
+                    saved = self._saved_outputs(before_folder, id)
+                    entry = self._copies.save([*saved], image.status, saved)
+                    image.undo.append({**entry, "alpha": identify_file(self._run.jobs[id].output)})
+                if image.status == "rejected":
                     image.status = "open"
+        for entry in replaced:
+            self._copies.discard(entry)
 
 
 def measure_change(before: ImageU8, after: ImageU8) -> float:

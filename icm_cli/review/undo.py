@@ -10,7 +10,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +22,7 @@ UNDO_NAME = "undo"
 Entry: TypeAlias = dict[str, Any]
 """A change of an image, as JSON:
 
+- ``cause``: "decision" or "recompute";
 - ``folder``: random name of the folder with the copies, which identifies the entry;
 - ``status``: status of the image before the change;
 - ``files``: the replaced files. Each has its ``path`` and the name of its ``copy``, None if there was no file;
@@ -36,21 +37,26 @@ class UndoCopies:
         """``record_folder``: the folder ``.icm`` of the run."""
         self._root, self._folder = record_folder.parent, record_folder / UNDO_NAME
 
-    def save(self, paths: Sequence[Path], status: str) -> Entry:
-        """Copy those of ``paths`` that exist, and return the entry. Raises OutputError."""
+    def save(self, paths: Sequence[Path], status: str, earlier: Mapping[Path, Path] | None = None) -> Entry:
+        """Copy those of ``paths`` that exist, and return the entry of a decision. Raises OutputError.
+
+        ``earlier``: the paths of a recompute that has replaced ``paths`` already, each with a copy of what it was.
+        """
         folder_name = secrets.token_hex(8)
         folder, files = self._folder / folder_name, []
         try:
             for number, path in enumerate(paths):
-                copy_name = f"{number}{path.suffix}" if path.is_file() else None
+                copied = path if earlier is None else earlier[path]
+                copy_name = f"{number}{path.suffix}" if copied.is_file() else None
                 stored_path = path.relative_to(self._root) if path.is_relative_to(self._root) else path
                 files.append({"path": str(stored_path), "copy": copy_name})
                 if copy_name is not None:
                     folder.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(path, folder / copy_name)
+                    (shutil.copy2 if earlier is None else link_or_copy)(copied, folder / copy_name)
         except OSError as error:
             raise error_for_failed_write(folder, error) from error
-        return {"folder": folder_name, "status": status, "files": files, "alpha": None}
+        cause = "decision" if earlier is None else "recompute"
+        return {"cause": cause, "folder": folder_name, "status": status, "files": files, "alpha": None}
 
     def restore(self, entry: Entry, alpha: Path) -> None:
         """Restore the files of an entry, in the reverse order of ``save``. ``alpha``: path of the alpha.
@@ -101,3 +107,21 @@ class UndoCopies:
             with contextlib.suppress(IcmError, OSError):
                 self.restore(entry, alpha)
             raise
+
+
+def link_or_copy(path: Path, target: Path) -> None:
+    """Make a hard link of a file that is only replaced, never changed; a copy on a drive without hard links."""
+    try:
+        target.hardlink_to(path)
+    except OSError:
+        shutil.copy2(path, target)
+
+
+def undo_cause(entries: Sequence[Entry]) -> str:
+    """Return what undo takes back: "decision" or "recompute"; "" if there is nothing to undo."""
+    return entries[-1].get("cause", "decision") if entries else ""
+
+
+def last_decision(entries: Sequence[Entry]) -> str:
+    """Return the folder of the last decision, which identifies it; "" if there is none."""
+    return next((entry["folder"] for entry in reversed(entries) if undo_cause([entry]) == "decision"), "")

@@ -15,15 +15,14 @@ async function call(method, path, { body, signal } = {}) {
   } catch (error) {
     if (isAborted(error)) throw error;
     const advice = ` If it has ended, start icm review again with --port ${run.port}. ${CONTINUE}`;
-    throw createError("the server does not answer", { status: 0, topic: "connection", advice });
+    throw Object.assign(new Error("the server does not answer"), { status: 0, topic: "connection", advice });
   }
   if (response.ok) return response;
   const { status } = response;
   const { error = `the server answered with status ${status}`, image } = await response.json().catch(() => ({}));
-  throw createError(error, { status, image, topic: [403, 410].includes(status) ? "connection" : undefined });
+  const topic = [403, 410].includes(status) ? "connection" : undefined; // of its message
+  throw Object.assign(new Error(error), { status, image, topic }); // `image`: newest state after a conflict (409)
 }
-/** `image`: newest state after a conflict (409). `topic`: that of its message, or undefined. `advice`: what to do. */
-const createError = (message, properties) => Object.assign(new Error(message), properties);
 
 const json = async (...request) => (await call(...request)).json();
 /** Return a blob: a source with the `version` of its files, or a refined answer with `outdated`, a text or "". */

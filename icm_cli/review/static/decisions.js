@@ -6,7 +6,7 @@ import { store } from "./store.js";
 
 const decided = new Set(); // ids of the images that were decided on in this page, the newest last
 const FAILURES = {
-  accept: "was not accepted", reject: "was not rejected", undo: "still has its last decision",
+  accept: "was not accepted", reject: "was not rejected", undo: "is not as before",
   teach: "is not used", forget: "is still used",
 };
 const UNSAVED = "is not used: its hints are not saved. Accept (A) or revert them first.";
@@ -27,15 +27,16 @@ export const accept = (id) =>
 export const reject = (id) =>
   decide(id, "reject", ({ revision }) => api.reject(id, findDraft(id)?.source, revision));
 
-/** Take back the last decision on an image, also one that is being saved. Its hints stay in the page. */
-export async function undo(id) {
+/** Take back the last decision on an image, also one that is being saved, or its recompute. Its hints stay. */
+export async function undo(id, opens = true) {
   await store.pending.get(id);
+  const undone = store.items.get(id).undo === "recompute" ? "alpha before the recompute restored" : "decision taken back";
   const end = await send(id, "undo", ({ revision }) => api.undo(id, revision));
   if (end === null) return;
   decided.delete(id);
   findDraft(id)?.markSaved(null);
-  notify(`${nameOf(id)}: decision taken back${end}`);
-  openImage(id);
+  notify(`${nameOf(id)}: ${undone}${end}`);
+  if (opens) openImage(id);
 }
 /** Use the saved alpha of an image, or the whole image, as "reference" or "negative". `area`: "alpha" or "image". */
 export async function teach(id, kind, area) {

@@ -65,14 +65,12 @@ function draw() {
   shown.forEach(place);
   box.setAttribute("aria-activedescendant", `cell-${active}`);
 }
-
 function free(id) {
   const { root, image } = cells.get(id);
   releaseThumbnail(image);
   root.remove();
   cells.delete(id);
 }
-
 function place(index) {
   const id = ids[index];
   const cell = cells.get(id) ?? clone("cell-template");
@@ -90,7 +88,6 @@ function place(index) {
   Object.assign(root, { ariaPosInSet: index + 1, ariaSetSize: ids.length, ariaSelected: id === active });
   showThumbnail(image, store.items.get(id), store.settings.thumbnailView);
 }
-
 function fill(cell, id) {
   const item = store.items.get(id);
   const more = item.reasons.length - MAX_REASONS;
@@ -101,7 +98,6 @@ function fill(cell, id) {
   setText(cell.badge, marks.join(" · "));
   cell.root.title = [item.name, ...item.reasons].join("\n");
 }
-
 function handleKey(event) {
   const page = Math.max(1, Math.floor(box.clientHeight / rowPx)) * columns;
   const vertical = { ArrowUp: -columns, ArrowDown: columns, PageUp: -page, PageDown: page };

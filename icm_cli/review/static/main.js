@@ -57,9 +57,8 @@ function decide(decision, isNext) {
   else if (next !== undefined) openImage(next);
   else { notify("All alphas of this list are reviewed."); location.hash = ""; }
 }
-
 function undoDecision() {
-  const canUndo = single.details?.can_undo || store.pending.has(single.id);
+  const canUndo = store.items.get(single.id)?.undo || store.pending.has(single.id);
   const id = canUndo ? single.id : decisions.lastDecided();
   if (id === undefined) notify("Nothing was decided in this window. Open an image to take back its decision.");
   else decisions.undo(id);
@@ -102,6 +101,7 @@ const ACTIONS = {
   negative: () => single.details && decisions.teach(single.id, "negative", byId("negative-area").value),
   forget: () => decisions.forget(single.id),
   "forget-row": (id) => decisions.forget(id),
+  "undo-row": (id) => decisions.undo(id, false),
 };
 function run(action, id) {
   const [name, ...values] = action.split(" ");
@@ -120,7 +120,6 @@ function isUsedByControl({ target, key }) {
   if (!target.matches("button, summary, input")) return false;
   return key === "Enter" || key === " " || (target.matches("input") && /^(Arrow|Home|End|Page)/.test(key));
 }
-
 function showRun() {
   const { folder, model, model_state: state, model_error: message, warnings } = store.run;
   setText(byId("folder"), folder.split("/").slice(-3).join("/"));
@@ -133,13 +132,11 @@ function showRun() {
   else reportError(`The model cannot be loaded: ${message}. Correct this, and press Try again at the top.`, { topic: "model" });
   for (const text of warnings) reportError(`${text[0].toUpperCase()}${text.slice(1)}.`);
 }
-/** Load the model again after a failure, and ask again for the alpha of the hints. */
 async function reloadModel() {
-  clearError("model");
   await api.reloadModel().catch(() => {}); // poll() reports it
   await store.poll();
   showRun();
-  if (single.draft?.isDirty) single.answer();
+  if (single.draft?.isDirty) single.answer(); // asks again for the alpha of the hints
 }
 
 document.addEventListener("click", ({ target }) => {

@@ -21,7 +21,6 @@ export function drawMarks({ shapes, isVisible, cursor, crosshair, brush }) {
   if (cursor !== null && brush !== null) drawBrush(viewer.toCanvas(cursor), brush);
   if (crosshair !== null) drawCrosshair(viewer.toCanvas(crosshair));
 }
-
 function drawShapes(shapes) {
   const painted = shapes.some(isPaint) ? PAINT_LABELS : [];
   for (const label of painted) drawTinted(label, (layer) => drawPaint(layer, shapes, label));
@@ -50,7 +49,6 @@ function drawTinted(label, draw) {
   context.drawImage(layer.canvas, ...box, ...box); // not outside of the image
   context.globalAlpha = 1;
 }
-
 function drawPoint(point, shape) {
   const [x, y] = viewer.toCanvas(point);
   const radius = POINT_RADIUS_PX * viewer.ratio;
@@ -58,30 +56,25 @@ function drawPoint(point, shape) {
   const [across, down] = [[x - radius / 2, y, x + radius / 2, y], [x, y - radius / 2, x, y + radius / 2]];
   drawLines(isPositive(shape) ? [across, down] : [across], [2, "#000"]);
 }
-
 function drawBox([left, top, right, bottom]) {
   const [[x0, y0], [x1, y1]] = [viewer.toCanvas([left, top]), viewer.toCanvas([right, bottom])];
   const sides = [[x0, y0, x1, y0], [x1, y0, x1, y1], [x1, y1, x0, y1], [x0, y1, x0, y0]];
   drawLines(sides, [4, SHADOW], [2, COLOURS.box]);
 }
-
 function drawBrush([x, y], { radius, label }) {
   context.beginPath();
   context.arc(x, y, Math.max(1, radius * viewer.zoom), 0, 2 * Math.PI);
   stroke(3, SHADOW);
   stroke(1.5, COLOURS[label]);
 }
-
 function drawCrosshair([x, y]) {
   const size = CROSS_PX * viewer.ratio;
   drawLines([[x - size, y, x + size, y], [x, y - size, x, y + size]], [4, "#000"], [1.5, "#fff"]);
 }
-
 function drawDivider(x) {
   drawLines([[x, 0, x, canvas.height]], [3, SHADOW], [1, "#fff"]);
   drawDisc(x, canvas.height / 2, 9 * viewer.ratio, "#fff");
 }
-
 function drawDisc(x, y, radius, colour) {
   context.beginPath();
   context.arc(x, y, radius, 0, 2 * Math.PI);
@@ -95,7 +88,6 @@ function drawLines(lines, ...styles) {
   for (const [x0, y0, x1, y1] of lines) { context.moveTo(x0, y0); context.lineTo(x1, y1); }
   for (const style of styles) stroke(...style);
 }
-
 function stroke(width, colour) {
   context.lineWidth = width * viewer.ratio;
   context.strokeStyle = colour;

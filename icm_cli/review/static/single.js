@@ -17,6 +17,7 @@ class Single {
   ids = []; // the list for previous and next: that of the overview when it was left
   shot = null; // the ids of the shot of the image, also while the next frame is loaded; null: it is in none
   details = null;
+  isBusy = false; // whether the image is being loaded, and another one may still be visible
   refusal = ""; // why the image cannot be accepted
   draft = null;
   constructor() {
@@ -40,23 +41,21 @@ class Single {
     this.leave();
     this.id = id;
     if (!this.shot?.includes(id)) this.shot = null;
-    this.showItem();
-    this.setBusy(true);
     await this.refresh(true);
     if (this.id !== id) return; // the user has moved on
-    this.setBusy(false);
     const next = store.items.get(this.ids[this.ids.indexOf(id) + 1]);
     if (next) for (const load of [loadSource, loadAlpha]) load(next).catch(() => {}); // reported when it is opened
   }
   /** Load and show what the server has; unsaved hints stay. `isNew`: another image was shown before. */
   async refresh(isNew) {
     const { id } = this;
+    if (isNew) this.setBusy(true);
     try {
       const details = await api.details(id);
       const draft = await openDraft(details);
       if (this.id !== id) return;
       Object.assign(this, { details, draft, shot: details.shot });
-      this.showItem(); // decisions are possible even if the source cannot be read
+      this.showItem();
       if (details.error) reportError(`${details.name}: ${details.error}`, { topic: "image" });
       else clearError("image");
       const [source, before] = await Promise.all([loadSource(details), loadAlpha(details)]);
@@ -74,6 +73,7 @@ class Single {
       if (isNew) viewer.set({ image: null });
       reportError(`${store.items.get(id).name}: ${error.message}.`, { topic: error.topic ?? "image" });
     }
+    if (isNew && this.id === id) this.setBusy(false); // decisions are possible even if the source cannot be read
   }
   close() { this.leave(); viewer.set({ image: null }); strip.show([], null, ""); }
   leave() {
@@ -89,7 +89,11 @@ class Single {
     const { revision, version } = store.items.get(this.id);
     if (revision > this.details.revision || version !== this.details.version) this.refresh(false);
   }
-  setBusy(isBusy) { byId("loading").hidden = !isBusy; byId("single").ariaBusy = isBusy; }
+  setBusy(isBusy) {
+    byId("loading").hidden = !isBusy;
+    byId("single").ariaBusy = this.isBusy = isBusy;
+    this.showItem();
+  }
   /** Return the id of the next image that is not reviewed, from here to the end and then from the start. */
   nextOpen() {
     const index = this.ids.indexOf(this.id);
@@ -164,7 +168,7 @@ class Single {
     byId("image-reasons").replaceChildren(...item.reasons.map((reason) => create("li", { textContent: reason })));
     setText(byId("hints-state"), draft === null ? "" : describeHints(draft));
     setText(byId("taught-state"), item.taught === null ? "" : `Used as a ${item.taught}.`);
-    this.enableButtons(item, details !== null && !isSaving);
+    this.enableButtons(item, details !== null && !isSaving && !this.isBusy);
     this.showStrip();
     if (details === null) return;
     const [size, folder] = [`${details.width} × ${details.height}`, item.folder || "(top folder)"];
@@ -184,7 +188,7 @@ class Single {
     const canAccept = isReady && this.refusal === "";
     const isEnabled = {
       accept: canAccept, "accept-stay": canAccept, reject: isReady,
-      undo: isReady && (details.can_undo || lastDecided() !== undefined),
+      undo: isReady && (item.undo !== "" || lastDecided() !== undefined),
       reference: isReady && item.taught !== "reference", negative: isReady && item.taught !== "negative",
       "undo-hint": editor.draft?.past.length > 0, "redo-hint": editor.draft?.future.length > 0,
       "clear-hints": editor.draft?.shapes.length > 0, "discard-hints": editor.draft?.isDirty,
@@ -192,6 +196,8 @@ class Single {
     for (const [action, value] of Object.entries(isEnabled)) findButton(action).disabled = !value;
     for (const each of document.querySelectorAll("[data-title]")) each.title = this.refusal || each.dataset.title;
     findButton("forget").hidden = item.taught === null;
+    setText(byId("undo-label"), item.undo === "recompute" ? "Undo recompute" : "Undo decision");
+    if (document.activeElement === document.body) byId("marks").focus({ preventScroll: true }); // a button was disabled
   }
 }
 export const single = new Single();

@@ -41,12 +41,15 @@ function draw() {
   Object.assign(byId("recompute-bar"), { max: total || 1, value: state === "done" ? total || 1 : done });
   dialog.querySelector('[data-action="recompute"]').disabled = isRunning;
   dialog.querySelector('[data-action="stop-recompute"]').disabled = !isRunning;
-  const taught = [...store.items.values()].filter((item) => item.taught !== null);
-  drawRows("taught-list", taught.map((item) => [item, item.taught]), true);
+  const items = [...store.items.values()];
+  const replaced = items.filter((item) => item.has_alpha && item.status !== "accepted").length;
+  setText(byId("recompute-plan"), `at most ${replaced} of ${items.length} alphas are replaced`);
+  const taught = items.filter((item) => item.taught !== null);
+  drawRows("taught-list", taught.map((item) => [item, item.taught]), "Remove", "forget-row");
   byId("taught-empty").hidden = taught.length > 0;
-  const rows = changed.slice(0, MAX_LISTED).filter(({ id }) => store.items.has(id));
+  const rows = changed.slice(0, MAX_LISTED).filter(({ id }) => store.items.get(id)?.change);
   const changes = rows.map(({ id, difference }) => [store.items.get(id), formatPercent(difference)]);
-  drawRows("changed-list", changes, false);
+  drawRows("changed-list", changes, "Undo", "undo-row");
   byId("changed").hidden = rows.length === 0;
   setText(byId("command"), store.run?.command ?? "");
 }
@@ -57,21 +60,23 @@ function describeProgress() {
   const running = done > 0 ? `Recomputing: ${count}` : "Preparing references";
   return { idle: "", running, stopped: `Stopped: ${count}`, done: "Done", failed: "Failed" }[state];
 }
-/** Draw rows [item, text] into a list, if they have changed. */
-function drawRows(id, rows, canForget) {
-  const key = JSON.stringify(rows.map(([item, text]) => [item.id, item.version, text]));
+/** Draw rows [item, text] into a list, if they have changed, with a button that has a label and an action. */
+function drawRows(id, rows, ...button) {
+  const key = JSON.stringify(rows.map(([item, text]) => [item.id, item.version, item.undo, text]));
   if (byId(id).dataset.key === key) return;
   byId(id).dataset.key = key;
-  byId(id).replaceChildren(...rows.map(([item, text]) => createRow(item, text, canForget)));
+  byId(id).replaceChildren(...rows.map(([item, text]) => createRow(item, text, ...button)));
 }
 
-function createRow(item, description, canForget) {
-  const { root, image, name, text, remove } = clone("row-template");
+function createRow(item, description, label, action) {
+  const { root, image, name, text, button } = clone("row-template");
   root.dataset.id = item.id;
   setText(name, item.name);
   setText(text, description);
-  remove.hidden = !canForget;
-  remove.setAttribute("aria-label", `Remove ${item.name}`);
+  setText(button, label);
+  button.dataset.action = action;
+  button.ariaLabel = `${label} ${item.name}`;
+  button.hidden = action === "undo-row" && item.undo !== "recompute";
   showThumbnail(image, item, "cutout");
   return root;
 }

@@ -175,7 +175,6 @@ export function createCanvas(width, height, settings = {}) {
   return context;
 }
 function fill(context, style, box) { context.fillStyle = style; context.fillRect(...box); }
-
 function halve(image) {
   const context = createCanvas(Math.ceil(image.width / 2), Math.ceil(image.height / 2), { alpha: false });
   context.drawImage(image, 0, 0, context.canvas.width, context.canvas.height);
