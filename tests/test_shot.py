@@ -215,8 +215,20 @@ def test_a_chunk_of_one_frame_of_each_shot_propagates_nothing_between_them(
 ) -> None:
     shutil.copy(frames / "sh.1001.png", frames / "take.1006.png")
     assert shot("--frames", "1006", src=frames).exit_code == 0
-    assert shot("--frames", "1006", src=frames / "take.####.png", out=scene / "alone").exit_code == 0
+    copy = shutil.copy(frames / f"sh.{KEY}.png", scene / "no keyframe.png")
+    assert shot(ref=copy, src=frames / "take.1006.png", out=scene / "alone").exit_code == 0
     assert (read(scene / "out" / "take.1006.png") == read(scene / "alone" / "take.1006.png")).all()
+
+
+def test_a_chunk_of_files_whose_names_have_single_numbers_is_one_shot(shot: Shoot, scene: Path, frames: Path) -> None:
+    """As in a run without --frames, whose alphas are then all kept."""
+    rooms = scene / "rooms"
+    rooms.mkdir()
+    for number, name in enumerate(("hall", "kitchen", "garden"), 1):
+        shutil.copy(frames / f"sh.{1000 + number}.png", rooms / f"{name}{number}.png")
+    assert shot(src=rooms).exit_code == 0
+    planned = shot("--dry-run", "--frames", "1-3", src=rooms)
+    assert planned.stdout.count("(kept)") == 3
 
 
 def test_a_file_with_another_name_changes_no_frame(shot: Shoot, scene: Path, frames: Path) -> None:

@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ from icm_cli.matting.resume import (
     report_lost_hints,
 )
 from icm_cli.matting.run_record import record_run
-from icm_cli.matting.shot import MIN_FRAMES, Keyframe, Shot, split_shots
+from icm_cli.matting.shot import Keyframe, Shot, split_shots
 from icm_cli.matting.sources import SkippedFiles, find_sources, real_path
 from icm_cli.options import MatteOptions, keyword_arguments
 from icm_cli.options.definition import DigestPart
@@ -148,15 +148,14 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     _check_report_paths(options, ReportFiles(mask=options.references.save_mask), [])  # before a model makes the mask
     references = read_all_references(options, notice)
     skipped_files = SkippedFiles(notice)
-    jobs, inputs = plan_images(options, layout, colour, skipped_files, notice)
+    jobs, inputs, other_names = plan_images(options, layout, colour, skipped_files, notice)
     hint_files = [path for job in jobs if job.hints for path in job.hints.paths]
     if inputs.hints is not None:
         notice(f"{format_count(sum(job.hints is not None for job in jobs), 'image')} with hints")
     shot = None
     if sequences.shot:
         count = len(jobs)
-        min_frames = MIN_FRAMES if sequences.frames is None else 1  # a chunk may have one frame of a shot
-        jobs, shot = order_as_shot(jobs, options.references.ref, references, sequences.shard, min_frames)
+        jobs, shot = order_as_shot(jobs, options.references.ref, references, sequences.shard, other_names)
         if count and not jobs:
             notice(EMPTY_SHARD.format(sequences.shard, options.sources.src, count))
     truths: list[Path] = []
@@ -453,12 +452,12 @@ def order_as_shot(
     refs: Sequence[Path],
     references: Sequence[Reference],
     shard: str | None,
-    min_frames: int = MIN_FRAMES,
+    other_names: Iterable[Path] = (),
 ) -> tuple[list[Job], Shot]:
     """Return the jobs of shots sorted by name, and their :class:`Shot`; both only of a shard if one is given.
 
     ``refs``: paths of the references. Those that are frames of the sources become keyframes. ``shard``: ``--shard``.
-    ``min_frames``: see :func:`split_shots`.
+    ``other_names``: see :func:`split_shots`.
     """
     folders = {real_path(Path(job.root) / job.name.parent): job.name.parent for job in jobs}
     keys = []
@@ -467,7 +466,7 @@ def order_as_shot(
         if path is not None:
             name = folders[real_path(path.parent)] / path.name
             keys.append(Keyframe(name, functools.partial(references.__getitem__, number)))
-    shot = Shot.from_examples(split_shots(jobs, keys, min_frames))
+    shot = Shot.from_examples(split_shots(jobs, keys, other_names))
     if shard is not None:
         shot = shot.shard(*parse_shard(shard))
     outputs = {job.output for job in shot.order}

@@ -95,8 +95,11 @@ def plan_images(
     colour: ColourSettings,
     skipped_files: SkippedFiles,
     notice: Callable[[str], None],
-) -> tuple[list[Job], InputFiles]:
-    """Return the images of a run with their hints, mattes and output paths, and the other inputs. Raises UsageError."""
+) -> tuple[list[Job], InputFiles, Sequence[Path]]:
+    """Return the images of a run with their hints, mattes and output paths, and the other inputs. Raises UsageError.
+
+    The third value is the names of the images that ``--frames`` excludes.
+    """
     inputs = InputFiles(
         options.references.files,
         None if options.hints.hints is None else HintFiles.find(options.hints.hints, skipped_files),
@@ -106,7 +109,8 @@ def plan_images(
     is_ignored = () if inputs.hints is None else (inputs.hints.is_hint_file,)
     sources = find_sources(options.sources.src, options.sources.root, skipped_files, *is_ignored)
     source_filter = _source_filter(options.sources, options.sequences)
-    return JobPlanner(sources, layout, skipped_files, source_filter, inputs, colour).plan_jobs(), inputs
+    planner = JobPlanner(sources, layout, skipped_files, source_filter, inputs, colour)
+    return planner.plan_jobs(), inputs, planner.names_outside_frames
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,8 @@ class JobPlanner:
     source_filter: SourceFilter = SourceFilter()
     inputs: InputFiles = InputFiles()
     colour: ColourSettings = DEFAULT_COLOUR
+    names_outside_frames: list[Path] = field(default_factory=list)
+    """Names of the images that ``--frames`` excludes. They are found by :meth:`plan_jobs`."""
     _resolve: PathResolver = field(default_factory=PathResolver)
 
     def plan_jobs(self) -> list[Job]:
@@ -205,14 +211,17 @@ class JobPlanner:
         files = exclude(files, lambda path: inspected[path].type.is_icm_output, "made by icm")
         return {path: inspected[path] for path in files}
 
-    def _select_frames(self, files: Collection[Path]) -> Collection[Path]:
+    def _select_frames(self, files: Mapping[Path, SourceFile]) -> Collection[Path]:
         """Return the files whose frame number is in ``--frames``."""
         frames = self.source_filter.frames
         if frames is None:
             return files
-        return self.skipped_files.exclude(
+        selected = self.skipped_files.exclude(
             files, lambda path: FrameName.from_path(path).number not in frames, "not in --frames", is_reported=False
         )
+        for path in files.keys() - set(selected):
+            self.names_outside_frames.extend(self._names_in_file(path, files[path]))
+        return selected
 
     def _is_reference(self, path: Path) -> bool:
         """Return whether a file is a reference or its mask."""
@@ -269,24 +278,26 @@ class JobPlanner:
             numbers = {number for number in candidates if number in frames}
         return [alpha for alpha in map(alpha_of, sorted(numbers)) if alpha.name in names]
 
-    def _jobs_of_file(self, source: Path, inspected: SourceFile | None) -> list[Job]:
-        """Return a job for each image in a file. Their names are a.png, or a.0001.png, a.0002.png, ... for several.
+    def _names_in_file(self, source: Path, inspected: SourceFile | None) -> list[Path]:
+        """Return the names of the images in a file: a.png, or a.0001.png, a.0002.png, ... for several.
 
         ``inspected``: None for a missing frame.
         """
         name = name_below(source, self.sources.root)
         page_count = 1 if inspected is None else inspected.frame_count
+        return [name] if page_count == 1 else [page_name(name, page) for page in range(page_count)]
+
+    def _jobs_of_file(self, source: Path, inspected: SourceFile | None) -> list[Job]:
+        """Return a job for each image in a file. ``inspected``: None for a missing frame."""
+        names = self._names_in_file(source, inspected)
         jobs = []
-        for page in range(page_count):
-            numbered, page_number = name, 0
-            if page_count > 1:
-                numbered, page_number = page_name(name, page), page + 1
-            output = self.layout.output_path(numbered)
+        for page, name in enumerate(names):
+            output, page_number = self.layout.output_path(name), page + 1 if len(names) > 1 else 0
             job = Job(
                 source,
-                numbered,
+                name,
                 output,
-                ImageResult(str(source), str(output), "planned", name=numbered.as_posix(), page=page_number),
+                ImageResult(str(source), str(output), "planned", name=name.as_posix(), page=page_number),
                 page=page,
                 colour=self.colour,
                 root=os.path.abspath(self.sources.root),  # noqa: PTH100  resolve() would follow links

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,11 @@ def unreadable_entry(job: Job) -> str:
     return f"{NO_MEMORY}{job.input_digest()[:ENTRY_DIGITS]}"
 
 
+def _shot_prefix(name: Path) -> tuple[Path, str]:
+    """Return the folder of a frame, and its name before the frame number."""
+    return name.parent, FrameName.from_path(name).stem
+
+
 def _divide_at_starts(frames: Sequence[Job | Keyframe]) -> list[tuple[int, int, int]]:
     """Return the index of each start in the frames of a shot, and of the first and the last frame that belong to it.
 
@@ -161,24 +167,25 @@ def _divide_at_starts(frames: Sequence[Job | Keyframe]) -> list[tuple[int, int, 
 
 
 def split_shots(
-    jobs: Sequence[Job], keys: Sequence[Keyframe], min_frames: int = MIN_FRAMES
+    jobs: Sequence[Job], keys: Sequence[Keyframe], other_names: Iterable[Path] = ()
 ) -> list[tuple[list[Job], list[Keyframe]]]:
     """Split frames and keyframes into shots.
 
     A folder is one shot. But if its files have several prefixes before the frame number, as a.0001.png and b.0001.png
-    have, each prefix is a shot. This requires that a prefix has at least ``min_frames`` files: 1 if all numbers are
-    known to be frame numbers. Missing frames do not count.
+    have, each prefix is a shot. This requires that a prefix has at least MIN_FRAMES files. Missing frames do not count.
+
+    ``other_names``: names of frames of the same shots that are not in ``jobs``, so that a part of the frames is split
+    as all frames are.
     """
-    folders: dict[Path, dict[str, list[Job | Keyframe]]] = {}
+    names = {*other_names, *(job.name for job in jobs if not job.is_missing), *(key.name for key in keys)}
+    counts = Counter(map(_shot_prefix, names))
+    divided = {folder for (folder, _), count in counts.items() if count >= MIN_FRAMES}
+    frames_by_shot: dict[tuple[Path, str], list[Job | Keyframe]] = {}
     frames: list[Job | Keyframe] = [*jobs, *keys]
     for frame in frames:
-        prefix = FrameName.from_path(frame.name).stem
-        folders.setdefault(frame.name.parent, {}).setdefault(prefix, []).append(frame)
-    shots = []
-    for frames_by_prefix in folders.values():
-        parts = list(frames_by_prefix.values())
-        counts = [sum(isinstance(frame, Keyframe) or not frame.is_missing for frame in part) for part in parts]
-        shots += parts if max(counts) >= min_frames else [list(itertools.chain(*parts))]
+        folder, prefix = _shot_prefix(frame.name)
+        frames_by_shot.setdefault((folder, prefix if folder in divided else ""), []).append(frame)
+    shots = frames_by_shot.values()
     return [
         ([frame for frame in shot if isinstance(frame, Job)], [frame for frame in shot if isinstance(frame, Keyframe)])
         for shot in shots

@@ -431,7 +431,7 @@ class ReviewRun:
         jobs: Sequence[Job] = []
         try:
             with library_settings():  # entered once instead of for each file
-                jobs, _ = plan_images(self.options, self.layout, self.colour, skipped, lambda _: None)
+                jobs, _, _ = plan_images(self.options, self.layout, self.colour, skipped, lambda _: None)
         except UsageError as error:
             notice(f"the sources of the run cannot be found, so only the alphas are shown: {error}")
         names = {job.planned.name for job in jobs}
