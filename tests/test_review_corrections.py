@@ -200,6 +200,17 @@ def test_exr_with_mattes_whose_windows_differ(
     check_reproducible(icm, scene, written, run.hints_folder, **options)
 
 
+def test_a_single_frame_next_to_a_shot_is_a_shot_of_its_own(icm: Icm, scene: Path, open_review: OpenReview) -> None:
+    """Also if the reference is a keyframe of the other shot."""
+    frames, image = scene / "frames", read(scene / "ref.png")
+    frames.mkdir()
+    for name in ("a.1", "a.2", "a.3", "take.2"):
+        cv2.imwrite(str(frames / f"{name}.png"), image)
+    assert icm("--shot", src=frames, ref=frames / "a.1.png").exit_code == 0
+    _, _, corrections = open_review()
+    assert list(map(corrections.outdated_reason, range(3))) == ["", "", ""]
+
+
 def test_frame_of_a_shot_is_a_keyframe(icm: Icm, scene: Path, open_review: OpenReview) -> None:
     image = read(scene / "imgs" / "wall.jpg")
     frames = scene / "frames"

@@ -220,7 +220,8 @@ class RunModel:
                 jobs.append(job)
             elif not any(real_path(path) in reference_paths for path in frame_files):  # a reference is a keyframe
                 jobs.append(self._with_saved_hints(frame_id))
-        _, shot = order_as_shot(jobs, references, self.references, shard=None)
+        names = [frame.name for frame in self._run.jobs]
+        _, shot = order_as_shot(jobs, references, self.references, None, names)
         return shot
 
     def _with_saved_hints(self, id: int) -> Job:
