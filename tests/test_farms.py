@@ -272,6 +272,19 @@ def test_ground_truth_may_be_a_frame_pattern(icm: Icm, scene: Path, plates: Path
     assert "2 (allowed)" in result.stdout
 
 
+def test_a_chunk_may_have_no_ground_truth(icm: Icm, scene: Path, plates: Path) -> None:
+    (scene / "gt").mkdir()
+    shutil.copy(scene / "mask.png", scene / "gt" / "sh.1001.png")
+    chunks = [("--frames", "1002"), ("--include", "*.1004.*"), ("--shard", "1/2"), ("--shard", "2/2")]
+    chunks += [("--shot", "--learn-steps", "0", *shard) for shard in chunks[2:]]
+    for flags in chunks:
+        for pattern in (scene / "gt", scene / "gt" / "sh.####.png"):
+            result = icm(*flags, "--dry-run", src=plates, gt=pattern)
+            assert result.exit_code == 0, (flags, result.output)
+    assert icm(*chunks[0], src=plates, gt=scene / "gt", report=scene / "r.json").exit_code == 0
+    assert json.loads((scene / "r.json").read_text())["summary"]["problems"] == {"missing-alpha": 1}
+
+
 def test_openjd_progress(icm: Icm, scene: Path) -> None:
     (scene / "imgs" / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     lines = icm("--progress", "openjd").stdout.splitlines()

@@ -200,6 +200,14 @@ class TestFiles:
         assert result.exit_code == 2
         assert "none with the frame number of an image" in result.stderr
 
+    def test_frames_of_another_chunk(self, icm: Icm, scene: Path) -> None:
+        frames = write_frames(scene)
+        write_matte(scene / "g" / "g.1001.png", read(frames / "sh.1001.png").shape)
+        for number in (1001, 1002):
+            result = icm("--frames", str(number), src=frames, garbage=scene / "g" / "g.####.png")
+            assert result.exit_code == number - 1001, result.output
+        assert "has no frame 1002, which sh.1002.png needs" in result.stderr
+
     def test_another_size(self, icm: Icm, scene: Path) -> None:
         height, width = read(scene / "imgs" / "wall.jpg").shape[:2]
         double = write_matte(scene / "k.png", (2 * height, 2 * width), (slice(0, 40), slice(0, 60)))

@@ -160,7 +160,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
             notice(EMPTY_SHARD.format(sequences.shard, options.sources.src, count))
     truths: list[Path] = []
     if ground_truth is not None:
-        jobs, truths = _add_ground_truth(jobs, ground_truth)
+        jobs, truths = _add_ground_truth(jobs, ground_truth, is_part=bool(options.given & PARTIAL_OPTIONS))
         check_overwrites(jobs, truths, "a ground truth")
         shot = shot and shot.with_jobs(jobs)
     check_obstacles(jobs)
@@ -396,11 +396,12 @@ def _check_devices(options: MatteOptions) -> None:
             )
 
 
-def _add_ground_truth(jobs: Sequence[Job], where: str) -> tuple[list[Job], list[Path]]:
+def _add_ground_truth(jobs: Sequence[Job], where: str, *, is_part: bool) -> tuple[list[Job], list[Path]]:
     """Return the jobs with the paths of their ground truths, and the paths of all ground truths.
 
-    ``where``: a folder with the same layout as the sources, or a frame pattern with the same frame numbers. Raises
-    UsageError if no ground truth belongs to any image.
+    ``where``: a folder with the same layout as the sources, or a frame pattern with the same frame numbers.
+    ``is_part``: whether the jobs are only a part of the sources. Raises UsageError if no ground truth belongs to any
+    image, unless they may belong to the other images.
     """
     folder = Path(where)
     truths: dict[Path | int | None, Path] = {}
@@ -425,7 +426,7 @@ def _add_ground_truth(jobs: Sequence[Job], where: str) -> tuple[list[Job], list[
     for job in jobs:
         truth = truths.get(key_of(job.name))
         jobs_with_truth.append(replace(job, planned=replace(job.planned, truth=str(truth or ""))))
-    if jobs and not any(job.planned.truth for job in jobs_with_truth):
+    if jobs and not is_part and not any(job.planned.truth for job in jobs_with_truth):
         name = jobs[0].name
         raise UsageError(f"ground truth {where} {lacking.format(name, name.with_suffix('.png'))}; check the path")
     return jobs_with_truth, list(truths.values())

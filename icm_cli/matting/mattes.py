@@ -179,16 +179,16 @@ class MatteFiles:
 
 
 def assign_mattes(
-    names: Sequence[Path], garbage: MatteFiles | None, keep: MatteFiles | None
+    names: Sequence[Path], other_names: Sequence[Path], garbage: MatteFiles | None, keep: MatteFiles | None
 ) -> list[ImageMattes | None]:
     """Return the mattes of each image of ``names``, in order. If neither option is given, every entry is None.
 
-    Raises UsageError if the frames of an option belong to none of the images.
+    ``other_names``: images that are not matted. Raises UsageError if the frames of an option belong to no image at all.
     """
     if garbage is None and keep is None:
         return [None] * len(names)
     for files in (garbage, keep):
-        if files is not None and names and all(files.find_file(name).problem for name in names):
+        if files is not None and names and all(files.find_file(name).problem for name in (*names, *other_names)):
             raise UsageError(
                 f"{files.flag} {files.where} has {format_count(len(files.files), 'frame')}, none with the frame number "
                 f"of an image, such as that of {names[0]}; expected the same frame numbers"

@@ -316,8 +316,9 @@ class JobPlanner:
         check_collisions(jobs, self.layout)
 
     def _add_mattes(self, jobs: Sequence[Job]) -> list[Job]:
-        """Return the jobs with the files of their mattes. Raises UsageError if the mattes belong to none of them."""
-        mattes = assign_mattes([job.name for job in jobs], self.inputs.garbage, self.inputs.keep)
+        """Return the jobs with the files of their mattes. Raises UsageError if the mattes belong to none of the sources."""
+        names = [name_below(path, self.sources.root) for path in self.sources.files]
+        mattes = assign_mattes([job.name for job in jobs], names, self.inputs.garbage, self.inputs.keep)
         return [replace(job, mattes=job_mattes) for job, job_mattes in zip(jobs, mattes, strict=True)]
 
     def _assign_hints(self, jobs: Sequence[Job], images: Sequence[Path]) -> dict[Path, list[Path]]:
