@@ -371,6 +371,10 @@ def test_output_that_cannot_be_read_is_not_replaced(icm: Icm, scene: Path, monke
         real(self, path)
 
     monkeypatch.setattr(ReopeningFile, "__init__", open_file)
+    planned = icm("--dry-run", seed=3)
+    assert planned.exit_code == 1
+    assert f"would fail: {scene}/imgs/wall.jpg: {scene}/out/wall.png cannot be read: Permission" in planned.stderr
+    assert icm("--dry-run", "--overwrite", seed=3).exit_code == 0
     result = icm(seed=3)
     monkeypatch.undo()
     assert result.exit_code == 1, result.stderr
@@ -409,6 +413,17 @@ def test_dry_run_stops_where_the_run_stops(icm: Icm, scene: Path, name: str) -> 
         assert message in result.stderr
     assert results[0].stderr == results[1].stderr
     assert alphas(scene) == before
+
+
+def test_dry_run_finds_outputs_that_cannot_be_written(icm: Icm, scene: Path) -> None:
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / f"{'x' * 250}.jpg")
+    put(scene / "out" / "sub", scene / "mask.png")  # a file instead of the folder
+    for flags in (["--dry-run"], []):
+        result = icm("--keep-suffix", *flags)
+        assert result.exit_code == 1
+        assert "deep.png: " in result.stderr
+        assert "cannot be written: a file has the name of its folder" in result.stderr
+        assert "cannot be written: File name too long; the file system does not accept this name" in result.stderr
 
 
 def test_dry_run_counts_alphas(icm: Icm, scene: Path) -> None:

@@ -84,6 +84,23 @@ def test_keep_existing_keeps_alphas_of_any_version_and_reports_it(icm: Icm, scen
     assert "kept, made by icm 0.1.9" in result.stdout
 
 
+def test_keep_existing_keeps_alphas_without_trimap_of_other_settings(icm: Icm, scene: Path) -> None:
+    assert icm().exit_code == 0
+    before = alphas(scene / "out")
+    (scene / "out" / "wall.png").unlink()
+    flags = ("--keep-existing", "--trimap", "also")
+    assert "1 new, 0 to be recomputed, 2 kept" in icm(*flags, "--dry-run").stderr
+    assert icm(*flags).exit_code == 0
+    after = alphas(scene / "out")
+    assert {name: after[name] for name in before if name != "wall.png"} == {
+        name: content for name, content in before.items() if name != "wall.png"
+    }
+    assert sorted(set(after) - set(before)) == ["wall.trimap.png"]
+    (scene / "out" / "wall.trimap.png").unlink()  # now the settings are the same
+    assert icm(*flags).exit_code == 0
+    assert alphas(scene / "out") == after
+
+
 def test_keep_existing_recomputes_alphas_of_changed_sources_only(icm: Icm, scene: Path) -> None:
     icm()
     before = alphas(scene / "out")

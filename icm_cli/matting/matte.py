@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import math
 import os
@@ -14,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from icm_cli.device import parse_devices, resolve_device
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
-from icm_cli.errors import ImageError, Problem, UsageError, format_count
+from icm_cli.errors import FileAccessError, ImageError, OutputError, Problem, UsageError, format_count
 from icm_cli.events import Listener, check_argument
 from icm_cli.files.atomic_writes import check_would_be_writable, check_writable, remove_stale_temporaries
 from icm_cli.files.digests import combined_digest
-from icm_cli.files.paths import is_file, special_file_kind
+from icm_cli.files.paths import is_file, is_too_long, special_file_kind
+from icm_cli.files.system_errors import error_for_failed_write
 from icm_cli.images.colour import ColourSettings
-from icm_cli.images.decoding import image_windows
+from icm_cli.images.decoding import SourceFile, image_windows
 from icm_cli.images.image_file import EMPTY_FILE, movie_message
 from icm_cli.images.writing import OutputFormat, write_mask
 from icm_cli.matting.cluster import RayCluster
@@ -237,7 +239,11 @@ class _MattingRun:
         for job in existing.remaining:
             if os.path.lexists(job.output):  # without a reason so far, the file is overwritten or damaged
                 reasons.setdefault(job.output, "--overwrite" if options.overwrite else _find_damage(job))
-        results = [kept.get(job.output) or _planned_result(job, reasons.get(job.output, "")) for job in self._plan.jobs]
+        results = [
+            kept.get(job.output)
+            or _planned_result(job, reasons.get(job.output, ""), is_output_read=not options.overwrite)
+            for job in self._plan.jobs
+        ]
         failing = {result.output for result in results if result.status == "failed"}
         planned = [job for job in existing.remaining if str(job.output) not in failing]
         recomputed = sum(os.path.lexists(job.output) for job in planned)
@@ -474,9 +480,12 @@ def order_as_shot(
     return [job for job in jobs if job.output in outputs], shot
 
 
-def _planned_result(job: Job, reason: str = "") -> ImageResult:
-    """Return the result of a job in a dry run. ``reason``: why its alpha is recomputed; "" for a new one."""
-    if problem := _find_problem(job):
+def _planned_result(job: Job, reason: str = "", *, is_output_read: bool = True) -> ImageResult:
+    """Return the result of a job in a dry run.
+
+    ``reason``: why its alpha is recomputed; "" for a new one. ``is_output_read``: whether a run would read the alpha.
+    """
+    if problem := _find_problem(job) or _find_problem_of_outputs(job, is_read=is_output_read):
         return replace(job.planned, status="failed", reason=problem)
     return replace(job.planned, reason=reason)
 
@@ -516,6 +525,20 @@ def _find_problem(job: Job) -> str:
     if inspected is not None and inspected.error is not None and not inspected.error.is_transient:
         return str(inspected.error)
     return _find_problem_of_guidance(job)
+
+
+def _find_problem_of_outputs(job: Job, *, is_read: bool) -> str:
+    """Return why the outputs of a job could not be written, or read with ``is_read``; "" if no reason is known."""
+    try:
+        for path in job.outputs:
+            if is_too_long(os.fsencode(path)):
+                raise error_for_failed_write(path, OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)))
+            check_would_be_writable(path.parent)
+            if is_read and is_file(path) and (error := SourceFile.inspect(path).error):
+                raise error
+    except (OutputError, FileAccessError) as error:
+        return str(error)
+    return ""
 
 
 def _remove_temporaries(plan: MattingPlan, listener: Listener) -> None:

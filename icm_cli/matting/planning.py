@@ -316,7 +316,7 @@ class JobPlanner:
         check_collisions(jobs, self.layout)
 
     def _add_mattes(self, jobs: Sequence[Job]) -> list[Job]:
-        """Return the jobs with the files of their mattes. Raises UsageError if the mattes belong to none of the sources."""
+        """Return the jobs with the files of their mattes. Raises UsageError if the mattes belong to no source."""
         names = [name_below(path, self.sources.root) for path in self.sources.files]
         mattes = assign_mattes([job.name for job in jobs], names, self.inputs.garbage, self.inputs.keep)
         return [replace(job, mattes=job_mattes) for job, job_mattes in zip(jobs, mattes, strict=True)]

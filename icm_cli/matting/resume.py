@@ -220,7 +220,7 @@ def find_kept_result(job: Job, digest_for: Callable[[Job], AlphaDigest], *, keep
     ``digest_for`` and ``keep_all``: see :func:`find_existing_alphas`. Raises OtherSourceError if the output is the
     alpha of another source or was retouched, and ImageError if the source or the output cannot be read.
     """
-    existing = read_existing_alpha(job, digest_for)
+    existing = read_existing_alpha(job, digest_for, keep_all=keep_all)
     if existing is None:
         return None
     if existing.can_be_kept(keep_all=keep_all):
@@ -342,7 +342,7 @@ def find_existing_alphas(
     def inspect(job: Job) -> tuple[ExistingAlpha | OtherSourceError | None, bool]:
         """Return the existing alpha, or the error if it conflicts with this run; and whether it can be kept."""
         try:
-            alpha = read_existing_alpha(job, digest_for, source_states)
+            alpha = read_existing_alpha(job, digest_for, source_states, keep_all=keep_all)
             return alpha, alpha is not None and alpha.can_be_kept(keep_all=keep_all)
         except OtherSourceError as error:
             return error, False
@@ -454,27 +454,33 @@ def _count_other_settings(
 
 
 def read_existing_alpha(
-    job: Job, digest_for: Callable[[Job], AlphaDigest], source_states: Mapping[str, str] = MappingProxyType({})
+    job: Job,
+    digest_for: Callable[[Job], AlphaDigest],
+    source_states: Mapping[str, str] = MappingProxyType({}),
+    *,
+    keep_all: bool = False,
 ) -> ExistingAlpha | None:
     """Return the alpha that an earlier run made for a job; None if there is none, or if it is damaged.
 
-    If the run writes trimaps too, an alpha without its trimap is damaged, unless it is reviewed. Raises
-    OtherSourceError if the alpha was made from another source: one with another name below its root, or one below
-    another root and with other content. Raises ImageError if the source or the output cannot be read.
+    If the run writes trimaps too, an alpha without its trimap is damaged. Exceptions are a reviewed alpha, and with
+    ``keep_all`` an alpha that was made with other settings. Raises OtherSourceError if the alpha was made from another
+    source: one with another name below its root, or one below another root and with other content. Raises ImageError if
+    the source or the output cannot be read.
 
-    ``digest_for`` and ``source_states``: see :func:`find_existing_alphas`.
+    ``digest_for``, ``source_states`` and ``keep_all``: see :func:`find_existing_alphas`.
     """
     provenances = {path: _read_own_provenance(path, job) for path in job.outputs}
     retouched = next(
         (path for path, provenance in provenances.items() if provenance and has_changed_pixels(path, provenance)), None
     )
     provenance = provenances[job.output]
-    is_complete = all(provenances.values())
-    if not is_complete and REVIEWED_KEY not in provenance:
+    digest = digest_for(job)
+    has_other_settings = bool(provenance) and provenance[DIGEST_KEY] != digest.value
+    is_kept_alone = REVIEWED_KEY in provenance or (keep_all and has_other_settings)
+    if not is_kept_alone and not all(provenances.values()):
         if retouched is not None:
             raise _retouched_error(retouched, job)
         return None
-    digest = digest_for(job)
     if provenance.get(ROOT_KEY) != escape_name(job.root):
         # The state may differ, but _read_own_provenance() has compared the content.
         return ExistingAlpha(job, digest, provenance, "", is_of_same_state=True, retouched=retouched)
