@@ -305,7 +305,7 @@ LONG = ["--set", "train.steps=200"]
 def started(config: Path, out: Path, steps: int, *flags: str, workers: int = 0) -> subprocess.Popen[str]:
     """Start a run in another process and return when it has logged this number of steps."""
     line = command(config, out, *LONG, *flags, workers=workers)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while process.poll() is None and not ((out / "log.csv").exists() and len(log(out)) >= steps):
         time.sleep(0.02)
     return process
@@ -318,7 +318,7 @@ def test_signal_saves_the_state_and_the_run_resumes(
 ) -> None:
     never = ["--set", "train.save_every=1000"]
     process = started(config, out, 2, *never, workers=1 if number == signal.SIGTERM else 0)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # to all processes of the run, as a terminal and a farm do
     _, errors = process.communicate(timeout=100)
     assert process.returncode == code, errors
     assert "Traceback" not in errors

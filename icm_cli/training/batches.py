@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from icm_cli.errors import ImageError, TrainingError
+from icm_cli.signals import ignore_stop_signals
 
 WORKER_NICENESS = 15
 MAX_ATTEMPTS = 10
@@ -170,12 +170,17 @@ def load_batches(
     loader = DataLoader(
         maker, batch_sampler=counters, collate_fn=_keep_batch, pin_memory=pin, **worker_options(workers)
     )
+    for batch in iterate_loader(loader):
+        if isinstance(batch, str):
+            raise TrainingError(batch)
+        yield batch
+
+
+def iterate_loader(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yield the batches of a loader. At the end, stop its workers, even in the middle of a batch."""
     batches = iter(loader)
     try:
-        for batch in batches:
-            if isinstance(batch, str):
-                raise TrainingError(batch)
-            yield batch
+        yield from batches
     finally:
         # If a worker has died, torch raises RuntimeError while it stops the other workers. In the destructor of the
         # iterator, this would print a traceback, so the workers are stopped here and the error is ignored.
@@ -183,6 +188,8 @@ def load_batches(
         if stop_workers is not None:
             with contextlib.suppress(RuntimeError):
                 stop_workers()
+            for worker in batches._workers:  # type: ignore[attr-defined]
+                worker.kill()  # torch sends SIGTERM to a worker that does not stop, and workers ignore it
 
 
 def check_skipped_fraction(skipped: int, drawn: int, last_reason: str) -> None:
@@ -212,12 +219,11 @@ def worker_options(workers: int) -> dict[str, Any]:
 
 
 def _initialise_worker(_: int) -> None:
-    """Initialise a worker process: a single thread, low priority, and Ctrl-C is ignored.
+    """Initialise a worker process: a single thread, low priority, and stop signals are ignored.
 
     The priority is low because on a CPU the model's threads need the same cores, and one delayed thread delays all
-    others. The main process handles Ctrl-C. SIGTERM ends a worker at once.
+    others. A terminal or a farm sends Ctrl-C and SIGTERM to all processes of a run; the main process handles them.
     """
     os.nice(WORKER_NICENESS)
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ignore_stop_signals()

@@ -27,7 +27,7 @@ from icm_cli.files.atomic_writes import atomic_write
 from icm_cli.files.digests import combined_digest
 from icm_cli.model.contracts import Objects
 from icm_cli.model.lite.head import TokenMatchHead
-from icm_cli.training.batches import MAX_ATTEMPTS, check_skipped_fraction, worker_options
+from icm_cli.training.batches import MAX_ATTEMPTS, check_skipped_fraction, iterate_loader, worker_options
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene, SceneMaker
 from icm_cli.training.learner import Learner
@@ -231,7 +231,7 @@ class ViewEncoder:
             generator=torch.Generator(),  # leaves the default generator to the model
             **worker_options(workers),
         )
-        for batch_keys, scenes in zip(batches, loader, strict=True):
+        for batch_keys, scenes in zip(batches, iterate_loader(loader), strict=True):
             readable = [scene for scene, _ in scenes if scene is not None]
             reasons = [reason for _, failures in scenes for reason in failures]
             self._report_skipped(len(scenes), len(scenes) - len(readable), reasons)
