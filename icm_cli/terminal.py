@@ -239,7 +239,8 @@ def _scores_table(report: Report) -> Table:
     columns = [*(METRIC_TITLES[metric] for metric in metrics), "MSE x1e3", "images"]
     # "" is the heading of the first column.
     table = _make_table("", columns, _protocol_line(report.protocol, report.settings.get("note")))
-    incomplete_note = "" if report.is_complete else f" (incomplete, {len(report.results)} images so far)"
+    missing = f"{report.count('not reached')} of {len(report.results)} images not reached"
+    incomplete_note = "" if report.is_complete else f" (incomplete, {missing})"
     for suffix, by_region in (("", report.means), (", not trained on", report.means_unseen or {})):
         for region, means in by_region.items():
             cells = [format_mean(means.metrics.get(metric), metric) for metric in metrics]
@@ -281,9 +282,11 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
         rows.append(("resized for scoring", f"{resized}"))
     if seen := sum(bool(result.evaluation.is_seen) for result in report.results):
         rows.append(("trained on", f"{seen} of the images"))
-    if "device" in report.settings:
+    matting_time = ""
+    if "device" in report.settings:  # without it, finished alphas are scored
         rows.append(("device", report.settings["device"]))
-    rows.append(("time", f"{report.seconds:.1f} s, of which matting {report.matting_seconds:.1f} s"))
+        matting_time = f", of which matting {report.matting_seconds:.1f} s"
+    rows.append(("time", f"{report.seconds:.1f} s{matting_time}"))
     rows.append(("peak memory", f"{report.peak_memory_bytes / 1e6:.0f} MB"))
     return rows
 

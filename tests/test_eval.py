@@ -273,14 +273,18 @@ def test_sigterm_scores_and_reports_finished_images(data: Path, small_model: Pat
         *("--rounds", "100", "--save-alphas", str(tmp_path / "out"), "--report", str(tmp_path / "r.html")),
     ]
     (tmp_path / "r.html").write_text("<title>an earlier page – icm</title>")
-    with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
+    with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
         assert run.stderr
+        assert run.stdout
         assert next(text for text in run.stderr if text.startswith("[2/"))
         run.terminate()
         rest = run.stderr.read()
+        summary = run.stdout.read()
     assert run.returncode == 143
     report = report_of(tmp_path / "r.json")
     assert not report["summary"]["complete"]
+    missing = report["summary"]["not_reached"]
+    assert f"(incomplete, {missing} of {len(report['images'])} images not reached)" in summary
     assert "earlier" in (tmp_path / "r.html").read_text()  # an interrupted run does not replace a report
     assert "is unchanged" in rest
     for image in report["images"]:

@@ -77,6 +77,22 @@ def test_missing_prediction_is_reported_and_others_are_scored(evaluate: Evaluate
     assert report_of(tmp_path / "r.json")["summary"]["means"]["whole"]["images"] == 5
 
 
+def test_of_predictions_with_the_same_name_the_png_is_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+    """Without a PNG, it is unknown which file is the alpha."""
+    copy_alphas(data, tmp_path / "pred")
+    png = tmp_path / "pred" / "a" / "lawn.png"
+    for suffix in (".bmp", ".tif"):
+        cv2.imwrite(str(png.with_suffix(suffix)), 255 - read(png))
+    result = evaluate(pred=tmp_path / "pred", report=tmp_path / "r.json")
+    assert by_name(report_of(tmp_path / "r.json"))["a/lawn"]["output"] == str(png)
+    assert result.exit_code == 0, result.output
+    assert "of which matting" not in result.stdout  # the alphas are only scored
+    png.unlink()
+    result = evaluate(pred=tmp_path / "pred")
+    assert result.exit_code == 1
+    assert f"lawn.jpg has no alpha, or several; expected {png}, or one file of this name" in result.stderr
+
+
 def test_predictions_are_resized_to_the_ground_truth_and_counted(
     evaluate: Evaluate, data: Path, tmp_path: Path
 ) -> None:

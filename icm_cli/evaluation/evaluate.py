@@ -179,7 +179,8 @@ def _score_predictions(evaluation: Evaluation, folder: Path) -> Report:
                 collector.add(replace(result, status="done"))
                 continue
             alphas_folder = round_folder(folder, result.round, rounds)
-            reason = f"{result.source} has no unique alpha in {alphas_folder}; expected a file named {result.name}"
+            expected = f"expected {alphas_folder / result.name}.png, or one file of this name in another format"
+            reason = f"{result.source} has no alpha, or several; {expected}"
             collector.add_problem(Problem("missing-prediction", result.name, reason))
             collector.add(replace(result, status="unscored", reason=reason))
         evaluation.score_flicker(collector)
@@ -235,7 +236,9 @@ class _PredictedAlphas:
 
     def __init__(self, folder: Path, samples: Sequence[Sample]) -> None:
         paths = list_images(folder) if folder.is_dir() else []
-        self._by_name = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+        names = {path: path.relative_to(folder).with_suffix("").as_posix() for path in paths}
+        pngs = {name: path for path, name in names.items() if path.suffix == ".png"}
+        self._by_name = _invert_unique(names) | pngs  # of files with the same name, the PNG is the alpha
         self._by_stem = _invert_unique({path: path.stem for path in self._by_name.values()})
         self._sample_by_stem = _invert_unique({sample.name: Path(sample.name).name for sample in samples})
 
