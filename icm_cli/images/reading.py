@@ -223,7 +223,10 @@ def compose_image(
 def read_source_image(
     source: Path | CompositeSource, colour: ColourSettings = DEFAULT_COLOUR, frame: int = 0
 ) -> SourceImage:
-    """Read the image of a file, or compose it, for which ``colour`` and ``frame`` have no effect. Raises ImageError."""
+    """Read the image of a file, or compose a composite. Raises ImageError.
+
+    ``colour`` and ``frame`` apply only to a file.
+    """
     if isinstance(source, CompositeSource):
         return compose_image(source.foreground, source.alpha, source.background)
     return read_image(source, colour, frame)

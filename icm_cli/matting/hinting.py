@@ -43,7 +43,10 @@ def says_present(hints: Hints) -> bool:
 
 
 def find_cell(point: Point, size: tuple[int, int], shape: tuple[int, ...]) -> Cell:
-    """Return the pixel of an alpha of this shape [h,w] at a point of an image of this size (height, width)."""
+    """Return the pixel of an alpha at a point (x, y) of its image.
+
+    ``size``: height and width of the image. ``shape``: that of the alpha, [h,w], which may differ.
+    """
     row, column = (
         min(count - 1, int(position / length * count))
         for position, length, count in zip(point[::-1], size, shape, strict=True)

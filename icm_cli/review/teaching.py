@@ -19,7 +19,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -243,7 +243,7 @@ class Teaching:
             raise UsageError(f"the recompute cannot be stopped: {describe_os_error(error)}") from error
 
     def _follow(self) -> None:
-        """Follow the recompute of another server, in a thread. If that was killed, compare the alphas at the end.
+        """Follow, in a thread, a recompute that another server started, until it ends.
 
         A recompute that has ended is followed too: its events say how it ended.
         """
@@ -260,16 +260,10 @@ class Teaching:
                         self._progress.add(event)
                 elif event["event"] == "error" and event["exit_code"] not in INTERRUPTED_CODES:
                     state, message = "failed", event["message"]
-                elif event["event"] == "finished" and event["exit_code"] is not None:
+                elif event["event"] == "finished" and event["exit_code"] is not None:  # None: interrupted
                     state, message = "done", self._describe_failures(failures)
             if before_folder.exists() and not self._is_closed.is_set():
-                _, states = self._state.read_all()
-                compared = {name for name, image in states.items() if image.change is not None}  # by the killed server
-                changes: dict[int, float] = {}
-                for event in image_events:
-                    if event["name"] not in compared:
-                        changes |= self._compare(event, before_folder)
-                self._save_changes(changes, before_folder)
+                self._compare_remaining(image_events, before_folder)
                 if state == "done":
                     shutil.rmtree(before_folder, ignore_errors=True)
         except (IcmError, OSError) as error:
@@ -277,6 +271,16 @@ class Teaching:
         finally:
             with self._lock:
                 self._progress.state, self._progress.message, self._is_followed = state, message, False
+
+    def _compare_remaining(self, image_events: Sequence[dict[str, Any]], before_folder: Path) -> None:
+        """Compare the alphas that a server, which was killed during its recompute, did not compare any more."""
+        _, states = self._state.read_all()
+        changes: dict[int, float] = {}
+        for event in image_events:
+            image = states.get(event["name"])
+            if image is None or image.change is None:
+                changes |= self._compare(event, before_folder)
+        self._save_changes(changes, before_folder)
 
     def _read_changes(self) -> dict[int, float]:
         """Return the saved differences that are not 0, by the id of the image."""

@@ -150,19 +150,20 @@ class TokenMatcher(nn.Module):
     def forward(self, batch: MosaicBatch) -> Prediction:
         """Return the head's outputs.
 
-        They are the logit of the coarse alpha [B,H,W], the logit of the decoder's alpha [B,nH,nW], the similarity maps
-        of all comparisons [B,comparisons,H,W] in -1..1, and the presence logit [B].
+        They are the logit of the coarse alpha [B,H,W], the logit of the decoder's alpha [B,nH,nW], which is n times as
+        large, the similarity maps of all comparisons [B,comparisons,H,W] in -1..1, and the presence logit [B].
         """
         head = self.head
-        scales = {-level: scale.float() for level, scale in enumerate(batch.scales)}
-        target = Features(batch.feature.float(), batch.valid, scales, {})
+        # The head finds a scale by its size, so any distinct keys will do.
+        scales = {level: scale.float() for level, scale in enumerate(batch.scales)}
+        target = Features(batch.feature.float(), batch.valid, scale_features=scales, intra_similarity={})
         projected = head.project_tokens(batch.reference_feature.flatten(0, 1).float())
         projected = projected.reshape(len(batch.feature), -1, projected.shape[-1])
         references = [
             ReferenceTokens(tokens[inside.flatten()], tokens[outside.flatten()])
             for tokens, inside, outside in zip(projected, batch.inside, batch.outside, strict=True)
         ]
-        return head.predict_match(target, references, None)
+        return head.predict_match(target, references, image=None)
 
 
 def require_token_match_head(model: InContextMatting, stage: str) -> TokenMatchHead:

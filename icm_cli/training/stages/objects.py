@@ -175,13 +175,13 @@ class _Rounds:
         return logits + no_change, iou, weights, self._truth, self._coarse
 
     def _predict(self, coordinates: Tensor, labels: Tensor) -> None:
-        """Predict with further points: coordinates [B,n,2] and labels [B,n]."""
+        """Predict with all earlier points and these: coordinates [B,n,2] and labels [B,n]. Adds a round."""
         self._coordinates.append(coordinates.to(self._embedding))
         self._labels.append(labels.to(self._embedding.device))
         logits, iou = self._objects.decode_prompts(
             self._embedding, self._alpha, torch.cat(self._coordinates, dim=1), torch.cat(self._labels, dim=1)
         )
-        self._rounds.append(_Round(logits, iou, torch.ones_like(iou)))
+        self._rounds.append(_Round(logits, iou, weights=torch.ones_like(iou)))
 
     def _corrupt(self, alphas: Tensor, must_corrupt: list[bool]) -> Tensor:
         """Return alphas [B,h,w], of which those that ``must_corrupt`` selects are made worse."""
