@@ -865,9 +865,11 @@ class TestSeveralPeople:
         page.locator('[data-action="reject"]').click()
         expect(page.locator("#status")).to_contain_text("brickwall.jpg: rejected")
         image = open_image(page, server, IMAGES[0])
+        place = page.locator('[data-action="accept"]').bounding_box()
         page.mouse.click(*to_page(page, image, (20, 20)), button="right")
         expect(page.locator("#hints-state")).to_contain_text("1 hint, not saved. The whole alpha may change: ")
         expect(page.locator("#hints-state")).to_contain_text(": references changed")
+        assert page.locator('[data-action="accept"]').bounding_box() == place
         page.locator('[data-action="open-teach"]').click()
         page.locator('[data-action="recompute"]').click()
         expect(page.locator("#recompute-state")).to_contain_text("Done", timeout=90_000)
@@ -1103,6 +1105,13 @@ class TestTeaching:
         line = [sys.executable, "-m", "icm_cli.cli", *shlex.split(command)[1:], "--dry-run"]
         outcome = subprocess.run(line, capture_output=True, text=True, timeout=60)
         assert outcome.returncode == 0, outcome.stderr
+        page.locator("#changed-list li [data-action=open]").first.click()
+        page.keyboard.press("u")  # takes back the last decision of this window, not the recompute of this image
+        expect(page.locator("#status")).to_contain_text("cat.jpg: decision taken back")
+        page.go_back()
+        page.locator('[data-action="undo-recompute"]').click()
+        expect(page.locator("#status")).to_contain_text("alpha before the recompute restored")
+        expect(page.locator('[data-action="undo-recompute"]')).to_be_hidden()
 
     def test_a_reference_is_an_accepted_alpha(self, server: ReviewServer, open_page: Open, folder: Path) -> None:
         """What the page shows but has not saved is neither taught nor accepted."""

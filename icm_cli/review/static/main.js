@@ -58,7 +58,7 @@ function decide(decision, isNext) {
   else { notify("All alphas of this list are reviewed."); location.hash = ""; }
 }
 function undoDecision() {
-  const canUndo = store.items.get(single.id)?.undo || store.pending.has(single.id);
+  const canUndo = store.items.get(single.id)?.undo === "decision" || store.pending.has(single.id);
   const id = canUndo ? single.id : decisions.lastDecided();
   if (id === undefined) notify("Nothing was decided in this window. Open an image to take back its decision.");
   else decisions.undo(id);
@@ -97,6 +97,7 @@ const ACTIONS = {
   "accept-stay": () => decide(decisions.accept, false),
   reject: () => decide(decisions.reject, true),
   undo: undoDecision,
+  "undo-recompute": () => decisions.undo(single.id),
   reference: () => single.details && decisions.teach(single.id, "reference", "alpha"),
   negative: () => single.details && decisions.teach(single.id, "negative", byId("negative-area").value),
   forget: () => decisions.forget(single.id),

@@ -188,15 +188,15 @@ class Single {
     const canAccept = isReady && this.refusal === "";
     const isEnabled = {
       accept: canAccept, "accept-stay": canAccept, reject: isReady,
-      undo: isReady && (item.undo !== "" || lastDecided() !== undefined),
+      undo: isReady && (item.undo === "decision" || lastDecided() !== undefined),
       reference: isReady && item.taught !== "reference", negative: isReady && item.taught !== "negative",
       "undo-hint": editor.draft?.past.length > 0, "redo-hint": editor.draft?.future.length > 0,
-      "clear-hints": editor.draft?.shapes.length > 0, "discard-hints": editor.draft?.isDirty,
+      "undo-recompute": isReady, "clear-hints": editor.draft?.shapes.length > 0, "discard-hints": editor.draft?.isDirty,
     };
     for (const [action, value] of Object.entries(isEnabled)) findButton(action).disabled = !value;
     for (const each of document.querySelectorAll("[data-title]")) each.title = this.refusal || each.dataset.title;
     findButton("forget").hidden = item.taught === null;
-    setText(byId("undo-label"), item.undo === "recompute" ? "Undo recompute" : "Undo decision");
+    findButton("undo-recompute").hidden = item.undo !== "recompute";
     if (document.activeElement === document.body) byId("marks").focus({ preventScroll: true }); // a button was disabled
   }
 }
