@@ -26,6 +26,16 @@ SIZE = 60, 80
 SQUARE = [[10, 10], [30, 10], [30, 30], [10, 30]]
 
 
+OBJECTS = """
+    bag badge bagel bed beg bib big bldg bog bug buggy bugle dog egg fig flag fog frog gum gun jug leg peg pig
+    backboard backdrop backhand backpack backyard battleground foreground groundhog playground underground
+    rag rug tv barkeeper beep beeper creeper deep goalkeeper housekeeper jeep keel keeper keepsake keg kelp kepi kettle knee peek
+    peep sheep steep sweeper cord crop dewdrop door drape dripper drone droplet droplets dropper drum drupe eyedropper
+    gumdrop pod prop propeller raindrop rod snowdrop teardrop trap troop
+"""
+"""Words that resemble the labels bg, background, keep and drop."""
+
+
 def png_text(mask: np.ndarray) -> str:
     stream = io.BytesIO()
     Image.fromarray(mask).save(stream, "PNG")
@@ -53,6 +63,11 @@ def read(folder: Path, content: Any, label: str | None = None) -> Hints:
     path = folder / "note.json"
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     return read_hints(path, SIZE, image=Path("/data/a/ref.png"), label=label)
+
+
+def test_words_that_resemble_a_label_name_the_object(tmp_path: Path) -> None:
+    for label in OBJECTS.split():
+        assert read(tmp_path, labelme(shape("point", [20, 20], label=label.title()))).points == ((20.0, 20.0),)
 
 
 def box_area(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,11 +56,10 @@ BORDER_TOLERANCE_PX = 1.0
 """Points up to this far outside the image are moved to its border, because tools round coordinates there."""
 MAX_COUNT_BITS = 40
 """Largest number of bits of a count in a compressed run-length encoding."""
-MIN_SIMILARITY = 0.6
-"""Similarity (``SequenceMatcher.ratio``) from which a label resembles a known one."""
-LONG_LABEL, MIN_LONG_SIMILARITY = 8, 0.8
-"""A label is a misspelling of a known one of at least this length if it is at least this similar."""
-VOWELS = frozenset("aeiouy")
+LONG_LABEL, MIN_SIMILARITY = 8, 0.85
+"""A label is a misspelling of a known one of at least this length if ``SequenceMatcher.ratio`` is at least this."""
+ABBREVIATIONS = {"bg": re.compile("b[cdgknr]*g[cdgknr]*")}
+"""Other abbreviations of labels, such as bkg and bckgrnd."""
 SUBPIXEL_BITS = 4
 """Fractional bits of the coordinates that OpenCV draws."""
 MAX_LISTED = 8
@@ -431,17 +431,19 @@ def _check_spelling(label: str) -> None:
 def _is_misspelling(label: str, known: str) -> bool:
     """Return whether a label can only be a misspelling of a known one, and not a word that names an object.
 
-    So it is if it begins with the known label, has the same letters in another order, or resembles it and has no other
-    letters or no vowel. Of a long label, it is enough to resemble it closely.
+    So it is if its first word is the known label, if it has an "s" at the end, a doubled letter, one letter less or two
+    letters swapped, or if it is another abbreviation. Of a long label, it is enough to resemble it closely.
     """
-    letters = "".join(filter(str.isalpha, label))
-    similarity = SequenceMatcher(None, known, letters).ratio()
-    if letters.startswith(known) or sorted(letters) == sorted(known):
-        return True
-    if len(known) >= LONG_LABEL and similarity >= MIN_LONG_SIMILARITY:
-        return True
-    has_no_other_letters = letters[:1] == known[0] and set(letters) <= set(known)
-    return similarity >= MIN_SIMILARITY and (has_no_other_letters or VOWELS.isdisjoint(letters))
+    words = re.findall(r"[^\W\d_]+", label)
+    letters = "".join(words)
+    places = range(len(known))
+    misspellings = {f"{known}s"}
+    misspellings |= {known[: place + 1] + known[place:] for place in places}
+    misspellings |= {known[:place] + known[place + 1 :] for place in places[1:] if len(known) > 2}
+    misspellings |= {known[:place] + known[place : place + 2][::-1] + known[place + 2 :] for place in places}
+    is_similar = len(known) >= LONG_LABEL and SequenceMatcher(None, known, letters).ratio() >= MIN_SIMILARITY
+    is_abbreviation = known in ABBREVIATIONS and ABBREVIATIONS[known].fullmatch(letters) is not None
+    return known in words[:1] or letters in misspellings or is_similar or is_abbreviation
 
 
 def _combine_shapes(shapes: Sequence[tuple[str, _Shape]], size: tuple[int, int]) -> Hints:
