@@ -29,7 +29,8 @@ SQUARE = [[10, 10], [30, 10], [30, 30], [10, 30]]
 OBJECTS = """
     bag badge bagel bed beg bib big bldg bog bug buggy bugle dog egg fig flag fog frog gum gun jug leg peg pig
     backboard backdrop backhand backpack backyard battleground foreground groundhog playground underground
-    rag rug tv barkeeper beep beeper creeper deep goalkeeper housekeeper jeep keel keeper keepsake keg kelp kepi kettle knee peek
+    rag rug tv barkeeper beep beeper creeper deep goalkeeper housekeeper jeep keel keeper keepsake keg kelp kepi
+    kettle knee peek
     peep sheep steep sweeper cord crop dewdrop door drape dripper drone droplet droplets dropper drum drupe eyedropper
     gumdrop pod prop propeller raindrop rod snowdrop teardrop trap troop
 """
