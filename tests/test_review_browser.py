@@ -692,7 +692,9 @@ class TestFixes:
         page = open_page(server)
         page.locator("#filter-folder").select_option("night")
         page.locator("#sort").select_option("name")
-        page.locator("#grid").focus()
+        page.keyboard.press("/")
+        page.keyboard.press("Enter")
+        expect(page.locator("#grid")).to_be_focused()
         page.keyboard.press("Home")
         page.keyboard.press("Enter")
         expect(page.locator("#image-name")).to_have_text("cat.jpg")
@@ -708,6 +710,15 @@ class TestFixes:
         wait_for_answer(page)
         page.keyboard.press("Control+z")
         expect(page.locator("#hints-state")).to_contain_text("No hints")
+        for key in (*["Shift+ArrowLeft"] * 10, *["+"] * 4):
+            page.keyboard.press(key)
+        position = """async () => (await import("/static/editor.js")).editor.findCrosshair()"""
+        x, y = page.evaluate(position)
+        stage = page.locator("#stage").bounding_box()
+        assert stage is not None
+        assert 0 < x < stage["width"] / 2
+        assert 0 < y < stage["height"]
+        page.keyboard.press("f")
         page.keyboard.press("a")
         expect(page.locator("#image-name")).to_have_text("deepfield.jpg")
         expect(page.locator("#status")).to_contain_text("cat.jpg: accepted")

@@ -110,6 +110,8 @@ class Editor {
     }
     return true;
   }
+  /** Return where the pointer of the keyboard is on the stage, in CSS pixels; [] without one. */
+  findCrosshair() { return this.crosshair ? viewer.toCanvas(this.crosshair).map((each) => each / viewer.ratio) : []; }
   /** Move the pointer of the keyboard by steps of the screen. */
   moveCrosshair(x, y, stepPx = KEY_STEP_PX) {
     const { crosshair, draft } = this;
@@ -229,7 +231,6 @@ function growBox(shape, [x, y]) {
   const [left, top, right, bottom] = boxCorners([...shape.points, [x, y]]);
   return { ...shape, points: [[Math.floor(left), Math.floor(top)], [Math.ceil(right), Math.ceil(bottom)]] };
 }
-
 function contains(box, [x, y]) {
   const [left, top, right, bottom] = boxCorners(box.points);
   return x >= left && x <= right && y >= top && y <= bottom;

@@ -8,6 +8,7 @@ const reasonRows = new Map(); // rows of the reasons: {root, input, count} by re
 byId("thumbnail-view").value = store.settings.thumbnailView;
 byId("thumbnail-size").value = store.settings.thumbnailSize;
 form.addEventListener("input", apply);
+form.addEventListener("submit", () => byId("grid").focus()); // Enter in the search
 for (const name of ["items", "filter", "run"]) store.on(name, draw);
 
 export const reset = () => { form.reset(); apply(); };

@@ -81,7 +81,7 @@ const ACTIONS = {
   view: (view) => single.setView(view),
   compare: () => single.toggleCompare(),
   marks: () => single.toggleMarks(),
-  zoom: (factor) => viewer.zoomTo(viewer.zoom * factor),
+  zoom: (factor) => viewer.zoomTo(viewer.zoom * factor, ...editor.findCrosshair()),
   "zoom-100": () => viewer.zoomTo(1),
   fit: () => viewer.fit(),
   hold: () => (editor.isSpaceDown = true),
