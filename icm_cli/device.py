@@ -54,7 +54,7 @@ class Device:
 
 
 def resolve_device(device: str = "auto", dtype: str = "auto", *, transformer_dtype: str = "auto") -> Device:
-    """Return the device of the options ``--device``, without "cuda:all", and ``--dtype``.
+    """Return the device for values of the options ``--device`` (not "cuda:all") and ``--dtype``.
 
     ``transformer_dtype``: dtype that the model's transformers prefer if ``dtype`` is "auto". Raises ConfigError if the
     machine has no such device.

@@ -194,8 +194,9 @@ def _print_blocks(*blocks: Table | str) -> None:
     if sys.stdout is None:
         return
     is_terminal = sys.stdout.isatty()
+    # Rich draws the borders of tables with characters that the encoding of its file has.
     buffer = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding, errors="surrogateescape")
-    width = None if is_terminal else PLAIN_WIDTH
+    width = None if is_terminal else PLAIN_WIDTH  # None: that of the terminal
     console = Console(file=buffer, width=width, color_system=None, highlight=False, markup=False, emoji=False)
     for block in blocks:
         if isinstance(block, str):

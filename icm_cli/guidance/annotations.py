@@ -207,7 +207,7 @@ def _labelme_shapes(content: dict[str, Any], size: tuple[int, int]) -> Iterator[
             raise ValueError(f"{name} is of type {format_json(kind)}; expected one of {', '.join(POINT_COUNTS)}")
         least, most = POINT_COUNTS[kind]
         if not least <= len(points) <= most:
-            expected = f"{least}" if least == most else f"{least} or more"
+            expected = f"{least} or more" if most == math.inf else f"{least}"
             raise ValueError(f"{name} is a {kind} with {len(points)} points; expected {expected}")
         points = [_clip_point(point, size, name) for point in points]
         mask = _decode_mask(shape.get("mask"), points, size, name) if kind == "mask" else None

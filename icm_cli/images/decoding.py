@@ -374,9 +374,10 @@ def _are_greys(colours: NDArray[Any]) -> bool:
 def _space_and_profile(
     file: ImageFile, profile: bytes | None, wanted: colour.ColourSettings
 ) -> tuple[str, bytes | None, list[str]]:
-    """Return the colour space, the ICC profile to convert the colours from, if any, and notices.
+    """Return the colour space of the image, its ICC profile, if any, and notices.
 
-    In a PNG, code points have precedence over an ICC profile, in AVIF and HEIC the profile has.
+    Colours with a profile are first converted from it to this space, which is then sRGB. In a PNG, code points have
+    precedence over a profile. In AVIF and HEIC, the profile has precedence.
     """
     if wanted.space != "auto":
         return wanted.space, None, []

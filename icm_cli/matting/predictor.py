@@ -197,9 +197,10 @@ class Predictor:
             pairs: One pair or several: an image, sRGB uint8 [H,W,3] or grey [H,W], and the mask of the object, [H,W]:
                 bool, uint8 0..255 or float 0..1. With ``Hints`` in place of the mask, ``lite`` makes it from their
                 points, boxes and strokes.
-            negatives: Images of what is not the object; or pairs of image and mask or Hints, which select it.
+            negatives: Images that do not show the object. Or pairs: an image, and a mask or Hints that select what is
+                not the object.
             learn_steps: Number of steps in which a copy of the head is fine-tuned on the references. Useful if all
-                images show one shot or location. None for 0.
+                images show one shot or location. None means 0: no fine-tuning.
             on_progress: Called with the finished fraction of the fine-tuning, 0..1.
 
         Raises:

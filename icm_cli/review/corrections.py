@@ -245,8 +245,8 @@ class Corrections:
     def _submit_to_model(self, task: Callable[[RunModel], Result]) -> Future[Result]:
         """Queue a task that uses the model, and return its future. Starts to load the model if nobody has.
 
-        The task fails with ModelNotReadyError if the model could not be loaded before it, even if another tab has
-        started to load it again since.
+        The task depends on the load that is current when it is queued. If that load fails, the task fails with
+        ModelNotReadyError, even if another tab has started a new load by then.
         """
         with self._lock:
             loading = self._loading or self._begin_loading()

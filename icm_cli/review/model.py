@@ -86,7 +86,10 @@ class RunModel:
         return self._choice.config.title
 
     def open_image(self, id: int) -> OpenImage:
-        """Make an image ready for answers, unless it is, and return it. Raises ImageError."""
+        """Return an image that is ready for answers. Raises ImageError.
+
+        It is opened first if it is not open, or if its files have changed.
+        """
         job = self._run.jobs[id]
         identities = tuple(identify_file(path) for path in job.files)
         image = self._images.pop(id, None)
@@ -96,11 +99,11 @@ class RunModel:
             frame = self._predictor.prepare_frame(source.rgb, source.windows, mattes=mattes)
             session = self._create_matting(self._find_shot(id, job)).open_session(job, frame)
             image = OpenImage(identities, frame, source.windows, session)
-        self._images[id] = image
-        self._close_images()
+        self._images[id] = image  # at the end: the last one used
+        self._close_oldest_images()
         return image
 
-    def _close_images(self) -> None:
+    def _close_oldest_images(self) -> None:
         """Close the images that were not used for longest, until the others keep to the limits."""
         sizes = [image.frame.rgb.nbytes for image in self._images.values()]
         while len(sizes) > MAX_SESSIONS or (len(sizes) > 1 and sum(sizes) > MAX_SESSION_BYTES):

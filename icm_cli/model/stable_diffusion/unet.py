@@ -88,7 +88,7 @@ class MeanAttention:
         """Add the attention maps of a layer to the sum, in chunks.
 
         Yields for each chunk the slices of its maps and query rows, and its probabilities, float32 [maps,rows,N]. The
-        next chunk overwrites their memory.
+        next chunk overwrites their memory. Only the sum leaves out padding; the network itself attends to it.
         """
         queries = query.flatten(0, 1).float() * query.shape[-1] ** -0.5
         key_columns = key.flatten(0, 1).float().transpose(-1, -2)
@@ -104,11 +104,11 @@ class MeanAttention:
                 rows = slice(top, min(tokens, top + rows_at_once))
                 chunk = buffer[: maps.stop - first, : rows.stop - top]
                 torch.bmm(queries[maps, rows], key_columns[maps], out=chunk)
-                without_padding = chunk  # the same memory, if there is no padding
-                if self._padding is not None:
+                without_padding = None
+                if self._padding is not None:  # before the scores are overwritten
                     without_padding = chunk.masked_fill(self._padding, float("-inf")).softmax(-1)
                 torch.softmax(chunk, dim=-1, out=chunk)
-                for probabilities in without_padding:
+                for probabilities in chunk if without_padding is None else without_padding:
                     self._sum[rows].add_(probabilities, alpha=1 / count)
                 yield maps, rows, chunk
         self._layers += 1
