@@ -133,6 +133,21 @@ def test_a_repair_of_some_images_does_not_change_the_record(icm: Icm, scene: Pat
     assert recorded_options(scene) == {**first, "seed": 7}
 
 
+@pytest.mark.parametrize(("out", "copied_out"), [("out", "copy"), ("out/m.####.png", "copy/m.####.png")])
+def test_a_repair_in_a_copied_folder_does_not_change_the_record(
+    icm: Icm, scene: Path, out: str, copied_out: str
+) -> None:
+    (scene / "imgs" / "wall.jpg").rename(scene / "imgs" / "wall.0102.jpg")
+    src = scene / "imgs" / "*.*g"
+    assert icm(src=src, out=scene / out).exit_code == 0
+    first = recorded_options(scene)
+    shutil.copytree(scene / "out", scene / "copy")
+    shutil.rmtree(scene / "out")
+    assert icm("--include", "wall*", src=src, out=scene / copied_out, seed=7).exit_code == 0
+    shutil.move(scene / "copy", scene / "out")
+    assert recorded_options(scene) == first
+
+
 def test_a_run_with_other_images_replaces_the_record(icm: Icm, scene: Path) -> None:
     imgs, sub = scene / "imgs", scene / "imgs" / "sub"
     assert icm(src=sub, root=imgs).exit_code == 0

@@ -15,7 +15,7 @@ from icm_cli.files.atomic_writes import atomic_write
 from icm_cli.files.json_files import read_json, write_json
 from icm_cli.files.paths import LIST_SUFFIXES, RECORD_FOLDER
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.planning import SourceFilter
+from icm_cli.matting.planning import SourceFilter, choose_output
 from icm_cli.options import MatteOptions
 from icm_cli.options.definition import OptionField
 
@@ -47,7 +47,7 @@ def record_run(options: MatteOptions, folder: Path, jobs: Sequence[Job], notice:
     try:
         if options.sources.src == "-":
             values["src"] = str(_write_sources(folder, jobs, is_part=bool(options.given & {"shard", "frames"})))
-        elif _is_part_of_recorded_run(values, folder, jobs):
+        elif _is_part_of_recorded_run(options, values, folder, jobs):
             return
         record = {"schema_version": SCHEMA_VERSION, "icm": __version__, "options": values}
         write_json(folder / RECORD_FOLDER / RECORD_NAME, record)
@@ -64,15 +64,19 @@ def recorded_values(options: MatteOptions) -> dict[str, Any]:
     }
 
 
-def _is_part_of_recorded_run(values: Mapping[str, Any], folder: Path, jobs: Sequence[Job]) -> bool:
-    """Return whether a run mattes a selection of the images of the recorded run, to the same output paths.
+def _is_part_of_recorded_run(
+    options: MatteOptions, values: Mapping[str, Any], folder: Path, jobs: Sequence[Job]
+) -> bool:
+    """Return whether a run mattes a selection of the images of the recorded run, to the same paths in the folder.
 
-    It has another ``include`` or ``exclude`` than the recorded run, or the source is a part of the recorded folder.
+    It has another ``include`` or ``exclude`` than the recorded run, or the source is a part of the recorded folder. The
+    folder may have been copied or moved since the recorded run.
     """
     with contextlib.suppress(UsageError, OutputError):
-        earlier = recorded_values(read_run_record(folder))
+        record = read_run_record(folder)
+        earlier = recorded_values(record)
         changed = {name for name in {**values, **earlier} if values.get(name) != earlier.get(name)}
-        if changed & {"out", "name", "keep_suffix", "format"}:
+        if changed & {"name", "keep_suffix", "format"} or _out_pattern(options) != _out_pattern(record):
             return False
         if changed & {"src", "root"}:
             is_selection = _are_in_folder(jobs, earlier["src"], earlier.get("root", earlier["src"]))
@@ -81,6 +85,12 @@ def _is_part_of_recorded_run(values: Mapping[str, Any], folder: Path, jobs: Sequ
         source_filter = SourceFilter(earlier.get("include", ()), earlier.get("exclude", ()))
         return is_selection and all(source_filter.selects_name(job.name) for job in jobs)
     return False
+
+
+def _out_pattern(options: MatteOptions) -> str:
+    """Return the frame pattern of ``--out`` without its folder; "" if ``--out`` is a folder. Raises UsageError."""
+    _, layout = choose_output(options.output)
+    return "" if layout.pattern is None else Path(options.output.out).name
 
 
 def _are_in_folder(jobs: Sequence[Job], folder: str, root: str) -> bool:
