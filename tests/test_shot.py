@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from icm_cli.errors import ImageError, UsageError
 from icm_cli.evaluation.evaluate import evaluate
 from icm_cli.geometry import CanvasRule, Float, alpha_to_u8
 from icm_cli.guidance.hints import Hints
+from icm_cli.images.image_file import ReopeningFile
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.writing import read_provenance, set_provenance_entry, write_alpha
 from icm_cli.matting.hint_files import ImageHints
@@ -725,6 +727,30 @@ def test_frames_after_a_frame_that_cannot_be_matted_are_recomputed_once(shot: Sh
         assert (summary["done"], summary["failed"]) == (done, 2)
     write_hint(scene / "hints" / "sh.1006.json")
     cv2.imwrite(str(scene / "garbage.1002.png"), BLACK)
+    assert shot(**options).exit_code == 0
+    assert shot(**{**options, "out": scene / "whole"}).exit_code == 0
+    assert alphas(scene / "out") == alphas(scene / "whole")
+
+
+def test_frames_after_a_frame_whose_matte_cannot_be_read_are_recomputed_once(
+    shot: Shoot, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in FRAMES:
+        cv2.imwrite(str(scene / f"garbage.{number}.png"), BLACK)
+    options = {"garbage": scene / "garbage.####.png", "report": scene / "r.json"}
+    open_file = ReopeningFile.__init__
+
+    def refuse(self: ReopeningFile, path: Path) -> None:
+        if path == scene / "garbage.1006.png":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        open_file(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReopeningFile, "__init__", refuse)
+        for done in (6, 0):
+            assert shot(**options).exit_code == 1
+            summary = json.loads((scene / "r.json").read_text())["summary"]
+            assert (summary["done"], summary["failed"]) == (done, 1)
     assert shot(**options).exit_code == 0
     assert shot(**{**options, "out": scene / "whole"}).exit_code == 0
     assert alphas(scene / "out") == alphas(scene / "whole")

@@ -120,7 +120,8 @@ class Job:
         """Return whether an error in reading the image occurs in every run with the same :meth:`input_digest`."""
         if self.inspected is None or isinstance(error, ImageMemoryError):
             return False
-        if isinstance(error, FileAccessError) and (error.is_transient or self.inspected.planned_state):
+        was_unreadable = not self.inspected.planned_state or (self.mattes is not None and self.mattes.were_unreadable)
+        if isinstance(error, FileAccessError) and (error.is_transient or not was_unreadable):
             return False
         return not self.inspected.has_changed()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,12 +79,21 @@ class MatteFile:
     """Why the image has no file, such as a missing frame; "" if it has one."""
 
     @functools.cached_property
-    def digest(self) -> str:
-        """Hash of the content. For a file that cannot be read, whose image will fail, a text with its path."""
-        try:
+    def _content_digest(self) -> str:
+        """Hash of the content; "" for a file that cannot be read, whose image will fail."""
+        with contextlib.suppress(ImageError):
             return file_digest(self.path)
-        except ImageError:
-            return f"unreadable: {self.path}"
+        return ""
+
+    @property
+    def digest(self) -> str:
+        """Hash of the content. For a file that could not be read, a text with its path."""
+        return self._content_digest or f"unreadable: {self.path}"
+
+    @property
+    def was_unreadable(self) -> bool:
+        """Whether the file could not be read for its digest."""
+        return not self._content_digest
 
     @functools.cached_property
     def _size(self) -> tuple[int, int]:
@@ -123,6 +133,11 @@ class ImageMattes:
         """Hashes of the content of the files, by the kind of matte."""
         files = {"garbage": self.garbage, "keep": self.keep}
         return {kind: file.digest for kind, file in files.items() if file is not None}
+
+    @property
+    def were_unreadable(self) -> bool:
+        """Whether a file could not be read for the digests."""
+        return any(file.was_unreadable for file in (self.garbage, self.keep) if file is not None)
 
     def read(self, windows: ImageWindows) -> Mattes:
         """Read the mattes for an image with these windows. Raises ImageError."""
