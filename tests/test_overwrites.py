@@ -143,6 +143,18 @@ def test_refused_run_does_not_replace_the_run_record(icm: Icm, scene: Path) -> N
     assert recorded_source(scene / "out") == str(scene / "b")
 
 
+def test_an_equal_run_record_is_not_written_again(icm: Icm, scene: Path) -> None:
+    """Another user, whose shard comes later, may have no permission to replace it."""
+    record = scene / "out" / RECORD_FOLDER / RECORD_NAME
+    assert icm().exit_code == 0
+    first = record.stat().st_mtime_ns
+    (scene / "out" / "wall.png").unlink()
+    assert icm().exit_code == 0
+    assert record.stat().st_mtime_ns == first
+    assert icm(seed=3).exit_code == 0
+    assert record.stat().st_mtime_ns > first
+
+
 @pytest.mark.parametrize(("seed", "code"), [(0, 0), (3, 1)])
 def test_run_with_other_settings_at_the_same_time_fails(
     icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, seed: int, code: int

@@ -50,7 +50,11 @@ def record_run(options: MatteOptions, folder: Path, jobs: Sequence[Job], notice:
         elif _is_part_of_recorded_run(options, values, folder, jobs):
             return
         record = {"schema_version": SCHEMA_VERSION, "icm": __version__, "options": values}
-        write_json(folder / RECORD_FOLDER / RECORD_NAME, record)
+        path = folder / RECORD_FOLDER / RECORD_NAME
+        with contextlib.suppress(UsageError):  # a shard of another user may have written it
+            if read_json(path, "run record", RECORD_SCHEMA, RERUN) == record:
+                return
+        write_json(path, record)
     except OutputError as error:
         notice(f"icm review will not be able to open this run: {error}")
 
