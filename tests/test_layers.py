@@ -12,7 +12,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "icm_cli"
 LAYERS = (
-    ("errors", "signals"),
+    ("errors", "signals", "values"),
     ("config", "environment", "files"),
     ("options",),
     ("geometry", "device"),

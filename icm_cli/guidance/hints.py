@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from icm_cli.errors import UsageError, shorten
 from icm_cli.files.digests import combined_digest
 from icm_cli.geometry import distance_inside, format_size
-from icm_cli.options.definition import is_number
+from icm_cli.values import is_number
 
 Point: TypeAlias = tuple[float, float]
 """x and y in pixels of the displayed image: from its top left corner, x to the right and y down."""

@@ -33,7 +33,8 @@ from icm_cli.model.contracts import Head, Matte, Objects, ObjectTokens, Prepared
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import FOUND_FRACTION, confidence_and_found
 from icm_cli.options import MAX_LEARN_STEPS, MatteOptions
-from icm_cli.options.definition import is_number, name_arguments_in_errors
+from icm_cli.options.definition import name_arguments_in_errors
+from icm_cli.values import is_number
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from icm_cli.environment import resource_errors
 from icm_cli.errors import IcmError, UsageError, did_you_mean, join_words, quote_value
 from icm_cli.files.paths import check_path
+from icm_cli.values import is_number
 
 Returned = TypeVar("Returned")
 NO_LIMIT = math.inf
@@ -488,11 +489,6 @@ def _to_plain(value: object) -> object:
 
 def _is_flat_tuple(value: object) -> bool:
     return isinstance(value, tuple) and bool(value) and not any(isinstance(item, Iterable) for item in value)
-
-
-def is_number(value: object, kind: type) -> bool:
-    """Return whether a value is a number of a kind, such as ``numbers.Integral``. True and False are none."""
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _words(hint: Any) -> list[str]:
