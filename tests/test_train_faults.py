@@ -60,6 +60,8 @@ def out(tmp_path: Path) -> Path:
         (["--set", "train.minutes=0"], 3, "minutes is 0"),
         (["--set", "train.stage=refine", "--set", "train.refine.crop_px=100"], 3, "crop_px is 100; expected at most"),
         (["--set", "train.stage=match", "--set", "train.match.layout_weights=[1]"], 3, "expected 4 numbers"),
+        (["--set", "train.stage=match", "--set", "train.backbone_learning_rate=0"], 3,
+         "use the stage matte, which trains other heads, or 'head: {name: token-match}'"),
         (["--set", "train.stage=refine", "--set", "train.refine.crop_px=64"], 3, "the backbone is frozen in this run"),
         (["--set", "data.sources=[{images: none, alphas: none}]"], 2, "is not a folder"),
         (["--set", "data.sources=[{dataset: cutouts, root: none}]"], 2, "data: source 1: cutouts folder none"),

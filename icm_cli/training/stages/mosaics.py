@@ -170,8 +170,8 @@ def require_token_match_head(model: InContextMatting, stage: str) -> TokenMatchH
     """Return the head of a model that a stage can train on mosaics. Raises ConfigError if it has another head."""
     if not isinstance(model.head, TokenMatchHead):
         raise ConfigError(
-            f"train: stage is {stage}, which needs a token-match head; use another stage, or 'head: {{name: "
-            "token-match}}'"
+            f"train: stage is {stage}, which needs a token-match head; use the stage matte, which trains other heads, "
+            "or 'head: {name: token-match}'"
         )
     skips, steps = len(model.head.config.skip_channels), len(model.head.config.decoder_channels)
     if steps > skips:
