@@ -1015,7 +1015,7 @@ class TestKills:
         expect(page.locator("#readout")).to_contain_text("RGB")
         expect(page.locator("#strip-frames .thumbnail:not(.loaded)")).to_have_count(0)
         expect(page.locator("#alerts .alert")).to_have_count(0)
-        page.goto(f"{server.origin}/#image-{image['id']}")
+        open_image(page, server, WRONG)
         wait_for_answer(page)
         expect(page.locator("#hints-state")).to_have_text("2 hints, not saved")
         assert shown_alpha(page, image, ON_OBJECT) > 127

@@ -547,6 +547,27 @@ def test_only_decisions_change_the_decision_of_an_image(client: Client) -> None:
     assert "" == item["decision"] == undone["decision"] != rejected["decision"]
 
 
+def test_a_recompute_whose_files_cannot_be_written_is_an_error(client: Client, scene: Path) -> None:
+    """It can be started later: its lock is free."""
+    record = scene / "out" / ".icm"
+    (record / "recompute.jsonl").mkdir()
+    response = client.request("POST", "/api/recompute", {})
+    assert response.status == 400
+    assert str(record / "recompute.jsonl") in response.json["error"]
+    lock = atomic_writes.open_locked(record / "recompute.lock", 0)
+    assert lock is not None
+    os.close(lock)
+    (record / "recompute.jsonl").rmdir()
+
+
+def test_an_error_of_the_system_is_a_message_with_its_reason(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", "/out/a.png")
+    monkeypatch.setattr(client.app.corrections, "reject", Mock(side_effect=error))
+    response = client.request("POST", f"{IMAGE}/reject", {"revision": 0})
+    assert response.status == 500
+    assert "/out/a.png: Permission denied" in response.json["error"]
+
+
 def test_images_without_an_alpha_come_last(client: Client) -> None:
     """The thumbnails are made ahead in the order of the list."""
     lost = client.items()[sorted(client.items())[0]]

@@ -184,11 +184,16 @@ def test_other_references_make_an_alpha_outdated(icm: Icm, open_review: OpenRevi
     run, state, teaching = open_teaching(open_review)
     wall, pad = (accept(run, state, teaching, name) for name in ("wall.jpg", "pad.0101.png"))
     teaching._corrections.accept(pad, revision(state, run, pad), [point("fg", 40, 40)])
-    assert [teaching._corrections.outdated_reason(id) for id in (wall, pad)] == ["", ""]
+    _, _, corrections_of_another_server = open_review()
+    servers = teaching._corrections, corrections_of_another_server
+    for server in servers:
+        assert [server.outdated_reason(id) for id in (wall, pad)] == ["", ""]
     teaching.teach(wall, "reference", "alpha")
-    assert "references" in teaching._corrections.outdated_reason(pad)
+    for server in servers:
+        assert "references" in server.outdated_reason(pad)
     teaching.forget(wall)
-    assert teaching._corrections.outdated_reason(pad) == ""
+    for server in servers:
+        assert server.outdated_reason(pad) == ""
 
 
 def test_the_change_of_an_alpha_is_relative_to_its_object() -> None:

@@ -66,6 +66,8 @@ class Corrections:
         self._model: RunModel | None = None
         self.model_name = run.model_name
         self._loading: Future[None] | None = None
+        self._taught: dict[str, TeachingUse] = {}
+        """The taught images when it began, by name."""
 
     @property
     def model_state(self) -> ModelState:
@@ -102,7 +104,7 @@ class Corrections:
     def base_references(self) -> Sequence[Reference]:
         """Return the references of the run without taught images. Raises ModelNotReadyError."""
         with self._lock:
-            loading = self._loading or self._begin_loading()
+            loading = self._newest_loading()
         if not loading.done():
             raise ModelNotReadyError("the model is loading; try again in a moment")
         return self._loaded_model(loading).references[: len(self._run.options.references.ref)]
@@ -227,7 +229,7 @@ class Corrections:
         )
         with self._lock:
             if self._loading is not None:
-                self._begin_loading()
+                self._newest_loading()
         if old_mask is not None and old_mask != new_mask:  # afterwards: an earlier loading may still read it
             old_mask.unlink(missing_ok=True)
 
@@ -249,11 +251,25 @@ class Corrections:
         ModelNotReadyError, even if another tab has started a new load by then.
         """
         with self._lock:
-            loading = self._loading or self._begin_loading()
+            loading = self._newest_loading()
             return self._submit(lambda: task(self._loaded_model(loading)))
+
+    def _newest_loading(self) -> Future[None]:
+        """Return the loading of the model with the images that are taught now. The lock is held.
+
+        If it has not begun, it begins: also if another server over the same run has changed the taught images.
+        """
+        if self._loading is None or self._read_taught() != self._taught:
+            return self._begin_loading()
+        return self._loading
+
+    def _read_taught(self) -> dict[str, TeachingUse]:
+        """Return the taught images, by name."""
+        return {name: image.taught for name, image in self._state.read_all()[1].items() if image.taught is not None}
 
     def _begin_loading(self) -> Future[None]:
         """Queue the loading of the model, and return its future. The lock is held."""
+        self._taught = self._read_taught()
         self._loading = loading = self._submit(self._load)
         loading.add_done_callback(self._report_failure)
         return loading

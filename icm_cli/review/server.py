@@ -437,6 +437,8 @@ class ReviewApp:
                 {} if schema is None else await _read_body(request, schema),
             )
             result = await run_in_threadpool(handler, parsed)
+        except OSError as error:
+            return json_response({"error": f"{error.filename or 'a file'}: {describe_os_error(error)}"}, 500)
         except IcmError as error:
             content: dict[str, Any] = {"error": str(error)}
             if isinstance(error, StaleRevisionError) and parsed is not None:

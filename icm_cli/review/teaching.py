@@ -163,17 +163,21 @@ class Teaching:
         return ""
 
     def start(self) -> None:
-        """Start a recompute, unless one is running."""
+        """Start a recompute, unless one is running. Raises OutputError if its files cannot be written."""
         with self._lock:
             if self._progress.state == "running":
                 return
             lock_fd = open_locked(self._lock_path, LOCK_TIMEOUT_S)
             if lock_fd is None:
                 return  # another server runs one, which progress() will follow
-            os.truncate(lock_fd, 0)
+            try:
+                os.truncate(lock_fd, 0)
+                self._events.write_bytes(b"")
+                (self._run.record_folder / LOG_NAME).write_bytes(b"")
+            except OSError as error:
+                os.close(lock_fd)
+                raise error_for_failed_write(self._events, error) from error
             self._is_unread = False
-            self._events.write_bytes(b"")
-            (self._run.record_folder / LOG_NAME).write_bytes(b"")
             self._progress = _Progress("running", total=len(self._run.jobs))
             self._thread = threading.Thread(target=self._recompute, args=(lock_fd,), name="icm-recompute")
             self._thread.start()
@@ -364,7 +368,7 @@ class Teaching:
             failures, error = self._read_events(process, before_folder)
         code = process.returncode
         if code in INTERRUPTED_CODES:
-            return "stopped", "stopped; the alphas that are not recomputed yet are unchanged"
+            return "stopped", "the alphas that are not recomputed yet are unchanged"
         if error or code not in (0, 1):  # 1: some images failed
             return "failed", error or f"icm matte ended with exit code {code}; see {log.name}"
         return "done", self._describe_failures(failures)
