@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
+import OpenImageIO as oiio
 import pytest
 from conftest import Icm, alphas, shrink
 
@@ -180,6 +182,26 @@ class TestRuns:
         assert result.exit_code == 1
         assert "big.png: is 600x800, which needs about 0.012 GB of memory, and only 0.001 GB are free" in result.stderr
         assert sorted(alphas(scene / "out")) == ["pad.0101.png", "sub/deep.png", "wall.png"]
+
+    @pytest.mark.usefixtures("few")
+    def test_large_display_window_or_matte_fails_alone(self, icm: Icm, scene: Path) -> None:
+        for side in (40, 50, 60):
+            spec = oiio.ImageSpec(side, 30, 3, "half")
+            spec.full_width, spec.full_height = 800, 600
+            path = str(scene / "imgs" / f"{side}.exr")
+            file = oiio.ImageOutput.create(path)
+            assert file.open(path, spec)
+            assert file.write_image(np.zeros((30, side, 3), np.float32))
+            file.close()
+        result = icm()
+        assert result.exit_code == 1
+        for side in (40, 50, 60):
+            assert f"{side}.exr: is 800x600, which needs about 0.016 GB of memory" in result.stderr
+        assert sorted(alphas(scene / "out")) == ["pad.0101.png", "sub/deep.png", "wall.png"]
+        cv2.imwrite(str(scene / "g.png"), np.zeros((800, 600), np.uint8))
+        result = icm(src=scene / "imgs" / "wall.jpg", garbage=scene / "g.png", out=scene / "o")
+        assert result.exit_code == 1
+        assert f"{scene}/g.png is 600x800, which needs about 0.012 GB of memory" in result.stderr
 
     def test_memory_runs_out_while_writing(self, icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_alpha = engine.write_alpha

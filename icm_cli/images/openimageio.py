@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -162,8 +163,8 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
     read_type = _read_type(spec, wanted)
     # "float" has 4 bytes in OpenImageIO, and 8 in NumPy.
     sample_bytes = 4 if read_type == "float" else np.dtype(read_type).itemsize
-    for height, width in {windows.size, windows.display}:
-        check_memory(path, width, height, sample_bytes)
+    height, width = max(windows.size, windows.display, key=math.prod)
+    check_memory(path, width, height, sample_bytes)
     pixels, alpha = _read_channels(reader, layer, read_type)
     dtype = pixels.dtype
     scale = _white_value(spec, dtype, wanted.white)
