@@ -25,6 +25,7 @@ from icm_cli.errors import UsageError
 from icm_cli.files.json_files import write_json
 from icm_cli.matting.matte import read_all_references
 from icm_cli.matting.run_record import command_line
+from icm_cli.options import MatteOptions
 from icm_cli.review.run import ReviewRun
 from icm_cli.review.state import ReviewState
 from icm_cli.review.teaching import Teaching, measure_change
@@ -194,6 +195,29 @@ def test_other_references_make_an_alpha_outdated(icm: Icm, open_review: OpenRevi
     teaching.forget(wall)
     for server in servers:
         assert server.outdated_reason(pad) == ""
+
+
+def test_a_reference_that_is_removed_while_the_model_is_loaded(
+    icm: Icm, open_review: OpenReview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another server removes it, with its mask, after the options of this one were read."""
+    assert icm().exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    wall = accept(run, state, teaching, "wall.jpg")
+    teaching.teach(wall, "reference", "alpha")
+    wait_for_model(teaching._corrections)
+    counts = list[int]()
+
+    def read_late(options: MatteOptions, notice: Callable[[str], None]) -> Any:
+        counts.append(len(options.references.ref))
+        if state.read("wall.jpg").taught is not None:
+            teaching.forget(wall)
+        return read_all_references(options, notice)
+
+    monkeypatch.setattr("icm_cli.review.model.read_all_references", read_late)
+    _, _, other = open_review()  # waits until its model is ready
+    assert max(counts) == 2
+    assert len(other.base_references()) == 1
 
 
 def test_the_change_of_an_alpha_is_relative_to_its_object() -> None:

@@ -283,8 +283,16 @@ class Corrections:
         """Load the model, or only its references if it is loaded already. Runs in the thread of the model."""
         from icm_cli.review.model import RunModel
 
-        self._model = RunModel(self._run, self.options(), self._notice, earlier=self._model)
-        self.model_name = self._model.name
+        taught = self._read_taught()
+        try:
+            self._model = RunModel(self._run, self.options(), self._notice, earlier=self._model)
+        except UsageError:
+            self._taught = self._read_taught()
+            if self._taught == taught:
+                raise
+            self._load()  # a mask was removed after the options were read
+        else:
+            self.model_name = self._model.name
 
     def _prepare(self, id: int) -> None:
         """Read an image, unless the model could not be loaded. Runs in the thread of the model."""
