@@ -146,8 +146,8 @@ def _with_options(
 ) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
     """Return a decorator for the function of a command, which takes one options object.
 
-    The decorator returns a function with one parameter for each option, which is what Typer reads. ``callbacks``: by
-    the name of a flag that ends the command, such as ``list_models``, the function that is called instead.
+    The decorator returns a function with one parameter for each option, which is what Typer reads. ``callbacks``: name
+    of a flag, such as ``list_models`` -> function that Typer calls instead of the command if the flag is given.
     """
 
     def decorate(body: Callable[[Options], None]) -> Callable[..., None]:

@@ -212,7 +212,7 @@ def _has_every_scan(data: bytes) -> bool:
     missing_bits: dict[tuple[int, int], int] = {}  # by component and coefficient
     for marker, content in _jpeg_segments(data):
         if marker == PROGRESSIVE:
-            components = set(content[6::3])
+            components = set(content[6::3])  # after 6 bytes, 3 for each component: the first is its id
         if marker == SCAN and components:
             component_count = content[0]
             scanned = content[1 : 1 + 2 * component_count : 2]

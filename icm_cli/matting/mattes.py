@@ -181,7 +181,7 @@ class MatteFiles:
 
     def find_file(self, name: Path) -> MatteFile:
         """Return the file for the image with this name; without one, a file that states the problem."""
-        if None in self.files:
+        if None in self.files:  # one matte for all images
             return self.files[None]
         number = FrameName.from_path(name).number
         if number in self.files:

@@ -242,7 +242,7 @@ class Predictor:
             UsageError: An array has another type or shape, or the hints are for another size.
             ConfigError: Memory ran out.
         """
-        frame = self._check_arguments(rgb, reference, garbage, keep)
+        frame = self._frame_of_arguments(rgb, reference, garbage, keep)
         frame = replace(frame, hints=None if hints is None else _check_hints(hints, frame.rgb))
         with device_errors(self.device, "an image was matted"):
             (result,) = self.matte_frames([frame], reference)
@@ -260,7 +260,7 @@ class Predictor:
 
         What does not depend on the hints is computed here, once. Arguments and errors are those of :meth:`matte`.
         """
-        return self.open_session(self._check_arguments(rgb, reference, garbage, keep), reference)
+        return self.open_session(self._frame_of_arguments(rgb, reference, garbage, keep), reference)
 
     def open_session(self, frame: Frame, reference: PreparedReferences) -> Session:
         """Return a session for a frame. Its alphas equal those of :meth:`matte_frames` with the same hints."""
@@ -272,8 +272,8 @@ class Predictor:
 
             return Session(self, frame, decide_alpha)
 
-    def _check_arguments(self, rgb: Any, reference: Any, garbage: Any, keep: Any) -> Frame:
-        """Check the arguments of :meth:`matte`, and return the prepared frame without hints. Raises UsageError."""
+    def _frame_of_arguments(self, rgb: Any, reference: Any, garbage: Any, keep: Any) -> Frame:
+        """Check the arguments of :meth:`matte`, and return their prepared frame, without hints. Raises UsageError."""
         check_not_forked()
         if not hasattr(reference, "notices"):
             raise UsageError(f"reference is {_describe(reference)}; expected the result of Predictor.reference")

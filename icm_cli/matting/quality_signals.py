@@ -106,16 +106,19 @@ def _measure_components(mask: NDArray[np.bool_]) -> dict[str, float]:
 
 
 def _measure_position(mask: NDArray[np.bool_]) -> dict[str, float]:
-    """Return the bounding box in fractions of the image, and how much of the image border is in the mask."""
-    (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis=axis))[[0, -1]] + (0, 1) for axis in (1, 0))
+    """Return the bounding box in fractions of the image, and the length of the image border that is in the mask.
+
+    The length is divided by the square root of the area of the mask.
+    """
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     height, width = mask.shape
     covered = mask[0].sum() + mask[-1].sum() + mask[:, 0].sum() + mask[:, -1].sum()
     return {
         "border": float(covered / math.sqrt(mask.sum())),
-        "left": float(left / width),
-        "top": float(top / height),
-        "right": float(right / width),
-        "bottom": float(bottom / height),
+        "left": float(columns[0] / width),
+        "top": float(rows[0] / height),
+        "right": float((columns[-1] + 1) / width),
+        "bottom": float((rows[-1] + 1) / height),
     }
 
 

@@ -136,7 +136,7 @@ def _is_literal(name: str) -> bool:
 
 def _function_stub(name: str, options_class: type[CommandOptions]) -> str:
     """Return the declaration of a function of the API, with its arguments and its docstring."""
-    function = getattr(icm_cli, name).__wrapped__  # takes the options as one object
+    function = getattr(icm_cli, name).__wrapped__  # takes the options as one object, and arguments that are not options
     summary = (inspect.getdoc(function) or "").partition("\n\n")[0]
     positional: list[str] = []
     keyword_only: list[str] = []

@@ -211,8 +211,10 @@ class ReviewApp:
         def post(path: str, schema: dict[str, Any], handler: Handler) -> Route:
             return Route(path, partial(self._respond, handler=handler, schema=schema), methods=["POST"])
 
+        def delete(path: str, handler: Handler) -> Route:
+            return Route(path, partial(self._respond, handler=handler), methods=["DELETE"])
+
         image = "/api/images/{id}"
-        forget = Route("/api/references/{id}", partial(self._respond, handler=self.forget), methods=["DELETE"])
         return Starlette(
             routes=[
                 get("/", lambda _: read_static("index.html")),
@@ -220,7 +222,7 @@ class ReviewApp:
                 get("/api/run", lambda request: self.describe_run(request.port)),
                 get("/api/images", lambda request: self.list_images(request.query)),
                 get(image, lambda request: self.describe_image(request.id)),
-                Route("/api/thumbnails", self._get_thumbnails),
+                Route("/api/thumbnails", self._get_thumbnails),  # it waits for other threads, so it is a coroutine
                 get(f"{image}/source", self.get_source),
                 get(f"{image}/alpha", self.get_alpha),
                 post(
@@ -233,7 +235,7 @@ class ReviewApp:
                 post(f"{image}/undo", REVISION_SCHEMA, self.undo),
                 post("/api/model", NO_BODY, lambda _: self.corrections.reload_model()),
                 post("/api/references", {"id": int, "kind": str, "area": str}, self.teach),
-                forget,
+                delete("/api/references/{id}", self.forget),
                 get("/api/recompute", lambda _: self.teaching.progress()),
                 post("/api/recompute", NO_BODY, lambda _: self.recompute()),
                 post("/api/recompute/stop", NO_BODY, lambda _: self.stop_recompute()),

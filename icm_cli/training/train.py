@@ -353,10 +353,10 @@ def _can_be_scored(samples: Sequence[Sample]) -> bool:
 def validate(
     config: ValidationConfig, checkpoint: Path, learner: Learner, *, is_stopped: Callable[[], bool]
 ) -> dict[str, float] | None:
-    """Score a checkpoint as ``icm eval --checkpoint`` does; return the mean metrics ("mse", "sad", ...).
+    """Score a checkpoint as ``icm eval --checkpoint`` does; return the mean metrics of an image ("mse", "sad", ...).
 
-    The model in training is not used, because its dtypes and its noise may differ from those of ``icm eval``. The
-    metrics are those of the first region. Returns None if no image was scored or validation was interrupted.
+    The model in training is not used, because its dtypes and its random numbers may differ from those of ``icm eval``.
+    The metrics are those of the first region. Returns None if no image was scored or validation was interrupted.
     """
     try:
         report = evaluate(

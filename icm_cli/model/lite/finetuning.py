@@ -392,7 +392,7 @@ class _Augmentation(NamedTuple):
     def sample(self, scene: _Scene, layers: Tensor, px: int = 1) -> Tensor:
         """Sample layers [1,C,H,W] of the scene on a regular grid over the view, [1,C,h,w].
 
-        The values are interpolated. Their distance is at most ``px``.
+        Neighbouring points of the grid are at most ``px`` pixels of the view apart. Their values are interpolated.
         """
         width, height = (int(side) for side in scene.frame_size)
         # The affine grid of torch has the coordinates -1..1, whose ends are the outer edges of the border pixels.
