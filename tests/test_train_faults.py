@@ -6,12 +6,14 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import cv2
 import pytest
@@ -20,10 +22,11 @@ from conftest import read
 from safetensors.torch import safe_open
 from train_data import change, command, log, metadata, same_weights, train, weights, write_config
 
+from icm_cli.errors import ConfigError
 from icm_cli.matting.predictor import Predictor
 from icm_cli.training.learner import Learner
 from icm_cli.training.run_folder import LOCK_NAME
-from icm_cli.training.stages import matte
+from icm_cli.training.stages import matte, mosaics
 
 
 @pytest.fixture
@@ -60,8 +63,6 @@ def out(tmp_path: Path) -> Path:
         (["--set", "train.minutes=0"], 3, "minutes is 0"),
         (["--set", "train.stage=refine", "--set", "train.refine.crop_px=100"], 3, "crop_px is 100; expected at most"),
         (["--set", "train.stage=match", "--set", "train.match.layout_weights=[1]"], 3, "expected 4 numbers"),
-        (["--set", "train.stage=match", "--set", "train.backbone_learning_rate=0"], 3,
-         "use the stage matte, which trains other heads, or 'head: {name: token-match}'"),
         (["--set", "train.stage=refine", "--set", "train.refine.crop_px=64"], 3, "the backbone is frozen in this run"),
         (["--set", "data.sources=[{images: none, alphas: none}]"], 2, "is not a folder"),
         (["--set", "data.sources=[{dataset: cutouts, root: none}]"], 2, "data: source 1: cutouts folder none"),
@@ -87,6 +88,13 @@ def test_invalid_option_gives_one_message(
     assert len(said) == 1, done.stderr
     assert message in said[0]
     assert not (out / "last.safetensors").exists()
+
+
+def test_head_that_a_stage_cannot_train_is_refused() -> None:
+    """Only a model of a user has such a head and a backbone that it works with."""
+    expected = "use the stage matte, which trains other heads, or 'head: {name: token-match}'"
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        mosaics.require_token_match_head(cast("Any", SimpleNamespace(head=None)), "match")
 
 
 DUPLICATES = {
