@@ -178,6 +178,7 @@ def test_bad_ground_truth_is_reported_and_others_are_scored(
     result = evaluate(pred=tmp_path / "pred", report=pages)
     assert result.exit_code == 1
     assert "a/lawn.png" in result.stderr
+    assert kind != "size-mismatch" or ", the size of its image; replace it by a file of this size" in result.stderr
     report = report_of(tmp_path / "r.json")
     assert report["summary"]["problems"] == {kind: 1}
     assert [problem["name"] for problem in report["problems"]] == ["a/lawn"]

@@ -176,7 +176,9 @@ class ScoreTask:
         return []
 
     def _size_mismatch(self, kind: str, path: Path, size: tuple[int, ...], expected: tuple[int, ...]) -> Problem:
-        reason = f"{kind} {path} is {format_size(size)}; expected {format_size(expected)}"
+        ratio = ", or the same aspect ratio" if kind == "alpha" else ""
+        expectation = f"expected {format_size(expected)}, the size of its image{ratio}"
+        reason = f"{kind} {path} is {format_size(size)}; {expectation}; replace it by a file of this size"
         return Problem("size-mismatch", self.name, reason)
 
     def _load_trimap(self, truth: ImageU8) -> tuple[ImageU8 | None, list[Problem]]:
