@@ -378,7 +378,7 @@ def test_trimap_is_unknown_around_the_edge(band: int, side: int) -> None:
         ({"channel": "matte", "format": "exr", "foreground": "auto"}, "--foreground writes R, G, B and A"),
         ({"band_px": 5}, "--trimap-band is 5, and no trimap is written"),
         ({"foreground": "auto", "invert": True}, "omit --invert"),
-        ({"trimap": "instead", "format": "exr"}, "--trimap instead writes PNGs, and the format is exr"),
+        ({"trimap": "instead", "format": "exr"}, "the format is exr; omit --format, and give --out a folder"),
     ],
 )
 def test_incompatible_output_options_are_refused(options: dict[str, object], message: str) -> None:

@@ -84,7 +84,8 @@ class OutputFormat:
             )
         if self.trimap == "instead" and self.format != "png":
             raise UsageError(
-                f"--trimap instead writes PNGs, and the format is {self.format}; give --format png, or omit --format"
+                f"--trimap instead writes PNGs, and the format is {self.format}; omit --format, and give --out a "
+                "folder or a pattern that ends in .png"
             )
         if self.trimap == "none" and self.band_px != OutputFormat.band_px:
             raise UsageError(
