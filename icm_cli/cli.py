@@ -27,6 +27,24 @@ from icm_cli.signals import Interrupt
 Callback = Callable[[bool], None]
 GLOB_HINT = 'quote globs and patterns, such as --src "imgs/*.jpg", so that the shell does not expand them'
 COORDINATES_HINT = "write coordinates as one word, such as --point 640,360"
+SINGLE_INPUTS = frozenset(
+    {
+        "src",
+        "hints",
+        "garbage",
+        "keep",
+        "gt",
+        "box",
+        "scribble",
+        "images",
+        "alphas",
+        "trimaps",
+        "pred",
+        "config",
+        "data",
+    }
+)
+"""Options that name one input. A second one is an error, because the parser would use only the last one."""
 ARGUMENTS, IS_VERBOSE = "icm.arguments", "icm.is_verbose"
 """Keys of ``Context.meta``: the words of the command line, and whether ``--verbose`` is among them."""
 
@@ -50,12 +68,18 @@ class ReportingGroup(TyperGroup):
 
 
 class StrictCommand(TyperCommand):
-    """Command that names all missing options, or all unexpected words, in one message."""
+    """Command that names all missing options, all unexpected words, or a repeated option, in one message."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if ctx.resilient_parsing:  # completion in a shell
             return super().parse_args(ctx, args)
-        values, words, _ = self.make_parser(ctx).parse_args(list(args))
+        values, words, given = self.make_parser(ctx).parse_args(list(args))
+        for option in given:
+            if option.name in SINGLE_INPUTS and given.count(option) > 1:
+                advice = "give one folder, one glob or one list of files" if option.name == "src" else "give one"
+                raise UsageError(
+                    f"{_parameter_name(option)} is given {given.count(option)} times, but takes one value; {advice}"
+                )
         if words and "help" not in values:
             are_numbers = all(re.fullmatch("[-+0-9.,]+", word) for word in words)
             hint = COORDINATES_HINT if are_numbers else GLOB_HINT

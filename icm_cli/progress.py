@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from icm_cli.errors import format_count
 from icm_cli.options import MatteDisplayOptions
 from icm_cli.terminal import Terminal, write_line
 
@@ -70,7 +71,7 @@ class OpenJdTerminal(Terminal):
 
     def on_run_start(self, total: int) -> None:
         super().on_run_start(total)
-        _print_openjd("openjd_status", f"matting {total} images")
+        _print_openjd("openjd_status", f"matting {format_count(total, 'image')}")
 
     def on_image_end(self, result: ImageResult) -> None:
         super().on_image_end(result)

@@ -180,15 +180,14 @@ class JobPlanner:
         if not any(include.selects_name(name_below(path, root)) for path in files):
             patterns = " or ".join(f"--include {pattern!r}" for pattern in include.include)
             raise UsageError(
-                f"{patterns} matches none of the {format_count(len(files), 'image')} in {root}, such as "
+                f"{patterns} matches no image in {root}, which has {format_count(len(files), 'image')}, such as "
                 f"{name_below(files[0], root)}; expected a glob for the path below that folder, or for "
                 "the file name"
             )
         if self.source_filter.frames is not None and all(FrameName.from_path(path).number is None for path in files):
             raise UsageError(
-                f"--frames selects by frame number, and none of the {format_count(len(files), 'image')} in {root} "
-                f"has one, such as {name_below(files[0], root)}; expected names such as shot.1001.exr; "
-                "omit --frames"
+                f"--frames selects by frame number, and no image in {root} has one, such as "
+                f"{name_below(files[0], root)}; expected names such as shot.1001.exr; omit --frames"
             )
 
     def _select_images(self, files: Sequence[Path]) -> dict[Path, SourceFile]:
