@@ -8,6 +8,8 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -182,6 +184,14 @@ class TestRuns:
         assert result.exit_code == 1
         assert "big.png: is 600x800, which needs about 0.012 GB of memory, and only 0.001 GB are free" in result.stderr
         assert sorted(alphas(scene / "out")) == ["pad.0101.png", "sub/deep.png", "wall.png"]
+
+    def test_free_memory_is_measured_again_before_a_matte_is_refused(self) -> None:
+        sizes = iter((100, 1000))
+        budget = engine.MemoryBudget(lambda: FreeMemory(next(sizes), "in a test"))
+        job: Any = SimpleNamespace()
+        budget.add_job(job)
+        for size in (50, 200):
+            budget.reserve(job, Path("a.png"), "1x1", size)
 
     @pytest.mark.usefixtures("few")
     def test_large_display_window_or_matte_fails_alone(self, icm: Icm, scene: Path) -> None:

@@ -195,10 +195,12 @@ class TestFiles:
         assert sorted(alphas(scene / "out")) == ["sh.1001.png", "sh.1003.png"]
 
     def test_frames_of_no_image(self, icm: Icm, scene: Path) -> None:
-        write_matte(scene / "g" / "g.7.png", (10, 10))
-        result = icm(src=write_frames(scene), garbage=scene / "g" / "g.#.png")
-        assert result.exit_code == 2
-        assert "none with the frame number of an image" in result.stderr
+        frames = write_frames(scene)
+        for folder in (scene / "g", frames):  # a matte among the images is not one of them
+            write_matte(folder / "g.7.png", (10, 10))
+            result = icm(src=frames, garbage=folder / "g.#.png")
+            assert result.exit_code == 2
+            assert "none with the frame number of an image" in result.stderr
 
     def test_frames_of_another_chunk(self, icm: Icm, scene: Path) -> None:
         frames = write_frames(scene)

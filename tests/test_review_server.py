@@ -485,6 +485,21 @@ def test_a_source_that_is_restored_is_found(icm: Icm, scene: Path, open_review: 
     assert client.items()["wall.jpg"]["error"] is None
 
 
+def test_a_restored_source_that_cannot_be_used_is_planned_once(
+    icm: Icm, scene: Path, open_review: OpenReview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert icm().exit_code == 0
+    source = scene / "imgs" / "wall.jpg"
+    source.unlink()
+    run = open_review().app.run
+    source.write_bytes((scene / "out" / "pad.0101.png").read_bytes())  # an output of icm
+    plan, plans = run._plan, []
+    monkeypatch.setattr(run, "_plan", lambda *arguments: plans.append(1) or plan(*arguments))
+    for _ in range(3):
+        run.scan_alphas()
+    assert len(plans) == 1
+
+
 @pytest.mark.parametrize("is_missing_at_start", [True, False])
 def test_other_tabs_show_a_source_that_is_restored(
     icm: Icm, scene: Path, open_review: OpenReview, monkeypatch: pytest.MonkeyPatch, is_missing_at_start: bool

@@ -197,8 +197,8 @@ class MemoryBudget:
                     if not self._fits(needed):
                         raise ImageMemoryError(too_large_message(path, size, needed, self._free))
                 self._queue.remove(job)
-            elif needed > self._free.size:
-                raise ImageMemoryError(too_large_message(path, size, needed, self._free))
+            elif needed > self._free.size and needed > (free := self._measure()).size:
+                raise ImageMemoryError(too_large_message(path, size, needed, free))
             self._reserved[id(job)] = self._reserved.get(id(job), 0) + needed
             self._condition.notify_all()
 

@@ -195,13 +195,11 @@ class MatteFiles:
 
 def assign_mattes(
     names: Sequence[Path], other_names: Sequence[Path], garbage: MatteFiles | None, keep: MatteFiles | None
-) -> list[ImageMattes | None]:
-    """Return the mattes of each image of ``names``, in order. If neither option is given, every entry is None.
+) -> list[ImageMattes]:
+    """Return the mattes of each image of ``names``, in order.
 
     ``other_names``: images that are not matted. Raises UsageError if the frames of an option belong to no image at all.
     """
-    if garbage is None and keep is None:
-        return [None] * len(names)
     for files in (garbage, keep):
         if files is not None and names and all(files.find_file(name).problem for name in (*names, *other_names)):
             raise UsageError(

@@ -316,7 +316,11 @@ class JobPlanner:
 
     def _add_mattes(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs with the files of their mattes. Raises UsageError if the mattes belong to no source."""
-        names = [name_below(path, self.sources.root) for path in self.sources.files]
+        if self.inputs.garbage is None and self.inputs.keep is None:
+            return list(jobs)
+        others = self._real_references.union(map(self._resolve, self.inputs.mattes))
+        images = [path for path in self.sources.files if self._resolve(path) not in others]
+        names = [name_below(path, self.sources.root) for path in images]
         mattes = assign_mattes([job.name for job in jobs], names, self.inputs.garbage, self.inputs.keep)
         return [replace(job, mattes=job_mattes) for job, job_mattes in zip(jobs, mattes, strict=True)]
 

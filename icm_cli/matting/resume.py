@@ -145,9 +145,7 @@ class ExistingAlpha:
     @property
     def changed_parts(self) -> list[str]:
         """What has changed since the alpha was made, apart from its source and hints, as messages name it."""
-        recorded = self.provenance.get(PARTS_KEY, self.digest.parts)
-        changed = set(recorded.split()).symmetric_difference(self.digest.parts.split())
-        names = {part.partition("=")[0] for part in changed}
+        names = _find_changed_parts(self.provenance, self.digest)
         return sorted(PART_NAMES.get(name, f"--{name.replace('_', '-')}") for name in names)
 
     def can_be_kept(self, *, keep_all: bool) -> bool:
@@ -179,6 +177,12 @@ class ExistingAlpha:
         if self.has_same_digest:  # it is recomputed because of a frame that is propagated to it
             return PREDECESSOR_CHANGED
         return f"{' and '.join(self.changed_parts) or 'settings'} changed"
+
+
+def _find_changed_parts(provenance: Mapping[str, str], digest: AlphaDigest) -> set[str]:
+    """Return the names of the parts of a digest that differ from those of an alpha; none if it does not record them."""
+    recorded = provenance.get(PARTS_KEY, digest.parts)
+    return {part.partition("=")[0] for part in set(recorded.split()).symmetric_difference(digest.parts.split())}
 
 
 def make_provenance(job: Job, digest: AlphaDigest, origin: Origin, details: MattingDetails) -> dict[str, str]:
@@ -463,9 +467,9 @@ def read_existing_alpha(
     """Return the alpha that an earlier run made for a job; None if there is none, or if it is damaged.
 
     If the run writes trimaps too, an alpha without its trimap is damaged. Exceptions are a reviewed alpha, and with
-    ``keep_all`` an alpha that was made with other settings. Raises OtherSourceError if the alpha was made from another
-    source: one with another name below its root, or one below another root and with other content. Raises ImageError if
-    the source or the output cannot be read.
+    ``keep_all`` an alpha that was made without trimaps, or that does not record it. Raises OtherSourceError if the
+    alpha was made from another source: one with another name below its root, or one below another root and with other
+    content. Raises ImageError if the source or the output cannot be read.
 
     ``digest_for``, ``source_states`` and ``keep_all``: see :func:`find_existing_alphas`.
     """
@@ -475,8 +479,10 @@ def read_existing_alpha(
     )
     provenance = provenances[job.output]
     digest = digest_for(job)
-    has_other_settings = bool(provenance) and provenance[DIGEST_KEY] != digest.value
-    is_kept_alone = REVIEWED_KEY in provenance or (keep_all and has_other_settings)
+    has_no_trimap = bool(provenance) and provenance[DIGEST_KEY] != digest.value
+    if PARTS_KEY in provenance:
+        has_no_trimap = "trimap" in _find_changed_parts(provenance, digest)
+    is_kept_alone = REVIEWED_KEY in provenance or (keep_all and has_no_trimap)
     if not is_kept_alone and not all(provenances.values()):
         if retouched is not None:
             raise _retouched_error(retouched, job)

@@ -223,7 +223,7 @@ class RunModel:
                 jobs.append(job)
             elif not any(real_path(path) in reference_paths for path in frame_files):  # a reference is a keyframe
                 jobs.append(self._with_saved_hints(frame_id))
-        names = [frame.name for frame in self._run.jobs]
+        names = [frame.name for frame in self._run.jobs if frame.name.parent == job.name.parent]
         _, shot = order_as_shot(jobs, references, self.references, None, names)
         return shot
 

@@ -107,6 +107,8 @@ class ReviewRun:
         self.names: list[str] = []
         self._ids: dict[str, int] = {}
         self._outputs: set[Path] = set()
+        self._planned_sources: set[tuple[object, ...]] = set()
+        """Id and files of the restored sources for which the run was planned again."""
         self._list_digests: list[str] = []
         self._stem_counts: Counter[str] = Counter()
         """Number of images by their name without the extension."""
@@ -161,7 +163,10 @@ class ReviewRun:
         """
         with self._scan_lock:
             self._add_new_images()
-            if any(self.source_error(id) == "" for id in self.errors):
+            errors = [id for id in self.errors if not self.source_error(id)]
+            restored: set[tuple[object, ...]] = {(id, *map(identify_file, self.jobs[id].files)) for id in errors}
+            if not restored <= self._planned_sources:
+                self._planned_sources = restored  # if a plan cannot use them, it is not tried at every scan
                 self._plan_again()
             before = list(self._alphas)
             with library_settings():  # entered once instead of for each file
