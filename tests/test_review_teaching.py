@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,28 @@ def recompute(teaching: Teaching) -> dict[str, Any]:
     teaching.start()
     wait_until(lambda: teaching.progress()["state"] != "running")
     return teaching.progress()
+
+
+def replace_recompute(
+    monkeypatch: pytest.MonkeyPatch, name: str, outputs: Sequence[Path], greys: Sequence[int]
+) -> None:
+    """Replace ``icm matte``: each recompute writes the outputs of one image, filled with the next grey."""
+    event = json.dumps({"event": "image", "name": name, "status": "done", "ended": 1, "total": 1})
+    remaining = iter(greys)
+
+    def start_writing(*_: str, **streams: Any) -> subprocess.Popen[bytes]:
+        grey = next(remaining)
+        for output in outputs:
+            write_grey(output, grey)
+        return subprocess.Popen(["echo", event], **streams)
+
+    monkeypatch.setattr("icm_cli.review.teaching.start_module", start_writing)
+
+
+def write_grey(path: Path, grey: int, height: int = 133, width: int = 200) -> None:
+    """Replace an alpha as icm does, by another file: the saved alpha is a hard link of the old one."""
+    cv2.imwrite(str(path.with_suffix(".new.png")), np.full((height, width), grey, np.uint8))
+    path.with_suffix(".new.png").replace(path)
 
 
 def run_command(line: str) -> Any:
@@ -379,17 +402,7 @@ def test_the_last_recompute_of_an_image_can_be_undone(
     assert pad is not None
     outputs = run.jobs[pad].outputs
     teaching._corrections.reject(pad, 0)
-    event = json.dumps({"event": "image", "name": "pad.0101.png", "status": "done", "ended": 1, "total": 1})
-    greys = iter((100, 200, 250))
-
-    def write_outputs(*_: str, **streams: Any) -> subprocess.Popen[bytes]:
-        grey = np.full(read(outputs[0]).shape[:2], next(greys), np.uint8)
-        for output in outputs:
-            cv2.imwrite(str(output.with_suffix(".new.png")), grey)
-            output.with_suffix(".new.png").replace(output)
-        return subprocess.Popen(["echo", event], **streams)
-
-    monkeypatch.setattr("icm_cli.review.teaching.start_module", write_outputs)
+    replace_recompute(monkeypatch, "pad.0101.png", outputs, (100, 200, 250))
     for _ in range(2):
         before, status = [output.read_bytes() for output in outputs], state.read("pad.0101.png").status
         decision = run.item(pad, state.read("pad.0101.png"))["decision"]
@@ -405,6 +418,72 @@ def test_the_last_recompute_of_an_image_can_be_undone(
     assert recompute(teaching)["state"] == "done"
     assert len([*(run.record_folder / "undo").iterdir()]) == 1
     assert not (run.record_folder / "before").exists()
+
+
+def test_undo_of_a_recompute_restores_the_alpha_of_another_run(
+    icm: Icm, scene: Path, open_review: OpenReview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The alpha was written shortly before the recompute. One written during it is not known, and not removed."""
+    assert icm().exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    made, images = scene / "out" / "pad.0101.png", scene / "imgs"
+    alpha = scene / "out" / "pad.0102.png"
+    shutil.copy(images / made.name, images / alpha.name)
+    shutil.copy(made, alpha)
+    replace_recompute(monkeypatch, alpha.name, [alpha], [100])
+    (changed,) = recompute(teaching)["changed"]
+    teaching._corrections.undo(changed["id"], revision(state, run, changed["id"]))
+    assert alpha.read_bytes() == made.read_bytes()
+    before = run.record_folder / "before"
+    teaching._save_alphas(before)
+    shutil.copy(images / made.name, images / "pad.0103.png")
+    shutil.copy(made, scene / "out" / "pad.0103.png")
+    run.scan_alphas()
+    id = run.find_id("pad.0103.png")
+    assert id is not None
+    teaching._save_changes({id: 1.0}, before)
+    item = run.item(id, state.read("pad.0103.png"))
+    assert (item["change"], item["undo"]) == (1, "")
+
+
+def test_undo_goes_back_beyond_a_recompute_with_the_same_pixels(
+    icm: Icm, open_review: OpenReview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes nothing: undo takes back the recompute before it, and then the decisions."""
+    assert icm().exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    pad = run.find_id("pad.0101.png")
+    assert pad is not None
+    before = run.jobs[pad].output.read_bytes()
+    accept(run, state, teaching, "pad.0101.png")
+    teaching._corrections.reject(pad, revision(state, run, pad))
+    replace_recompute(monkeypatch, "pad.0101.png", run.jobs[pad].outputs, (100, 100))
+    assert len(recompute(teaching)["changed"]) == 1
+    assert recompute(teaching)["changed"] == []
+    assert run.item(pad, state.read("pad.0101.png"))["undo"] == "recompute"
+    for status in ("rejected", "accepted", "open"):
+        teaching._corrections.undo(pad, revision(state, run, pad))
+        assert state.read("pad.0101.png").status == status
+    assert run.jobs[pad].output.read_bytes() == before
+
+
+def test_a_recompute_after_a_rejection_without_an_alpha_can_be_undone(
+    icm: Icm, open_review: OpenReview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert icm().exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    pad = run.find_id("pad.0101.png")
+    assert pad is not None
+    alpha = run.jobs[pad].output
+    alpha.unlink()
+    teaching._corrections.reject(pad, 0)
+    replace_recompute(monkeypatch, "pad.0101.png", [alpha], [100])
+    recompute(teaching)
+    item = run.item(pad, state.read("pad.0101.png"))
+    assert (item["status"], item["undo"], item["change"]) == ("open", "recompute", 1)
+    for status in ("rejected", "open"):
+        teaching._corrections.undo(pad, revision(state, run, pad))
+        assert (state.read("pad.0101.png").status, alpha.exists()) == (status, False)
 
 
 def test_undo_of_a_decision_during_a_recompute_is_not_lost(icm: Icm, open_review: OpenReview) -> None:
@@ -493,23 +572,29 @@ def test_kept_alphas_are_no_progress(icm: Icm, open_review: OpenReview, monkeypa
     teaching.close()
 
 
-def test_the_next_server_compares_what_a_killed_one_has_not(icm: Icm, scene: Path, open_review: OpenReview) -> None:
-    """A recompute of two images was stopped. The server had compared the first one, which was rejected then."""
-    assert icm().exit_code == 0
-    run, state, teaching = open_teaching(open_review)
-    teaching._save_alphas(run.record_folder / "before")
-    names = ["wall.jpg", "pad.0101.png"]
-    for name in ("wall.png", "pad.0101.png"):
-        alpha = np.zeros_like(read(scene / "out" / name))
-        (scene / "out" / name).unlink()  # not the saved alpha, which is the same file
-        cv2.imwrite(str(scene / "out" / name), alpha)
-    with state.edit(names[0]) as image:
-        image.status, image.change = "rejected", 0.5
+def write_events(run: ReviewRun, names: Sequence[str]) -> None:
+    """Write the events of a recompute that has made the alphas of some images."""
     events = [
         {"event": "image", "name": name, "status": "done", "ended": number, "total": 9}
         for number, name in enumerate(names, start=1)
     ]
     (run.record_folder / "recompute.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_the_next_server_compares_what_a_killed_one_has_not(icm: Icm, scene: Path, open_review: OpenReview) -> None:
+    """A recompute of two images was stopped. The server had compared the first one, which was rejected then."""
+    assert icm().exit_code == 0
+    run, state, teaching = open_teaching(open_review)
+    before = run.record_folder / "before"
+    teaching._save_alphas(before)
+    names = ["wall.jpg", "pad.0101.png"]
+    for name in ("wall.png", "pad.0101.png"):
+        write_grey(scene / "out" / name, 0, *read(scene / "out" / name).shape[:2])
+    wall = run.find_id(names[0])
+    assert wall is not None
+    teaching._save_changes({wall: 0.5}, before)
+    teaching._corrections.reject(wall, revision(state, run, wall))
+    write_events(run, names)
     _, _, other = open_teaching(open_review)
     wait_until(lambda: other.progress()["state"] == "stopped")
     ids = [run.find_id(name) for name in names]
@@ -518,3 +603,25 @@ def test_the_next_server_compares_what_a_killed_one_has_not(icm: Icm, scene: Pat
     )
     assert state.read(names[0]).status == "rejected"
     assert (other.progress()["done"], other.progress()["total"]) == (2, 9)
+
+
+def test_the_next_server_compares_images_of_a_continued_recompute(icm: Icm, open_review: OpenReview) -> None:
+    """Both parts of the recompute wrote both alphas. The server was killed before it compared those of the second."""
+    assert icm().exit_code == 0
+    run, _, teaching = open_teaching(open_review)
+    names, before = ["wall.jpg", "pad.0101.png"], run.record_folder / "before"
+    ids = [run.names.index(name) for name in names]
+    outputs = [run.jobs[id].output for id in ids]
+    teaching._save_alphas(before)
+    teaching._save_changes(dict(zip(ids, (0.5, 0), strict=True)), before)
+    saved = [output.read_bytes() for output in outputs]
+    teaching._save_alphas(before)
+    for output in outputs:
+        write_grey(output, 100, *read(output).shape[:2])
+    write_events(run, names)
+    reopened, other_state, other = open_teaching(open_review)
+    wait_until(lambda: other.progress()["state"] == "stopped")
+    assert {each["id"] for each in other.progress()["changed"]} == set(ids)
+    for id in ids:
+        other._corrections.undo(id, revision(other_state, reopened, id))
+    assert [output.read_bytes() for output in outputs] == saved

@@ -278,11 +278,9 @@ class Teaching:
 
     def _compare_remaining(self, image_events: Sequence[dict[str, Any]], before_folder: Path) -> None:
         """Compare the alphas that a server, which was killed during its recompute, did not compare any more."""
-        _, states = self._state.read_all()
         changes: dict[int, float] = {}
         for event in image_events:
-            image = states.get(event["name"])
-            if image is None or image.change is None:
+            if self._saved_folder(before_folder, event["name"]).exists():
                 changes |= self._compare(event, before_folder)
         self._save_changes(changes, before_folder)
 
@@ -334,21 +332,29 @@ class Teaching:
 
     def _save_alphas(self, folder: Path) -> None:
         """Save all alphas and trimaps in a folder, as hard links."""
+        self._run.scan_alphas()  # another run may have added images
         try:
             shutil.rmtree(folder, ignore_errors=True)  # that of an interrupted recompute
-            folder.mkdir(parents=True)
             for id in range(len(self._run.jobs)):
+                self._saved_folder(folder, self._run.names[id]).mkdir(parents=True)
                 for output, saved in self._saved_outputs(folder, id).items():
                     if output.is_file():
                         link_or_copy(output, saved)
         except OSError as error:
             raise error_for_failed_write(folder, error) from error
 
+    def _saved_folder(self, folder: Path, name: str) -> Path:
+        """Return the folder in which the outputs of an image are saved, given by its name.
+
+        It exists, even for an image without an alpha, until the image is compared, but not for an image that was not
+        listed when the recompute began: its alpha before is not known.
+        """
+        return folder / combined_digest(name)[:32]
+
     def _saved_outputs(self, folder: Path, id: int) -> dict[Path, Path]:
         """Return the outputs of an image, each with the path at which it is saved."""
-        name = combined_digest(self._run.names[id])[:32]
-        outputs = self._run.jobs[id].outputs
-        return {output: folder / f"{name}-{number}{output.suffix}" for number, output in enumerate(outputs)}
+        saved_folder, outputs = self._saved_folder(folder, self._run.names[id]), self._run.jobs[id].outputs
+        return {output: saved_folder / f"{number}{output.suffix}" for number, output in enumerate(outputs)}
 
     def _run_command(self, before_folder: Path, lock_fd: int) -> tuple[RecomputeState, str]:
         """Run ``icm matte``, which keeps the lock too. Return how it ended, and a message for the page."""
@@ -434,19 +440,25 @@ class Teaching:
             for id, difference in changes.items():
                 image = images.setdefault(self._run.names[id], ImageState())
                 image.change = difference
+                output, saved = self._run.jobs[id].output, self._saved_outputs(before_folder, id)
+                last = image.undo[-1] if image.undo else None
                 if not difference:
+                    if last and last["alpha"] and tuple(last["alpha"]) == identify_file(saved[output]):
+                        last["alpha"] = identify_file(output)  # the same pixels: that change can still be undone
                     continue
-                is_saving = image.undo and image.undo[-1]["alpha"] is None
-                if not (is_saving or self._run.refresh(id).is_reviewed):  # else the new alpha is accepted meanwhile
-                    if undo_cause(image.undo) == "recompute":  # only the last recompute can be undone
-                        replaced.append(image.undo.pop())
-                    saved = self._saved_outputs(before_folder, id)
+                is_saving = last and last["files"] and last["alpha"] is None
+                is_accepted = is_saving or self._run.refresh(id).is_reviewed  # the new alpha, meanwhile
+                if not is_accepted and undo_cause(image.undo) == "recompute":  # only the last one can be undone
+                    replaced.append(image.undo.pop())
+                if not is_accepted and saved[output].parent.exists():
                     entry = self._copies.save([*saved], image.status, saved)
-                    image.undo.append({**entry, "alpha": identify_file(self._run.jobs[id].output)})
+                    image.undo.append({**entry, "alpha": identify_file(output)})
                 if image.status == "rejected":
                     image.status = "open"
         for entry in replaced:
             self._copies.discard(entry)
+        for id in changes:
+            shutil.rmtree(self._saved_folder(before_folder, self._run.names[id]), ignore_errors=True)
 
 
 def measure_change(before: ImageU8, after: ImageU8) -> float:

@@ -10,8 +10,9 @@ const FAILURES = {
   teach: "is not used", forget: "is still used",
 };
 const UNSAVED = "is not used: its hints are not saved. Accept (A) or revert them first.";
-/** Return the id of the last image that was decided on in this page and not taken back, or undefined. */
-export const lastDecided = () => [...decided].at(-1);
+/** Return the image whose decision undo takes back: `open`, or else the last one of this page; or undefined. */
+export const lastDecided = (open) =>
+  [...decided, open].findLast((id) => store.items.get(id)?.undo === "decision" || store.pending.has(id));
 const nameOf = (id) => baseName(store.items.get(id).name);
 
 /** Accept an image with its unsaved hints. */
@@ -27,15 +28,15 @@ export const accept = (id) =>
 export const reject = (id) =>
   decide(id, "reject", ({ revision }) => api.reject(id, findDraft(id)?.source, revision));
 
-/** Take back the last decision on an image, also one that is being saved, or its recompute. Its hints stay. */
-export async function undo(id, opens = true) {
+/** Take back the last "decision" on an image, also one that is being saved, or its "recompute". Its hints stay. */
+export async function undo(id, cause = "decision", opens = true) {
   await store.pending.get(id);
-  const undone = store.items.get(id).undo === "recompute" ? "alpha before the recompute restored" : "decision taken back";
+  if (store.items.get(id).undo !== cause) return notify(`${nameOf(id)}: its last change is not a ${cause} any more.`);
   const end = await send(id, "undo", ({ revision }) => api.undo(id, revision));
   if (end === null) return;
   decided.delete(id);
   findDraft(id)?.markSaved(null);
-  notify(`${nameOf(id)}: ${undone}${end}`);
+  notify(`${nameOf(id)}: ${cause === "recompute" ? "alpha before the recompute restored" : "decision taken back"}${end}`);
   if (opens) openImage(id);
 }
 /** Use the saved alpha of an image, or the whole image, as "reference" or "negative". `area`: "alpha" or "image". */

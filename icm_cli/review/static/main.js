@@ -58,9 +58,8 @@ function decide(decision, isNext) {
   else { notify("All alphas of this list are reviewed."); location.hash = ""; }
 }
 function undoDecision() {
-  const canUndo = store.items.get(single.id)?.undo === "decision" || store.pending.has(single.id);
-  const id = canUndo ? single.id : decisions.lastDecided();
-  if (id === undefined) notify("Nothing was decided in this window. Open an image to take back its decision.");
+  const id = decisions.lastDecided(single.id);
+  if (id === undefined) notify("No decision of this window can be taken back. Open an image to take back its decision.");
   else decisions.undo(id);
 }
 /** What elements (data-action: "name argument ...") and keys (data-run) do. The last argument: the id of an image. */
@@ -97,12 +96,12 @@ const ACTIONS = {
   "accept-stay": () => decide(decisions.accept, false),
   reject: () => decide(decisions.reject, true),
   undo: undoDecision,
-  "undo-recompute": () => decisions.undo(single.id),
+  "undo-recompute": () => decisions.undo(single.id, "recompute"),
   reference: () => single.details && decisions.teach(single.id, "reference", "alpha"),
   negative: () => single.details && decisions.teach(single.id, "negative", byId("negative-area").value),
   forget: () => decisions.forget(single.id),
   "forget-row": (id) => decisions.forget(id),
-  "undo-row": (id) => decisions.undo(id, false),
+  "undo-row": (id) => decisions.undo(id, "recompute", false),
 };
 function run(action, id) {
   const [name, ...values] = action.split(" ");

@@ -188,7 +188,7 @@ class Single {
     const canAccept = isReady && this.refusal === "";
     const isEnabled = {
       accept: canAccept, "accept-stay": canAccept, reject: isReady,
-      undo: isReady && (item.undo === "decision" || lastDecided() !== undefined),
+      undo: isReady && lastDecided(item.id) !== undefined,
       reference: isReady && item.taught !== "reference", negative: isReady && item.taught !== "negative",
       "undo-hint": editor.draft?.past.length > 0, "redo-hint": editor.draft?.future.length > 0,
       "undo-recompute": isReady, "clear-hints": editor.draft?.shapes.length > 0, "discard-hints": editor.draft?.isDirty,
