@@ -27,23 +27,7 @@ from icm_cli.signals import Interrupt
 Callback = Callable[[bool], None]
 GLOB_HINT = 'quote globs and patterns, such as --src "imgs/*.jpg", so that the shell does not expand them'
 COORDINATES_HINT = "write coordinates as one word, such as --point 640,360"
-SINGLE_INPUTS = frozenset(
-    {
-        "src",
-        "hints",
-        "garbage",
-        "keep",
-        "gt",
-        "box",
-        "scribble",
-        "images",
-        "alphas",
-        "trimaps",
-        "pred",
-        "config",
-        "data",
-    }
-)
+SINGLE_INPUTS = ("src", "hints", "garbage", "keep")
 """Options that name one input. A second one is an error, because the parser would use only the last one."""
 ARGUMENTS, IS_VERBOSE = "icm.arguments", "icm.is_verbose"
 """Keys of ``Context.meta``: the words of the command line, and whether ``--verbose`` is among them."""

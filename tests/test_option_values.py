@@ -89,7 +89,6 @@ def test_hostile_texts_and_paths_give_one_message(
             "unexpected words: 360; write coordinates as one word, such as --point 640,360",
         ),
         ("matte --ref a --src b --src c --out d", "--src is given 2 times, but takes one value; give one folder"),
-        ("eval --pred a --pred b", "--pred is given 2 times, but takes one value; give one"),
         ("matte --list-models all", "unexpected words: all; quote globs"),
         ("bogus", "no such command 'bogus'; see icm --help"),
         ("--install-completion fish", "--install-completion exits at once, so 'fish' has no effect; remove it"),
