@@ -553,7 +553,9 @@ def test_only_decisions_change_the_decision_of_an_image(client: Client) -> None:
     item = next(iter(client.items().values()))
     target = f"/api/images/{item['id']}"
     rejected = client.request("POST", f"{target}/reject", {"revision": item["revision"]}).json
-    client.app.teaching._save_changes({item["id"]: 0.5}, Path("before"))  # as a recompute does
+    before = client.app.run.record_folder / "before"
+    client.app.teaching._save_alphas(before)  # as a recompute does
+    client.app.teaching._save_changes({item["id"]: 0.5}, before)
     changed = client.get(target)
     assert (changed["status"], changed["decision"]) == ("open", rejected["decision"])
     recomputed = client.request("POST", f"{target}/undo", {"revision": changed["revision"]}).json
