@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from conftest import Icm, alphas, read
 
+import icm_cli
+from icm_cli.device import Device
 from icm_cli.environment import __version__
 from icm_cli.images.image_file import ImageFile
 from icm_cli.images.writing import read_provenance
@@ -155,19 +157,26 @@ def test_touched_source_is_read_only_once(icm: Icm, scene: Path, monkeypatch: py
     assert statuses(scene / "r.json")["wall.jpg"][0] == "done"
 
 
-def test_notices_and_dry_run_name_the_options_that_changed(icm: Icm, scene: Path) -> None:
-    garbage = scene / "garbage.png"
+def test_notices_and_dry_run_name_the_options_that_changed(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    garbage, checkpoint = scene / "garbage.png", Path(icm_cli.__file__).parent / "weights" / "lite.safetensors"
     cv2.imwrite(str(garbage), np.zeros((133, 200), np.uint8))
     assert icm("--include", "pad*").exit_code == 0
     for changed, flags in {
         "--invert": ["--invert"],
         "references": ["--not-ref", str(scene / "imgs" / "wall.jpg")],
-        "model or --match": ["--edges", "closed-form"],
-        "--depth and --seed": ["--seed", "7", "--depth", "16"],
+        "--edges": ["--edges", "closed-form"],
+        "--checkpoint and --model and --shot": ["--model", "lite", "--checkpoint", str(checkpoint), "--shot"],
+        "--dtype and --exposure": ["--dtype", "bfloat16", "--exposure", "1"],
+        "--mask-label and --seed": ["--seed", "7", "--mask-label", "255"],
     }.items():
         planned = icm("--dry-run", "--include", "pad*", *flags)
         assert planned.exit_code == 0, planned.output
         assert f"pad.0101.png (recomputed: {changed} changed)" in planned.stdout
+    with monkeypatch.context() as other_device:
+        other_device.setattr(Device, "dtype_name", "float16")
+        assert "recomputed: --device changed" in icm("--dry-run", "--include", "pad*").stdout
     pad = scene / "out" / "pad.0101.png"
     made = f"1 alpha made with other settings (--seed, keep matte), such as {pad}"
     options = {"seed": 7, "keep": garbage}

@@ -120,10 +120,11 @@ def _example_digests(
     is_shot = store.evaluation.options.matting.shot
     common |= {str(name): value for name, value in sequence_digest_parts(learn_steps, is_shot=is_shot).items()}
     common["seed"] = str(choice.seed)
+    given = store.evaluation.options.given_by_part()
     digests = []
     for example in examples:
         references = combined_digest(*(store.digests[name] for name in example.references))
-        digests.append(alpha_digest({**common, "references": references}))
+        digests.append(alpha_digest({**common, "references": references}, given))
     return digests
 
 

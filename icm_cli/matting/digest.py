@@ -11,6 +11,7 @@ import importlib.resources
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
+from types import MappingProxyType
 
 from icm_cli.environment import __version__
 from icm_cli.files.digests import combined_digest
@@ -48,18 +49,28 @@ class AlphaDigest:
 
     value: str
     parts: str = ""
-    """Names and short digests of the parts, such as "seed=5f3c9a01 model=06b1d2e7". They show which part differs."""
+    """Names and short digests of the parts, such as "seed=5f3c9a01 model=06b1d2e7". They show which part differs.
 
-    def add_parts(self, values: Mapping[str, str]) -> AlphaDigest:
-        """Return the digest of alphas that also depend on ``values``: name -> value as text."""
+    The given options follow their part, such as "model--edges=9d2e01c4". They show which option changed the part.
+    """
+
+    def add_parts(self, values: Mapping[str, str], given: Mapping[str, str] = MappingProxyType({})) -> AlphaDigest:
+        """Return the digest of alphas that also depend on ``values``: name -> value as text.
+
+        ``given``: see :meth:`icm_cli.options.definition.CommandOptions.given_by_part`. It only affects the parts.
+        """
         parts = [f"{name}={values[name]}" for name in sorted(values)]
-        short_digests = [f"{name}={combined_digest(values[name])[:PART_DIGITS]}" for name in sorted(values)]
+        recorded = {**values, **given}
+        short_digests = [f"{name}={combined_digest(recorded[name])[:PART_DIGITS]}" for name in sorted(recorded)]
         return AlphaDigest(combined_digest(self.value, *parts), " ".join([*self.parts.split(), *short_digests]))
 
 
-def alpha_digest(values: Mapping[str, str]) -> AlphaDigest:
-    """Return the digest of alphas that depend on the code of icm and on ``values``: name -> value as text."""
-    return AlphaDigest(combined_digest(__version__, code_fingerprint())).add_parts(values)
+def alpha_digest(values: Mapping[str, str], given: Mapping[str, str] = MappingProxyType({})) -> AlphaDigest:
+    """Return the digest of alphas that depend on the code of icm and on ``values``: name -> value as text.
+
+    ``given``: see :meth:`AlphaDigest.add_parts`.
+    """
+    return AlphaDigest(combined_digest(__version__, code_fingerprint())).add_parts(values, given)
 
 
 def describe_build() -> str:

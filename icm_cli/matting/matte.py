@@ -356,7 +356,7 @@ def run_digest(
         DigestPart.IMAGE: "",
         DigestPart.COLOUR_CONFIG: choose_colour_settings(options.colour)[0].config_identity,
     }
-    return alpha_digest(options.digest_values(parts))
+    return alpha_digest(options.digest_values(parts), options.given_by_part())
 
 
 def _make_setups(options: MatteOptions, plan: MattingPlan, choices: Sequence[ModelChoice]) -> list[EngineSetup]:

@@ -34,14 +34,20 @@ VERSION_KEY = "icm-version"
 PARTS_KEY = "icm-parts"
 """Provenance entry with :attr:`AlphaDigest.parts`, from which messages say what has changed."""
 PART_NAMES = {
-    "references": "references",
-    "model": "model or --match",
-    "propagation": "--shot",
-    "colour_config": "--ocio",
+    "model": "files of the model",
+    "dtype": "--device",
+    "colour_config": "OpenColorIO configuration",
     "garbage": "garbage matte",
     "keep": "keep matte",
+    **dict.fromkeys(("references", "--ref", "--mask", "--not-ref", "--not-mask"), "references"),
 }
-"""Names of the parts in messages. Each other part is the option of its name."""
+"""Names in messages of parts that no option changed, and of options. Others are the option of their name."""
+PART_CAUSES = {
+    "references": {"colorspace", "layer", "view", "exposure", "white", "colour_config"},
+    "learn_steps": {"model", "propagation"},
+    "dtype": {"model"},
+}
+"""Parts that another part can change too. Messages name only that one."""
 CODE_KEY = "icm-code"
 SOURCE_KEY = "icm-source"
 NAME_KEY = "icm-name"
@@ -145,8 +151,14 @@ class ExistingAlpha:
     @property
     def changed_parts(self) -> list[str]:
         """What has changed since the alpha was made, apart from its source and hints, as messages name it."""
-        names = _find_changed_parts(self.provenance, self.digest)
-        return sorted(PART_NAMES.get(name, f"--{name.replace('_', '-')}") for name in names)
+        parts = _find_changed_parts(self.provenance, self.digest)
+        names = set()
+        for part in (part for part in parts if "--" not in part):
+            flags = {other.removeprefix(part) for other in parts if other.startswith(f"{part}--")}
+            if not flags and not parts & PART_CAUSES.get(part, set()):
+                flags = {f"--{part.replace('_', '-')}" if part not in PART_NAMES else part}
+            names |= {PART_NAMES.get(flag, flag) for flag in flags}
+        return sorted(names)
 
     def can_be_kept(self, *, keep_all: bool) -> bool:
         """Return whether the alpha is kept: if it is reviewed, or if its source and its digest are the same.

@@ -353,6 +353,18 @@ class CommandOptions:
                 digested[part] = parts[part]
         return digested
 
+    def given_by_part(self) -> dict[str, str]:
+        """Return the options that decide pixels through their content and have another value than their default.
+
+        Keys are the part and the flag, such as "model--edges"; values are texts.
+        """
+        return {
+            f"{field.properties.digest}{field.flag}": repr(value)
+            for field in self.option_fields()
+            if field.properties.digest not in (None, DigestPart.VALUE, DigestPart.IMAGE)
+            and (value := self.get_value(field.name)) != field.default
+        }
+
     @classmethod
     def _group_classes(cls) -> dict[str, type[OptionGroup]]:
         hints = typing.get_type_hints(cls)
