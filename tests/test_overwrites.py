@@ -26,6 +26,7 @@ from icm_cli.images.image_file import ReopeningFile
 from icm_cli.images.writing import read_provenance
 from icm_cli.matting import resume
 from icm_cli.matting.predictor import Predictor
+from icm_cli.matting.provenance import ROOT_KEY
 from icm_cli.matting.run_record import RECORD_NAME
 
 
@@ -125,7 +126,7 @@ def test_run_does_not_replace_the_alphas_of_a_run_at_the_same_time(
     assert first.exit_code == 1
     assert f"{scene}/out/0000.png is the alpha of {scene}/b/0000.png and would be overwritten" in first.stderr
     provenances = [read_provenance(path) for path in output_files(scene / "out")]
-    assert [provenance and provenance[resume.ROOT_KEY] for provenance in provenances] == [str(scene / "b")] * 2
+    assert [provenance and provenance[ROOT_KEY] for provenance in provenances] == [str(scene / "b")] * 2
     assert recorded_source(scene / "out") == str(scene / "b")
 
 
@@ -307,7 +308,7 @@ def test_two_processes_with_different_sources_share_an_output_folder(scene: Path
                 {Path(image["output"]): str(scene / f"{number}") for image in images if image["status"] == "done"}
             )
             assert len(images) == 8
-    found = {path: (read_provenance(path) or {})[resume.ROOT_KEY] for path in output_files(scene / "out")}
+    found = {path: (read_provenance(path) or {})[ROOT_KEY] for path in output_files(scene / "out")}
     assert found == done
     assert len(found) == 8
 

@@ -28,7 +28,7 @@ from test_windows import write_cropped_exr
 from icm_cli.errors import IcmError, OutputError, UsageError
 from icm_cli.files import atomic_writes
 from icm_cli.images.writing import read_provenance, set_provenance_entry
-from icm_cli.matting.resume import REVIEWED_KEY
+from icm_cli.matting.provenance import REVIEWED_KEY
 from icm_cli.review.corrections import Corrections
 from icm_cli.review.images import DisplayImages
 from icm_cli.review.run import ReviewRun

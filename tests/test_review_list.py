@@ -76,12 +76,12 @@ def test_quality_is_in_every_report_and_kept_with_the_alpha(icm: Icm, scene: Pat
 def test_damaged_quality_of_a_stamp_is_ignored(
     icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
-    from icm_cli.matting import resume
+    from icm_cli.matting import provenance
 
-    make = resume.make_provenance
+    make = provenance.make_provenance
 
     def damage(*given: Any) -> dict[str, str]:
-        return {**make(*given), resume.RESULT_KEY: f'{{"quality": {value}, "foreground": 0.5}}'}
+        return {**make(*given), provenance.RESULT_KEY: f'{{"quality": {value}, "foreground": 0.5}}'}
 
     monkeypatch.setattr("icm_cli.matting.engine.make_provenance", damage)
     assert icm().exit_code == 0

@@ -16,7 +16,7 @@ from conftest import Icm, alphas, output_files, read
 from test_windows import write_cropped_exr
 
 from icm_cli.images.writing import has_changed_pixels, read_provenance, set_provenance_entry
-from icm_cli.matting.resume import REVIEWED_KEY
+from icm_cli.matting.provenance import REVIEWED_KEY
 
 STAMP = "accepted 2026-11-30T09:15:00Z"
 

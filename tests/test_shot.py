@@ -41,8 +41,8 @@ from icm_cli.matting.propagation import (
     PropagationConfig,
     encode_alpha,
 )
+from icm_cli.matting.provenance import REVIEWED_KEY
 from icm_cli.matting.references import Reference
-from icm_cli.matting.resume import REVIEWED_KEY
 from icm_cli.matting.shot import Keyframe, Shot, split_shots
 from icm_cli.reports.result import ImageResult
 

@@ -19,8 +19,8 @@ from icm_cli.evaluation.rounds import ReferenceRounds
 from icm_cli.events import Listener
 from icm_cli.images.reading import CompositeSource
 from icm_cli.images.writing import read_provenance
+from icm_cli.matting.provenance import DIGEST_KEY
 from icm_cli.matting.result_collector import ResultCollector, environment_settings
-from icm_cli.matting.resume import DIGEST_KEY
 from icm_cli.options import EvaluateOptions
 from icm_cli.reports.report import PageImages, Report
 from icm_cli.reports.result import ImageResult

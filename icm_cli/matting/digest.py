@@ -26,6 +26,7 @@ EXCLUDED = frozenset(
         "matting/matte.py",
         "matting/model_choice.py",
         "matting/planning.py",
+        "matting/provenance.py",
         "matting/quality_signals.py",
         "matting/result_collector.py",
         "matting/resume.py",

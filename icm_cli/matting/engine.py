@@ -35,14 +35,8 @@ from icm_cli.matting.digest import AlphaDigest
 from icm_cli.matting.hinting import apply_hints_to_trimap
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor, Session
-from icm_cli.matting.resume import (
-    Origin,
-    OtherSourceError,
-    check_unchanged,
-    file_identities,
-    find_kept_result,
-    make_provenance,
-)
+from icm_cli.matting.provenance import Origin, OtherSourceError, check_unchanged, file_identities, make_provenance
+from icm_cli.matting.resume import find_kept_result
 from icm_cli.matting.shot import Shot
 from icm_cli.model.contracts import PreparedReferences
 from icm_cli.model.training_free.closed_form import estimate_foreground

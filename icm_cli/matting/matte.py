@@ -35,12 +35,12 @@ from icm_cli.matting.jobs import Job, OutputLayout, check_obstacles, check_overw
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
 from icm_cli.matting.planning import EMPTY_SHARD, choose_colour_settings, choose_output, parse_shard, plan_images
 from icm_cli.matting.prompting import MaskMaker
+from icm_cli.matting.provenance import file_identities
 from icm_cli.matting.references import Reference, ReferenceReader, check_negatives
 from icm_cli.matting.result_collector import ResultCollector, environment_settings
 from icm_cli.matting.resume import (
     ExistingAlphas,
     add_source_states,
-    file_identities,
     find_existing_alphas,
     read_source_states,
     report_alphas_without_source,

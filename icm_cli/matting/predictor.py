@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import numbers
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,17 +15,18 @@ from torch import Tensor
 from icm_cli.device import Device, device_errors, resolve_device
 from icm_cli.environment import check_not_forked, trim_heap
 from icm_cli.errors import UsageError
-from icm_cli.geometry import Float, ImageU8, Placement, alpha_to_u8, format_size, resize
+from icm_cli.geometry import Float, ImageU8, Placement, alpha_to_u8, resize
 from icm_cli.guidance.hints import Hints
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import ImageWindows
+from icm_cli.matting.array_arguments import as_mattes, as_negatives, as_references, as_rgb, check_hints, describe_value
 from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
 from icm_cli.matting.hinting import apply_hints_to_alpha, edit_coarse_alpha, make_prompts, says_present
 from icm_cli.matting.mattes import Mattes
 from icm_cli.matting.object_match import keep_same_objects
 from icm_cli.matting.prompting import ImageEmbedder, MaskMaker, complete_by_prompts
 from icm_cli.matting.quality_signals import measure_signals
-from icm_cli.matting.references import MakeMask, Reference, check_negatives, make_guidance, mask_from_hints
+from icm_cli.matting.references import Reference, check_negatives
 from icm_cli.model.alphas import apply_in_batches, max_batch_size, resize_alpha
 from icm_cli.model.contracts import Head, Matte, Objects, ObjectTokens, PreparedReferences, ignore_progress
 from icm_cli.model.core import InContextMatting
@@ -118,7 +117,7 @@ class FrameAlpha:
         found: Whether the object appears to be in the frame.
         signals: Signals from which the quality is estimated, see :mod:`icm_cli.matting.quality_signals`. Empty if the
             alpha is not finite.
-        provenance: Further entries for the provenance of the file, see :mod:`icm_cli.matting.resume`.
+        provenance: Further entries for the provenance of the file, see :mod:`icm_cli.matting.provenance`.
     """
 
     alpha: Float
@@ -164,7 +163,7 @@ class Session:
 
     def _frame_with_hints(self, hints: Hints | None) -> Frame:
         check_not_forked()
-        return replace(self._frame, hints=None if hints is None else _check_hints(hints, self._frame.rgb))
+        return replace(self._frame, hints=None if hints is None else check_hints(hints, self._frame.rgb))
 
     def _coarse_alpha(self, frame: Frame) -> CoarseAlpha:
         """Return the cached coarse alpha. It depends only on whether a hint marks the object."""
@@ -212,7 +211,7 @@ class Predictor:
         with name_arguments_in_errors(MatteOptions):
             check_learn_steps(learn_steps or 0, type(self.model.head))
         make_mask = self._mask_maker.make_mask
-        references = [*_as_references(pairs, make_mask), *_as_negatives(negatives, make_mask)]
+        references = [*as_references(pairs, make_mask), *as_negatives(negatives, make_mask)]
         check_negatives(references)
         check_guidance(references, type(self.model.head))
         action = f"the references were learned in {learn_steps} steps" if learn_steps else "references were prepared"
@@ -243,7 +242,7 @@ class Predictor:
             ConfigError: Memory ran out.
         """
         frame = self._frame_of_arguments(rgb, reference, garbage, keep)
-        frame = replace(frame, hints=None if hints is None else _check_hints(hints, frame.rgb))
+        frame = replace(frame, hints=None if hints is None else check_hints(hints, frame.rgb))
         with device_errors(self.device, "an image was matted"):
             (result,) = self.matte_frames([frame], reference)
             return alpha_to_u8(self.alpha_at_source(frame, result))
@@ -276,12 +275,9 @@ class Predictor:
         """Check the arguments of :meth:`matte`, and return their prepared frame, without hints. Raises UsageError."""
         check_not_forked()
         if not hasattr(reference, "notices"):
-            raise UsageError(f"reference is {_describe(reference)}; expected the result of Predictor.reference")
-        rgb, mattes = _as_rgb(rgb, "image"), None
-        if garbage is not None or keep is not None:
-            named = (garbage, "the garbage matte"), (keep, "the keep matte")
-            mattes = Mattes(*(None if each is None else _as_matte(each, rgb, name) for each, name in named))
-        return self.prepare_frame(rgb, mattes=mattes)
+            raise UsageError(f"reference is {describe_value(reference)}; expected the result of Predictor.reference")
+        rgb = as_rgb(rgb, "image")
+        return self.prepare_frame(rgb, mattes=as_mattes(garbage, keep, rgb))
 
     def prepare_frame(
         self,
@@ -595,137 +591,3 @@ def check_guidance(references: Sequence[Reference], head: type[Head]) -> None:
             "--guidance paper extends points by attention maps, which this model does not use; omit it, or choose a "
             "model with attention maps, such as icm-sd21"
         )
-
-
-def _as_references(pairs: Any, make_mask: MakeMask) -> list[Reference]:
-    """Return the references of ``pairs``, which may be a single pair. Raises UsageError."""
-    expected = "expected pairs of image and mask, such as [(image, mask)]"
-    is_pair = isinstance(pairs, tuple) and len(pairs) == 2 and all(isinstance(n, (np.ndarray, Hints)) for n in pairs)
-    if isinstance(pairs, Reference) or is_pair:
-        pairs = [pairs]
-    if isinstance(pairs, (str, bytes, np.ndarray)) or not isinstance(pairs, Iterable):
-        raise UsageError(f"the references are {_describe(pairs)}; {expected}")
-    references = []
-    for number, pair in enumerate(pairs, 1):
-        if isinstance(pair, Reference):
-            references.append(pair)
-        elif isinstance(pair, (tuple, list)) and len(pair) == 2:
-            references.append(_as_reference(pair[0], pair[1], f"of reference {number}", make_mask))
-        else:
-            raise UsageError(f"reference {number} is {_describe(pair)}; {expected}")
-    if all(reference.is_negative for reference in references):
-        raise UsageError(f"no reference was given; {expected}")
-    return references
-
-
-def _as_negatives(negatives: Any, make_mask: MakeMask) -> list[Reference]:
-    """Return negative references of images, and of pairs of image and mask. Raises UsageError."""
-    if isinstance(negatives, (str, bytes, np.ndarray)) or not isinstance(negatives, Iterable):
-        raise UsageError(f"the negatives are {_describe(negatives)}; expected images, or pairs of image and mask")
-    references = []
-    for number, each in enumerate(negatives, 1):
-        if isinstance(each, (tuple, list)) and len(each) == 2:
-            image = _as_reference(each[0], each[1], f"of negative {number}", make_mask)
-            references.append(Reference.negative(image.rgb, image.guidance))
-        else:
-            rgb = _as_rgb(each, f"negative {number}")
-            references.append(Reference.negative(rgb, np.ones(rgb.shape[:2], np.bool_)))
-    return references
-
-
-def _as_reference(image: Any, mask: Any, of_which: str, make_mask: MakeMask) -> Reference:
-    """Return a reference from an image and its mask or hints. ``of_which``: "of reference 2", for messages.
-
-    Raises UsageError.
-    """
-    rgb = _as_rgb(image, f"the image {of_which}")
-    mask_name = f"the mask {of_which}"
-    notice = functools.partial(warnings.warn, stacklevel=5)  # the user's line
-    if isinstance(mask, Hints):
-        hints = _check_hints(mask, rgb, f" {of_which}")
-        mask = mask_from_hints(hints, rgb, f"the mask from the hints {of_which}", notice, make_mask)
-    mask = _check_alpha(mask, rgb, mask_name)
-    u8 = mask if mask.dtype == np.uint8 else alpha_to_u8(mask.astype(np.float32))
-    windows = ImageWindows.full((rgb.shape[0], rgb.shape[1]))
-    return Reference(rgb, make_guidance(u8, windows, mask_name, notice))
-
-
-def _as_matte(matte: Any, rgb: ImageU8, name: str) -> Float:
-    """Return a garbage or keep matte of an image as float32 [H,W] in 0..1. Raises UsageError."""
-    checked = _check_alpha(matte, rgb, name)
-    return checked.astype(np.float32) / np.float32(255 if checked.dtype == np.uint8 else 1)
-
-
-def _check_alpha(alpha: Any, rgb: ImageU8, name: str) -> NDArray[Any]:
-    """Return a mask or matte [H,W] of an image: bool, uint8 0..255 or float in 0..1. Raises UsageError."""
-    expected = f"expected bool, uint8 0..255 or float 0..1, {list(rgb.shape[:2])} as its image"
-    _refuse_masked_array(alpha, name)
-    if not isinstance(alpha, np.ndarray) or (alpha.dtype.kind not in "bf" and alpha.dtype != np.uint8):
-        raise UsageError(f"{name} is {_describe(alpha)}; {expected}")
-    alpha = alpha[..., 0] if alpha.ndim == 3 and alpha.shape[-1] == 1 else alpha
-    if alpha.shape != rgb.shape[:2]:
-        raise UsageError(f"{name} is {_describe(alpha)}; {expected}")
-    if alpha.dtype == np.uint8 and alpha.max() == 1:
-        raise UsageError(f"{name} has no values but 0 and 1, and is uint8; {expected}; give array.astype(bool)")
-    if alpha.dtype.kind == "f" and not (alpha.min() >= 0 and alpha.max() <= 1):  # also for NaN
-        raise UsageError(f"{name} has values from {alpha.min():g} to {alpha.max():g}; {expected}")
-    return alpha
-
-
-def _as_rgb(image: Any, name: str) -> ImageU8:
-    """Return an image that may be grey as contiguous uint8 [H,W,3]. Raises UsageError."""
-    _refuse_masked_array(image, name)
-    expected = "expected sRGB, uint8 [H,W,3]"
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or not image.size:
-        raise UsageError(f"{name} is {_describe(image)}; {expected}{_advice_about_type(image)}")
-    if image.ndim == 2 or image.shape[2:] == (1,):
-        image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=-1)
-    if image.shape[2:] != (3,):
-        advice = ""
-        if image.shape[2:] == (4,):
-            advice = "; give image[..., :3] if the fourth channel is an alpha"
-        elif image.ndim == 3 and image.shape[0] == 3:
-            advice = "; give image.transpose(1, 2, 0) if the channels are first"
-        raise UsageError(f"{name} is {_describe(image)}; {expected}{advice}")
-    return np.ascontiguousarray(image)
-
-
-def _advice_about_type(image: Any) -> str:
-    """Return how to convert an object that is no uint8 array to one, as the end of a message; "" if unknown."""
-    if not isinstance(image, np.ndarray):
-        return "" if image is None else "; give an array, such as numpy.asarray(PIL.Image.open(path).convert('RGB'))"
-    if image.dtype.kind == "f":
-        return "; convert sRGB values in 0..1 with (255 * image + 0.5).astype(numpy.uint8)"
-    if image.dtype == np.uint16:
-        return "; convert 16-bit values with (image / 257 + 0.5).astype(numpy.uint8)"
-    return ""
-
-
-def _check_hints(hints: Any, image: ImageU8, of_which: str = "") -> Hints:
-    """Return ``hints`` unchanged.
-
-    Raises UsageError if they are not an instance of Hints, or not of the size of the image.
-    """
-    if not isinstance(hints, Hints):
-        raise UsageError(f"the hints{of_which} are {_describe(hints)}; expected icm_cli.Hints")
-    if hints.size != image.shape[:2]:
-        raise UsageError(
-            f"the hints{of_which} are for an image of {format_size(hints.size)} and the image is "
-            f"{format_size(image.shape)}; give Hints with the size (height, width) of this image"
-        )
-    return hints
-
-
-def _refuse_masked_array(array: Any, name: str) -> None:
-    if isinstance(array, np.ma.MaskedArray):
-        raise UsageError(
-            f"{name} is a masked array, whose masked values have no meaning here; give array.filled(value), or "
-            "array.data to use all values"
-        )
-
-
-def _describe(value: Any) -> str:
-    """Return the type of a value for a message; for an array, its dtype and shape."""
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} {list(value.shape)}"
-    return "None" if value is None else f"of type {type(value).__module__}.{type(value).__qualname__}"

@@ -38,8 +38,8 @@ from icm_cli.matting.engine import IndependentMatting
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.mattes import Mattes
 from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor, Session
+from icm_cli.matting.provenance import MEMORY_KEY, NO_MEMORY, PREDECESSORS_KEY
 from icm_cli.matting.references import Reference
-from icm_cli.matting.resume import MEMORY_KEY, NO_MEMORY, PREDECESSORS_KEY
 from icm_cli.matting.shot import Keyframe, Shot, start_entry, unreadable_entry
 from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import PreparedReferences

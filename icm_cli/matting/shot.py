@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from icm_cli.files.digests import combined_digest
 from icm_cli.matting.frames import FrameName
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.resume import ENTRY_DIGITS, MEMORY_KEY, NO_FRAME, NO_MEMORY, ExistingAlpha
+from icm_cli.matting.provenance import ENTRY_DIGITS, MEMORY_KEY, NO_FRAME, NO_MEMORY
+from icm_cli.matting.resume import ExistingAlpha
 from icm_cli.matting.sources import natural_sort_key
 
 if TYPE_CHECKING:

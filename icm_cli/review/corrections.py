@@ -24,7 +24,7 @@ from icm_cli.files.atomic_writes import identify_file
 from icm_cli.files.json_files import write_json
 from icm_cli.files.system_errors import error_for_failed_write
 from icm_cli.geometry import ImageU8
-from icm_cli.matting.resume import mark_reviewed
+from icm_cli.matting.provenance import mark_reviewed
 from icm_cli.options import MatteOptions
 from icm_cli.review.references import add_taught_images, mask_path
 from icm_cli.review.run import ReviewRun, with_values

@@ -20,7 +20,7 @@ from icm_cli.geometry import ImageU8
 from icm_cli.images.decoding import open_image
 from icm_cli.images.reading import RAW_VALUES, read_alpha, read_image
 from icm_cli.images.writing import PNG_COMPRESSION, read_provenance_header
-from icm_cli.matting.resume import SOURCE_KEY
+from icm_cli.matting.provenance import SOURCE_KEY
 from icm_cli.reports.report import shrink_image
 from icm_cli.review.run import ReviewRun
 

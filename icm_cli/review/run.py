@@ -30,7 +30,7 @@ from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.hint_files import SUFFIXES as HINT_SUFFIXES
 from icm_cli.matting.jobs import TRIMAP_SUFFIX, Job
 from icm_cli.matting.planning import choose_colour_settings, choose_output, plan_images
-from icm_cli.matting.resume import DIGEST_KEY, NAME_KEY, ROOT_KEY, escape_name, recorded_details
+from icm_cli.matting.provenance import DIGEST_KEY, NAME_KEY, ROOT_KEY, escape_name, recorded_details
 from icm_cli.matting.run_record import RECORD_NAME, read_run_record
 from icm_cli.matting.shot import split_shots
 from icm_cli.matting.sources import SkippedFiles, natural_sort_key, real_path
