@@ -124,7 +124,7 @@ def matte(
         not_ref: Image of what is not the object, such as a similar object that was taken for it.
             Repeatable.
         not_mask: Mask of a --not-ref: white on what is not the object. The first mask belongs to
-            the first --not-ref, and so on. Without a mask, nothing in the image is the object.
+            the first --not-ref, and so on. Without a mask, the whole image is not the object.
             Repeatable.
         src: Images to matte: a folder (searched recursively), an image, a quoted glob, frames such
             as shot.####.exr, a text file with one path per line, or - to read paths from standard
@@ -164,8 +164,7 @@ def matte(
         match: Objects that are matted: kind (all of the same kind, such as any dog), or same (only
             those that look like the same instance, such as this dog or this model of a car).
         min_similarity: With --match same: smallest similarity to the object of the reference, from
-            -1 to 1, at which an object is kept. The JSON report states the similarity of the most
-            similar object of each image (object_similarity).
+            -1 to 1, at which an object is kept.
         edges: Method that refines the edges of the alpha: that of the model, closed-form matting or
             ViTMatte.
         edges_weights: Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.
@@ -185,8 +184,8 @@ def matte(
         ocio: OpenColorIO configuration: a file, or ocio:// followed by the name of a built-in
             configuration.
         view: OpenColorIO view that converts scene-referred images for the model.
-        exposure: Change of exposure of scene-referred images, in stops. It is applied before the
-            view.
+        exposure: Stops by which scene-referred images are brightened for the model, before the view
+            is applied.
         white: Value that is white in images of more than 8 bits, such as 255 for floats from 0 to
             255.
         shot: Treat the images as frames of one shot. The model first learns the references. Alphas
@@ -288,8 +287,7 @@ def evaluate(
         match: Objects that are matted: kind (all of the same kind, such as any dog), or same (only
             those that look like the same instance, such as this dog or this model of a car).
         min_similarity: With --match same: smallest similarity to the object of the reference, from
-            -1 to 1, at which an object is kept. The JSON report states the similarity of the most
-            similar object of each image (object_similarity).
+            -1 to 1, at which an object is kept.
         edges: Method that refines the edges of the alpha: that of the model, closed-form matting or
             ViTMatte.
         edges_weights: Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.
@@ -368,8 +366,7 @@ def load(
         match: Objects that are matted: kind (all of the same kind, such as any dog), or same (only
             those that look like the same instance, such as this dog or this model of a car).
         min_similarity: With --match same: smallest similarity to the object of the reference, from
-            -1 to 1, at which an object is kept. The JSON report states the similarity of the most
-            similar object of each image (object_similarity).
+            -1 to 1, at which an object is kept.
         edges: Method that refines the edges of the alpha: that of the model, closed-form matting or
             ViTMatte.
         edges_weights: Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.

@@ -157,7 +157,7 @@ class ReferenceOptions(OptionGroup):
     not_mask: tuple[Path, ...] = option(
         (),
         help="Mask of a --not-ref: white on what is not the object. The first mask belongs to the first --not-ref, "
-        "and so on. Without a mask, nothing in the image is the object. Repeatable.",
+        "and so on. Without a mask, the whole image is not the object. Repeatable.",
         digest=DigestPart.REFERENCES,
     )
 
@@ -169,7 +169,7 @@ class ReferenceOptions(OptionGroup):
 
     @property
     def has_prompts(self) -> bool:
-        """Whether points, a box or strokes stand for a mask."""
+        """Whether points, a box or strokes are given instead of a mask."""
         return bool(self.point or self.not_point or self.box or self.scribble)
 
     def check_conflicts(self) -> None:
@@ -203,7 +203,7 @@ class ReferenceOptions(OptionGroup):
             )
 
     def _check_guidance_paper(self) -> None:
-        """Raise UsageError if options do not fit to ``--guidance paper``."""
+        """Raise UsageError for options that ``--guidance paper`` does not support."""
         if not (self.point or self.scribble):
             raise UsageError(
                 "--guidance paper extends points and strokes on the object, and there are none; give --point or "
@@ -244,7 +244,7 @@ class SourceOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class HintOptions(OptionGroup):
-    """What a person says about single images."""
+    """Hints, garbage mattes and keep mattes."""
 
     panel: ClassVar[Panel] = Panel.HINTS
 
@@ -369,7 +369,7 @@ class ModelOptions(OptionGroup):
     min_similarity: float | None = option(
         None,
         help="With --match same: smallest similarity to the object of the reference, from -1 to 1, at which an object "
-        "is kept. The JSON report states the similarity of the most similar object of each image (object_similarity).",
+        "is kept.",
         metavar="VALUE",
         minimum=-1,
         maximum=1,
@@ -392,7 +392,7 @@ class ModelOptions(OptionGroup):
     dtype: DtypeName = option(
         "auto",
         help="Data type of the computation.",
-        shown_default="auto: float16 on CUDA, else float32; transformers use bfloat16 on CPUs where it is faster",
+        shown_default="auto: float16 on CUDA, else float32; on CPUs, bfloat16 in transformer networks if faster",
         digest=DigestPart.DTYPE,
     )
     seed: int = option(
@@ -497,7 +497,7 @@ class ColourOptions(OptionGroup):
     )
     exposure: float = option(
         0.0,
-        help="Change of exposure of scene-referred images, in stops. It is applied before the view.",
+        help="Stops by which scene-referred images are brightened for the model, before the view is applied.",
         metavar="STOPS",
         minimum=-30,
         maximum=30,
@@ -517,7 +517,7 @@ class ColourOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class ShotOptions(OptionGroup):
-    """Treatment of frames as shots."""
+    """How frames of shots are matted."""
 
     panel: ClassVar[Panel] = Panel.SEQUENCES
 
@@ -750,7 +750,7 @@ class ProtocolOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedMattingOptions(ShotOptions):
-    """Matting of a dataset by its own references."""
+    """How a dataset is matted, with references from the dataset itself."""
 
     panel: ClassVar[Panel] = Panel.SEQUENCES
 
@@ -893,8 +893,8 @@ class ReviewPageOptions(OptionGroup):
     device: str | None = option(None, replace(DEVICE, shown_default="that of the run", is_everyday=True))
     host: str = option(
         "127.0.0.1",
-        help="Address that the page is served at. With another address than that of this machine, others in the "
-        "network who have the link can open and change the review.",
+        help="Address that the page is served at. Unless it is 127.0.0.1 or localhost, everyone in the network who "
+        "has the link can open and change the review.",
         metavar="ADDRESS",
         pattern=r"[0-9A-Za-z.:_-]+",
         expected="an address or a host name, such as 127.0.0.1 or 10.0.0.5",
