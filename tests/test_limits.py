@@ -31,6 +31,7 @@ from icm_cli.environment import (
 from icm_cli.errors import ResourceError
 from icm_cli.images.pixels import BYTES_PER_PIXEL
 from icm_cli.matting import engine
+from icm_cli.matting.memory_budget import MemoryBudget
 
 MOUNT_V2 = "30 20 0:26 {top} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n"
 MOUNT_V1 = "35 31 0:32 {top} /sys/fs/cgroup/{name} rw,relatime - cgroup cgroup rw,{name}\n"
@@ -187,7 +188,7 @@ class TestRuns:
 
     def test_free_memory_is_measured_again_before_a_matte_is_refused(self) -> None:
         sizes = iter((100, 1000))
-        budget = engine.MemoryBudget(lambda: FreeMemory(next(sizes), "in a test"))
+        budget = MemoryBudget(lambda: FreeMemory(next(sizes), "in a test"))
         job: Any = SimpleNamespace()
         budget.add_job(job)
         for size in (50, 200):

@@ -31,16 +31,9 @@ from icm_cli.images.writing import read_provenance, set_provenance_entry, write_
 from icm_cli.matting.hint_files import ImageHints
 from icm_cli.matting.hinting import apply_hints_to_alpha
 from icm_cli.matting.jobs import Job
+from icm_cli.matting.optical_flow import FlowField, FrameMemory, PropagationConfig
 from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor
-from icm_cli.matting.propagation import (
-    EARLIER_KEY,
-    PROPAGATED_KEY,
-    FlowField,
-    FlowPropagator,
-    FrameMemory,
-    PropagationConfig,
-    encode_alpha,
-)
+from icm_cli.matting.propagation import EARLIER_KEY, PROPAGATED_KEY, FlowPropagator, encode_alpha
 from icm_cli.matting.provenance import REVIEWED_KEY
 from icm_cli.matting.references import Reference
 from icm_cli.matting.shot import Keyframe, Shot, split_shots

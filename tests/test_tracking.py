@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from icm_cli.config import CropSettings
 from icm_cli.geometry import CanvasRule
 from icm_cli.images.pixels import ImageWindows
-from icm_cli.matting import propagation
+from icm_cli.matting import tracking
 from icm_cli.matting.crops import CropBox, crop_box, enlarge_box, paste_crop
 from icm_cli.matting.predictor import CoarseAlpha, Frame, Predictor
-from icm_cli.matting.propagation import TrackingConfig, TrackingReferences, crop_reference, prepare_references
 from icm_cli.matting.references import Reference
+from icm_cli.matting.tracking import TrackingConfig, TrackingReferences, crop_reference, prepare_references
 from icm_cli.model.alphas import resize_alpha, resize_on_device
 
 SETTINGS = CropSettings()
@@ -252,7 +252,7 @@ def test_references_are_learned_in_crops_for_shots(
     steps: int, is_shot: bool, both: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, notices = [], list[str]()
-    monkeypatch.setattr(propagation, "PROGRESS_INTERVAL_S", 0.0)
+    monkeypatch.setattr(tracking, "PROGRESS_INTERVAL_S", 0.0)
 
     class Recorder:
         def reference(self, references: Sequence[Reference], *, learn_steps: int = 0, on_progress: Any = None) -> str:

@@ -32,11 +32,12 @@ from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import AnyModelChoice, sequence_digest_parts
 from icm_cli.matting.predictor import Predictor
-from icm_cli.matting.propagation import create_matting, prepare_references
+from icm_cli.matting.propagation import create_matting
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.matting.result_collector import ResultCollector
 from icm_cli.matting.resume import find_existing_alphas
 from icm_cli.matting.shot import Keyframe, Shot
+from icm_cli.matting.tracking import prepare_references
 from icm_cli.model.checkpoint import read_training_digests
 from icm_cli.model.contracts import PreparedReferences
 from icm_cli.reports.report import Report

@@ -20,8 +20,9 @@ from icm_cli.files.atomic_writes import remove_stale_temporaries
 from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import ModelChoice
-from icm_cli.matting.propagation import create_matting, prepare_references
+from icm_cli.matting.propagation import create_matting
 from icm_cli.matting.references import Reference
+from icm_cli.matting.tracking import prepare_references
 from icm_cli.reports.result import ImageResult
 
 

@@ -24,6 +24,7 @@ EXCLUDED = frozenset(
         "matting/devices.py",
         "matting/digest.py",
         "matting/matte.py",
+        "matting/memory_budget.py",
         "matting/model_choice.py",
         "matting/planning.py",
         "matting/provenance.py",

@@ -12,8 +12,8 @@ from icm_cli.config import MatchConfig, ModelConfig, component_class
 from icm_cli.device import Device
 from icm_cli.environment import check_not_forked
 from icm_cli.errors import UsageError
+from icm_cli.matting.optical_flow import PropagationConfig
 from icm_cli.matting.predictor import Predictor, check_guidance, check_learn_steps
-from icm_cli.matting.propagation import PropagationConfig
 from icm_cli.matting.references import Reference
 from icm_cli.model.contracts import Head
 from icm_cli.model.lite.finetuning import DEFAULT_STEPS, FINETUNING

@@ -25,11 +25,12 @@ from icm_cli.matting.jobs import Job
 from icm_cli.matting.matte import order_as_shot, read_all_references, run_digest
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor, Session
-from icm_cli.matting.propagation import FlowPropagator, create_matting, prepare_references
+from icm_cli.matting.propagation import FlowPropagator, create_matting
 from icm_cli.matting.provenance import REVIEWED_KEY, file_identities
 from icm_cli.matting.resume import ExistingAlpha, read_existing_alpha
 from icm_cli.matting.shot import Shot
 from icm_cli.matting.sources import real_path
+from icm_cli.matting.tracking import prepare_references
 from icm_cli.options import MatteOptions
 from icm_cli.reports.result import ImageResult
 from icm_cli.review.run import ReviewRun
