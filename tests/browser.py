@@ -86,13 +86,13 @@ class ReviewServer:
         return result
 
     def get(self, target: str) -> Any:
-        """Return the JSON content of a successful request."""
+        """Send a request that must succeed, and return its JSON content."""
         status, _, content = self.request("GET", target)
         assert status == 200, (target, status, content[:300])
         return json.loads(content)
 
     def post(self, target: str, body: Any) -> Any:
-        """Return the JSON content of a successful request."""
+        """Send a request that must succeed, and return its JSON content."""
         status, _, content = self.request("POST", target, body)
         assert status == 200, (target, status, content[:300])
         return json.loads(content)
@@ -102,17 +102,17 @@ class ReviewServer:
         return {item["name"]: item for item in self.get("/api/images")["images"]}
 
     def wait_until_ready(self) -> None:
-        """Wait until the model is loaded, which the first list of images begins."""
+        """Request the list of images, which starts loading the model, and wait until it is loaded."""
         self.images()
         wait_until(lambda: self.get("/api/run")["model_state"] == "ready", "the model is not ready")
 
     def kill(self) -> None:
-        """Kill the process, which cannot react to it."""
+        """Kill the process with SIGKILL, which it cannot handle."""
         self.process.kill()
         self._wait()
 
     def stop(self) -> None:
-        """End the process as a farm or a service manager does."""
+        """End the process with SIGTERM, as a farm or a service manager does."""
         self.process.terminate()
         self._wait()
 
@@ -124,7 +124,7 @@ class ReviewServer:
 
 @dataclass
 class ReviewPage:
-    """A tab of the browser, with everything that it requested and complained about."""
+    """A tab of the browser, with the URLs that it requested and its errors."""
 
     page: Page
     requests: list[str] = field(default_factory=list)
@@ -135,13 +135,13 @@ class ReviewPage:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", self._keep_error)
-        self.page.on("dialog", self._refuse_dialog)
+        self.page.on("dialog", self._dismiss_dialog)
 
     def _keep_error(self, message: ConsoleMessage) -> None:
         if message.type == "error" and "Failed to load resource" not in message.text:
             self.errors.append(message.text)
 
-    def _refuse_dialog(self, dialog: Any) -> None:
+    def _dismiss_dialog(self, dialog: Any) -> None:
         self.errors.append(f"dialog: {dialog.message}")
         dialog.dismiss()
 

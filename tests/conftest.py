@@ -57,8 +57,8 @@ def _load_once() -> Iterator[None]:
     """Read the pretrained weights of each configuration once per process, and build Typer's
     commands once.
 
-    Every test still gets a model of its own. The state of torch's random generator after a load,
-    which decides the initial weights of further components, is that of a real load.
+    Every test still gets a model of its own. Making this copy draws the same random numbers as a
+    real load, because the initial weights of further components depend on the random state.
     """
     import torch
 
@@ -90,7 +90,8 @@ def _load_once() -> Iterator[None]:
 
 EVAL_NAMES = [f"{group}/{name}" for group in ("a", "b") for name in ("brickwall", "launchpad", "lawn")]
 """Names of the images in the folder dataset of the tests of ``icm eval``, in groups a and b."""
-DEMO = Path(__file__).parent / "composites"
+COMPOSITES = Path(__file__).parent / "composites"
+"""Folder of a reference, its mask, and composites of its object with exact alphas."""
 TINY_HEAD: dict[str, Any] = {
     "feature_channels": (6,),
     "width": 8,
@@ -121,11 +122,11 @@ def scene(tmp_path: Path) -> Path:
     """A folder with ref.png, mask.png and three composites in imgs/, one of them in a subfolder."""
     folder = tmp_path / "scene"
     (folder / "imgs" / "sub").mkdir(parents=True)
-    shrink(DEMO / "ref.jpg", folder / "ref.png", 200)
-    shrink(DEMO / "mask.png", folder / "mask.png", 200)
-    shrink(DEMO / "imgs" / "brickwall.jpg", folder / "imgs" / "wall.jpg", 160)
-    shrink(DEMO / "imgs" / "launchpad.jpg", folder / "imgs" / "pad.0101.png", 200)
-    shrink(DEMO / "imgs" / "deepfield.jpg", folder / "imgs" / "sub" / "deep.png", 160)
+    shrink(COMPOSITES / "ref.jpg", folder / "ref.png", 200)
+    shrink(COMPOSITES / "mask.png", folder / "mask.png", 200)
+    shrink(COMPOSITES / "imgs" / "brickwall.jpg", folder / "imgs" / "wall.jpg", 160)
+    shrink(COMPOSITES / "imgs" / "launchpad.jpg", folder / "imgs" / "pad.0101.png", 200)
+    shrink(COMPOSITES / "imgs" / "deepfield.jpg", folder / "imgs" / "sub" / "deep.png", 160)
     return folder
 
 
@@ -137,7 +138,7 @@ def shrink(source: Path, target: Path, long_side: int) -> None:
 
 
 def model_choice(model: str | None = None, batch_size: int | Literal["auto"] = 1, **options: Any) -> ModelChoice:
-    """Return the choice that options of the command make, on the CPU and without a network."""
+    """Return the model choice that these command-line options make, on the CPU and offline."""
     from icm_cli.matting.model_choice import ModelChoice
     from icm_cli.options import LoadOptions
 
@@ -179,7 +180,7 @@ def data(tmp_path: Path) -> Path:
         for kind, source, suffix in (("images", "imgs", ".jpg"), ("alphas", "alphas", ".png")):
             target = tmp_path / "data" / kind / f"{name}{suffix}"
             target.parent.mkdir(parents=True, exist_ok=True)
-            shrink(DEMO / source / f"{Path(name).name}{suffix}", target, 160 if name < "b" else 120)
+            shrink(COMPOSITES / source / f"{Path(name).name}{suffix}", target, 160 if name < "b" else 120)
     return tmp_path / "data"
 
 
@@ -234,7 +235,7 @@ def copy_many(source: Path, folder: Path, count: int) -> None:
 
 
 def refine_alpha(edges: Edges, rgb: np.ndarray, coarse: np.ndarray) -> np.ndarray:
-    """Return the alpha of one image from edges, which work on batches of tensors."""
+    """Return the alpha of one image, refined by ``edges``, which takes batches of tensors."""
     import torch
 
     (alpha,) = edges.refine_alphas([rgb], [torch.from_numpy(coarse)])

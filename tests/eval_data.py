@@ -12,20 +12,20 @@ from conftest import EVAL_NAMES as NAMES
 from conftest import Icm as Evaluate
 from conftest import read
 
-__all__ = ["NAMES", "Evaluate", "bad_truth", "by_name", "copy_alphas", "report_of"]
+__all__ = ["NAMES", "Evaluate", "damage_alpha", "images_by_name", "read_report", "write_predictions"]
 
 
-def report_of(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> dict[str, Any]:
     """Read a JSON report."""
     return dict(json.loads(path.read_text()))
 
 
-def by_name(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def images_by_name(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the images of a report by name."""
     return {image["name"]: image for image in report["images"]}
 
 
-def copy_alphas(data: Path, folder: Path) -> Path:
+def write_predictions(data: Path, folder: Path) -> Path:
     """Write the blurred ground truth of a dataset as predictions, and return their folder."""
     for path in (data / "alphas").rglob("*.png"):
         target = folder / path.relative_to(data / "alphas")
@@ -34,8 +34,8 @@ def copy_alphas(data: Path, folder: Path) -> Path:
     return folder
 
 
-def bad_truth(kind: str, path: Path) -> None:
-    """Give an alpha the problem ``kind``."""
+def damage_alpha(kind: str, path: Path) -> None:
+    """Change an alpha file so that it has the problem ``kind``, such as "empty-alpha"."""
     alpha = read(path)
     if kind == "size-mismatch":
         alpha = alpha[:, :-20]

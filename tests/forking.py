@@ -29,7 +29,7 @@ IS_POSSIBLE = sys.platform == "linux" and hasattr(subprocess.Popen, "_execute_ch
 PR_SET_CHILD_SUBREAPER = 36
 MAX_MESSAGE_BYTES = 1 << 17
 FIRST_TEMPORARY_DESCRIPTOR = 500
-"""Received descriptors are first moved to this number, so that they do not overlap targets."""
+"""Received descriptors are first moved to numbers from this one on, because their final numbers may be in use."""
 PRELOADED_MODULES = (
     "icm_cli.evaluation.evaluate",
     "icm_cli.matting.engine",
@@ -37,7 +37,7 @@ PRELOADED_MODULES = (
     "icm_cli.model.loading",
     "icm_cli.training.train",
 )
-"""Modules that the server imports. A module that is run must not be among them."""
+"""Modules that the server imports. It cannot run one of them as a script."""
 
 _Popen = subprocess.Popen
 _server: socket.socket | None = None
@@ -85,7 +85,7 @@ def is_icm_command(args: Any) -> bool:
 
 
 def request_process(request: dict[str, Any], descriptors: list[int]) -> int:
-    """Let the server start a process, and return its process ID."""
+    """Let the server start a process; return the process ID."""
     global _server
     with _request_lock:
         if _server is None:
@@ -101,7 +101,7 @@ def request_process(request: dict[str, Any], descriptors: list[int]) -> int:
 def start_server() -> socket.socket:
     """Start the server and return the socket to it.
 
-    Processes that it starts become children of this process.
+    Processes that the server starts become children of this process.
     """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -127,8 +127,8 @@ def serve_requests(link: socket.socket) -> list[str] | None:
         if not message:
             return None
         reading, writing = os.pipe()
-        between = os.fork()
-        if between == 0:
+        intermediate_pid = os.fork()
+        if intermediate_pid == 0:
             os.close(reading)
             pid = os.fork()
             if pid == 0:
@@ -138,7 +138,7 @@ def serve_requests(link: socket.socket) -> list[str] | None:
             os.write(writing, str(pid).encode())
             os._exit(0)
         os.close(writing)
-        os.waitpid(between, 0)  # now the new process is a child of the test process
+        os.waitpid(intermediate_pid, 0)  # now the new process is a child of the test process
         link.send(os.read(reading, 64))
         for each in (reading, *descriptors):
             os.close(each)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DEMO, read
+from conftest import COMPOSITES, read
 from PIL import Image
 
 import icm_cli
@@ -18,8 +18,8 @@ from icm_cli.errors import UsageError
 from icm_cli.matting.predictor import Predictor
 from icm_cli.model.contracts import PreparedReferences
 
-RGB = np.ascontiguousarray(read(DEMO / "ref.jpg")[::4, ::4, ::-1])
-MASK = np.ascontiguousarray(read(DEMO / "mask.png")[::4, ::4])
+RGB = np.ascontiguousarray(read(COMPOSITES / "ref.jpg")[::4, ::4, ::-1])
+MASK = np.ascontiguousarray(read(COMPOSITES / "mask.png")[::4, ::4])
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ check("evaluate")
 @pytest.mark.slow
 def test_host_program_is_not_changed(tmp_path: Path) -> None:
     """Neither an import nor a run changes global settings of the process."""
-    line = [sys.executable, "-c", SNAPSHOT, str(DEMO), str(tmp_path / "out")]
+    line = [sys.executable, "-c", SNAPSHOT, str(COMPOSITES), str(tmp_path / "out")]
     run = subprocess.run(line, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 

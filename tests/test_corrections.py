@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from conftest import DEMO, Icm, alphas, read
+from conftest import COMPOSITES, Icm, alphas, read
 from test_formats import linear
 from test_windows import write_cropped_exr
 from typer.testing import CliRunner
@@ -83,7 +83,7 @@ def test_exr_frames_with_all_corrections(icm: Icm, scene: Path) -> None:
 def test_command_predictor_and_session_give_the_same_bytes_for_the_demo(tmp_path: Path) -> None:
     from icm_cli.cli import app
 
-    ref, mask, image = DEMO / "ref.jpg", DEMO / "mask.png", DEMO / "imgs" / "cat.jpg"
+    ref, mask, image = COMPOSITES / "ref.jpg", COMPOSITES / "mask.png", COMPOSITES / "imgs" / "cat.jpg"
     path = write_shapes(
         tmp_path / "hints" / "cat.json", fg=[[700, 500]], bg=[[300, 250]], keep=[[0, 0], [60, 0], [60, 40], [0, 40]]
     )

@@ -17,7 +17,7 @@ import pytest
 import torch
 from click.testing import Result
 from conftest import Icm, alphas, arguments, copy_many
-from faulty_work import FullDisk, LosingSetup, Unloadable
+from faulty_setups import FullDiskSetup, LostDeviceSetup, UnloadableSetup
 from forking import command_line
 
 from icm_cli.matting import matte as matting
@@ -131,7 +131,7 @@ def test_images_of_a_killed_process_are_matted_by_the_other(
 def test_images_of_a_lost_device_are_matted_by_the_other(
     icm: Icm, scene: Path, single_device_alphas: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matting, "EngineSetup", LosingSetup)
+    monkeypatch.setattr(matting, "EngineSetup", LostDeviceSetup)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setenv("LOST", str(scene / "lost"))
     result = icm(src=scene / "many", device="cpu,cpu")
@@ -143,7 +143,7 @@ def test_images_of_a_lost_device_are_matted_by_the_other(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("work", "message"), [(FullDisk, "no space left on the device"), (Unloadable, "no such model")]
+    ("work", "message"), [(FullDiskSetup, "no space left on the device"), (UnloadableSetup, "no such model")]
 )
 def test_other_errors_end_the_run(
     icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, work: type, message: str

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import model_choice
 from safetensors.torch import load_file, save_file
-from tiny_hf import DEPTH, PATCH_PX, WIDTH, sharded, write_dinov2_small, write_tiny_dino
+from tiny_hf import DEPTH, PATCH_PX, WIDTH, copy_with_split_weights, write_dinov2_small, write_tiny_dino
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -265,14 +265,14 @@ class TestWeights:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_weights_in_two_files(self, folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
-        parts = sharded(folders[kind], tmp_path / "parts")
+        parts = copy_with_split_weights(folders[kind], tmp_path / "parts")
         assert len(list(parts.glob("*.safetensors"))) == 2
         image, valid = make_images(kind)
         pair = [load(each, config(kind)).target_features(image, valid, []) for each in (parts, folders[kind])]
         assert torch.equal(pair[0].correspondence_features, pair[1].correspondence_features)
 
     def test_all_weight_files_are_required_and_in_the_digest(self, folders: dict[str, Path], tmp_path: Path) -> None:
-        parts = sharded(folders["dinov2"], tmp_path / "parts")
+        parts = copy_with_split_weights(folders["dinov2"], tmp_path / "parts")
         before = Dino.weights_digest(config(), str(parts), offline=True)
         for number in (1, 2):
             part = parts / f"model-0000{number}-of-00002.safetensors"

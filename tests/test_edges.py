@@ -14,7 +14,7 @@ import torch
 from conftest import Icm, alphas, model_choice, read, refine_alpha
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_hf import sharded, write_tiny_dino, write_tiny_vitmatte
+from tiny_hf import copy_with_split_weights, write_tiny_dino, write_tiny_vitmatte
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError, UsageError
@@ -257,7 +257,10 @@ class TestOption:
             "backbone: {name: dino, patch_px: 14, long_side_px: 112, layers: [3], dtype: float32}\n"
             "head: {name: training-free, solve_long_side_px: 64, absent_below: 0.0}\n"
         )
-        parts = {"weights": sharded(dino, scene / "d2"), "edges_weights": sharded(folder, scene / "v2")}
+        parts = {
+            "weights": copy_with_split_weights(dino, scene / "d2"),
+            "edges_weights": copy_with_split_weights(folder, scene / "v2"),
+        }
         for out, weights in (("whole", {"weights": dino, "edges_weights": folder}), ("parts", parts)):
             ended = icm(out=scene / out, model=model, edges="vitmatte", src=scene / "imgs" / "wall.jpg", **weights)
             assert ended.exit_code == 0, ended.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import torch
 import torch.nn.functional as F
-from conftest import DEMO
+from conftest import COMPOSITES
 
 from icm_cli.model.lite.efficientnet import EfficientNetLite, EfficientNetLiteConfig, _package_weights_path
 
@@ -22,7 +22,7 @@ def test_imagenet_classification() -> None:
         offline=True,
         seed=0,
     )
-    rgb = cv2.imread(str(DEMO / "imgs" / "cat.jpg"))[:500, :500, ::-1].copy()
+    rgb = cv2.imread(str(COMPOSITES / "imgs" / "cat.jpg"))[:500, :500, ::-1].copy()
     image = torch.from_numpy(cv2.resize(rgb, (256, 256), interpolation=cv2.INTER_AREA)).permute(2, 0, 1)[None] / 255
     with torch.inference_mode():
         outputs = last.run_blocks(image, (20,))[20]

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DEMO, arguments, read, shrink
-from eval_data import NAMES, Evaluate, bad_truth, by_name, copy_alphas, report_of
+from conftest import COMPOSITES, arguments, read, shrink
+from eval_data import NAMES, Evaluate, damage_alpha, images_by_name, read_report, write_predictions
 from PIL import Image
 
 from icm_cli.matting.engine import Engine
@@ -23,12 +23,12 @@ from icm_cli.scoring.metrics import compute_scores
 def test_groups_are_matted_with_their_reference_and_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     result = evaluate(report=tmp_path / "r.json", save_alphas=tmp_path / "out")
     assert result.exit_code == 0
-    report = report_of(tmp_path / "r.json")
+    report = read_report(tmp_path / "r.json")
     (references,) = report["references"]
     assert set(references) == {"a", "b"}
     shown = {name for names in references.values() for name in names}
-    assert set(by_name(report)) == set(NAMES) - shown
-    for name, image in by_name(report).items():
+    assert set(images_by_name(report)) == set(NAMES) - shown
+    for name, image in images_by_name(report).items():
         alpha, truth = read(tmp_path / "out" / f"{name}.png"), read(data / "alphas" / f"{name}.png")
         assert alpha.shape == truth.shape
         assert image["scores"]["whole"]["mse"] == compute_scores(alpha, truth)["whole"].mse
@@ -38,7 +38,7 @@ def test_groups_are_matted_with_their_reference_and_scored(evaluate: Evaluate, d
 
 def test_references_are_chosen_by_sha256_of_the_name(evaluate: Evaluate, tmp_path: Path) -> None:
     evaluate(report=tmp_path / "r.json", rounds=2)
-    for number, references in enumerate(report_of(tmp_path / "r.json")["references"]):
+    for number, references in enumerate(read_report(tmp_path / "r.json")["references"]):
         for group, names in references.items():
             ordered = sorted(
                 (name for name in NAMES if name.startswith(group)),
@@ -50,7 +50,7 @@ def test_references_are_chosen_by_sha256_of_the_name(evaluate: Evaluate, tmp_pat
 def test_rounds_report_mean_and_std_and_exclude_references(evaluate: Evaluate, tmp_path: Path) -> None:
     result = evaluate(report=tmp_path / "r.json", rounds=3, save_alphas=tmp_path / "out")
     assert "±" in result.stdout
-    report = report_of(tmp_path / "r.json")
+    report = read_report(tmp_path / "r.json")
     assert len(report["images"]) == 12
     per_round = []
     for number, references in enumerate(report["references"], 1):
@@ -69,11 +69,11 @@ def test_rounds_report_mean_and_std_and_exclude_references(evaluate: Evaluate, t
 
 def test_references_of_an_earlier_run_can_be_reused(evaluate: Evaluate, tmp_path: Path) -> None:
     evaluate(report=tmp_path / "r.json", write_references=tmp_path / "refs.json", refs_per_group=2)
-    first = report_of(tmp_path / "r.json")
+    first = read_report(tmp_path / "r.json")
     assert all(len(names) == 2 for names in first["references"][0].values())
     for file in ("r.json", "refs.json"):
         evaluate(report=tmp_path / "again.json", references=tmp_path / file)
-        again = report_of(tmp_path / "again.json")
+        again = read_report(tmp_path / "again.json")
         assert again["references"] == first["references"]
         assert [each["scores"] for each in again["images"]] == [each["scores"] for each in first["images"]]
 
@@ -84,7 +84,7 @@ def test_second_run_keeps_all_alphas_and_reports_the_same_scores(
     evaluate(report=tmp_path / "r.json", save_alphas=tmp_path / "out")
     monkeypatch.setattr("icm_cli.matting.model_choice.load_model", lambda *_, **__: pytest.fail("loaded a model"))
     evaluate(report=tmp_path / "again.json", save_alphas=tmp_path / "out")
-    first, again = report_of(tmp_path / "r.json"), report_of(tmp_path / "again.json")
+    first, again = read_report(tmp_path / "r.json"), read_report(tmp_path / "again.json")
     assert again["summary"]["kept"] == 4
     assert [each["scores"] for each in again["images"]] == [each["scores"] for each in first["images"]]
 
@@ -109,7 +109,7 @@ def test_run_without_save_alphas_resumes_after_a_crash_and_cleans_the_cache(
     monkeypatch.setattr(Engine, "_write", real)
     result = evaluate(report=tmp_path / "r.json")
     assert result.exit_code == 0
-    assert report_of(tmp_path / "r.json")["summary"]["kept"] == 2
+    assert read_report(tmp_path / "r.json")["summary"]["kept"] == 2
     assert list((tmp_path / "cache" / "eval").iterdir()) == []
 
 
@@ -140,7 +140,7 @@ def test_group_with_one_image_is_reported_and_others_are_scored(evaluate: Evalua
         path.unlink()
     result = evaluate(report=tmp_path / "r.json")
     assert result.exit_code == 1
-    report = report_of(tmp_path / "r.json")
+    report = read_report(tmp_path / "r.json")
     assert report["summary"]["problems"] == {"lone-image": 1}
     assert len(report["images"]) == 2
     assert evaluate(allow="lone-image").exit_code == 0
@@ -150,46 +150,46 @@ def test_unusable_reference_is_reported_and_replaced_by_the_next(
     evaluate: Evaluate, data: Path, tmp_path: Path
 ) -> None:
     evaluate(report=tmp_path / "r.json")
-    (first,) = report_of(tmp_path / "r.json")["references"][0]["a"]
+    (first,) = read_report(tmp_path / "r.json")["references"][0]["a"]
     (data / "images" / f"{first}.jpg").write_bytes(b"torn")
     result = evaluate(report=tmp_path / "r.json")
     assert result.exit_code == 1
-    report = report_of(tmp_path / "r.json")
+    report = read_report(tmp_path / "r.json")
     assert report["references"][0]["a"] != [first]
     assert {"kind": "bad-reference", "name": first} in [
         {key: problem[key] for key in ("kind", "name")} for problem in report["problems"]
     ]
-    assert by_name(report)[first]["status"] == "failed"
+    assert images_by_name(report)[first]["status"] == "failed"
     assert sum(bool(image["scores"]) for image in report["images"]) == 3
 
 
 def test_alpha_with_colour_is_no_reference(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     evaluate(report=tmp_path / "r.json")
-    (first,) = report_of(tmp_path / "r.json")["references"][0]["a"]
+    (first,) = read_report(tmp_path / "r.json")["references"][0]["a"]
     alpha = data / "alphas" / f"{first}.png"
     Image.open(data / "images" / f"{first}.jpg").save(alpha)
     result = evaluate(report=tmp_path / "r.json")
     assert result.exit_code == 1
     assert f"bad-reference: alpha {alpha} has colour" in result.stderr
-    assert report_of(tmp_path / "r.json")["references"][0]["a"] != [first]
+    assert read_report(tmp_path / "r.json")["references"][0]["a"] != [first]
 
 
 def test_images_of_alphas_with_colour_are_not_matted(
     evaluate: Evaluate, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(report=tmp_path / "r.json")
-    (first,) = report_of(tmp_path / "r.json")["references"][0]["a"]
+    (first,) = read_report(tmp_path / "r.json")["references"][0]["a"]
     targets = [name for name in NAMES if name.startswith("a/") and name != first]
     for name in targets:
-        bad_truth("colour-alpha", data / "alphas" / f"{name}.png")
+        damage_alpha("colour-alpha", data / "alphas" / f"{name}.png")
     matted: list[str] = []
     run = Engine.run
     monkeypatch.setattr(Engine, "run", lambda engine, jobs: [matted.extend(map(str, jobs)), run(engine, jobs)])
     result = evaluate(report=tmp_path / "r.json")
     assert result.exit_code == 1
-    report = report_of(tmp_path / "r.json")
+    report = read_report(tmp_path / "r.json")
     assert report["summary"]["problems"] == {"colour-alpha": len(targets)}
-    assert {by_name(report)[name]["status"] for name in targets} == {"unscored"}
+    assert {images_by_name(report)[name]["status"] for name in targets} == {"unscored"}
     assert len(matted) == len(report["images"]) - len(targets)
     assert sum(bool(image["scores"]) for image in report["images"]) == len(matted)
 
@@ -198,7 +198,7 @@ def test_images_of_alphas_with_colour_are_not_matted(
 def test_images_used_for_training_are_marked_and_excluded_from_a_second_mean(
     evaluate: Evaluate, tmp_path: Path
 ) -> None:
-    from tiny_sd import tiny_detail_yaml, write_tiny_sd
+    from tiny_sd import write_tiny_detail_config, write_tiny_sd
 
     from icm_cli.config import load_model_config
     from icm_cli.model.checkpoint import TRAINED_ON_KEY, save_checkpoint
@@ -207,10 +207,10 @@ def test_images_used_for_training_are_marked_and_excluded_from_a_second_mean(
     from icm_cli.model.stable_diffusion.detail_head import DetailHead
 
     evaluate(report=tmp_path / "r.json")
-    target = report_of(tmp_path / "r.json")["images"][0]
+    target = read_report(tmp_path / "r.json")["images"][0]
     digest = hashlib.sha256(Path(target["source"]).read_bytes()).hexdigest()
     folder = write_tiny_sd(tmp_path / "sd")
-    config = load_model_config(str(tiny_detail_yaml(tmp_path / "m.yaml", folder)))
+    config = load_model_config(str(write_tiny_detail_config(tmp_path / "m.yaml", folder)))
     backbone = StableDiffusion.load(config.backbone.settings, str(folder), offline=True, seed=0)
     model = InContextMatting(backbone, DetailHead(config.head.settings))
     metadata = {TRAINED_ON_KEY: json.dumps([digest])}
@@ -219,7 +219,7 @@ def test_images_used_for_training_are_marked_and_excluded_from_a_second_mean(
     result = evaluate(report=pages, checkpoint=tmp_path / "c.safetensors", model=None)
     assert result.exit_code == 0, result.stderr
     assert "not trained on" in result.stdout
-    report = report_of(tmp_path / "r.json")
+    report = read_report(tmp_path / "r.json")
     assert [image["name"] for image in report["images"] if image["is_seen"]] == [target["name"]]
     unseen = [each["scores"]["whole"]["mse"] for each in report["images"] if not each["is_seen"]]
     mean = report["summary"]["means_without_images_trained_on"]["whole"]["metrics"]["mse"]["mean"]
@@ -228,7 +228,7 @@ def test_images_used_for_training_are_marked_and_excluded_from_a_second_mean(
     assert report["settings"]["protocol"]["notes"] == []
     save_checkpoint(tmp_path / "c.safetensors", model, config, with_backbone=False)
     evaluate(report=tmp_path / "r.json", checkpoint=tmp_path / "c.safetensors", model=None)
-    (note,) = report_of(tmp_path / "r.json")["settings"]["protocol"]["notes"]
+    (note,) = read_report(tmp_path / "r.json")["settings"]["protocol"]["notes"]
     assert "does not list its training images" in note
 
 
@@ -259,7 +259,7 @@ def test_run_resumes_after_being_killed(data: Path, small_model: Path, tmp_path:
     assert not (tmp_path / "r.json").exists()
     ended = subprocess.run(line, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    summary = report_of(tmp_path / "r.json")["summary"]
+    summary = read_report(tmp_path / "r.json")["summary"]
     assert summary["kept"] >= 2
     assert summary["kept"] + summary["done"] == summary["means"]["whole"]["images"] == 12
     assert not list((tmp_path / "out").rglob(".icm-*"))
@@ -281,7 +281,7 @@ def test_sigterm_scores_and_reports_finished_images(data: Path, small_model: Pat
         rest = run.stderr.read()
         summary = run.stdout.read()
     assert run.returncode == 143
-    report = report_of(tmp_path / "r.json")
+    report = read_report(tmp_path / "r.json")
     assert not report["summary"]["complete"]
     missing = report["summary"]["not_reached"]
     assert f"(incomplete, {missing} of {len(report['images'])} images not reached)" in summary
@@ -293,7 +293,7 @@ def test_sigterm_scores_and_reports_finished_images(data: Path, small_model: Pat
 
 
 def test_alphas_of_other_tools_are_never_overwritten(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
-    copy_alphas(data, tmp_path / "theirs")
+    write_predictions(data, tmp_path / "theirs")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
     for folder in (tmp_path / "theirs", data / "images"):
         result = evaluate(save_alphas=folder)
@@ -302,7 +302,7 @@ def test_alphas_of_other_tools_are_never_overwritten(evaluate: Evaluate, data: P
 
 
 def test_input_files_are_never_overwritten(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
-    copy_alphas(data, tmp_path / "pred")
+    write_predictions(data, tmp_path / "pred")
     groups = tmp_path / "groups.json"
     groups.write_text(json.dumps({name: {"class": "x"} for name in NAMES}))
     references = tmp_path / "refs.json"
@@ -343,11 +343,11 @@ def test_invalid_references_file_is_refused(evaluate: Evaluate, tmp_path: Path, 
 @pytest.mark.slow
 def test_notes_report_too_many_rounds_or_references(evaluate: Evaluate, tmp_path: Path) -> None:
     result = evaluate(rounds=5, report=tmp_path / "r.json")
-    (note,) = report_of(tmp_path / "r.json")["settings"]["protocol"]["notes"]
+    (note,) = read_report(tmp_path / "r.json")["settings"]["protocol"]["notes"]
     assert "repeat in later rounds" in note
     assert note in result.stderr
     evaluate(refs_per_group=7, report=tmp_path / "r.json")
-    (note,) = report_of(tmp_path / "r.json")["settings"]["protocol"]["notes"]
+    (note,) = read_report(tmp_path / "r.json")["settings"]["protocol"]["notes"]
     assert "too few images for 7 references" in note
 
 
@@ -356,10 +356,10 @@ def test_composites_of_foregrounds_are_matted(tmp_path: Path, small_model: Path)
 
     for folder, source in (("FG", "imgs/lawn.jpg"), ("GT", "alphas/lawn.png")):
         (tmp_path / "Test" / folder).mkdir(parents=True)
-        shrink(DEMO / source, tmp_path / "Test" / folder / "rocket.png", 80)
+        shrink(COMPOSITES / source, tmp_path / "Test" / folder / "rocket.png", 80)
     (tmp_path / "bg").mkdir()
     for name in ("brickwall", "cat", "deepfield"):
-        shrink(DEMO / "imgs" / f"{name}.jpg", tmp_path / "bg" / f"{name}.png", 70)
+        shrink(COMPOSITES / "imgs" / f"{name}.jpg", tmp_path / "bg" / f"{name}.png", 70)
     report = evaluate(
         "d646",
         tmp_path,

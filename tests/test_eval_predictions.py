@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import read
-from eval_data import NAMES, Evaluate, bad_truth, by_name, copy_alphas, report_of
+from eval_data import NAMES, Evaluate, damage_alpha, images_by_name, read_report, write_predictions
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -21,7 +21,7 @@ from icm_cli.scoring.metrics import compute_scores
 
 
 def test_predictions_are_scored_without_torch(data: Path, tmp_path: Path) -> None:
-    copy_alphas(data, tmp_path / "pred")
+    write_predictions(data, tmp_path / "pred")
     code = (
         "import sys; from icm_cli import evaluate\n"
         f"report = evaluate('folder', {str(data)!r}, pred={str(tmp_path / 'pred')!r})\n"
@@ -36,7 +36,7 @@ def test_saved_alphas_have_the_same_scores_as_in_the_run_that_made_them(evaluate
     evaluate(report=tmp_path / "made.json", save_alphas=tmp_path / "out", rounds=2)
     result = evaluate(report=tmp_path / "pred.json", pred=tmp_path / "out", references=tmp_path / "made.json")
     assert result.exit_code == 0
-    made, scored = report_of(tmp_path / "made.json"), report_of(tmp_path / "pred.json")
+    made, scored = read_report(tmp_path / "made.json"), read_report(tmp_path / "pred.json")
     assert [each["scores"] for each in made["images"]] == [each["scores"] for each in scored["images"]]
     assert made["summary"]["means"] == scored["summary"]["means"]
     assert {each["made_by"] for each in scored["images"]} == {""}
@@ -46,7 +46,7 @@ def test_saved_alphas_have_the_same_scores_as_in_the_run_that_made_them(evaluate
 def test_summary_names_the_folder_of_a_relative_data_root(
     evaluate: Evaluate, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy_alphas(data, tmp_path / "pred")
+    write_predictions(data, tmp_path / "pred")
     for folder, root in ((data, "."), (data / "alphas", "..")):
         monkeypatch.chdir(folder)
         summary = evaluate(data_root=root, pred=tmp_path / "pred")
@@ -56,7 +56,7 @@ def test_summary_names_the_folder_of_a_relative_data_root(
 
 def test_damaged_prediction_prints_one_message_and_no_library_warning(data: Path, tmp_path: Path) -> None:
     """The worker process suppresses the warning that Pillow prints about a truncated TIFF."""
-    copy_alphas(data, tmp_path / "pred")
+    write_predictions(data, tmp_path / "pred")
     (tmp_path / "pred" / "a" / "lawn.png").unlink()
     Image.fromarray(read(data / "alphas" / "a" / "lawn.png")).save(tmp_path / "whole.tif")
     (tmp_path / "pred" / "a" / "lawn.tif").write_bytes((tmp_path / "whole.tif").read_bytes()[:56])
@@ -69,22 +69,22 @@ def test_damaged_prediction_prints_one_message_and_no_library_warning(data: Path
 
 
 def test_missing_prediction_is_reported_and_others_are_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
-    copy_alphas(data, tmp_path / "pred")
+    write_predictions(data, tmp_path / "pred")
     (tmp_path / "pred" / "a" / "lawn.png").unlink()
     result = evaluate(pred=tmp_path / "pred", report=tmp_path / "r.json")
     assert result.exit_code == 1
     assert "missing-prediction" in result.stderr
-    assert report_of(tmp_path / "r.json")["summary"]["means"]["whole"]["images"] == 5
+    assert read_report(tmp_path / "r.json")["summary"]["means"]["whole"]["images"] == 5
 
 
 def test_of_predictions_with_the_same_name_the_png_is_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     """Without a PNG, it is unknown which file is the alpha."""
-    copy_alphas(data, tmp_path / "pred")
+    write_predictions(data, tmp_path / "pred")
     png = tmp_path / "pred" / "a" / "lawn.png"
     for suffix in (".bmp", ".tif"):
         cv2.imwrite(str(png.with_suffix(suffix)), 255 - read(png))
     result = evaluate(pred=tmp_path / "pred", report=tmp_path / "r.json")
-    assert by_name(report_of(tmp_path / "r.json"))["a/lawn"]["output"] == str(png)
+    assert images_by_name(read_report(tmp_path / "r.json"))["a/lawn"]["output"] == str(png)
     assert result.exit_code == 0, result.output
     assert "of which matting" not in result.stdout  # the alphas are only scored
     png.unlink()
@@ -96,14 +96,14 @@ def test_of_predictions_with_the_same_name_the_png_is_scored(evaluate: Evaluate,
 def test_predictions_are_resized_to_the_ground_truth_and_counted(
     evaluate: Evaluate, data: Path, tmp_path: Path
 ) -> None:
-    copy_alphas(data, tmp_path / "pred")
+    write_predictions(data, tmp_path / "pred")
     path = tmp_path / "pred" / "a" / "lawn.png"
     half = cv2.resize(read(path), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     cv2.imwrite(str(path), half)
     result = evaluate(pred=tmp_path / "pred", report=tmp_path / "r.json")
     assert result.exit_code == 0
     assert "resized for scoring" in result.stdout
-    image = by_name(report_of(tmp_path / "r.json"))["a/lawn"]
+    image = images_by_name(read_report(tmp_path / "r.json"))["a/lawn"]
     truth = read(data / "alphas" / "a" / "lawn.png")
     resized = cv2.resize(half / 255.0, truth.shape[::-1], interpolation=cv2.INTER_LINEAR)  # not rounded to 8 bits
     assert image["was_resized"]
@@ -128,29 +128,29 @@ def test_folder_without_matching_alphas_is_refused(evaluate: Evaluate, data: Pat
 def test_allowed_problems_are_no_failure_but_a_run_without_scores_is(
     evaluate: Evaluate, data: Path, tmp_path: Path
 ) -> None:
-    copy_alphas(data, tmp_path / "pred")
+    write_predictions(data, tmp_path / "pred")
     (tmp_path / "pred" / "a" / "lawn.png").unlink()
     assert evaluate(pred=tmp_path / "pred", allow="missing-prediction").exit_code == 0
     for path in (tmp_path / "pred").rglob("*.png"):
         path.write_bytes(b"torn")
     result = evaluate(pred=tmp_path / "pred", allow=["missing-prediction", "unreadable"], report=tmp_path / "r.json")
     assert result.exit_code == 1
-    assert report_of(tmp_path / "r.json")["summary"]["unscored"] == 6
+    assert read_report(tmp_path / "r.json")["summary"]["unscored"] == 6
 
 
 @pytest.mark.parametrize("kind", ["colour-alpha", "unscaled-alpha"])
 def test_invalid_predictions_are_reported(evaluate: Evaluate, data: Path, tmp_path: Path, kind: str) -> None:
-    copy_alphas(data, tmp_path / "pred")
-    bad_truth(kind, tmp_path / "pred" / "a" / "lawn.png")
+    write_predictions(data, tmp_path / "pred")
+    damage_alpha(kind, tmp_path / "pred" / "a" / "lawn.png")
     result = evaluate(pred=tmp_path / "pred", report=tmp_path / "r.json")
     assert result.exit_code == 1
-    assert report_of(tmp_path / "r.json")["summary"]["problems"] == {kind: 1}
-    assert by_name(report_of(tmp_path / "r.json"))["a/lawn"]["status"] == "unscored"
+    assert read_report(tmp_path / "r.json")["summary"]["problems"] == {kind: 1}
+    assert images_by_name(read_report(tmp_path / "r.json"))["a/lawn"]["status"] == "unscored"
 
 
 def test_ambiguous_file_names_are_refused(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     for folder in ("x", "y"):
-        copy_alphas(data, tmp_path / "pred" / folder)
+        write_predictions(data, tmp_path / "pred" / folder)
     result = evaluate(pred=tmp_path / "pred")
     assert result.exit_code == 2
     assert "several of the same name" in result.stderr
@@ -171,18 +171,18 @@ def test_ambiguous_file_names_are_refused(evaluate: Evaluate, data: Path, tmp_pa
 def test_bad_ground_truth_is_reported_and_others_are_scored(
     evaluate: Evaluate, data: Path, tmp_path: Path, kind: str
 ) -> None:
-    copy_alphas(data, tmp_path / "pred")
-    bad_truth(kind, data / "alphas" / "a" / "lawn.png")
+    write_predictions(data, tmp_path / "pred")
+    damage_alpha(kind, data / "alphas" / "a" / "lawn.png")
     kind = kind.split("_")[0]
     pages = [tmp_path / "r.json", tmp_path / "r.html", tmp_path / "r.csv"]
     result = evaluate(pred=tmp_path / "pred", report=pages)
     assert result.exit_code == 1
     assert "a/lawn.png" in result.stderr
     assert kind != "size-mismatch" or ", the size of its image; replace it by a file of this size" in result.stderr
-    report = report_of(tmp_path / "r.json")
+    report = read_report(tmp_path / "r.json")
     assert report["summary"]["problems"] == {kind: 1}
     assert [problem["name"] for problem in report["problems"]] == ["a/lawn"]
-    scored = {name for name, image in by_name(report).items() if image["scores"]}
+    scored = {name for name, image in images_by_name(report).items() if image["scores"]}
     assert scored == set(NAMES) - (set() if kind == "16-bit-alpha" else {"a/lawn"})
     assert kind in (tmp_path / "r.html").read_text()
     assert evaluate(pred=tmp_path / "pred", allow=kind).exit_code == 0
@@ -195,7 +195,7 @@ def test_bad_ground_truth_is_reported_and_others_are_scored(
 def test_float_prediction_out_of_range_is_reported(
     evaluate: Evaluate, data: Path, tmp_path: Path, value: float, message: str
 ) -> None:
-    copy_alphas(data, tmp_path / "pred")
+    write_predictions(data, tmp_path / "pred")
     alpha = read(tmp_path / "pred" / "a" / "lawn.png") / np.float32(255)
     alpha[3, 5] = 1.1
     (tmp_path / "pred" / "a" / "lawn.png").unlink()
@@ -209,11 +209,11 @@ def test_float_prediction_out_of_range_is_reported(
 
 
 def test_16_bit_ground_truth_is_rounded_to_8_bits(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
-    copy_alphas(data, tmp_path / "pred")
+    write_predictions(data, tmp_path / "pred")
     evaluate(pred=tmp_path / "pred", report=tmp_path / "8.json")
-    bad_truth("16-bit-alpha", data / "alphas" / "a" / "lawn.png")
+    damage_alpha("16-bit-alpha", data / "alphas" / "a" / "lawn.png")
     evaluate(pred=tmp_path / "pred", report=tmp_path / "16.json")
-    eight, sixteen = (by_name(report_of(tmp_path / f"{bits}.json"))["a/lawn"]["scores"] for bits in (8, 16))
+    eight, sixteen = (images_by_name(read_report(tmp_path / f"{bits}.json"))["a/lawn"]["scores"] for bits in (8, 16))
     assert eight == sixteen
 
 
@@ -242,11 +242,11 @@ def test_dt_ssd_is_computed_between_consecutive_frames(tmp_path: Path) -> None:
 
 
 def test_reports_state_the_protocol(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
-    copy_alphas(data, tmp_path / "pred")
+    write_predictions(data, tmp_path / "pred")
     options = {"region": ["unknown", "whole"], "size": "long1024", "metric_variant": "aim", "trimap_kernel": 9}
     pages = [tmp_path / "r.json", tmp_path / "r.html"]
     result = evaluate(pred=tmp_path / "pred", report=pages, note="alphas are pseudo", **options)
-    protocol = report_of(tmp_path / "r.json")["settings"]["protocol"]
+    protocol = read_report(tmp_path / "r.json")["settings"]["protocol"]
     assert protocol["regions"] == ["whole", "unknown"]
     assert (protocol["size"], protocol["metric_variant"]) == ("long1024", "aim")
     assert "9 px" in protocol["unknown_region"]
@@ -284,14 +284,14 @@ def test_invalid_option_prints_one_message(evaluate: Evaluate, options: dict[str
 
 
 def test_model_options_are_refused_with_predictions(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
-    copy_alphas(data, tmp_path / "pred")
+    write_predictions(data, tmp_path / "pred")
     result = evaluate(pred=tmp_path / "pred", save_alphas=tmp_path / "out")
     assert result.exit_code == 2
     assert "--save-alphas has no effect" in result.stderr
 
 
 def test_trimap_kernel_is_refused_without_unknown_region(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
-    copy_alphas(data, tmp_path / "pred")
+    write_predictions(data, tmp_path / "pred")
     result = evaluate(pred=tmp_path / "pred", trimap_kernel=9)
     assert result.exit_code == 2
     assert "--region unknown" in result.stderr
@@ -300,7 +300,7 @@ def test_trimap_kernel_is_refused_without_unknown_region(evaluate: Evaluate, dat
 def test_compare_prints_every_image_and_warns_about_different_protocols(
     evaluate: Evaluate, data: Path, tmp_path: Path
 ) -> None:
-    copy_alphas(data, tmp_path / "pred")
+    write_predictions(data, tmp_path / "pred")
     evaluate(pred=tmp_path / "pred", report=tmp_path / "a.json")
     line = ["eval", "--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")]
     from icm_cli.cli import app
@@ -316,16 +316,16 @@ def test_compare_prints_every_image_and_warns_about_different_protocols(
     assert "size is original in the first and long1024 in the second" in differs.stderr
     assert "only in" in differs.stderr
     evaluate(pred=tmp_path / "pred", report=tmp_path / "c.json")
-    nothing = report_of(tmp_path / "c.json") | {"images": []}
+    nothing = read_report(tmp_path / "c.json") | {"images": []}
     (tmp_path / "c.json").write_text(json.dumps(nothing))
     assert CliRunner().invoke(app, [*line[:-1], str(tmp_path / "c.json")]).exit_code == 1
-    shot = report_of(tmp_path / "a.json")
+    shot = read_report(tmp_path / "a.json")
     shot["settings"] |= {"shot": True, "learn_steps": 140}
     (tmp_path / "s.json").write_text(json.dumps(shot))
     warnings = CliRunner().invoke(app, [*line[:-1], str(tmp_path / "s.json")]).stderr
     assert "shot is False in the first and True in the second" in warnings
     assert "learn_steps is 0 in the first and 140 in the second" in warnings
-    rounds = report_of(tmp_path / "a.json")
+    rounds = read_report(tmp_path / "a.json")
     rounds["images"] += [image | {"round": 2} for image in rounds["images"]]
     (tmp_path / "d.json").write_text(json.dumps(rounds))
     second = CliRunner().invoke(app, [*line[:-1], str(tmp_path / "d.json")]).stderr

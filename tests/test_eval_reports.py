@@ -15,8 +15,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import DEMO, Icm, arguments, read, shrink
-from eval_data import Evaluate, report_of
+from conftest import COMPOSITES, Icm, arguments, read, shrink
+from eval_data import Evaluate, read_report
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -83,7 +83,7 @@ def test_page_and_terminal_show_published_scores_with_caveats(tmp_path: Path, sm
     for name in names:
         for kind, source in (("image", "imgs/lawn.jpg"), ("alpha", "alphas/lawn.png")):
             (tmp_path / kind).mkdir(exist_ok=True)
-            shrink(DEMO / source, tmp_path / kind / f"{name}.png", 120)
+            shrink(COMPOSITES / source, tmp_path / kind / f"{name}.png", 120)
     line = ["eval", *arguments({"dataset": "icm57", "data-root": tmp_path, "report": tmp_path / "r.html"})]
     result = CliRunner().invoke(app, [*line, "--model", str(small_model)])
     assert result.exit_code == 1  # 230 of the published images are not here
@@ -107,7 +107,7 @@ def test_csv_has_a_row_for_every_image(evaluate: Evaluate, tmp_path: Path) -> No
 
 def test_json_contains_versions_hardware_and_timing(evaluate: Evaluate, tmp_path: Path) -> None:
     evaluate(report=tmp_path / "r.json")
-    report = report_of(tmp_path / "r.json")
+    report = read_report(tmp_path / "r.json")
     assert {"python", "torch", "numpy", "icm-cli"} <= set(report["settings"]["versions"])
     assert report["settings"]["hardware"]["cores"] >= 1
     assert report["settings"]["model"]["backbone"]["name"] == "efficientnet-lite"
@@ -140,7 +140,7 @@ def test_matte_writes_the_same_page(data: Path, tmp_path: Path, small_model: Pat
     text = (tmp_path / "r.html").read_text()
     assert "Worst images" in text
     assert "metric variant" in text
-    for image in report_of(tmp_path / "r.json")["images"]:
+    for image in read_report(tmp_path / "r.json")["images"]:
         alpha, truth = read(Path(image["output"])), read(data / "alphas" / "a" / Path(image["output"]).name)
         assert image["scores"]["whole"]["grad"] == compute_scores(alpha, truth)["whole"].grad
 
@@ -168,7 +168,7 @@ def test_page_shows_failures_first_and_counts_them(icm: Icm, scene: Path) -> Non
 def test_report_names_all_components_of_the_model(data: Path, tmp_path: Path, small_model: Path) -> None:
     predictor = icm_cli.load(model=str(small_model), edges="closed-form", device="cpu")
     icm_cli.evaluate("folder", data, predictor=predictor, report=[tmp_path / "r.html", tmp_path / "r.json"])
-    assert report_of(tmp_path / "r.json")["settings"]["model_name"].count(" + ") == 2
+    assert read_report(tmp_path / "r.json")["settings"]["model_name"].count(" + ") == 2
     assert "<dt>model name</dt>" in (tmp_path / "r.html").read_text()
     config = load_model_config("lite")
     assert config.title == "dinov2-lite + token-match + mobile-sam + refine"

@@ -17,7 +17,7 @@ import OpenImageIO as oiio
 import pillow_heif
 import PyOpenColorIO as ocio
 import pytest
-from conftest import DEMO, Icm, output_files, read
+from conftest import COMPOSITES, Icm, output_files, read
 from PIL import Image, ImageCms, PngImagePlugin
 
 from icm_cli.environment import FreeMemory
@@ -79,7 +79,7 @@ def test_openimageio_is_imported_only_for_files_that_need_it(tmp_path: Path) -> 
         "write_mask(Path(sys.argv[3]), photo.rgb[..., 0] > 0)\nassert 'OpenImageIO' not in sys.modules\n"
         "read_image(Path(sys.argv[2]))\nassert 'OpenImageIO' in sys.modules\n"
     )
-    paths = map(str, (DEMO / "ref.jpg", exr, tmp_path / "mask.png"))
+    paths = map(str, (COMPOSITES / "ref.jpg", exr, tmp_path / "mask.png"))
     ended = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
 
@@ -650,7 +650,7 @@ def test_file_type_is_detected_from_content_and_skipped_files_are_counted(icm: I
     Image.fromarray(RGB).save(source / "a.png")
     Image.fromarray(RGB).save(source / "@eaDir" / "thumb.png")
     (source / "without-ending").write_bytes((source / "a.png").read_bytes())
-    (source / "b.jpg_large").write_bytes(next((DEMO / "imgs").glob("*.jpg")).read_bytes())
+    (source / "b.jpg_large").write_bytes(next((COMPOSITES / "imgs").glob("*.jpg")).read_bytes())
     (source / "notes.txt").write_text("no image")
     (source / ".hidden.png").write_bytes(b"")
     (source / ".cache").mkdir()

@@ -16,7 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import DEMO, Icm, alphas, arguments, copy_many, read, shrink
+from conftest import COMPOSITES, Icm, alphas, arguments, copy_many, read, shrink
 from PIL import Image
 
 import icm_cli
@@ -42,7 +42,7 @@ def test_alpha_contains_the_object(icm: Icm, scene: Path) -> None:
     assert icm().exit_code == 0
     for name, truth_name in (("wall", "brickwall"), ("sub/deep", "deepfield")):
         alpha = read(scene / "out" / f"{name}.png") > 127
-        truth = cv2.resize(read(DEMO / "alphas" / f"{truth_name}.png"), alpha.shape[::-1]) > 127
+        truth = cv2.resize(read(COMPOSITES / "alphas" / f"{truth_name}.png"), alpha.shape[::-1]) > 127
         assert (alpha & truth).sum() / (alpha | truth).sum() > 0.6, name
 
 
@@ -150,7 +150,7 @@ def test_csv_report_has_a_row_for_every_image(icm: Icm, scene: Path) -> None:
 
 def test_json_report_with_ground_truth(icm: Icm, scene: Path) -> None:
     (scene / "gt").mkdir()
-    truth = cv2.resize(read(DEMO / "alphas" / "brickwall.png"), read(scene / "imgs" / "wall.jpg").shape[1::-1])
+    truth = cv2.resize(read(COMPOSITES / "alphas" / "brickwall.png"), read(scene / "imgs" / "wall.jpg").shape[1::-1])
     cv2.imwrite(str(scene / "gt" / "wall.png"), truth)
     for _ in range(2):  # the alphas are scored whether they are new or kept
         assert icm(report=scene / "r.json", gt=scene / "gt").exit_code == 0
@@ -275,7 +275,7 @@ def test_several_references_and_rgba_references(icm: Icm, scene: Path) -> None:
     """Both references are used: the alphas differ from those with either one."""
     cut = np.dstack([read(scene / "ref.png")[..., :3], read(scene / "mask.png")])
     cv2.imwrite(str(scene / "cut.png"), cut)
-    image, alpha = (read(next((DEMO / kind).glob("brickwall.*"))) for kind in ("imgs", "alphas"))
+    image, alpha = (read(next((COMPOSITES / kind).glob("brickwall.*"))) for kind in ("imgs", "alphas"))
     cv2.imwrite(str(scene / "whole.png"), np.dstack([image[..., :3], alpha]))
     shrink(scene / "whole.png", scene / "other.png", 160)
     made = []
@@ -316,7 +316,7 @@ def rgb(path: Path) -> np.ndarray:
 def test_absent_object_is_reported(icm: Icm, scene: Path) -> None:
     """The image shows grass without the object."""
     (scene / "grass").mkdir()
-    shrink(DEMO / "imgs" / "lawn.jpg", scene / "grass" / "a.png", 300)
+    shrink(COMPOSITES / "imgs" / "lawn.jpg", scene / "grass" / "a.png", 300)
     lawn = read(scene / "grass" / "a.png")
     cv2.imwrite(str(scene / "grass" / "a.png"), lawn[:100, :100])
     icm(src=scene / "grass", report=scene / "r.json")

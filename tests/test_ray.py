@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 from conftest import Icm, alphas, arguments, copy_many
-from faulty_work import Dying, FullDisk
+from faulty_setups import FullDiskSetup, KilledSetup
 
 from icm_cli.matting import cluster
 from icm_cli.matting import matte as matting
@@ -56,7 +56,7 @@ def test_actors_write_the_same_bytes_and_one_report(on_ray: Icm, icm: Icm, scene
 
 @pytest.mark.slow
 def test_images_of_a_dead_actor_are_matted_again(on_ray: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matting, "EngineSetup", Dying)
+    monkeypatch.setattr(matting, "EngineSetup", KilledSetup)
     monkeypatch.setenv("DIED", str(scene / "died"))
     result = on_ray()
     assert result.exit_code == 0, result.output
@@ -68,7 +68,7 @@ def test_images_of_a_dead_actor_are_matted_again(on_ray: Icm, scene: Path, monke
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("work", "message"), [(Dying, "Ray actors died repeatedly"), (FullDisk, "no space left on the device")]
+    ("work", "message"), [(KilledSetup, "Ray actors died repeatedly"), (FullDiskSetup, "no space left on the device")]
 )
 def test_error_of_all_actors_ends_the_run(
     on_ray: Icm, icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, work: type, message: str

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import DEMO, Icm, output_files, shrink
+from conftest import COMPOSITES, Icm, output_files, shrink
 
 from icm_cli.errors import FileAccessError, ImageError
 from icm_cli.files import system_errors
@@ -85,7 +85,7 @@ def test_drives_that_fail_are_not_called_damage(scene: Path, small_model: Path, 
     subprocess.run(["cc", "-shared", "-fPIC", "-w", "-o", shim, tmp_path / "shim.c", "-ldl"], check=True)
     folder = tmp_path / "drive"
     folder.mkdir()
-    shrink(DEMO / "imgs" / "brickwall.jpg", folder / "gone.jpg", 120)
+    shrink(COMPOSITES / "imgs" / "brickwall.jpg", folder / "gone.jpg", 120)
     image = cv2.imread(str(folder / "gone.jpg"))
     for name in ("slow.png", "slow.tif", "whole.bmp"):
         cv2.imwrite(str(folder / name), image)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import DEMO, shrink
-from tiny_sd import tiny_detail_yaml, write_tiny_sd
+from conftest import COMPOSITES, shrink
+from tiny_sd import write_tiny_detail_config, write_tiny_sd
 from typer.testing import CliRunner
 
 from icm_cli.cli import app
@@ -53,9 +53,9 @@ def test_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             for pattern, kind in zip(patterns, (f"imgs/{image}.jpg", f"alphas/{image}.png"), strict=False):
                 path = tmp_path / folder / pattern.format(name)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                shrink(DEMO / kind, path, 140)
+                shrink(COMPOSITES / kind, path, 140)
     write_tiny_sd(tmp_path / "sd21")
-    tiny_detail_yaml(tmp_path / "tiny.yaml", tmp_path / "sd21")
+    write_tiny_detail_config(tmp_path / "tiny.yaml", tmp_path / "sd21")
     config = yaml.safe_load((ROOT / "configs" / "icm-sd21.yaml").read_text())
     config |= yaml.safe_load((tmp_path / "tiny.yaml").read_text())
     config["train"] |= {"steps": 1, "batch_size": 2, "canvas_px": 128}

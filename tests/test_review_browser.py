@@ -26,7 +26,7 @@ import cv2
 import numpy as np
 import pytest
 from browser import CHROMIUM, TIMEOUT_S, ReviewPage, ReviewServer, open_browser, wait_until
-from conftest import DEMO, SMALL_MODEL, alphas, arguments, read, shrink
+from conftest import COMPOSITES, SMALL_MODEL, alphas, arguments, read, shrink
 from playwright.sync_api import Browser, Page, expect
 
 pytestmark = [
@@ -75,12 +75,12 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run: ref.png, mask.png, small.yaml, imgs/, and their alphas in alphas/."""
     folder = tmp_path_factory.mktemp("review") / "run"
     folder.mkdir()
-    shrink(DEMO / "ref.jpg", folder / "ref.png", 200)
-    shrink(DEMO / "mask.png", folder / "mask.png", 200)
+    shrink(COMPOSITES / "ref.jpg", folder / "ref.png", 200)
+    shrink(COMPOSITES / "mask.png", folder / "mask.png", 200)
     for name in IMAGES:
         target = folder / "imgs" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shrink(DEMO / "imgs" / target.name, target, 240)
+        shrink(COMPOSITES / "imgs" / target.name, target, 240)
     (folder / "imgs" / "odd").mkdir()
     content = cv2.imencode(".jpg", cv2.resize(read(folder / "imgs" / WRONG), (80, 60)))[1].tobytes()
     for name in HOSTILE_NAMES:

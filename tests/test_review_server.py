@@ -22,7 +22,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import DEMO, SMALL_MODEL, Icm, alphas, arguments, output_files, read, shrink
+from conftest import COMPOSITES, SMALL_MODEL, Icm, alphas, arguments, output_files, read, shrink
 from PIL import Image
 from test_windows import write_cropped_exr
 from typer.testing import CliRunner
@@ -187,7 +187,7 @@ def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     (folder / "imgs").mkdir()
     (folder / "small.yaml").write_text(SMALL_MODEL)
     for name, target in (("ref.jpg", "ref.png"), ("mask.png", "mask.png"), ("imgs/lawn.jpg", "imgs/lawn.jpg")):
-        shrink(DEMO / name, folder / target, 160)
+        shrink(COMPOSITES / name, folder / target, 160)
     options = {"ref": folder / "ref.png", "mask": folder / "mask.png", "src": folder / "imgs", "out": folder / "out"}
     line = ["matte", *arguments({**options, "device": "cpu", "model": folder / "small.yaml"})]
     assert CliRunner().invoke(app, line, catch_exceptions=False).exit_code == 0

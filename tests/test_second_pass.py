@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO
+from conftest import COMPOSITES
 
 import icm_cli
 from icm_cli.config import MatchConfig, SecondPassConfig
@@ -149,7 +149,7 @@ def test_a_crop_without_an_object_only_changes_the_presence() -> None:
 @pytest.mark.slow
 def test_lite_makes_a_second_pass_if_it_is_uncertain(monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = icm_cli.load(device="cpu")
-    reference = predictor.reference([(read_image(DEMO / "ref.jpg").rgb, read_alpha(DEMO / "mask.png"))])
+    reference = predictor.reference([(read_image(COMPOSITES / "ref.jpg").rgb, read_alpha(COMPOSITES / "mask.png"))])
     sizes: list[tuple[int, ...]] = []
     coarse_alphas = Predictor.coarse_alphas
 
@@ -158,7 +158,7 @@ def test_lite_makes_a_second_pass_if_it_is_uncertain(monkeypatch: pytest.MonkeyP
         return coarse_alphas(self, frames, reference)
 
     monkeypatch.setattr(Predictor, "coarse_alphas", counted)
-    rgb = read_image(sorted((DEMO / "imgs").glob("*.jpg"))[0]).rgb
+    rgb = read_image(sorted((COMPOSITES / "imgs").glob("*.jpg"))[0]).rgb
     certain = predictor.matte(rgb, reference)
     assert len(sizes) == 1
     head: Any = predictor.model.head

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import Icm, read
-from eval_data import by_name, report_of
+from eval_data import images_by_name, read_report
 from PIL import Image
 
 from icm_cli.reports.means import MEAN_OF_SHOTS, compute_shot_scores
@@ -130,10 +130,10 @@ def test_first_frame_is_the_reference_and_last_frame_is_excluded(evaluate: Icm, 
     result = evaluate(dataset="davis16", data_root=davis, report=reports, save_alphas=tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     assert "the last one is excluded" in result.stderr
-    report = report_of(tmp_path / "r.json")
+    report = read_report(tmp_path / "r.json")
     assert report["references"] == [{shot: [f"{shot}/00000"] for shot in SHOTS}]
-    assert list(by_name(report)) == [name for shot in SHOTS for name in middle(shot)]
-    for name, image in by_name(report).items():
+    assert list(images_by_name(report)) == [name for shot in SHOTS for name in middle(shot)]
+    for name, image in images_by_name(report).items():
         alpha, truth = read(tmp_path / "out" / f"{name}.png"), read(davis / "Annotations" / "480p" / f"{name}.png")
         assert image["jaccard"] == compute_jaccard(alpha, truth)
         assert image["boundary_f"] == compute_boundary_f(alpha, truth)
@@ -156,10 +156,10 @@ def test_predictions_are_scored_over_the_same_frames(evaluate: Icm, davis: Path,
             cv2.imwrite(str(tmp_path / "pred" / shot / f"{number:05d}.png"), truth)
     result = evaluate(dataset="davis16", data_root=davis, pred=tmp_path / "pred", report=tmp_path / "r.json")
     assert result.exit_code == 0, result.stderr
-    report = report_of(tmp_path / "r.json")
-    assert list(by_name(report)) == [name for shot in SHOTS for name in middle(shot)]
+    report = read_report(tmp_path / "r.json")
+    assert list(images_by_name(report)) == [name for shot in SHOTS for name in middle(shot)]
     first, second = (read(davis / "Annotations" / "480p" / "cow" / f"0000{n}.png") for n in (1, 2))
-    assert by_name(report)["cow/00001"]["jaccard"] == compute_jaccard(second, first) < 1
+    assert images_by_name(report)["cow/00001"]["jaccard"] == compute_jaccard(second, first) < 1
 
 
 def test_davis_2017_with_the_2016_list_and_palettes(evaluate: Icm, davis: Path, tmp_path: Path) -> None:
@@ -178,13 +178,15 @@ def test_davis_2017_with_the_2016_list_and_palettes(evaluate: Icm, davis: Path, 
         truth = read(davis / "Annotations" / "480p" / "dog" / f"0000{number}.png")
         cv2.imwrite(str(target), truth if number == 1 else truth * 0)
     result = evaluate(dataset="davis16", data_root=davis, pred=tmp_path / "pred", report=tmp_path / "r.json")
-    report = report_of(tmp_path / "r.json")
-    assert {name: image["jaccard"] for name, image in by_name(report).items()} == dict.fromkeys(middle("cow"), 1.0)
+    report = read_report(tmp_path / "r.json")
+    assert {name: image["jaccard"] for name, image in images_by_name(report).items()} == dict.fromkeys(
+        middle("cow"), 1.0
+    )
     assert result.exit_code == 1
     assert report["summary"]["problems"] == {"absent-file": 1}
     assert "val.txt lists sheep, but there is no image or folder of this name" in result.stderr
     evaluate(dataset="davis16", data_root=davis, report=tmp_path / "r.json", allow="absent-file")
-    assert all(image["jaccard"] is not None for image in report_of(tmp_path / "r.json")["images"])
+    assert all(image["jaccard"] is not None for image in read_report(tmp_path / "r.json")["images"])
 
 
 def test_missing_list_is_an_error(evaluate: Icm, davis: Path) -> None:
@@ -202,9 +204,9 @@ def test_short_shot_is_reported_and_others_are_scored(evaluate: Icm, davis: Path
     result = evaluate(dataset="davis16", data_root=davis, report=tmp_path / "r.json")
     assert result.exit_code == 1
     assert "lone-image: shot dog has 1 frame; no frame is scored, because the first and last never are" in result.stderr
-    report = report_of(tmp_path / "r.json")
+    report = read_report(tmp_path / "r.json")
     assert report["summary"]["problems"] == {"lone-image": 1}
-    assert list(by_name(report)) == middle("cow")
+    assert list(images_by_name(report)) == middle("cow")
 
 
 def test_shots_of_two_frames_are_refused(evaluate: Icm, davis: Path) -> None:

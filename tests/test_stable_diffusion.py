@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Icm, alphas
 from safetensors.torch import load_file, save_file
-from tiny_sd import TINY_CANVAS_PX, tiny_detail_yaml, write_tiny_sd
+from tiny_sd import TINY_CANVAS_PX, write_tiny_detail_config, write_tiny_sd
 from torch import Tensor, nn
 
 from icm_cli.config import ModelConfig, load_model_config
@@ -63,7 +63,7 @@ def backbone(folder: Path) -> StableDiffusion:
 def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
     """A checkpoint of a tiny model with random weights, as training writes it."""
     path = tmp_path_factory.mktemp("trained") / "model.safetensors"
-    config = load_model_config(str(tiny_detail_yaml(path.with_name("model.yaml"), folder)))
+    config = load_model_config(str(write_tiny_detail_config(path.with_name("model.yaml"), folder)))
     torch.manual_seed(1)
     model = InContextMatting(load_backbone(folder), DetailHead(config.head.settings))
     nn.init.normal_(model.head.get_parameter("detail_decoder.output.3.weight"), std=3.0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import Icm, alphas, read
-from tiny_sd import tiny_detail_yaml, write_tiny_sd
+from tiny_sd import write_tiny_detail_config, write_tiny_sd
 from train_data import PLAIN, change, log, metadata, same_weights, train, weights, write_config
 
 from icm_cli.files.digests import cache_folder
@@ -333,7 +333,7 @@ def test_validation_equals_an_evaluation_of_the_checkpoint(
     tmp_path: Path, data: Path, out: Path, evaluate: Icm
 ) -> None:
     """Equal although training has other dtypes than matting, and another seed of the backbone's noise."""
-    model = yaml.safe_load(tiny_detail_yaml(tmp_path / "m.yaml", write_tiny_sd(tmp_path / "sd")).read_text())
+    model = yaml.safe_load(write_tiny_detail_config(tmp_path / "m.yaml", write_tiny_sd(tmp_path / "sd")).read_text())
     recipe = {"canvas_px": 128, "backbone_learning_rate": 0, "precision": "bf16", "seed": 5, "validate_every": 2}
     config = write_config(tmp_path / "t.yaml", data, model, **recipe)
     validation = {"images": str(data / "images"), "alphas": str(data / "alphas"), "rounds": 2}
@@ -423,7 +423,7 @@ def test_features_of_a_frozen_backbone_are_cached(tmp_path: Path, data: Path, ou
 class TestStableDiffusion:
     @pytest.fixture
     def sd_config(self, tmp_path: Path, data: Path, folder: Path, own_cache: Path) -> Path:  # noqa: ARG002
-        model = yaml.safe_load(tiny_detail_yaml(tmp_path / "sd.yaml", folder).read_text())
+        model = yaml.safe_load(write_tiny_detail_config(tmp_path / "sd.yaml", folder).read_text())
         return write_config(
             tmp_path / "train.yaml",
             data,

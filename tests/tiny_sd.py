@@ -1,4 +1,4 @@
-"""A tiny random Stable Diffusion 2 folder in diffusers' own layout, for tests through the real loading code."""
+"""A tiny random Stable Diffusion 2 folder in the layout of diffusers, to test the loading code."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ SCHEDULER = {
 def write_tiny_sd(folder: Path, *, seed: int = 0, unet: Mapping[str, Any] = UNET, vae: Mapping[str, Any] = VAE) -> Path:
     """Write unet/, vae/, text_encoder/, tokenizer/, scheduler/ and model_index.json; returns the folder.
 
-    For a canvas of 128 px, features of 32 channels. Takes well under a second.
+    Its canvas has 128 px, and its features 32 channels.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -95,8 +95,8 @@ def _write_tokenizer(folder: Path) -> None:
         (folder / name).write_text(json.dumps(content))
 
 
-def tiny_detail_yaml(path: Path, folder: Path) -> Path:
-    """Write the configuration of the paper's model at the tiny folder's sizes; returns its path."""
+def write_tiny_detail_config(path: Path, folder: Path) -> Path:
+    """Write a configuration of the paper's model that fits the tiny weights in ``folder``; returns its path."""
     path.write_text(
         f"backbone: {{name: stable-diffusion, weights: {json.dumps(str(folder))}, canvas_px: {TINY_CANVAS_PX}}}\n"
         f"head: {{name: detail, canvas_px: {TINY_CANVAS_PX}, feature_channels: {TINY_FEATURE_CHANNELS}, "

@@ -84,7 +84,7 @@ def write_config(path: Path, data: Path, model: dict[str, Any] | None = None, **
 
 
 def change(config: Path, **data: Any) -> Path:
-    """Replace settings in the data section of a configuration."""
+    """Replace settings in the data section of a configuration file."""
     content = yaml.safe_load(config.read_text())
     content["data"] |= data
     config.write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""Settings of training: frozen dataclasses, read strictly from the same YAML file as the model."""
+"""Settings of training: frozen dataclasses, read from the YAML file of the model. Unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ STAGE_SETTINGS = {
     "train.clicks": ("objects",),
     "train.refine": ("refine",),
 }
-"""Section of settings -> the stages that read it. Runs of other stages can be resumed with other settings in it."""
+"""Section of settings -> the stages that read it. A run of another stage can be resumed with changes in the section."""
 REFINE_LOSS_NAMES = ("l1", "cross_entropy", "gradient", "laplacian")
 """Losses of the stage "refine", named like the settings of their weights."""
 MAX_SEED = 1 << 62
-"""Largest seed, so that the step can be added to it."""
+"""Largest seed. The sum of seed and step must fit into 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TrainSection(Section, title="train:"):
         is_valid = bool(weights) and min(weights) >= 0 and sum(weights) > 0
         self.check(name, is_valid, "numbers of 0 or more that are not all 0")
 
-    def check_sum(self, first: str, second: str) -> None:
+    def check_total_probability(self, first: str, second: str) -> None:
         """Check that two probabilities of exclusive events have a sum of at most 1. Raises ConfigError."""
         first_value, second_value = getattr(self, first), getattr(self, second)
         if first_value + second_value > 1:
@@ -109,8 +109,8 @@ class SourceConfig(FilesConfig):
     classes: str | None = None
     """JSON file with the class, or a list of classes, of each folder of images.
 
-    The last parts of the folder's path suffice. An image is used as a negative only if none of its classes is a class
-    of the reference.
+    A folder may be named by the last parts of its path. An image is used as a negative only if none of its classes is a
+    class of the reference.
     """
     coarse: str | None = None
     """Folder of alphas of these images that another model computed (``icm eval --save-alphas``). The stage "refine"
@@ -187,15 +187,15 @@ class PairConfig(TrainSection, title="train: pairs:"):
     negative_probability: float = limited(0.1, 0, 1)
     """Probability that the target does not show the reference's object, so that its alpha is 0."""
     scribble_probability: float = limited(0.0, 0, 1)
-    """Probability that the guidance is a stroke inside the object instead of its mask."""
+    """Probability that a stroke inside the object replaces the mask of the reference."""
     point_probability: float = limited(0.0, 0, 1)
-    """Probability that the guidance is a spot inside the object instead of its mask."""
+    """Probability that a spot inside the object replaces the mask of the reference."""
     mask_jitter_probability: float = limited(0.2, 0, 1)
-    """Probability that a mask is slightly dilated, eroded or shifted."""
+    """Probability that the mask of the reference is slightly dilated, eroded or shifted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_sum("scribble_probability", "point_probability")
+        self.check_total_probability("scribble_probability", "point_probability")
 
     @property
     def changes_pixels(self) -> bool:
@@ -273,11 +273,11 @@ class MatchStageConfig(TrainSection, title="train: match:"):
     """Samples of the stages "match", "end-to-end" and "objects": mosaics of images.
 
     The reference's object is in one tile of a mosaic, in several, or in none. The stage "end-to-end" stores no views.
-    It reads the number of large views only to decide whether there are large images (0: none).
+    For it, ``large_views_per_group`` only decides whether there are large images (0: none).
     """
 
     views_per_group: int = limited(12, 1)
-    """Number of views of each group whose tokens are stored. A view is a random crop of an image, of canvas size."""
+    """Number of views of each group. A view is a random crop of an image, of canvas size. Its tokens are stored."""
     large_views_per_group: int = limited(0)
     """Number of further views of twice that size; 0: none.
 
@@ -295,7 +295,7 @@ class MatchStageConfig(TrainSection, title="train: match:"):
     negative_probability: float = limited(0.2, 0, 1)
     """Probability that no tile shows the reference's object."""
     multiple_probability: float = limited(0.0, 0, 1)
-    """Probability, in mosaics of several tiles with the object, that further tiles may show it too."""
+    """Probability, if one of several tiles shows the object, that further tiles may show it too."""
     same_image_probability: float = limited(0.1, 0, 1)
     """Probability that the reference is another view of the target's own image, although its group has other images."""
     reference_count_weights: tuple[float, ...] = (1.0,)
@@ -340,7 +340,7 @@ class ClickConfig(TrainSection, title="train: clicks:"):
     jitter: float = limited(0.01)
     """Standard deviation of a click's displacement, as a fraction of the long side."""
     miss_probability: float = limited(0.2, 0, 1)
-    """Probability that a displaced click may miss the error that it corrects. It keeps its label."""
+    """Probability that a displaced click may miss the error that it corrects. Its label (object or not) stays."""
     stroke_probability: float = limited(0.15, 0, 1)
     """Probability that there is a stroke in place of a click: several points in the errors of the same prediction."""
     iou_weight: float = limited(0.5)
@@ -384,7 +384,7 @@ class RefineStageConfig(TrainSection, title="train: refine:"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_sum("token_probability", "object_probability")
+        self.check_total_probability("token_probability", "object_probability")
         if not any(getattr(self, name) for name in REFINE_LOSS_NAMES):
             raise ConfigError("train: refine: the weights of all losses are 0; expected one above 0")
 

@@ -32,7 +32,7 @@ from plain_metrics import plain_metrics
 from icm_cli.options import MetricVariant
 from icm_cli.scoring.metrics import compute_scores
 
-DEMO = Path(__file__).parents[1] / "composites"
+COMPOSITES = Path(__file__).parents[1] / "composites"
 SMALL_MODEL = (
     "backbone: {name: efficientnet-lite, long_side_px: 224}\nhead: {name: training-free, solve_long_side_px: 128}\n"
 )
@@ -77,7 +77,7 @@ BENCHMARKS: dict[str, Callable[[Path], None]] = {
 
 def matte_pair() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Return an alpha of one megapixel, blurred and shifted, and the original."""
-    truth = cv2.imread(str(DEMO / "alphas" / "launchpad.png"), cv2.IMREAD_GRAYSCALE)
+    truth = cv2.imread(str(COMPOSITES / "alphas" / "launchpad.png"), cv2.IMREAD_GRAYSCALE)
     truth = cv2.resize(truth, (1000, 1000), interpolation=cv2.INTER_CUBIC)
     return np.roll(cv2.GaussianBlur(truth, (0, 0), 4), 3, axis=1), truth
 
@@ -101,7 +101,7 @@ def write_dataset(root: Path, count: int) -> None:
     """Write a dataset of links to a few small images, in groups."""
     for kind, folder, suffix in (("images", "imgs", ".jpg"), ("alphas", "alphas", ".png")):
         files = []
-        for path in sorted((DEMO / folder).iterdir()):
+        for path in sorted((COMPOSITES / folder).iterdir()):
             image = cv2.resize(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), IMAGE_PX, interpolation=cv2.INTER_AREA)
             files.append(root / f"{path.stem}-{kind}{suffix}")
             root.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 import OpenImageIO as oiio
 
-DEMO = Path(__file__).parents[1] / "composites"
+COMPOSITES = Path(__file__).parents[1] / "composites"
 ICM = str(Path(sys.executable).with_name("icm"))
 MEGAPIXEL = (1152, 864)
 FOUR_K = (3840, 2160)
@@ -105,8 +105,8 @@ def measure_four_k(root: Path) -> tuple[float, dict[str, float]]:
         "import sys, time, cv2, icm_cli\n"
         "rgb = lambda path: cv2.imread(path)[..., ::-1].copy()\n"
         "predictor = icm_cli.load()\n"
-        f"mask = cv2.imread({str(DEMO / 'mask.png')!r}, 0)\n"
-        f"reference = predictor.reference([(rgb({str(DEMO / 'ref.jpg')!r}), mask)])\n"
+        f"mask = cv2.imread({str(COMPOSITES / 'mask.png')!r}, 0)\n"
+        f"reference = predictor.reference([(rgb({str(COMPOSITES / 'ref.jpg')!r}), mask)])\n"
         "images = [rgb(path) for path in sys.argv[1:]]\n"
         "predictor.matte(images[0], reference)\n"
         "start = time.perf_counter()\n"
@@ -121,7 +121,7 @@ def measure_four_k(root: Path) -> tuple[float, dict[str, float]]:
 def write_images(folder: Path, size: tuple[int, int], count: int) -> None:
     """Write resized JPEGs with noise, so that they take as long to decode as photographs."""
     folder.mkdir()
-    sources = sorted((DEMO / "imgs").iterdir())
+    sources = sorted((COMPOSITES / "imgs").iterdir())
     written: dict[int, Path] = {}
     for number in range(count):
         kind, path = number % len(sources), folder / f"{number:04d}.jpg"
@@ -148,7 +148,7 @@ def convert_image(source: Path, path: Path) -> None:
 def run_icm(folder: Path, root: Path, *options: str) -> Any:
     """Matte a folder by the command and return the report."""
     report = root / f"{folder.name}.json"
-    line = [ICM, "matte", "--ref", DEMO / "ref.jpg", "--mask", DEMO / "mask.png", "--src", folder]
+    line = [ICM, "matte", "--ref", COMPOSITES / "ref.jpg", "--mask", COMPOSITES / "mask.png", "--src", folder]
     line += ["--out", root / f"{folder.name}-out", "--report", report, "--quiet", "--device", "cpu", *options]
     subprocess.run(list(map(os.fspath, line)), check=True)
     return json.loads(report.read_text())

@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "benchmarks")]
-DEMO = ROOT / "tests" / "composites"
+COMPOSITES = ROOT / "tests" / "composites"
 SIDES = ("lite", "sd21", "cache", "data")
 STILL = (
     "train.augment={flip: 0, zoom: 1, rotate_degrees: 0, stretch: 0, colour: 0, jpeg: 0, blur: 0, noise: 0}",
@@ -59,8 +59,8 @@ def main() -> None:
 
 def run(out: Path, config: str, batch: int, steps: int, *more: str, data: str | None = None) -> dict[str, float]:
     """Train, and return metrics of the log, without the first step, and of the summary."""
-    sources = data or json.dumps([{"images": str(DEMO / "imgs"), "alphas": str(DEMO / "alphas")}])
-    options = {"data.sources": sources, "data.backgrounds": json.dumps([str(DEMO / "imgs")])}
+    sources = data or json.dumps([{"images": str(COMPOSITES / "imgs"), "alphas": str(COMPOSITES / "alphas")}])
+    options = {"data.sources": sources, "data.backgrounds": json.dumps([str(COMPOSITES / "imgs")])}
     options |= {
         "train.batch_size": batch,
         "train.steps": steps,
@@ -95,7 +95,9 @@ def show(name: str, figures: dict[str, float]) -> None:
 
 def cache(home: Path, weights: list[str]) -> None:
     """Train on two images: four encodings (each as target and as reference), of which a step needs two."""
-    pair = json.dumps([{"images": str(DEMO / "imgs" / "l*.jpg"), "alphas": str(DEMO / "alphas" / "l*.png")}])
+    pair = json.dumps(
+        [{"images": str(COMPOSITES / "imgs" / "l*.jpg"), "alphas": str(COMPOSITES / "alphas" / "l*.png")}]
+    )
     still = [part for each in STILL for part in ("--set", each)]
     os.environ["ICM_CACHE"] = str(home / "cache")
     off = run(home / "off", "icm-sd21", 1, 2, *weights, *still, "--set", "train.feature_cache_gb=0", data=pair)
@@ -116,8 +118,12 @@ def data() -> None:
     from icm_cli.training.settings import read_settings
     from icm_cli.training.stages.refine import EdgeMaker
 
-    sources = json.dumps([{"images": str(DEMO / "imgs"), "alphas": str(DEMO / "alphas")}])
-    lines = [f"data.sources={sources}", f"data.backgrounds=[{DEMO / 'imgs'}]", "train.pairs.negative_probability=0"]
+    sources = json.dumps([{"images": str(COMPOSITES / "imgs"), "alphas": str(COMPOSITES / "alphas")}])
+    lines = [
+        f"data.sources={sources}",
+        f"data.backgrounds=[{COMPOSITES / 'imgs'}]",
+        "train.pairs.negative_probability=0",
+    ]
     settings = read_settings("configs/train/lite-refine.yaml", overrides=lines)
     maker = EdgeMaker(read_pool(settings.data), settings.train)
     for counter in range(20):

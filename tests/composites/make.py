@@ -1,9 +1,9 @@
-"""Make the demo set of this folder from photographs that scikit-image ships (see SOURCES.md).
+"""Make the composites of this folder from photographs that scikit-image ships (see SOURCES.md).
 
     python tests/composites/make.py            # needs scikit-image 0.26 and the package's own requirements
 
-The astronaut is cut out once (hand-made outline, closed-form matting, foreground estimation) and set into other
-photographs. The alpha written out is the very one the composite was made with, so it is exact by construction.
+The astronaut is cut out once (hand-made outline, closed-form matting, foreground estimation) and composited onto other
+photographs. Each alpha file contains the alpha that its composite was made with, so it is exact.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PHOTOS = Path(skimage.__file__).resolve().parent / "data"
 Array = npt.NDArray[Any]
 Colour = tuple[float, float, float]
 
-# The astronaut's outline in astronaut.png (x, y), clockwise from the lower left; beyond the photograph's lower edge
-# so that the band below does not run along the edge.
+# Outline of the astronaut in astronaut.png (x, y), clockwise from the lower left. It extends below the photograph, so
+# that the unknown band does not follow the lower edge.
 OUTLINE = [
     (36, 530), (36, 512), (28, 492), (24, 470), (23, 440), (22, 420), (19, 398), (22, 382), (25, 368), (26, 344),
     (30, 333), (33, 318), (38, 304), (40, 295), (45, 280), (52, 268), (61, 252), (70, 241), (78, 234), (88, 228),
@@ -41,17 +41,17 @@ OUTLINE = [
     (440, 354), (452, 362), (462, 369), (472, 379), (480, 389), (486, 400), (491, 412), (494, 425), (496, 438),
     (497, 449), (503, 455), (503, 460), (505, 466), (507, 480), (514, 484), (530, 530),
 ]  # fmt: skip
-HAIR_BELOW = 118  # rows above this one: hair, which wants a wide unknown band; below: cloth and metal, a narrow one
+HAIR_ROWS = 118  # first rows, which show hair: they need a wide unknown band. The others, cloth and metal, a narrow one
 HAIR_BAND, CLOTH_BAND = 9, 3
-WHOLE_TO = 482  # the last row where the photograph's right edge does not cut the helmet: nothing below it is shown
+LAST_ROW = 482  # rows below this one are not shown, because the right edge of the photograph cuts the helmet there
 
 
 @dataclass(frozen=True)
 class Backdrop:
-    """A photograph, cropped to the shot's aspect ratio and brought to its size."""
+    """A photograph, cropped to the aspect ratio of the shot and resized to it."""
 
     photo: str
-    window: tuple[float, float, float] = (0.5, 0.5, 1.0)  # centre x, centre y, size, as parts of the largest crop
+    window: tuple[float, float, float] = (0.5, 0.5, 1.0)  # centre x, centre y, size, as fractions of the largest crop
     duotone: tuple[Colour, Colour] | None = None  # the colours of black and white, for a grey photograph
     quarter: bool = False  # turn by 90 degrees
     blur: float = 0.0  # sigma in pixels of the shot: out of focus
@@ -60,20 +60,20 @@ class Backdrop:
 
 @dataclass(frozen=True)
 class Shot:
-    """One image of the set: where the astronaut stands, how turned, how lit."""
+    """One composite: position, rotation and light of the astronaut."""
 
     name: str
     size: tuple[int, int]
     backdrop: Backdrop
     scale: float  # pixels of the shot per pixel of the photograph
-    x: float  # where the middle of the cut-out lies, as a part of the width
-    drop: float = 0.0  # pixels of the photograph below the lower edge, besides those under WHOLE_TO
+    x: float  # centre of the cut-out, as a fraction of the width
+    drop: float = 0.0  # pixels of the photograph below the lower edge, in addition to those below LAST_ROW
     turn: float = 0.0  # degrees, counter-clockwise
     flip: bool = False
     gain: Colour = (1.0, 1.0, 1.0)  # exposure and colour temperature
     gamma: float = 1.0
-    sides: tuple[float, float] = (1.0, 1.0)  # light at the left and at the right end of the figure
-    shadow: tuple[float, float, float] = (0.0, 0.0, 0.0)  # cast on a wall: x, y in pixels, and how dark
+    sides: tuple[float, float] = (1.0, 1.0)  # light at the left and the right of the astronaut
+    shadow: tuple[float, float, float] = (0.0, 0.0, 0.0)  # cast on a wall: x and y in pixels, darkness
 
 
 # Blacks below 0 add contrast.
@@ -93,33 +93,33 @@ SHOTS = (
 )  # fmt: skip
 
 
-def photo(name: str) -> Array:
-    """A shipped photograph, RGB in 0..1."""
+def read_photograph(name: str) -> Array:
+    """Read a photograph of scikit-image, RGB in 0..1."""
     return np.asarray(Image.open(PHOTOS / name).convert("RGB"), np.float64) / 255
 
 
-def trimap(height: int, width: int) -> Array:
-    """Known and unknown (0.5) of the astronaut: the outline with a band around it, wide at the hair."""
+def make_trimap(height: int, width: int) -> Array:
+    """Return a trimap of the astronaut in 0..1, unknown (0.5) in a band along the outline, wide at the hair."""
     inside = np.zeros((height, width), np.uint8)
     cv2.fillPoly(inside, [np.array(OUTLINE, np.int32)], 1)
     padded = cv2.copyMakeBorder(inside, 16, 16, 16, 16, cv2.BORDER_REPLICATE)
     to_edge = np.where(padded, cv2.distanceTransform(padded, cv2.DIST_L2, 5),
                        cv2.distanceTransform(1 - padded, cv2.DIST_L2, 5))[16:-16, 16:-16]  # fmt: skip
-    band = np.where(np.arange(height) < HAIR_BELOW, HAIR_BAND, CLOTH_BAND)[:, None]
+    band = np.where(np.arange(height) < HAIR_ROWS, HAIR_BAND, CLOTH_BAND)[:, None]
     return np.where(to_edge <= band, 0.5, inside.astype(np.float64))
 
 
 def cut_out(image: Array) -> tuple[Array, Array]:
-    """Alpha of the astronaut and its colours free of the studio behind it."""
-    alpha = estimate_alpha_cf(image, trimap(*image.shape[:2]))
-    # Closed form leaves a faint film in the band; a film would show as a halo on a dark backdrop.
+    """Return the alpha of the astronaut, and its colours without those of the background."""
+    alpha = estimate_alpha_cf(image, make_trimap(*image.shape[:2]))
+    # Closed-form matting leaves small values in the band, which would show as a halo on a dark backdrop.
     alpha = np.clip((alpha - 0.04) / 0.92, 0, 1)
     return alpha, estimate_foreground_ml(image, alpha)
 
 
-def lay(backdrop: Backdrop, size: tuple[int, int]) -> Array:
-    """The backdrop at the shot's size."""
-    image = photo(backdrop.photo)
+def make_backdrop(backdrop: Backdrop, size: tuple[int, int]) -> Array:
+    """Return the backdrop at the size of the shot."""
+    image = read_photograph(backdrop.photo)
     if backdrop.quarter:
         image = np.rot90(image)
     height, width = image.shape[:2]
@@ -138,29 +138,29 @@ def lay(backdrop: Backdrop, size: tuple[int, int]) -> Array:
     return lit
 
 
-def placing(shot: Shot, width: int) -> Array:
-    """The 2x3 affine map from the photograph to the shot: the middle of the lower edge goes to (x, bottom)."""
+def placement_matrix(shot: Shot, width: int) -> Array:
+    """Return the 2x3 affine map from photograph to shot. The centre of the lower edge moves to (x, bottom)."""
     angle = np.deg2rad(shot.turn)
     mirror = -1.0 if shot.flip else 1.0
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     linear = shot.scale * turn @ np.diag([mirror, 1.0])
-    # A turned figure goes down by what its raised corner would show of the cut.
+    # A rotated astronaut is moved down, so that no corner of the cut edge is visible.
     sink = width / 2 * shot.scale * abs(np.sin(angle))
-    foot = np.array([width / 2, WHOLE_TO - shot.drop])
+    foot = np.array([width / 2, LAST_ROW - shot.drop])
     goal = np.array([shot.x * shot.size[0], shot.size[1] + sink])
     return np.column_stack([linear, goal - linear @ foot])
 
 
-def warp(image: Array, matrix: Array, size: tuple[int, int], border: int) -> Array:
-    """Warped with four samples to a pixel, so that a smaller figure does not alias."""
+def warp_image(image: Array, matrix: Array, size: tuple[int, int], border: int) -> Array:
+    """Warp an image with four samples per pixel, so that a reduced image has no aliasing."""
     fine = np.diag([2.0, 2.0]) @ matrix
     fine[:, 2] += 0.5  # pixel centres
     big = cv2.warpAffine(image, fine, (size[0] * 2, size[1] * 2), flags=cv2.INTER_CUBIC, borderMode=border)
     return np.clip(cv2.resize(big, size, interpolation=cv2.INTER_AREA), 0, 1)
 
 
-def light(shot: Shot, colours: Array) -> Array:
-    """The figure's colours under the shot's light."""
+def apply_light(shot: Shot, colours: Array) -> Array:
+    """Return the colours of the astronaut in the light of the shot."""
     half = shot.scale * 250 / shot.size[0]
     place = (np.linspace(0, 1, shot.size[0]) - shot.x + half) / (2 * half)
     ramp = np.interp(place, [0, 1], shot.sides)[None, :, None]
@@ -168,22 +168,22 @@ def light(shot: Shot, colours: Array) -> Array:
 
 
 def compose(shot: Shot, alpha: Array, colours: Array) -> tuple[Array, Array]:
-    """The composite and its alpha, both uint8; the composite is made with the alpha as it is stored."""
-    matrix = placing(shot, alpha.shape[1])
-    stored = np.rint(warp(alpha, matrix, shot.size, cv2.BORDER_CONSTANT) * 255).astype(np.uint8)
+    """Return the composite and its alpha, both uint8. The composite is made with the rounded alpha."""
+    matrix = placement_matrix(shot, alpha.shape[1])
+    stored = np.rint(warp_image(alpha, matrix, shot.size, cv2.BORDER_CONSTANT) * 255).astype(np.uint8)
     part = (stored / 255)[:, :, None]
-    figure = light(shot, warp(colours, matrix, shot.size, cv2.BORDER_REPLICATE))
+    figure = apply_light(shot, warp_image(colours, matrix, shot.size, cv2.BORDER_REPLICATE))
     x, y, dark = shot.shadow
     moved = matrix + np.array([[0, 0, x], [0, 0, y]])
-    shade = cv2.GaussianBlur(warp(alpha, moved, shot.size, cv2.BORDER_CONSTANT), (0, 0), 14)[:, :, None]
-    mixed = part * figure + (1 - part) * lay(shot.backdrop, shot.size) * (1 - dark * shade)
+    shade = cv2.GaussianBlur(warp_image(alpha, moved, shot.size, cv2.BORDER_CONSTANT), (0, 0), 14)[:, :, None]
+    mixed = part * figure + (1 - part) * make_backdrop(shot.backdrop, shot.size) * (1 - dark * shade)
     return np.rint(mixed * 255).astype(np.uint8), stored
 
 
 def main() -> None:
     for folder in ("imgs", "alphas"):
         (HERE / folder).mkdir(exist_ok=True)
-    reference = photo("astronaut.png")
+    reference = read_photograph("astronaut.png")
     alpha, colours = cut_out(reference)
     Image.fromarray(np.rint(reference * 255).astype(np.uint8)).save(HERE / "ref.jpg", quality=92, optimize=True)
     Image.fromarray(np.where(alpha >= 0.5, 255, 0).astype(np.uint8)).save(HERE / "mask.png", optimize=True)

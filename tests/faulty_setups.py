@@ -1,4 +1,4 @@
-"""Engine setups with failures, for tests of worker processes and actors."""
+"""Engine setups that fail, for tests of worker processes and Ray actors."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from icm_cli.matting.engine import Engine
 from icm_cli.reports.result import ImageResult
 
 
-class LosingSetup(EngineSetup):
-    """Setup whose device is lost at the second image of the first process.
+class LostDeviceSetup(EngineSetup):
+    """Setup that simulates the loss of a device, at the second image and in one process only.
 
-    That process creates the file named by the environment variable LOST.
+    That process creates the file named by the environment variable LOST; the others then do not fail.
     """
 
     def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
         engine = super().create_engine(on_result, notice)
         real, seen = engine.predictor.matte_frames, []
 
-        def infer(*given: Any) -> Any:
+        def matte_frames(*given: Any) -> Any:
             seen.append(given)
             if len(seen) == 2:
                 try:
@@ -35,11 +35,11 @@ class LosingSetup(EngineSetup):
                 raise RuntimeError("CUDA error: unspecified launch failure\nadditional lines")
             return real(*given)
 
-        engine.predictor.matte_frames = infer  # type: ignore[method-assign]
+        engine.predictor.matte_frames = matte_frames  # type: ignore[method-assign]
         return engine
 
 
-class FullDisk(EngineSetup):
+class FullDiskSetup(EngineSetup):
     """Setup that cannot write any file."""
 
     def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
@@ -50,7 +50,7 @@ class FullDisk(EngineSetup):
         return super().create_engine(on_result, notice)
 
 
-class Unloadable(EngineSetup):
+class UnloadableSetup(EngineSetup):
     """Setup whose model cannot be loaded."""
 
     def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
@@ -58,17 +58,17 @@ class Unloadable(EngineSetup):
         raise ConfigError("there is no such model")
 
 
-class Dying(EngineSetup):
+class KilledSetup(EngineSetup):
     """Setup whose process is killed at the second image.
 
-    If the environment variable DIED names a file, this happens only once; the file records it.
+    If the environment variable DIED names a file, the first killed process creates it, and no other is killed.
     """
 
     def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
         engine = super().create_engine(on_result, notice)
         real, seen = engine.predictor.matte_frames, []
 
-        def infer(*given: Any) -> Any:
+        def matte_frames(*given: Any) -> Any:
             seen.append(given)
             if len(seen) == 2 and not ("DIED" in os.environ and Path(os.environ["DIED"]).exists()):
                 if "DIED" in os.environ:
@@ -76,5 +76,5 @@ class Dying(EngineSetup):
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*given)
 
-        engine.predictor.matte_frames = infer  # type: ignore[method-assign]
+        engine.predictor.matte_frames = matte_frames  # type: ignore[method-assign]
         return engine
