@@ -133,16 +133,16 @@ def matte(
         include: Matte only images whose path or name matches this glob. Repeatable.
         exclude: Skip images whose path or name matches this glob. Repeatable.
         hints: Corrections of single images: a folder, or frames such as hints/sh010.####.json. For
-            an image NAME, the folder has NAME.json (labelme, with the labels fg, bg, keep and drop)
-            or NAME.png (white on the object, black off it, grey or transparent elsewhere).
+            the image a.jpg, the folder contains a.json (labelme, with the labels fg, bg, keep and
+            drop) or a.png (white on the object, black off it, grey or transparent elsewhere).
         garbage: Garbage matte: alpha is 0 where it is white, and the model does not see that area.
             One image for all images, or frames such as garbage.####.exr.
         keep: Keep matte (core matte): alpha is 1 where it is white, also where the garbage matte is
             white. One image for all images, or frames such as keep.####.exr.
         out: Folder for the alphas, with the subfolders of the sources; or frames such as
             out/matte.####.exr.
-        name: Template of the file names, such as {stem}_matte{frame}. It may contain {stem},
-            {frame} and {suffix}.
+        name: Template of the file names, such as {stem}_matte{frame}. For shot.1001.exr, {stem} is
+            shot, {frame} is .1001 and {suffix} is .exr.
         keep_suffix: Keep the extension of the image in the name of its alpha, such as a.jpg.png for
             a.jpg.
         format: File format of the alphas.
@@ -154,8 +154,8 @@ def matte(
         trimap: Write a trimap: also (next to the alpha, as NAME.trimap.png), or instead of the
             alpha.
         trimap_band: Distance from the edge, in pixels, within which the trimap is unknown.
-        overwrite: Recompute alphas that exist, and replace retouched alphas and files that icm did
-            not write.
+        overwrite: Recompute all alphas. Replace even reviewed and retouched ones, and files that
+            icm did not write.
         keep_existing: Keep every alpha that icm made from the same source, even if another version
             or other settings made it.
         model: Model: a name that icm matte --list-models prints, such as lite, or a .yaml file.
@@ -188,8 +188,8 @@ def matte(
             is applied.
         white: Value that is white in images of more than 8 bits, such as 255 for floats from 0 to
             255.
-        shot: Treat the images as frames of one shot. The model first learns the references. Alphas
-            are then propagated from frame to frame along the motion.
+        shot: Treat the images as frames of shots. The model first learns the references. Alphas are
+            then propagated from frame to frame along the motion.
         learn_steps: Number of steps in which the model learns the references before it mattes.
         frames: Frames to matte, such as 1001-1100, or 1001-1100x2 for every second frame.
         missing: What to do about missing frames: skip them with a notice, report them as failed

@@ -250,8 +250,8 @@ class HintOptions(OptionGroup):
 
     hints: str | None = option(
         None,
-        help="Corrections of single images: a folder, or frames such as hints/sh010.####.json. For an image NAME, the "
-        "folder has NAME.json (labelme, with the labels fg, bg, keep and drop) or NAME.png (white on the object, black "
+        help="Corrections of single images: a folder, or frames such as hints/sh010.####.json. For the image a.jpg, the "
+        "folder contains a.json (labelme, with the labels fg, bg, keep and drop) or a.png (white on the object, black "
         "off it, grey or transparent elsewhere).",
         metavar="PATH",
         digest=DigestPart.IMAGE,
@@ -285,7 +285,8 @@ class OutputOptions(OptionGroup):
     )
     name: str | None = option(
         None,
-        help="Template of the file names, such as {stem}_matte{frame}. It may contain {stem}, {frame} and {suffix}.",
+        help="Template of the file names, such as {stem}_matte{frame}. For shot.1001.exr, {stem} is shot, {frame} is "
+        ".1001 and {suffix} is .exr.",
         metavar="TEMPLATE",
         shown_default="{stem}{frame}",
     )
@@ -326,7 +327,7 @@ class OutputOptions(OptionGroup):
         digest=DigestPart.VALUE,
     )
     overwrite: bool = option(
-        False, help="Recompute alphas that exist, and replace retouched alphas and files that icm did not write."
+        False, help="Recompute all alphas. Replace even reviewed and retouched ones, and files that icm did not write."
     )
     keep_existing: bool = option(
         False,
@@ -523,8 +524,8 @@ class ShotOptions(OptionGroup):
 
     shot: bool = option(
         False,
-        help="Treat the images as frames of one shot. The model first learns the references. Alphas are then "
-        "propagated from frame to frame along the motion.",
+        help="Treat the images as frames of shots. The model first learns the references. Alphas are then propagated "
+        "from frame to frame along the motion.",
         digest=DigestPart.PROPAGATION,
     )
     learn_steps: int | None = option(
