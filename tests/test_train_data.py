@@ -463,6 +463,14 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("override", "message"),
         [
+            ("steps=3", "--set steps: unknown key. Did you mean 'train.steps'?"),
+            ("width=1", "Did you mean 'head.width'?"),
+            ("loss.dise=1", "Did you mean 'train.loss.dice'?"),
+            ("max_distractors=1", "Did you mean 'train.pairs.max_distractors'?"),
+            ("trian.loss.dice=1", "Did you mean 'train'?"),
+            ("zzz=1", "Known: backbone, "),
+            ("backbon.layers=[1]", "Did you mean 'backbone'?"),
+            ("=3", "cannot be parsed"),
             ("train.stepps=3", "with --set: train: unknown key 'stepps'. Did you mean 'steps'"),
             ("train.steps=many", "steps is 'many'; expected an integer"),
             ("train.steps", "expected key=value"),

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from icm_cli.config import (
     require_mapping,
 )
 from icm_cli.datasets.registry import DATASETS
-from icm_cli.errors import ConfigError, UsageError, did_you_mean
+from icm_cli.errors import ConfigError, UsageError, did_you_mean, find_similar_name
 from icm_cli.options import ScoredSize, Split
 
 BinaryRule = Literal["binary", "constant"]
@@ -485,6 +485,7 @@ def read_settings(config: str | Path, data: str | Path | None = None, overrides:
         fields["data"] = _read_data_file(Path(data))
         data_title = f"data file {data}"
     names = [override.partition("=")[0] for override in overrides]
+    _check_sections(names, {**fields, "train": dataclasses.asdict(TrainConfig())})
     if "train.steps" in names and "train.minutes" not in names:
         overrides = ["train.minutes=null", *overrides]
     for override in overrides:
@@ -496,6 +497,30 @@ def read_settings(config: str | Path, data: str | Path | None = None, overrides:
     train = parse_dataclass(TrainConfig, fields.get("train") or {}, f"{where}: train")
     _check_overrides_are_read(names, train)
     return Settings(model, train, _parse_data(fields.get("data"), data_title))
+
+
+def _check_sections(names: Sequence[str], known: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an overridden setting whose first section is unknown, such as "steps".
+
+    ``known``: nested mappings with the settings to suggest.
+    """
+    paths = {path.partition(".")[2]: path for path in _list_paths(known)}
+    for name, section in ((name, name.split(".")[0]) for name in names):
+        if section in {*MODEL_KEYS, ""}:
+            continue
+        ends = [path for path in paths if path == name or path.endswith(f".{name}")]
+        is_typing_error = not ends and find_similar_name(section, MODEL_KEYS)
+        similar = ends[0] if ends else "" if is_typing_error else find_similar_name(name, paths)
+        suggestion = f"Did you mean {paths[similar]!r}?" if similar else did_you_mean(section, MODEL_KEYS)
+        raise ConfigError(f"--set {name}: unknown key. {suggestion}")
+
+
+def _list_paths(settings: Mapping[str, Any], start: str = "") -> Iterator[str]:
+    """Yield the paths of all settings and sections of nested mappings, such as "train.steps"."""
+    for key, value in settings.items():
+        yield f"{start}{key}"
+        if isinstance(value, Mapping):
+            yield from _list_paths(value, f"{start}{key}.")
 
 
 def _check_overrides_are_read(names: Sequence[str], train: TrainConfig) -> None:
