@@ -45,6 +45,41 @@ def test_shards_together_equal_a_single_run(icm: Icm, scene: Path) -> None:
     assert alphas(scene / "out") == alphas(scene / "whole")
 
 
+def test_shards_with_the_same_report(icm: Icm, scene: Path) -> None:
+    copy_many(scene / "imgs" / "wall.jpg", scene / "many", 2)
+    report, listed = scene / "r.json", scene / "review.txt"
+    files = {"src": scene / "many", "report": report, "review_list": listed}
+    for _ in range(2):  # the same shard may replace its report
+        assert icm("--shard", "1/2", **files).exit_code == 0
+    before = report.read_bytes()
+    for given in ("report", "review_list"):
+        for flags in ([], ["--dry-run"], ["--shot"]):
+            result = icm(*flags, "--shard", "2/2", src=scene / "many", **{given: files[given]})
+            assert result.exit_code == 2, result.output
+            refusal = f"{files[given]} is given for shard 2/2, and shard 1/2 writes it too; give each shard its own path"
+            assert refusal in result.stderr.replace("\n", " ")
+    assert report.read_bytes() == before
+    assert icm("--shard", "2/3", **files).exit_code == 0  # a new division
+    report.rename(scene / "1.json")  # a script that runs one shard after the other
+    assert icm("--shard", "2/2", src=scene / "many", report=report).exit_code == 0
+    assert icm(src=scene / "many", report=report).exit_code == 0
+
+
+def test_shards_with_the_same_report_at_once(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = []
+
+    def run_other_shard(*_: object) -> None:
+        others.append(icm("--shard", "2/2", "--dry-run", report=scene / "r.csv"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during_run:
+        during_run.setattr(Engine, "run", run_other_shard)
+        assert icm("--shard", "1/2", report=scene / "r.csv").exit_code == 130
+    assert "shard 1/2 writes it too" in others[0].stderr
+    (scene / "r.csv").unlink(missing_ok=True)
+    assert icm("--shard", "2/2", report=scene / "r.csv").exit_code == 0
+
+
 def test_empty_shard_succeeds(icm: Icm, scene: Path) -> None:
     results = [icm("--shard", f"{number}/40", src=scene / "imgs" / "wall.jpg") for number in range(1, 41)]
     assert [result.exit_code for result in results] == [0] * 40

@@ -111,7 +111,8 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
             return run.preview()
         plan.report_files.check_writable(plan.layout.folder)
         _remove_temporaries(plan, listener)
-        return run.matte_all(start)
+        with plan.report_files.claim_for_shard(plan.layout.folder, _shard_of(options)):
+            return run.matte_all(start)
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,13 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     outputs = [output for job in jobs for output in job.outputs]
     sources = [options.sources.src, *(str(job.source) for job in jobs)]
     _check_report_paths(options, report_files, [*inputs.mattes, *hint_files, *truths, *sources, *outputs])
+    report_files.check_shard(layout.folder, _shard_of(options))
     return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths)
+
+
+def _shard_of(options: MatteOptions) -> tuple[int, int] | None:
+    """Return the number of the shard and the number of shards; None without ``--shard``."""
+    return None if options.sequences.shard is None else parse_shard(options.sequences.shard)
 
 
 def _check_report_paths(options: MatteOptions, report_files: ReportFiles, files: Sequence[str | Path]) -> None:

@@ -8,19 +8,22 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from icm_cli.errors import OutputError, UsageError
 from icm_cli.files.atomic_writes import atomic_write, check_writable
+from icm_cli.files.digests import combined_digest
 from icm_cli.files.json_files import write_json
-from icm_cli.files.paths import LIST_SUFFIXES, ROOT_MARK, describe_obstacle, is_file
+from icm_cli.files.paths import LIST_SUFFIXES, RECORD_FOLDER, ROOT_MARK, describe_obstacle, is_file
 from icm_cli.images.image_file import HEAD_BYTES, ICM_MASK_MARK, ICM_SHEET_MARK, detect_file_type
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import COLUMNS, METRICS, REGIONS, ImageResult
 
 REPORT_SUFFIXES = (".csv", ".json", ".html")
+SHARDS_NAME = "shards"
+"""Folder in RECORD_FOLDER of an output folder; see :meth:`ReportFiles.check_shard`."""
 OWN_COLUMNS = frozenset({"source", "output", "status"})
 """Columns by which a CSV report of icm is recognised."""
 OWN_KEYS = frozenset({"settings", "summary", "images"})
@@ -93,6 +96,45 @@ class ReportFiles:
         """Create the folders. Raises OutputError if a file cannot be created in one of them."""
         for folder in {*folders, *(path.parent for path in self.paths)}:
             check_writable(folder)
+
+    def check_shard(self, folder: Path, shard: tuple[int, int] | None) -> dict[Path, Path]:
+        """Return the claims of a shard: files below the output folder that say which shard writes which report.
+
+        A claim is empty while its shard runs. ``shard``: number and count; without, there are no claims. Raises
+        UsageError if another shard of as many writes a report, or has written it.
+        """
+        number, count = shard or (0, 0)
+        paths = {path for path in self.paths if path != self.mask} if shard else ()
+        claims = {path: folder / RECORD_FOLDER / SHARDS_NAME / combined_digest(os.path.realpath(path)) for path in paths}
+        for path, claim in claims.items():
+            for other in claim.parent.glob(f"{claim.name}-*-{count}"):
+                other_number = other.name.split("-")[1]
+                if other_number != str(number) and (path.exists() or not other.stat().st_size):
+                    raise UsageError(
+                        f"{path} is given for shard {number}/{count}, and shard {other_number}/{count} writes it too; "
+                        "give each shard its own path, such as one with the number of the shard"
+                    )
+        return {path: claim.with_name(f"{claim.name}-{number}-{count}") for path, claim in claims.items()}
+
+    @contextlib.contextmanager
+    def claim_for_shard(self, folder: Path, shard: tuple[int, int] | None) -> Iterator[None]:
+        """Context of a run of a shard, in which other shards refuse to write its reports; see :meth:`check_shard`."""
+        claims = self.check_shard(folder, shard)
+        is_alone = False
+        try:
+            for claim in claims.values():
+                with atomic_write(claim):
+                    pass
+            self.check_shard(folder, shard)  # if two shards start at once, at least one of them stops here
+            is_alone = True
+            yield
+        finally:
+            for path, claim in claims.items():
+                with contextlib.suppress(OSError):
+                    if is_alone and path.exists():
+                        claim.write_bytes(b"ended")
+                    else:
+                        claim.unlink()
 
     def write_all(self, report: Report) -> list[str]:
         """Write the reports, the contact sheet and the review list, and return notices. Raises OutputError.
