@@ -427,6 +427,7 @@ class TrainConfig(TrainSection, title="train:"):
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision."""
     seed: int = limited(0, 0, MAX_SEED)
+    # Intervals in steps: lines of log.csv, images in TensorBoard, validation, saving of checkpoint and state.
     log_every: int = limited(10, 1)
     image_every: int = limited(500, 1)
     validate_every: int = limited(1000, 1)
