@@ -68,8 +68,8 @@ class TrainSection(Section, title="train:"):
 
 
 @dataclass(frozen=True)
-class FilesConfig:
-    """Images with alphas. The fields are options of ``icm eval``; paths are relative to the working directory."""
+class DatasetConfig:
+    """A dataset. The fields are options of ``icm eval``; paths are relative to the working directory."""
 
     dataset: str = "folder"
     """A dataset of ``icm eval``, whose folder is ``root``, or ``folder``, with ``images`` and ``alphas``."""
@@ -92,7 +92,7 @@ class FilesConfig:
 
 
 @dataclass(frozen=True)
-class SourceConfig(FilesConfig):
+class SourceConfig(DatasetConfig):
     """Images to train on.
 
     ``dataset`` may also be ``cutouts``: a folder of RGBA foregrounds in which each subfolder is a group.
@@ -139,7 +139,7 @@ class SourceConfig(FilesConfig):
 
 
 @dataclass(frozen=True)
-class ValidationConfig(FilesConfig):
+class ValidationConfig(DatasetConfig):
     """Dataset that is scored during training, as ``icm eval`` would score it."""
 
     split: Split = "test"
