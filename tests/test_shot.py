@@ -33,7 +33,7 @@ from icm_cli.matting.hinting import apply_hints_to_alpha
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.optical_flow import FlowField, FrameMemory, PropagationConfig
 from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor
-from icm_cli.matting.propagation import EARLIER_KEY, PROPAGATED_KEY, FlowPropagator, encode_alpha
+from icm_cli.matting.propagation import PROPAGATED_KEY, PROPAGATED_KEY_0_1, FlowPropagator, encode_alpha
 from icm_cli.matting.provenance import REVIEWED_KEY
 from icm_cli.matting.references import Reference
 from icm_cli.matting.shot import Keyframe, Shot, split_shots
@@ -448,7 +448,7 @@ def test_a_frame_without_the_object_is_skipped(found: bool, filled: bool) -> Non
     assert (float(last.alpha[65:85, 60:88].min()) > 0.5) == filled
 
 
-@pytest.mark.parametrize("key", [PROPAGATED_KEY, EARLIER_KEY])
+@pytest.mark.parametrize("key", [PROPAGATED_KEY, PROPAGATED_KEY_0_1])
 def test_existing_alphas_are_propagated_whatever_version_wrote_them(tmp_path: Path, key: str) -> None:
     cv2.imwrite(str(tmp_path / "f.0.png"), draw_frame(70)[..., ::-1])
     alpha = alpha_to_u8(disc(70))

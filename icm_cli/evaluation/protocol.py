@@ -141,7 +141,7 @@ class Evaluation:
             planned,
             self.listener,
             start=self.start,
-            scoring=Scorer(ScoringPool(self.workers), task_for),
+            scorer=Scorer(ScoringPool(self.workers), task_for),
             trained_on=trained_on,
         )
         for problem in self.data.problems:

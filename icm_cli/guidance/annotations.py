@@ -2,8 +2,8 @@
 
 The label of a shape in an annotation says what the shape marks:
 
-- ``fg``: the object. ``foreground`` and ``object`` mean the same. So does another label if the file has only one, but
-  in hints only if it is no misspelling of one of the other labels;
+- ``fg``, ``foreground`` or ``object``: the object. If the file has none of these labels, its only unknown label marks
+  the object. But in hints, a misspelling of a known label is refused;
 - ``bg`` or ``background``: what is not the object;
 - ``keep``, ``drop``: areas whose final alpha is 1 or 0.
 """
@@ -419,7 +419,7 @@ def _list_labels(shapes: Sequence[_Shape]) -> str:
 
 
 def _check_spelling(label: str) -> None:
-    """Raise ValueError for a label of hints that can only be a misspelt one and would have another effect as ``fg``."""
+    """Raise ValueError for a misspelling of a label other than ``fg``, which would be used as ``fg``."""
     for known, meaning in LABELS.items():
         if meaning != "fg" and _is_misspelling(label.lower(), known):
             raise ValueError(
@@ -431,16 +431,16 @@ def _check_spelling(label: str) -> None:
 def _is_misspelling(label: str, known: str) -> bool:
     """Return whether a label can only be a misspelling of a known one, and not a word that names an object.
 
-    So it is if its first word is the known label, if it has an "s" at the end, a doubled letter, one letter less or two
-    letters swapped, or if it is another abbreviation. Of a long label, it is enough to resemble it closely.
+    These are misspellings: the known label with an "s" at the end, with a doubled, missing or swapped letter, or with
+    other words after it; another abbreviation of it; and any label that closely resembles a long known one.
     """
     words = re.findall(r"[^\W\d_]+", label)
     letters = "".join(words)
-    places = range(len(known))
+    positions = range(len(known))
     misspellings = {f"{known}s"}
-    misspellings |= {known[: place + 1] + known[place:] for place in places}
-    misspellings |= {known[:place] + known[place + 1 :] for place in places[1:] if len(known) > 2}
-    misspellings |= {known[:place] + known[place : place + 2][::-1] + known[place + 2 :] for place in places}
+    misspellings |= {known[: n + 1] + known[n:] for n in positions}
+    misspellings |= {known[:n] + known[n + 1 :] for n in positions[1:] if len(known) > 2}
+    misspellings |= {known[:n] + known[n : n + 2][::-1] + known[n + 2 :] for n in positions}
     is_similar = len(known) >= LONG_LABEL and SequenceMatcher(None, known, letters).ratio() >= MIN_SIMILARITY
     is_abbreviation = known in ABBREVIATIONS and ABBREVIATIONS[known].fullmatch(letters) is not None
     return known in words[:1] or letters in misspellings or is_similar or is_abbreviation

@@ -57,7 +57,7 @@ def crop_box(
     if not mask.any():
         return None
     display, offset = (size, (0, 0)) if windows is None else (windows.display, windows.offset)
-    # First and last row of the object, then first and last column, each with the last one plus 1.
+    # Start and end of the object, first its rows and then its columns. The end is exclusive.
     extents = [np.flatnonzero(mask.any(axis=axis))[[0, -1]] + (0, 1) for axis in (1, 0)]
     margin = settings.margin * max(end - start for start, end in extents)
     sides = []

@@ -23,11 +23,7 @@ from icm_cli.errors import DeviceError, FileWriteError, ImageError, OutputError
 from icm_cli.files.atomic_writes import FileIdentity, is_writable
 from icm_cli.files.digests import combined_digest
 from icm_cli.geometry import Float, alpha_to_u8, trimap_from_alpha
-from icm_cli.images.pixels import (
-    DecodedImage,
-    ImageWindows,
-    reserve_memory,
-)
+from icm_cli.images.pixels import DecodedImage, ImageWindows, reserve_memory
 from icm_cli.images.writing import DEFAULT_OUTPUT, OutputFormat, write_alpha, write_foreground, write_trimap
 from icm_cli.matting.digest import AlphaDigest
 from icm_cli.matting.hinting import apply_hints_to_trimap

@@ -1,4 +1,4 @@
-"""False objects in an alpha: what a person marks by points off the object, as a whole and not only at these points."""
+"""Whole false objects in an alpha, which a person has marked by points off the object."""
 
 from __future__ import annotations
 

@@ -252,7 +252,7 @@ def _common_frames(frames: range, other: range) -> range:
     divisor = math.gcd(frames.step, other.step)
     if (other.start - frames.start) % divisor:
         return range(0)
-    # By the Chinese remainder theorem, the common numbers of both ranges without their ends are first + n * step.
+    # Chinese remainder theorem: if both ranges had no ends, their common numbers would be first + n * step.
     period = other.step // divisor
     offset = (other.start - frames.start) // divisor * pow(frames.step // divisor, -1, period) % period
     first, step = frames.start + offset * frames.step, frames.step * period

@@ -54,10 +54,10 @@ class ImageHints:
     digest: str = ""
     notices: tuple[str, ...] = ()
     other_labels: Mapping[str, Path] = field(default_factory=dict)
-    """Labels that are none of those of hints, and are taken for ``fg``, with a file that has them."""
+    """Unknown labels, which are used as ``fg``; each with a file that has it."""
 
     @classmethod
-    def check(cls, image: Path, paths: Sequence[Path], source: Path | None = None) -> ImageHints:
+    def from_files(cls, image: Path, paths: Sequence[Path], source: Path | None = None) -> ImageHints:
         """Read the files, and check what can be checked without decoding the image. Raises UsageError.
 
         ``source``: file of the image. Its size is used for annotations of labelme that do not state one.
@@ -81,7 +81,7 @@ class ImageHints:
     def read(self, windows: ImageWindows) -> Hints:
         """Return the hints in pixels of the data window of the image. ``windows``: those of the image.
 
-        Raises ImageError if they are for an image of another size, or if the files have changed since :meth:`check`.
+        Raises ImageError if they are for an image of another size, or if the files changed after :meth:`from_files`.
         """
         from icm_cli.matting.hinting import move_hints  # imports torch, which scoring alone does not need
 
@@ -334,7 +334,7 @@ def check_image_hints(
     ``sources``: the file of each image; None for an image of several pages, which may have different sizes.
     """
     with ThreadPoolExecutor(DEFAULT_WORKERS, "icm-hints") as executor:
-        hints = executor.map(ImageHints.check, files, files.values(), map(sources.get, files))
+        hints = executor.map(ImageHints.from_files, files, files.values(), map(sources.get, files))
         return dict(zip(files, hints, strict=True))
 
 

@@ -15,15 +15,7 @@ from pathlib import Path
 
 import cachetools
 
-from icm_cli.errors import (
-    FileAccessError,
-    ImageError,
-    ImageMemoryError,
-    UsageError,
-    format_count,
-    list_first,
-    shorten,
-)
+from icm_cli.errors import FileAccessError, ImageError, ImageMemoryError, UsageError, format_count, list_first, shorten
 from icm_cli.files.atomic_writes import TEMPORARY_SUFFIX, FileIdentity, temporary_name
 from icm_cli.files.digests import combined_digest
 from icm_cli.files.paths import MAX_NAME_BYTES, describe_obstacle
@@ -34,10 +26,7 @@ from icm_cli.images.reading import CompositeSource, SourceImage, compose_image, 
 from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.hint_files import ImageHints
 from icm_cli.matting.mattes import ImageMattes
-from icm_cli.matting.sources import (
-    MAX_LISTED_FILES,
-    real_path,
-)
+from icm_cli.matting.sources import MAX_LISTED_FILES, real_path
 from icm_cli.reports.result import ImageResult
 
 DEFAULT_NAME = "{stem}{frame}"

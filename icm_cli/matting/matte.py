@@ -101,7 +101,7 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
             choices = [select_model(device=name) for name in parse_devices(options.model.device)]
         if options.reports.dry_run:
             _check_folders_without_writing(plan)
-            if downloads := choices[0].check_weights():  # digests need the weights
+            if downloads := choices[0].weights_to_download():  # digests need the weights
                 listener.on_notice(
                     f"would download {', '.join(downloads)}; which alphas are kept is not known before that"
                 )
@@ -242,7 +242,7 @@ class _MattingRun:
         options = self._setups[0].options  # setups differ only in their device
         existing = self._keep_existing_alphas(on_result=lambda _: None)
         kept = {alpha.job.output: alpha.result for alpha in existing.kept}
-        reasons = {alpha.job.output: alpha.outdated_reason() for alpha in existing.outdated}  # why it is recomputed
+        reasons = {alpha.job.output: alpha.outdated_reason() for alpha in existing.recomputed}  # why it is recomputed
         for job in existing.remaining:
             if os.path.lexists(job.output):  # without a reason so far, the file is overwritten or damaged
                 reasons.setdefault(job.output, "--overwrite" if options.overwrite else _find_damage(job))
@@ -301,9 +301,9 @@ class _MattingRun:
         If there are ground truths, it scores the alphas, and its report lists the images without one.
         """
         plan, settings = self._plan, self._settings()
-        scoring = None
+        scorer = None
         if plan.truths:
-            scoring, rule = _make_scorer(self._setups[0].options.workers)
+            scorer, rule = _make_scorer(self._setups[0].options.workers)
             rounds = {"rounds": 1, "refs_per_group": len(self._options.references.ref)}
             settings["protocol"] = {"title": settings["title"], **rule.as_protocol(), **rounds}
         references = [
@@ -322,7 +322,7 @@ class _MattingRun:
         planned = [job.planned for job in plan.jobs]
         add_reasons = functools.partial(add_batch_reasons, is_shot=self._options.sequences.shot)
         collector = ResultCollector(
-            report, planned, self._listener, start=start, scoring=scoring, add_reasons=add_reasons
+            report, planned, self._listener, start=start, scorer=scorer, add_reasons=add_reasons
         )
         for job in plan.jobs if plan.truths else ():
             if not job.planned.truth:
@@ -474,13 +474,13 @@ def order_as_shot(
     ``other_names``: see :func:`split_shots`.
     """
     folders = {real_path(Path(job.root) / job.name.parent): job.name.parent for job in jobs}
-    keys = []
+    keyframes = []
     for number, ref in enumerate(refs):
         path = next((path for path in (ref, real_path(ref)) if real_path(path.parent) in folders), None)
         if path is not None:
             name = folders[real_path(path.parent)] / path.name
-            keys.append(Keyframe(name, functools.partial(references.__getitem__, number)))
-    shot = Shot.from_examples(split_shots(jobs, keys, other_names))
+            keyframes.append(Keyframe(name, functools.partial(references.__getitem__, number)))
+    shot = Shot.from_examples(split_shots(jobs, keyframes, other_names))
     if shard is not None:
         shot = shot.shard(*parse_shard(shard))
     outputs = {job.output for job in shot.order}

@@ -67,7 +67,7 @@ class ModelChoice:
         """Return the digest of the object model for hints; "" if the model has its own. Raises ConfigError."""
         return "" if self.config.objects else MobileSam.weights_digest(MobileSam.Config(), offline=True)
 
-    def check_weights(self) -> list[str]:
+    def weights_to_download(self) -> list[str]:
         """Return the weights that must be downloaded, without downloading them.
 
         Raises ConfigError for missing or refused weights.

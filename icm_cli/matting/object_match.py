@@ -19,14 +19,17 @@ def keep_same_objects(
 ) -> tuple[Tensor, float | None]:
     """Set an alpha, float32 [h,w] in 0..1, to 0 where it shows other objects than that of the references.
 
-    An object is a connected region of foreground; regions smaller than a token belong to the nearest larger one. It is
-    kept if it is more similar to a reference than to every negative reference, and if its similarity is at least
-    ``min_similarity`` and at most ``max_difference`` below the largest one. Objects that are at least as similar to a
-    negative reference do not count for the largest one. An object is also kept if hints mark it. ``content``: height
-    and width of the frame on the canvas, in px.
+    An object is a connected region of foreground. Regions smaller than a token belong to the nearest larger one. An
+    object is kept if hints mark it, or if all of these conditions are met:
 
-    Returns the alpha and the largest similarity of an object that counts, or of any object if none does; None without
-    any foreground.
+    - It is a candidate: more similar to a reference than to every negative reference.
+    - Its similarity to the references is at least ``min_similarity``.
+    - Its similarity is at most ``max_difference`` below the largest similarity of a candidate.
+
+    ``content``: height and width of the frame on the canvas, in px.
+
+    Returns the alpha and the largest similarity of a candidate; without candidates, that of any object; None without
+    foreground.
     """
     values: Float = alpha.numpy(force=True)
     foreground = values > 0.5
@@ -37,8 +40,8 @@ def keep_same_objects(
         int(number): tokens.compare_object(alpha * torch.from_numpy(owners == number).to(alpha), content)
         for number in np.unique(owners[foreground])
     }
-    counting = [similarity for similarity, to_negatives in similarities.values() if similarity > to_negatives]
-    largest = max(counting or [similarity for similarity, _ in similarities.values()])
+    of_candidates = [similarity for similarity, to_negatives in similarities.values() if similarity > to_negatives]
+    largest = max(of_candidates or [similarity for similarity, _ in similarities.values()])
     smallest_kept = max(config.min_similarity, largest - config.max_difference)
 
     def is_kept(number: int) -> bool:

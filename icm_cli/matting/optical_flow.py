@@ -52,8 +52,8 @@ class FrameMemory:
         is_mask: Whether the alpha is the mask of a reference, which has no soft edges.
         correction: How much hints have corrected the alpha, uint8 [h,w]: 0 not at all, 255 completely; None if nowhere.
             Corrections are propagated together with the alpha.
-        matted: How much a garbage or keep matte decided the alpha, uint8 [h,w]; None if nowhere. Mattes are of one
-            frame only, so such pixels are not propagated.
+        matte_weight: How much a garbage or keep matte decided the alpha, uint8 [h,w]; None if nowhere. Mattes are for
+            one frame only, so such pixels are not propagated.
         digest: Digest of all this, as the provenance of the frame records it.
     """
 
@@ -61,7 +61,7 @@ class FrameMemory:
     alpha: ImageU8
     is_mask: bool = False
     correction: ImageU8 | None = None
-    matted: ImageU8 | None = None
+    matte_weight: ImageU8 | None = None
     digest: str = NO_MEMORY
 
     @classmethod
@@ -85,8 +85,8 @@ class FrameMemory:
                 values = np.asarray(_move_to_display(at_size, windows), np.float32)
             return alpha_to_u8(resize(values, (small.shape[0], small.shape[1])))
 
-        matted = None if mattes is None else reduce_values(mattes.combined(rgb.shape[:2]))
-        return cls(small, reduce_values(alpha), matted=matted if np.any(matted) else None)
+        matte_weight = None if mattes is None else reduce_values(mattes.combined(rgb.shape[:2]))
+        return cls(small, reduce_values(alpha), matte_weight=matte_weight if np.any(matte_weight) else None)
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class FlowField:
         flow = _compute_flow(now, earlier.rgb, config)
         difference = np.abs(_warp(earlier.rgb.astype(np.float32), flow) - now).mean(axis=-1)
         agreement = np.asarray(np.exp(-((difference / config.colour_tolerance) ** 2)), np.float32)
-        if earlier.matted is not None:
-            agreement *= 1 - _warp_fraction(earlier.matted, flow)
+        if earlier.matte_weight is not None:
+            agreement *= 1 - _warp_fraction(earlier.matte_weight, flow)
         return cls(earlier, flow, agreement, windows, config)
 
     def combine_with_earlier(self, coarse: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class CoarseAlpha:
         alpha_if_present: Alpha under the assumption that the object is in the frame; None if that is certain or if the
             head has no such output.
         is_completed: Whether the object model has already completed ``alpha``.
-        object_tokens: What whole objects are compared by; None if the head cannot compare them.
+        object_tokens: Tokens by which ``--match same`` compares objects; None if the head cannot compare them.
     """
 
     alpha: Tensor
@@ -133,9 +133,9 @@ class Session:
     """
 
     def __init__(self, predictor: Predictor, frame: Frame, decide_alpha: Callable[[Frame], CoarseAlpha]) -> None:
-        """``decide_alpha`` returns the coarse alpha of a frame after its presence is decided.
+        """``decide_alpha`` returns the coarse alpha of a frame, as :meth:`Predictor.decide_presence` does.
 
-        Its result may depend on the hints only by :attr:`Frame.shows_object`, so it is called at most twice.
+        It may use the hints only for :attr:`Frame.shows_object`, so it is called at most twice.
         """
         self._predictor, self._decide_alpha = predictor, decide_alpha
         self._frame = replace(frame, embedder=ImageEmbedder(predictor.prompted_objects, frame.visible_rgb))
@@ -241,7 +241,7 @@ class Predictor:
             UsageError: An array has another type or shape, or the hints are for another size.
             ConfigError: Memory ran out.
         """
-        frame = self._frame_of_arguments(rgb, reference, garbage, keep)
+        frame = self._frame_from_arguments(rgb, reference, garbage, keep)
         frame = replace(frame, hints=None if hints is None else check_hints(hints, frame.rgb))
         with device_errors(self.device, "an image was matted"):
             (result,) = self.matte_frames([frame], reference)
@@ -259,7 +259,7 @@ class Predictor:
 
         What does not depend on the hints is computed here, once. Arguments and errors are those of :meth:`matte`.
         """
-        return self.open_session(self._frame_of_arguments(rgb, reference, garbage, keep), reference)
+        return self.open_session(self._frame_from_arguments(rgb, reference, garbage, keep), reference)
 
     def open_session(self, frame: Frame, reference: PreparedReferences) -> Session:
         """Return a session for a frame. Its alphas equal those of :meth:`matte_frames` with the same hints."""
@@ -267,11 +267,11 @@ class Predictor:
             matte = self.infer([frame], reference)
 
             def decide_alpha(frame: Frame) -> CoarseAlpha:
-                return self.decide_presence(frame, _coarse_alpha_of(matte, 0, frame), reference)
+                return self.decide_presence(frame, _coarse_alpha_from_batch(matte, 0, frame), reference)
 
             return Session(self, frame, decide_alpha)
 
-    def _frame_of_arguments(self, rgb: Any, reference: Any, garbage: Any, keep: Any) -> Frame:
+    def _frame_from_arguments(self, rgb: Any, reference: Any, garbage: Any, keep: Any) -> Frame:
         """Check the arguments of :meth:`matte`, and return their prepared frame, without hints. Raises UsageError."""
         check_not_forked()
         if not hasattr(reference, "notices"):
@@ -311,7 +311,7 @@ class Predictor:
 
         def infer(batch: Sequence[Frame]) -> list[CoarseAlpha]:
             matte = self.infer(batch, reference)
-            return [_coarse_alpha_of(matte, index, frame) for index, frame in enumerate(batch)]
+            return [_coarse_alpha_from_batch(matte, index, frame) for index, frame in enumerate(batch)]
 
         largest = max_batch_size(self.device.torch_device)
         coarse = apply_in_batches(infer, frames, lambda frame: frame.canvas.shape, largest)
@@ -542,7 +542,7 @@ def check_learn_steps(steps: int, head: type[Head]) -> None:
         )
 
 
-def _coarse_alpha_of(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
+def _coarse_alpha_from_batch(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
     """Return the coarse alpha of one frame of a batch; see :meth:`Predictor.coarse_alphas`."""
     height, width = frame.placement.content
     presence = matte.presence

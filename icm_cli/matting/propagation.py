@@ -38,8 +38,8 @@ PROPAGATED_KEY = "icm-propagated"
 CORRECTED_KEY = "icm-corrected"
 """Provenance entry with :attr:`FrameMemory.correction`."""
 MATTED_KEY = "icm-matted"
-"""Provenance entry with :attr:`FrameMemory.matted`."""
-EARLIER_KEY = "icm-carried"
+"""Provenance entry with :attr:`FrameMemory.matte_weight`."""
+PROPAGATED_KEY_0_1 = "icm-carried"
 """Name of ``PROPAGATED_KEY`` in alphas of icm 0.1."""
 
 
@@ -136,8 +136,8 @@ class FlowPropagator:
             memory = replace(memory, correction=_find_correction(uncorrected.alpha, memory.alpha))
         elif flow is not None:
             memory = replace(memory, correction=flow.moved_correction())
-        kept = {PROPAGATED_KEY: memory.alpha, CORRECTED_KEY: memory.correction, MATTED_KEY: memory.matted}
-        texts = {key: encode_alpha(values) for key, values in kept.items() if values is not None}
+        recorded = {PROPAGATED_KEY: memory.alpha, CORRECTED_KEY: memory.correction, MATTED_KEY: memory.matte_weight}
+        texts = {key: encode_alpha(values) for key, values in recorded.items() if values is not None}
         memory = replace(memory, digest=combined_digest(memory.rgb.tobytes(), *texts, *texts.values())[:16])
         self._remember_frame(job, memory)
         provenance |= {**texts, MEMORY_KEY: memory.digest}
@@ -204,10 +204,10 @@ class FlowPropagator:
         """
         try:
             provenance = read_provenance(job.output) or {}
-            alpha = decode_alpha(provenance.get(PROPAGATED_KEY) or provenance.get(EARLIER_KEY, ""))
+            alpha = decode_alpha(provenance.get(PROPAGATED_KEY) or provenance.get(PROPAGATED_KEY_0_1, ""))
             if alpha is None:
                 return None, False
-            correction, matted = (decode_alpha(provenance.get(key, "")) for key in (CORRECTED_KEY, MATTED_KEY))
+            correction, matte_weight = (decode_alpha(provenance.get(key, "")) for key in (CORRECTED_KEY, MATTED_KEY))
         except (ImageError, ValueError, cv2.error):
             return None, False
         try:
@@ -215,7 +215,7 @@ class FlowPropagator:
         except ImageError as error:
             return None, job.is_permanent_error(error)
         digest = provenance.get(MEMORY_KEY, NO_MEMORY)
-        return FrameMemory(rgb, alpha, correction=correction, matted=matted, digest=digest), False
+        return FrameMemory(rgb, alpha, correction=correction, matte_weight=matte_weight, digest=digest), False
 
 
 def create_matting(

@@ -1,4 +1,7 @@
-"""The provenance: metadata in the file of an alpha that records its digest, its source and its result."""
+"""The provenance: metadata in the file of an alpha that records its digest, its source and its result.
+
+``docs/architecture.md`` lists its entries.
+"""
 
 from __future__ import annotations
 
@@ -37,24 +40,27 @@ HINTS_KEY = "icm-hints"
 MEMORY_KEY = "icm-memory"
 """Provenance entry of a frame of a shot: digest of what is propagated from it. Absent if nothing is."""
 PREDECESSORS_KEY = "icm-predecessors"
-"""Provenance entry of a frame of a shot: a text for each frame that was looked at to propagate from, nearest first.
+"""Provenance entry of a frame of a shot: a text for each earlier frame that was considered, nearest first.
 
-It is the value of MEMORY_KEY, or NO_MEMORY if nothing could be propagated from that frame. If the frame could not be
-read, a digest of its files follows NO_MEMORY. The last text may be NO_FRAME, or a digest of the name of a keyframe. So
-an alpha depends on its own files, its digest and these texts only.
+The text is one of these:
+
+- the value of MEMORY_KEY of the earlier frame;
+- NO_MEMORY if nothing can be propagated from that frame; a digest of its files follows if it cannot be read;
+- a digest of the name of the keyframe at which propagation starts, or NO_FRAME if it starts without one.
+
+So an alpha depends only on its own files, its digest and these texts.
 """
 NO_MEMORY = "-"
 NO_FRAME = "."
-"""There is no earlier frame: propagation starts here."""
 ENTRY_DIGITS = 16
 """Number of hexadecimal digits of the digests in PREDECESSORS_KEY."""
 REVIEWED_KEY = "icm-reviewed"
 """Provenance entry of an alpha that a person has accepted. Only ``--overwrite`` recomputes such an alpha."""
-NUMBER = (float, int, type(None))
+OPTIONAL_NUMBER = (float, int, type(None))
 DETAILS_SCHEMA = {
     "colorspace?": str,
-    "foreground?": NUMBER,
-    "quality?": NUMBER,
+    "foreground?": OPTIONAL_NUMBER,
+    "quality?": OPTIONAL_NUMBER,
     "reasons?": [str],
     "signals?": {"*": (float, int)},
     "not_found?": (bool, type(None)),
@@ -67,7 +73,7 @@ UNRECORDED_VERSION = "0.1"
 
 @dataclass(frozen=True)
 class Origin:
-    """The source of an alpha when it was read."""
+    """The source of an alpha, as it was when the alpha was computed."""
 
     state: str
     """See :meth:`Job.state`."""

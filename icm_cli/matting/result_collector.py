@@ -29,7 +29,7 @@ class ResultCollector:
         report: The report that the results are added to.
         planned: The results of all jobs before the run, in the order of the report.
         start: time.perf_counter() when the run began.
-        scoring: Scores alphas that have a ground truth; None to score none.
+        scorer: Scores alphas that have a ground truth; None to score none.
         trained_on: SHA-256 digests of the images that the model was trained on; None if they are not known.
         add_reasons: Adds the reasons of :mod:`icm_cli.quality.batch` to all results at the end of the run.
     """
@@ -41,7 +41,7 @@ class ResultCollector:
         listener: Listener,
         *,
         start: float,
-        scoring: Scorer | None = None,
+        scorer: Scorer | None = None,
         trained_on: frozenset[str] | None = None,
         add_reasons: Callable[[Sequence[ImageResult]], list[ImageResult]] = list,
     ) -> None:
@@ -49,7 +49,7 @@ class ResultCollector:
         self._planned = planned
         self._listener = listener
         self._start = start
-        self._scoring = scoring
+        self._scorer = scorer
         self._trained_on = trained_on
         self._add_reasons = add_reasons
         self._reported: set[tuple[int, str]] = set()  # keys of results
@@ -58,11 +58,11 @@ class ResultCollector:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._scoring:
-            self._scoring.pool.close()
+        if self._scorer:
+            self._scorer.pool.close()
 
     def add(self, result: ImageResult) -> None:
-        """Complete a result of the engine, and report it; if it is to be scored, when it has its scores."""
+        """Add details to a result of the engine, and report it; if it is scored, as soon as it has its scores."""
         is_made_by_icm = "predictions" not in self.report.settings  # with --pred, alphas of other tools are scored
         if result.status == "done" and is_made_by_icm:
             result = replace(result, matting=replace(result.matting, made_by=environment.__version__))
@@ -70,7 +70,7 @@ class ResultCollector:
         if result.status == "failed" and result.output and not reason_names_output and is_file(result.output):
             earlier = f"the earlier alpha {result.output} is kept, although its source or settings have changed"
             result = replace(result, reason=f"{result.reason}; {earlier}")
-        task = self._scoring.task_for(result) if self._scoring and result.status in ("done", "kept") else None
+        task = self._scorer.task_for(result) if self._scorer and result.status in ("done", "kept") else None
         if task is None:
             self._report_result(result)
         else:
@@ -141,12 +141,12 @@ class ResultCollector:
         self._listener.on_image_end(result)
 
     def _submit_task(self, task: ScoreTask | FlickerTask, then: Callable[[Any], None]) -> None:
-        assert self._scoring
-        self._scoring.pool.submit(task, then)
+        assert self._scorer
+        self._scorer.pool.submit(task, then)
 
     def _wait_for_scorer(self) -> None:
-        if self._scoring:
-            self._scoring.pool.drain()
+        if self._scorer:
+            self._scorer.pool.drain()
 
     def _write_reports(self, report_files: ReportFiles, matting_start: float, peak_memory: Callable[[], int]) -> None:
         """Complete the report, write its files and notify the listener. Images without a result are "not reached"."""

@@ -73,9 +73,9 @@ class ExistingAlpha:
     """The digest that the alpha would have if it were computed now."""
     provenance: Mapping[str, str]
     source_state: str
-    """State of the source, and content from which the alpha was made. "" for an alpha of another root."""
+    """State of the source, and digest of the content from which the alpha was made; "" with another root."""
     is_of_same_state: bool
-    """Whether the source has a state of which it is known that its content is that of the alpha."""
+    """Whether the state of the source shows that its content has not changed since the alpha was made."""
     retouched: Path | None
     """An output whose pixels another program changed; None if there is none."""
 
@@ -102,7 +102,7 @@ class ExistingAlpha:
 
     @property
     def has_same_digest(self) -> bool:
-        """Whether nothing but the source can make a new alpha differ from this one."""
+        """Whether a new alpha can differ from this one only if the source differs."""
         return self.provenance[DIGEST_KEY] == self.digest.value
 
     @property
@@ -195,8 +195,8 @@ class ExistingAlphas:
     remaining: list[Job]
     """The images to matte: those without an alpha, and those whose alpha is recomputed."""
     kept: Sequence[ExistingAlpha] = ()
-    outdated: Sequence[ExistingAlpha] = ()
-    """Complete alphas that are recomputed."""
+    recomputed: Sequence[ExistingAlpha] = ()
+    """Complete alphas that will be recomputed."""
 
     @property
     def new_source_states(self) -> dict[str, str]:
@@ -219,14 +219,14 @@ class ExistingAlphas:
                 f"have changed, such as {outdated[0]}; --overwrite recomputes them"
             )
         unreviewed = [alpha for alpha in self.kept if not alpha.is_reviewed]
-        _count_versions(unreviewed, "kept", "", notice)
-        _count_other_settings([alpha for alpha in unreviewed if not alpha.has_same_digest], "kept", "", notice)
+        _report_other_versions(unreviewed, "kept", "", notice)
+        _report_other_settings([alpha for alpha in unreviewed if not alpha.has_same_digest], "kept", "", notice)
         retouched = [alpha.retouched for alpha in self.kept if alpha.retouched is not None]
         if retouched:
             count = format_count(len(retouched), "alpha")
             notice(f"kept {count} with pixels changed by another program, such as {retouched[0]}")
-        _count_versions(self.outdated, "recomputing", hint, notice)
-        _count_other_settings([alpha for alpha in self.outdated if alpha.changed_parts], "recomputing", hint, notice)
+        _report_other_versions(self.recomputed, "recomputing", hint, notice)
+        _report_other_settings([alpha for alpha in self.recomputed if alpha.changed_parts], "recomputing", hint, notice)
 
 
 def find_existing_alphas(
@@ -267,13 +267,13 @@ def find_existing_alphas(
     alphas = [alpha for alpha, _ in inspected if isinstance(alpha, ExistingAlpha)]
     if reusable_outputs is not None and not keep_all:
         kept = reusable_outputs(kept, {alpha.job.output: alpha for alpha in alphas})
-    outdated = [alpha for alpha in alphas if alpha.job.output not in kept]
+    recomputed = [alpha for alpha in alphas if alpha.job.output not in kept]
     conflicts = [error for error, _ in inspected if isinstance(error, OtherSourceError)]
-    conflicts += [retouched_error(alpha.retouched, alpha.job) for alpha in outdated if alpha.retouched]
+    conflicts += [retouched_error(alpha.retouched, alpha.job) for alpha in recomputed if alpha.retouched]
     if conflicts:
         raise UsageError(list_first(conflicts, MAX_LISTED_FILES, "; ", "; and"))
     remaining = [job for job in jobs if job.output not in kept]
-    return ExistingAlphas(remaining, [alpha for alpha in alphas if alpha.job.output in kept], outdated)
+    return ExistingAlphas(remaining, [alpha for alpha in alphas if alpha.job.output in kept], recomputed)
 
 
 def report_lost_hints(jobs: Sequence[Job], *, workers: int, notice: Callable[[str], None]) -> None:
@@ -345,7 +345,9 @@ def _find_files_without_source(folder: Path, jobs: Sequence[Job], workers: int) 
         return list(compress(others, executor.map(is_without_source, others)))
 
 
-def _count_versions(alphas: Sequence[ExistingAlpha], action: str, hint: str, notice: Callable[[str], None]) -> None:
+def _report_other_versions(
+    alphas: Sequence[ExistingAlpha], action: str, hint: str, notice: Callable[[str], None]
+) -> None:
     """Give a notice that counts the alphas of other versions of icm. ``action``: "kept" or "recomputing"."""
     others = [alpha.result.matting.made_by for alpha in alphas if not alpha.is_of_this_icm]
     versions = Counter(f"{maker} with other code" if maker == __version__ else maker for maker in others)
@@ -354,10 +356,10 @@ def _count_versions(alphas: Sequence[ExistingAlpha], action: str, hint: str, not
         notice(f"{action} {format_count(len(others), 'alpha')} made by another version of icm ({counts}){hint}")
 
 
-def _count_other_settings(
+def _report_other_settings(
     alphas: Sequence[ExistingAlpha], action: str, hint: str, notice: Callable[[str], None]
 ) -> None:
-    """Give a notice that counts those alphas that this icm made, and names what has changed. See _count_versions()."""
+    """Give a notice that counts those alphas that this icm made, and names what has changed since."""
     others = [alpha for alpha in alphas if alpha.is_of_this_icm]
     names = sorted({name for alpha in others for name in alpha.changed_parts}) or ["hints"]
     if others:
@@ -387,10 +389,10 @@ def read_existing_alpha(
     )
     provenance = provenances[job.output]
     digest = digest_for(job)
-    has_no_trimap = bool(provenance) and provenance[DIGEST_KEY] != digest.value
+    may_lack_trimap = bool(provenance) and provenance[DIGEST_KEY] != digest.value
     if PARTS_KEY in provenance:
-        has_no_trimap = "trimap" in _find_changed_parts(provenance, digest)
-    is_kept_alone = REVIEWED_KEY in provenance or (keep_all and has_no_trimap)
+        may_lack_trimap = "trimap" in _find_changed_parts(provenance, digest)
+    is_kept_alone = REVIEWED_KEY in provenance or (keep_all and may_lack_trimap)
     if not is_kept_alone and not all(provenances.values()):
         if retouched is not None:
             raise retouched_error(retouched, job)

@@ -27,7 +27,7 @@ UNRECORDED = frozenset(
     {"shard", "frames", "missing", "overwrite", "keep_existing", "fail_fast", "ray", "ray_cpus", "save_mask"}
 )
 """Options that are not recorded, because they select a part of the images or concern a single run only."""
-RERUN = (
+RERUN_ADVICE = (
     "run the same icm matte command again: it keeps the alphas that are up to date, and records the run for icm review"
 )
 
@@ -52,7 +52,7 @@ def record_run(options: MatteOptions, folder: Path, jobs: Sequence[Job], notice:
         record = {"schema_version": SCHEMA_VERSION, "icm": __version__, "options": values}
         path = folder / RECORD_FOLDER / RECORD_NAME
         with contextlib.suppress(UsageError):  # a shard of another user may have written it
-            if read_json(path, "run record", RECORD_SCHEMA, RERUN) == record:
+            if read_json(path, "run record", RECORD_SCHEMA, RERUN_ADVICE) == record:
                 return
         write_json(path, record)
     except OutputError as error:
@@ -118,15 +118,16 @@ def read_run_record(folder: Path) -> MatteOptions:
             f"{folder} is not the output folder of a run of icm matte ({path} does not exist); give the folder that "
             "was its --out. If icm 0.2.0 or earlier wrote alphas there, run the same command again first"
         )
-    record = read_json(path, "run record", RECORD_SCHEMA, RERUN)
+    record = read_json(path, "run record", RECORD_SCHEMA, RERUN_ADVICE)
     if record["schema_version"] != SCHEMA_VERSION:
         raise UsageError(
-            f"{path} has schema version {record['schema_version']}; this icm reads version {SCHEMA_VERSION}; {RERUN}"
+            f"{path} has schema version {record['schema_version']}; this icm reads version {SCHEMA_VERSION}; "
+            f"{RERUN_ADVICE}"
         )
     try:
         options = MatteOptions.from_values(record["options"], record["options"])
     except (TypeError, UsageError) as error:
-        raise UsageError(f"{path} has an option that this icm cannot use: {error}; {RERUN}") from error
+        raise UsageError(f"{path} has an option that this icm cannot use: {error}; {RERUN_ADVICE}") from error
     return options
 
 

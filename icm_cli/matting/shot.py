@@ -108,16 +108,16 @@ class Shot:
         previous = {output: by_output[job.output] for output, job in self.previous.items()}
         return Shot([by_output[job.output] for job in self.order], previous, self.keyframes, self.names)
 
-    def reusable_outputs(self, finished: Collection[Path], existing: Mapping[Path, ExistingAlpha]) -> set[Path]:
-        """Return the outputs that can be kept: reviewed ones, and ``finished`` ones that have the same predecessors.
+    def reusable_outputs(self, candidates: Collection[Path], existing: Mapping[Path, ExistingAlpha]) -> set[Path]:
+        """Return the outputs that can be kept: reviewed ones, and candidates that have the same predecessors.
 
-        ``existing``: all existing alphas, by output.
+        ``candidates``: outputs whose source and digest are the same. ``existing``: all existing alphas, by output.
         """
         reusable: dict[Path, ExistingAlpha] = {}
         for job in self.order:
             alpha = existing.get(job.output)
-            is_finished = job.output in finished
-            if alpha and (alpha.is_reviewed or (is_finished and self.has_same_predecessors(alpha, reusable))):
+            is_candidate = job.output in candidates
+            if alpha and (alpha.is_reviewed or (is_candidate and self.has_same_predecessors(alpha, reusable))):
                 reusable[job.output] = alpha
         return set(reusable)
 
@@ -133,7 +133,7 @@ class Shot:
             earlier = reusable.get(frame.output)
             if earlier is not None and entry == earlier.provenance.get(MEMORY_KEY, NO_MEMORY):
                 return True
-            # An alpha that no person has accepted shows that the same file can be read now, such as with a new decoder.
+            # A reusable alpha shows that its frame can be read now. A reviewed one does not: it is kept in any case.
             is_readable = earlier is not None and not earlier.is_reviewed
             return entry == unreadable_entry(frame) and not is_readable
 
@@ -168,7 +168,7 @@ def _divide_at_starts(frames: Sequence[Job | Keyframe]) -> list[tuple[int, int, 
 
 
 def split_shots(
-    jobs: Sequence[Job], keys: Sequence[Keyframe], other_names: Iterable[Path] = ()
+    jobs: Sequence[Job], keyframes: Sequence[Keyframe], other_names: Iterable[Path] = ()
 ) -> list[tuple[list[Job], list[Keyframe]]]:
     """Split frames and keyframes into shots.
 
@@ -178,11 +178,11 @@ def split_shots(
     ``other_names``: names of frames of the same shots that are not in ``jobs``, so that a part of the frames is split
     as all frames are.
     """
-    names = {*other_names, *(job.name for job in jobs if not job.is_missing), *(key.name for key in keys)}
+    names = {*other_names, *(job.name for job in jobs if not job.is_missing), *(each.name for each in keyframes)}
     counts = Counter(map(_shot_prefix, names))
     divided = {folder for (folder, _), count in counts.items() if count >= MIN_FRAMES}
     frames_by_shot: dict[tuple[Path, str], list[Job | Keyframe]] = {}
-    frames: list[Job | Keyframe] = [*jobs, *keys]
+    frames: list[Job | Keyframe] = [*jobs, *keyframes]
     for frame in frames:
         folder, prefix = _shot_prefix(frame.name)
         frames_by_shot.setdefault((folder, prefix if folder in divided else ""), []).append(frame)

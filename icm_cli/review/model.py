@@ -205,7 +205,7 @@ class RunModel:
         with tempfile.TemporaryDirectory(prefix="icm-") as folder:
             path = Path(folder) / "hints.json"
             write_json(path, annotation)
-            yield ImageHints.check(self._run.jobs[id].name, [path])
+            yield ImageHints.from_files(self._run.jobs[id].name, [path])
 
     def _find_shot(self, id: int, job: Job) -> Shot | None:
         """Return the shot that contains an image, with the current hints of its frames; None in a run without shots.
@@ -232,7 +232,7 @@ class RunModel:
     def _with_saved_hints(self, id: int) -> Job:
         """Return the job of an image with the hints of its current hint files. Raises UsageError."""
         job, paths = self._run.jobs[id], self._run.hint_paths(id)
-        return replace(job, hints=ImageHints.check(job.name, paths) if paths else None)
+        return replace(job, hints=ImageHints.from_files(job.name, paths) if paths else None)
 
     def _matte_in_shot(self, id: int, image: OpenImage) -> ImageU8:
         """Return the alpha of a frame without hints, uint8 [H,W]. Hints of other frames are propagated to it."""

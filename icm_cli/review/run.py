@@ -287,7 +287,7 @@ class ReviewRun:
             if self._shots is None:
                 self._shots = {}
                 jobs = sorted(self.jobs, key=lambda job: natural_sort_key(job.name))  # others may have been added
-                for frames, _ in split_shots(jobs, keys=[]):
+                for frames, _ in split_shots(jobs, keyframes=[]):
                     ids = [self._ids[frame.planned.name] for frame in frames]
                     self._shots |= dict.fromkeys(ids, ids)
             return self._shots[id]
