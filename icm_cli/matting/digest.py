@@ -23,6 +23,7 @@ EXCLUDED = frozenset(
         "matting/cluster.py",
         "matting/devices.py",
         "matting/digest.py",
+        "matting/dry_run.py",
         "matting/matte.py",
         "matting/memory_budget.py",
         "matting/model_choice.py",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,22 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from icm_cli.device import parse_devices, resolve_device
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
-from icm_cli.errors import FileAccessError, ImageError, OutputError, Problem, UsageError, format_count
+from icm_cli.errors import Problem, UsageError, format_count
 from icm_cli.events import Listener, check_argument
 from icm_cli.files.atomic_writes import check_would_be_writable, check_writable, remove_stale_temporaries
 from icm_cli.files.digests import combined_digest
-from icm_cli.files.paths import is_file, is_too_long, special_file_kind
-from icm_cli.files.system_errors import error_for_failed_write
+from icm_cli.files.paths import is_file
 from icm_cli.images.colour import ColourSettings
-from icm_cli.images.decoding import SourceFile, image_windows
-from icm_cli.images.image_file import EMPTY_FILE, movie_message
 from icm_cli.images.writing import OutputFormat, write_mask
 from icm_cli.matting.cluster import RayCluster
 from icm_cli.matting.devices import EngineSetup, Runner, WorkerPool
 from icm_cli.matting.digest import AlphaDigest, alpha_digest
+from icm_cli.matting.dry_run import find_damage, planned_result
 from icm_cli.matting.engine import EngineOptions
 from icm_cli.matting.frames import FrameName, FramePattern
-from icm_cli.matting.hint_files import MAX_CHECKED_PIXELS
 from icm_cli.matting.jobs import Job, OutputLayout, check_obstacles, check_overwrites
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
 from icm_cli.matting.planning import EMPTY_SHARD, choose_colour_settings, choose_output, parse_shard, plan_images
@@ -105,7 +100,7 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
                 listener.on_notice(
                     f"would download {', '.join(downloads)}; which alphas are kept is not known before that"
                 )
-                return Report(settings={}, results=[_planned_result(job) for job in plan.jobs])
+                return Report(settings={}, results=[planned_result(job) for job in plan.jobs])
         run = _MattingRun(options, plan, _make_setups(options, plan, choices), cluster, listener)
         if options.reports.dry_run:
             return run.preview()
@@ -245,10 +240,10 @@ class _MattingRun:
         reasons = {alpha.job.output: alpha.outdated_reason() for alpha in existing.recomputed}  # why it is recomputed
         for job in existing.remaining:
             if os.path.lexists(job.output):  # without a reason so far, the file is overwritten or damaged
-                reasons.setdefault(job.output, "--overwrite" if options.overwrite else _find_damage(job))
+                reasons.setdefault(job.output, "--overwrite" if options.overwrite else find_damage(job))
         results = [
             kept.get(job.output)
-            or _planned_result(job, reasons.get(job.output, ""), is_output_read=not options.overwrite)
+            or planned_result(job, reasons.get(job.output, ""), is_output_read=not options.overwrite)
             for job in self._plan.jobs
         ]
         failing = {result.output for result in results if result.status == "failed"}
@@ -485,67 +480,6 @@ def order_as_shot(
         shot = shot.shard(*parse_shard(shard))
     outputs = {job.output for job in shot.order}
     return [job for job in jobs if job.output in outputs], shot
-
-
-def _planned_result(job: Job, reason: str = "", *, is_output_read: bool = True) -> ImageResult:
-    """Return the result of a job in a dry run.
-
-    ``reason``: why its alpha is recomputed; "" for a new one. ``is_output_read``: whether a run would read the alpha.
-    """
-    if problem := _find_problem(job) or _find_problem_of_outputs(job, is_read=is_output_read):
-        return replace(job.planned, status="failed", reason=problem)
-    return replace(job.planned, reason=reason)
-
-
-def _find_damage(job: Job) -> str:
-    """Return why the existing alpha of a job is not complete."""
-    return "its alpha is damaged or incomplete" if all(map(os.path.lexists, job.outputs)) else "it has no trimap"
-
-
-def _find_problem_of_guidance(job: Job) -> str:
-    """Return why a job would fail because of its hints or mattes, by the header of its image; "" if this is unknown."""
-    windows = None
-    with contextlib.suppress(ImageError):  # is reported when the image is matted
-        windows = image_windows(job.header_file) if job.header_file and (job.hints or job.mattes) else None
-    try:
-        if job.mattes:
-            job.mattes.check(windows)
-        if job.hints and windows and math.prod(windows.display) <= MAX_CHECKED_PIXELS:
-            job.hints.read(windows)
-    except ImageError as error:
-        return str(error)
-    return ""
-
-
-def _find_problem(job: Job) -> str:
-    """Return why a job would fail, as far as this is known without decoding the image; "" if no reason is known."""
-    source, inspected = job.source, job.inspected
-    assert isinstance(source, Path)
-    if not os.path.exists(source):  # noqa: PTH110  Path.exists raises errors
-        return f"{source} does not exist"
-    if kind := special_file_kind(source.stat().st_mode):
-        return f"{source} is {kind}; expected an image file"
-    if source.is_file() and source.stat().st_size == 0:
-        return f"{source} {EMPTY_FILE}"
-    if inspected is not None and inspected.type.is_movie:
-        return f"{source}: {movie_message(source)}"
-    if inspected is not None and inspected.error is not None and not inspected.error.is_transient:
-        return str(inspected.error)
-    return _find_problem_of_guidance(job)
-
-
-def _find_problem_of_outputs(job: Job, *, is_read: bool) -> str:
-    """Return why the outputs of a job could not be written, or read with ``is_read``; "" if no reason is known."""
-    try:
-        for path in job.outputs:
-            if is_too_long(os.fsencode(path)):
-                raise error_for_failed_write(path, OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)))
-            check_would_be_writable(path.parent)
-            if is_read and is_file(path) and (error := SourceFile.inspect(path).error):
-                raise error
-    except (OutputError, FileAccessError) as error:
-        return str(error)
-    return ""
 
 
 def _remove_temporaries(plan: MattingPlan, listener: Listener) -> None:
