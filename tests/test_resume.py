@@ -20,7 +20,9 @@ from icm_cli.environment import __version__
 from icm_cli.images.image_file import ImageFile
 from icm_cli.images.writing import read_provenance
 from icm_cli.matting import digest, jobs, resume
+from icm_cli.matting import provenance as provenance_module
 from icm_cli.matting.digest import code_fingerprint
+from icm_cli.matting.provenance import CODE_KEY, DIGEST_KEY, RESULT_KEY, VERSION_KEY
 
 SetVersion = Callable[..., None]
 
@@ -30,7 +32,7 @@ def set_icm(monkeypatch: pytest.MonkeyPatch) -> SetVersion:
     """Return a function that changes the version or the code fingerprint of icm."""
 
     def change(version: str = __version__, code: str = "") -> None:
-        for module in (resume, digest):
+        for module in (resume, provenance_module, digest):
             monkeypatch.setattr(module, "__version__", version)
             monkeypatch.setattr(module, "code_fingerprint", (lambda: code) if code else code_fingerprint)
 
@@ -202,11 +204,11 @@ def test_keep_existing_and_overwrite_exclude_each_other(icm: Icm) -> None:
 
 
 def test_alphas_without_a_version_are_of_icm_0_1(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = resume.make_provenance
+    made = provenance_module.make_provenance
 
     def without_version(*arguments: object) -> dict[str, str]:
         provenance = made(*arguments)  # type: ignore[arg-type]
-        return {key: value for key, value in provenance.items() if key not in (resume.VERSION_KEY, resume.CODE_KEY)}
+        return {key: value for key, value in provenance.items() if key not in (VERSION_KEY, CODE_KEY)}
 
     monkeypatch.setattr("icm_cli.matting.engine.make_provenance", without_version)
     icm()
@@ -220,10 +222,10 @@ def test_alphas_without_a_version_are_of_icm_0_1(icm: Icm, scene: Path, monkeypa
 def test_details_that_are_damaged_or_of_another_version_are_ignored(
     icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, details: str
 ) -> None:
-    made = resume.make_provenance
+    made = provenance_module.make_provenance
 
     def with_other(*arguments: object) -> dict[str, str]:
-        return {**made(*arguments), resume.RESULT_KEY: details}  # type: ignore[arg-type]
+        return {**made(*arguments), RESULT_KEY: details}  # type: ignore[arg-type]
 
     monkeypatch.setattr("icm_cli.matting.engine.make_provenance", with_other)
     icm()
@@ -238,9 +240,9 @@ def test_every_format_records_version_code_and_digest(icm: Icm, scene: Path, for
     (path,) = (scene / "out").glob("wall.*")
     provenance = read_provenance(path)
     assert provenance is not None
-    assert provenance[resume.VERSION_KEY] == __version__
-    assert provenance[resume.CODE_KEY] == code_fingerprint()
-    assert provenance[resume.DIGEST_KEY] == json.loads((scene / "r.json").read_text())["settings"]["digest"]
+    assert provenance[VERSION_KEY] == __version__
+    assert provenance[CODE_KEY] == code_fingerprint()
+    assert provenance[DIGEST_KEY] == json.loads((scene / "r.json").read_text())["settings"]["digest"]
 
 
 def test_a_frame_can_be_added_in_the_middle_of_a_shot(icm: Icm, scene: Path, set_icm: SetVersion) -> None:

@@ -330,7 +330,7 @@ class Engine:
         """
         waiting: dict[tuple[int, tuple[int, int]], list[LoadedImage]] = {}
         for reading in stream:
-            while waiting and not self._memory.wait_for(reading):
+            while waiting and not self._memory.wait_until_read(reading):
                 yield waiting.pop(next(iter(waiting)))
             item = reading.result()
             if isinstance(item, ImageResult):

@@ -277,10 +277,9 @@ class HintFiles:
             skipped_files.add(sorted(self.others), NOT_A_HINT)
 
     def _keys_of_unlisted_images(self, keys: Set[str | int], sources: Sources) -> set[str | int | None]:
-        """Return the keys of the images and pages in the folders of sources and of ``keys``.
+        """Return those keys of images and pages that exist, although ``--src`` may name only some of them.
 
-        These may be images that ``--src`` does not name, if it is a list, a glob or one file, and pages of images that
-        are not matted. A folder that cannot be read has no images.
+        The folders of the sources and of ``keys`` are searched. A folder that cannot be read has no images.
         """
         texts = [key for key in keys if isinstance(key, str)]
         keys_with_pages = {PAGE_NUMBER.sub("", key) for key in texts if PAGE_NUMBER.search(key)}

@@ -111,7 +111,7 @@ class Job:
             return False
         was_unreadable = not self.inspected.planned_state or (self.mattes is not None and self.mattes.were_unreadable)
         if isinstance(error, FileAccessError) and (error.is_transient or not was_unreadable):
-            return False
+            return False  # a file that was readable before may be readable again
         return not self.inspected.has_changed()
 
     def read_image(self) -> SourceImage:

@@ -41,9 +41,9 @@ class MemoryBudget:
         Raises ImageMemoryError if the image is too large even when it is alone.
         """
         with self._condition:
-            if job in self._queue:  # else it is a further image of the same job, for which nobody waits
+            if job in self._queue:  # else it is another file of the same job, for which no job waits
                 self._condition.wait_for(lambda: self._is_closed or self._queue[0] is job)
-                self._is_waiting = True  # now wait_for() returns, so that earlier images are matted and released
+                self._is_waiting = True  # ends wait_until_read(), so that the images before are matted
                 self._condition.notify_all()
                 self._condition.wait_for(lambda: self._is_closed or not self._reserved or self._fits(needed))
                 self._is_waiting = False
@@ -75,8 +75,8 @@ class MemoryBudget:
             self._reserved.pop(id(job), None)
             self._condition.notify_all()
 
-    def wait_for(self, reading: Future[Any]) -> bool:
-        """Wait until an image is read, and return True; return False as soon as it waits for the memory of others."""
+    def wait_until_read(self, reading: Future[Any]) -> bool:
+        """Wait until an image is read and return True, or return False as soon as it waits for the memory of others."""
         reading.add_done_callback(lambda _: self._notify())
         with self._condition:
             self._condition.wait_for(lambda: reading.done() or self._is_waiting)

@@ -376,8 +376,8 @@ def read_existing_alpha(
 ) -> ExistingAlpha | None:
     """Return the alpha that an earlier run made for a job; None if there is none, or if it is damaged.
 
-    If the run writes trimaps too, an alpha without its trimap is damaged. Exceptions are a reviewed alpha, and with
-    ``keep_all`` an alpha that was made without trimaps, or that does not record it. Raises OtherSourceError if the
+    If the run writes trimaps too, an alpha without its trimap counts as damaged. Exceptions are a reviewed alpha, and
+    with ``keep_all`` an alpha that may have been made without trimaps. Raises OtherSourceError if the
     alpha was made from another source: one with another name below its root, or one below another root and with other
     content. Raises ImageError if the source or the output cannot be read.
 

@@ -35,9 +35,9 @@ RERUN_ADVICE = (
 def record_run(options: MatteOptions, folder: Path, jobs: Sequence[Job], notice: Callable[[str], None]) -> None:
     """Write the record of a run into its output folder, or give a notice if that is not possible.
 
-    An existing record stays if this run corrects a part of its images, because it must name all of them: if ``--src``
-    is a list whose lines contain the root, as ``--review-list`` writes it, or if the run is a selection of the recorded
-    one (see :func:`_is_part_of_recorded_run`).
+    A record must name all images of the folder. So an existing record stays if this run corrects only some of them:
+    ``--src`` is a list whose lines contain the root, as ``--review-list`` writes it, or the run is a selection of the
+    recorded one (see :func:`_is_part_of_recorded_run`).
     """
     values = recorded_values(options)
     if "root" not in values and _is_list(options.sources.src):
