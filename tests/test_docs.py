@@ -16,6 +16,7 @@ import pytest
 from conftest import read
 
 import icm_cli
+from icm_cli.images.colour import ColourSettings
 from icm_cli.options import EvaluateOptions, MatteOptions, ReviewOptions, TrainOptions
 
 ROOT = Path(__file__).parents[1]
@@ -148,6 +149,17 @@ def test_help_and_docs_name_every_dataset() -> None:
     assert set(field.choices) == set(DATASETS)
     for name in DATASETS:
         assert f"`{name}`" in text
+
+
+def test_the_docs_name_colour_spaces_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OCIO", raising=False)
+    page = (ROOT / "docs" / "images.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| `--colorspace`"))
+    names = re.findall("`([^`]+)`", row.split("|")[2])
+    assert len(names) >= 5
+    names += re.findall(r'--colorspace "?([^"\n]+?)(?:"| --)', page)
+    for name in names:
+        ColourSettings(space=name).validate()  # raises UsageError for an unknown name
 
 
 def test_the_docs_name_every_kind_of_bad_data() -> None:
