@@ -98,7 +98,7 @@ class ReviewServer:
         return json.loads(content)
 
     def images(self) -> dict[str, dict[str, Any]]:
-        """Return the items of the run by name."""
+        """Return the images of the run by name."""
         return {item["name"]: item for item in self.get("/api/images")["images"]}
 
     def wait_until_ready(self) -> None:

@@ -69,7 +69,7 @@ def _load_once() -> Iterator[None]:
 
     @functools.cache
     def load_from(digest: str, config: Any) -> nn.Module:
-        del digest
+        del digest  # only a part of the cache key
         return load(config, None, offline=True, seed=0)
 
     def load_copy(config: Any, weights: str | None, *, offline: bool, seed: int) -> nn.Module:

@@ -65,7 +65,7 @@ def composition_connectivity(a: Map, b: Map) -> Map:
         omega = labels == np.argmax(np.bincount(labels.flat))
         levels[(levels == -1) & ~omega] = steps[i - 1]
     levels[levels == -1] = 1
-    return np.abs(phi(a, levels) - phi(b, levels))
+    return np.abs(pixel_connectivity(a, levels) - pixel_connectivity(b, levels))
 
 
 def aim_connectivity(a: Map, b: Map) -> Map:
@@ -80,9 +80,10 @@ def aim_connectivity(a: Map, b: Map) -> Map:
         omega[coords[:, 0], coords[:, 1]] = True
         levels[(levels == -1) & ~omega] = steps[i - 1]
     levels[levels == -1] = 1
-    return np.abs(phi(a, levels) - phi(b, levels))
+    return np.abs(pixel_connectivity(a, levels) - pixel_connectivity(b, levels))
 
 
-def phi(x: Map, levels: NDArray[np.floating]) -> Map:
+def pixel_connectivity(x: Map, levels: NDArray[np.floating]) -> Map:
+    """Return 1 - d, where d is the distance of a pixel from its connected level, or 0 if that is below 0.15."""
     d = x - levels
     return 1 - d * (d >= 0.15)

@@ -56,7 +56,9 @@ def test_shards_with_the_same_report(icm: Icm, scene: Path) -> None:
         for flags in ([], ["--dry-run"], ["--shot"]):
             result = icm(*flags, "--shard", "2/2", src=scene / "many", **{given: files[given]})
             assert result.exit_code == 2, result.output
-            refusal = f"{files[given]} is given for shard 2/2, and shard 1/2 writes it too; give each shard its own path"
+            refusal = (
+                f"{files[given]} is given for shard 2/2, and shard 1/2 writes it too; give each shard its own path"
+            )
             assert refusal in result.stderr.replace("\n", " ")
     assert report.read_bytes() == before
     assert icm("--shard", "2/3", **files).exit_code == 0  # a new division

@@ -105,7 +105,9 @@ class ReportFiles:
         """
         number, count = shard or (0, 0)
         paths = {path for path in self.paths if path != self.mask} if shard else ()
-        claims = {path: folder / RECORD_FOLDER / SHARDS_NAME / combined_digest(os.path.realpath(path)) for path in paths}
+        claims = {
+            path: folder / RECORD_FOLDER / SHARDS_NAME / combined_digest(os.path.realpath(path)) for path in paths
+        }
         for path, claim in claims.items():
             for other in claim.parent.glob(f"{claim.name}-*-{count}"):
                 other_number = other.name.split("-")[1]
