@@ -20,7 +20,7 @@ from icm_cli.model.contracts import Features, LearnedReferences
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.lite.finetuning import DEFAULT_STEPS, FINETUNING
 from icm_cli.model.lite.head import TokenMatchConfig, TokenMatchHead
-from icm_cli.model.similarity import SelfSimilarity, valid_tokens
+from icm_cli.model.similarity import SelfSimilarity, valid_token_mask
 from icm_cli.model.training_free.head import TrainingFree
 
 HEIGHT, WIDTH = 96, 128
@@ -42,7 +42,7 @@ class Colours(nn.Module):
         assert len(image) == len(noise)
         self.seen += len(image)
         both = torch.cat([image, image.square()], dim=1)
-        alive = valid_tokens(valid, 16)
+        alive = valid_token_mask(valid, 16)
         feature = F.avg_pool2d(both, 16)
         return Features(feature, alive, {8: F.avg_pool2d(both, 8)}, {16: SelfSimilarity(feature, alive, 0.1)})
 

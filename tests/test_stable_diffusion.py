@@ -20,7 +20,7 @@ from icm_cli.model.checkpoint import save_checkpoint
 from icm_cli.model.contracts import Features
 from icm_cli.model.core import ATTENDED_TOKENS, TARGET_NOISE_KEY, InContextMatting, reference_noise_key
 from icm_cli.model.loading import load_model, model_digest, resolve_model
-from icm_cli.model.similarity import AttentionMatrix, attended_tokens
+from icm_cli.model.similarity import AttentionMatrix, attended_token_mask
 from icm_cli.model.stable_diffusion import backbone as sd_backbone
 from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig
 from icm_cli.model.stable_diffusion.detail_head import DetailHead, DetailReferences, confidence_and_found
@@ -397,10 +397,10 @@ class TestPaperGuidance:
 
     def test_most_attended_tokens_of_each_point(self) -> None:
         rows = torch.tensor([[0.1, 0.5, 0.3, 0.1], [0.7, 0.1, 0.1, 0.1], [0.1, 0.2, 0.3, 0.4], [0.6, 0.2, 0.1, 0.1]])
-        assert attended_tokens(rows, [0], 1).tolist() == [True, True, False, False]
-        assert attended_tokens(rows, [0], 2).tolist() == [True, True, True, False]
-        assert attended_tokens(rows, [2, 3], 1).tolist() == [True, False, True, True]
-        assert attended_tokens(rows, [1], 9).all()
+        assert attended_token_mask(rows, [0], 1).tolist() == [True, True, False, False]
+        assert attended_token_mask(rows, [0], 2).tolist() == [True, True, True, False]
+        assert attended_token_mask(rows, [2, 3], 1).tolist() == [True, False, True, True]
+        assert attended_token_mask(rows, [1], 9).all()
 
     def test_extended_guidance(self, model: InContextMatting) -> None:
         image, guidance, valid = images(1, seed=9), torch.zeros(1, 1, SIDE, SIDE), all_valid(1)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from train_data import MODEL
 
 from icm_cli.errors import ConfigError, ImageError, TrainingError, UsageError
-from icm_cli.training.batches import number_samples
+from icm_cli.training.batches import assign_sample_numbers
 from icm_cli.training.data import scenes as scene_module
 from icm_cli.training.data.augment import draw_guidance
 from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
@@ -353,7 +353,7 @@ class TestUnreadable:
 def test_samples_of_a_step_do_not_depend_on_processes_and_micro_batches(
     batch: int, micro: int, processes: int, first: int
 ) -> None:
-    parts = [list(number_samples(batch, micro, process, processes, first, 5)) for process in range(processes)]
+    parts = [list(assign_sample_numbers(batch, micro, process, processes, first, 5)) for process in range(processes)]
     assert {len(part) for part in parts} == {(5 - first) * batch // (micro * processes)}
     per_step = len(parts[0]) // (5 - first)
     for step in range(first, 5):

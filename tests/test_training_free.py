@@ -21,7 +21,7 @@ from icm_cli.model.similarity import (
     ReferenceTokens,
     SelfSimilarity,
     similarity_difference,
-    valid_tokens,
+    valid_token_mask,
 )
 from icm_cli.model.training_free.closed_form import solve_alpha
 from icm_cli.model.training_free.head import (
@@ -49,7 +49,7 @@ def features(kinds: Tensor, valid: Tensor, seed: int = 0) -> Features:
     axes = torch.eye(16)
     prototypes = torch.stack([axes[0], axes[1], -axes[1], -axes[0]])
     correspondence = (prototypes[kinds].permute(2, 0, 1) + 0.05 * noise)[None]
-    on_tokens = valid_tokens(valid, STRIDE)
+    on_tokens = valid_token_mask(valid, STRIDE)
     intra = {STRIDE: SelfSimilarity(correspondence, on_tokens, temperature=0.15)}
     return Features(correspondence, on_tokens, {}, intra)
 

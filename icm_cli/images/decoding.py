@@ -130,7 +130,7 @@ def open_image(source: Path | ImageFile) -> Iterator[ImageFile]:
 
 
 def decode_image(
-    source: Path | ImageFile, frame: int = 0, wanted: colour.ColourSettings = colour.DEFAULT_COLOUR
+    source: Path | ImageFile, frame: int = 0, settings: colour.ColourSettings = colour.DEFAULT_COLOUR
 ) -> DecodedImage:
     """Decode one frame or page of an image and apply its EXIF orientation.
 
@@ -138,7 +138,7 @@ def decode_image(
     file that is missing, damaged, incomplete or not an image.
     """
     with open_image(source) as file:
-        return retry_decoding(file, lambda: _decode(file, frame, wanted))
+        return retry_decoding(file, lambda: _decode(file, frame, settings))
 
 
 def retry_decoding(file: ImageFile, decode: Callable[[], Result]) -> Result:
@@ -159,18 +159,18 @@ def retry_decoding(file: ImageFile, decode: Callable[[], Result]) -> Result:
     return decode()
 
 
-def _decode(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
+def _decode(file: ImageFile, frame: int, settings: colour.ColourSettings) -> DecodedImage:
     """Decode with the library that suits the format of the file."""
     if file.type.name in ("tiff", "pnm"):
-        return _decode_tiff_or_pnm(file, frame, wanted)
+        return _decode_tiff_or_pnm(file, frame, settings)
     if file.type.name == "png":
-        return _decode_png(file, frame, wanted)
+        return _decode_png(file, frame, settings)
     if file.type.name == "jpeg":
-        return _decode_jpeg(file, frame, wanted)
+        return _decode_jpeg(file, frame, settings)
     if file.type.name in _PILLOW_FORMATS and not containers.is_black_and_white_bmp(file.head):
-        return _decode_with_pillow(file, frame, wanted)
+        return _decode_with_pillow(file, frame, settings)
     with openimageio.open_reader(file) as reader:
-        return openimageio.read_pixels(reader, file, frame, wanted)
+        return openimageio.read_pixels(reader, file, frame, settings)
 
 
 def frame_count(source: Path | ImageFile) -> int:
@@ -251,7 +251,7 @@ def as_image_errors(path: Path, file_type: FileType = UNKNOWN_TYPE) -> Iterator[
         raise ImageError(f"{path} is damaged or cut short ({reason}); get a complete copy") from None
 
 
-def _decode_tiff_or_pnm(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
+def _decode_tiff_or_pnm(file: ImageFile, frame: int, settings: colour.ColourSettings) -> DecodedImage:
     """Decode with Pillow if the file has 8 bits and straight alpha, else with OpenImageIO.
 
     Pillow is also used if OpenImageIO cannot open the file. ``frame``: index among the pages that are frames;
@@ -264,38 +264,38 @@ def _decode_tiff_or_pnm(file: ImageFile, frame: int, wanted: colour.ColourSettin
         frame = pages[frame]  # index in the file
     with openimageio.open_reader(file, must_open=False) as reader:
         if reader is not None and reader.seek_subimage(frame, 0) and not openimageio.is_plain_8_bit(reader.spec()):
-            return openimageio.read_pixels(reader, file, frame, wanted)
+            return openimageio.read_pixels(reader, file, frame, settings)
     if file.type.name == "tiff" and containers.has_64_bit_integers(file):
         raise ImageError(f"{file.path} has integers of 64 bits; expected at most 32 bits; save it with 32-bit integers")
-    return _decode_with_pillow(file, frame, wanted)
+    return _decode_with_pillow(file, frame, settings)
 
 
-def _decode_png(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
+def _decode_png(file: ImageFile, frame: int, settings: colour.ColourSettings) -> DecodedImage:
     """Decode with OpenImageIO if the file has 16 bits or an unusual gamma, which Pillow ignores; else with Pillow."""
-    respects_gamma = wanted.space == "auto" and not file.type.may_have_frames  # only Pillow decodes the frames
+    respects_gamma = settings.space == "auto" and not file.type.may_have_frames  # only Pillow decodes the frames
     needs_openimageio = containers.is_deep_png(file.head) or (respects_gamma and containers.has_unusual_gamma(file))
     if not needs_openimageio:
         with contextlib.suppress(ValueError):  # a PNG with more metadata than Pillow accepts
-            return _decode_with_pillow(file, frame, wanted)
+            return _decode_with_pillow(file, frame, settings)
     containers.check_png_pixels(file)
     with openimageio.open_reader(file) as reader:
-        return openimageio.read_pixels(reader, file, frame, wanted)
+        return openimageio.read_pixels(reader, file, frame, settings)
 
 
-def _decode_jpeg(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
+def _decode_jpeg(file: ImageFile, frame: int, settings: colour.ColourSettings) -> DecodedImage:
     """Decode a JPEG. If only its end marker is missing, it is decoded with a notice."""
     try:
-        return _decode_with_pillow(file, frame, wanted)
+        return _decode_with_pillow(file, frame, settings)
     except OSError as error:
         content = None if is_system_error(error) else containers.complete_jpeg(file)
         if content is None:
             raise
-        decoded = _decode_with_pillow(file, frame, wanted, content)
+        decoded = _decode_with_pillow(file, frame, settings, content)
         return replace(decoded, notices=(*decoded.notices, f"{file.path} {containers.NO_JPEG_END}"))
 
 
 def _decode_with_pillow(
-    file: ImageFile, frame: int, wanted: colour.ColourSettings, content: io.BytesIO | None = None
+    file: ImageFile, frame: int, settings: colour.ColourSettings, content: io.BytesIO | None = None
 ) -> DecodedImage:
     """Decode with Pillow. ``content`` replaces the content of the file."""
     with _open_with_pillow(file, content) as image:
@@ -304,10 +304,10 @@ def _decode_with_pillow(
             image.seek(frame)
         image.load()
         orientation = _exif_orientation(image)
-        space, profile, notices = _space_and_profile(file, image.info.get("icc_profile"), wanted)
+        space, profile, notices = _space_and_profile(file, image.info.get("icc_profile"), settings)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # one channel of more than 8 bits
             values = np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None]
-            scale = wanted.white or (1.0 if image.mode == "F" else 65535.0)
+            scale = settings.white or (1.0 if image.mode == "F" else 65535.0)
             return DecodedImage(values, None, scale, space, bits=32).reorient(orientation)  # ``values`` are float32
         indices, has_grey_palette = _read_palette_indices(image)
         colours, alpha = _split_alpha(image)
@@ -372,20 +372,20 @@ def _are_greys(colours: NDArray[Any]) -> bool:
 
 
 def _space_and_profile(
-    file: ImageFile, profile: bytes | None, wanted: colour.ColourSettings
+    file: ImageFile, profile: bytes | None, settings: colour.ColourSettings
 ) -> tuple[str, bytes | None, list[str]]:
     """Return the colour space of the image, its ICC profile, if any, and notices.
 
     Colours with a profile are first converted from it to this space, which is then sRGB. In a PNG, code points have
     precedence over a profile. In AVIF and HEIC, the profile has precedence.
     """
-    if wanted.space != "auto":
-        return wanted.space, None, []
+    if settings.space != "auto":
+        return settings.space, None, []
     code_points = containers.read_code_points(file)
     profile_has_precedence = bool(profile) and file.type.name != "png"
     if code_points is None or profile_has_precedence:
         return colour.SRGB, profile, []
-    space, notice = code_points.find_space(wanted.config)
+    space, notice = code_points.find_space(settings.config)
     if space is not None:
         return space, None, []
     notices = [f"{file.path} has {notice}"] if notice and not profile else []

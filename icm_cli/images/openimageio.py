@@ -152,30 +152,30 @@ def read_windows(reader: Any, file: ImageFile, frame: int) -> ImageWindows:
     return _image_windows(spec, file.type, _orientation(spec))
 
 
-def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
+def read_pixels(reader: Any, file: ImageFile, frame: int, settings: colour.ColourSettings) -> DecodedImage:
     """Decode one part or page and apply its EXIF orientation. Raises ImageError, or an exception of OpenImageIO."""
     path = file.path
-    layer, notices = _find_layer(reader, file, frame, wanted.layer, refuse_data=not wanted.is_matte)
+    layer, notices = _find_layer(reader, file, frame, settings.layer, refuse_data=not settings.is_matte)
     reader.seek_subimage(layer.part, 0)
     spec = import_library().ImageSpec(reader.spec())
     orientation = _orientation(spec)
     windows = _image_windows(spec, file.type, orientation)
-    read_type = _read_type(spec, wanted)
+    read_type = _read_type(spec, settings)
     # "float" has 4 bytes in OpenImageIO, and 8 in NumPy.
     sample_bytes = 4 if read_type == "float" else np.dtype(read_type).itemsize
     height, width = max(windows.size, windows.display, key=math.prod)
     check_memory(path, width, height, sample_bytes)
     pixels, alpha = _read_channels(reader, layer, read_type)
     dtype = pixels.dtype
-    scale = _white_value(spec, dtype, wanted.white)
+    scale = _white_value(spec, dtype, settings.white)
     if _integer_attribute(spec, "tiff:PhotometricInterpretation", -1) == MIN_IS_WHITE:
         pixels = np.asarray(np.maximum(scale - pixels, 0), dtype)
     if dtype == np.float32 and not (np.isfinite(pixels).all() and (alpha is None or np.isfinite(alpha).all())):
         notices.append(f"{path} has {NOT_FINITE}; they are set to 0")
         pixels = np.nan_to_num(pixels, nan=0.0, posinf=0.0, neginf=0.0)
         alpha = None if alpha is None else np.nan_to_num(alpha, nan=0.0, posinf=0.0, neginf=0.0)
-    space, profile, space_notices = _space_and_profile(spec, file, wanted)
-    notices += [*space_notices, *_check_range(path, pixels, scale, space, wanted)]
+    space, profile, space_notices = _space_and_profile(spec, file, settings)
+    notices += [*space_notices, *_check_range(path, pixels, scale, space, settings)]
     channel_formats = spec.channelformats or [spec.format] * spec.nchannels  # empty if all are equal
     decoded = DecodedImage(
         pixels,
@@ -238,13 +238,13 @@ def _find_layer(
     return ImageLayer(frame, colours, names.index("A") if "A" in names else None), []
 
 
-def _read_type(spec: Any, wanted: colour.ColourSettings) -> str:
+def _read_type(spec: Any, settings: colour.ColourSettings) -> str:
     """Return the type to read: uint8 and uint16 unchanged, all others as float.
 
     Masks are read as the integers that they store, because a float cannot hold every label.
     """
     stored_type = str(spec.format)
-    unchanged_types = _INTEGER_TYPES if wanted.is_matte else ("uint8", "uint16")
+    unchanged_types = _INTEGER_TYPES if settings.is_matte else ("uint8", "uint16")
     return stored_type if stored_type in unchanged_types else "float"
 
 
@@ -284,21 +284,21 @@ def _file_white(spec: Any, file: ImageFile, dtype: Any) -> int | None:
 
 
 def _check_range(
-    path: Path, pixels: NDArray[Any], scale: float, space: str, wanted: colour.ColourSettings
+    path: Path, pixels: NDArray[Any], scale: float, space: str, settings: colour.ColourSettings
 ) -> list[str]:
     """Return notices about the values of an image with more than 8 bits.
 
     Raises ImageError for a float image in sRGB whose values are not in 0..1 but perhaps in 0..255.
     """
-    if wanted.has_labels:
+    if settings.has_labels:
         return []
     largest = pixels.max()
     if pixels.dtype == np.float32 and space == colour.SRGB and largest > MAX_DISPLAY_VALUE * scale:
         remedy = "give the value of white, as in --white 255, or its colour space with --colorspace"
-        if wanted.is_matte:
+        if settings.is_matte:
             remedy = "save it with 1 for the object or with 8 bits, or give the object's value with --mask-label"
         raise ImageError(f"{path} has values up to {largest:.6g}; expected 0..{scale:g}; {remedy}")
-    has_default_white = wanted.white is None and not wanted.is_matte
+    has_default_white = settings.white is None and not settings.is_matte
     if pixels.dtype == np.uint16 and has_default_white and 255 < largest <= MAX_12_BIT:
         return [
             f"{path} has 16 bits and no value above {largest}, so it is dark; if it has 12 bits, "
@@ -308,13 +308,13 @@ def _check_range(
 
 
 def _space_and_profile(
-    spec: Any, file: ImageFile, wanted: colour.ColourSettings
+    spec: Any, file: ImageFile, settings: colour.ColourSettings
 ) -> tuple[str, bytes | None, list[str]]:
     """Return the colour space, the ICC profile to convert the colours from, if any, and notices."""
-    if wanted.space != "auto":
-        return wanted.space, None, []
+    if settings.space != "auto":
+        return settings.space, None, []
     profile = spec.getattribute("ICCProfile")
-    space, notice = _file_colour_space(spec, file.type, wanted.config)
+    space, notice = _file_colour_space(spec, file.type, settings.config)
     notices = [f"{file.path} has {notice}"] if notice and profile is None else []
     # In a PNG, a label of another space than sRGB takes precedence over the profile.
     is_used = profile is not None and (file.type.name != "png" or space == colour.SRGB)

@@ -110,7 +110,7 @@ def _overlap(length: int, shift: int, target_length: int) -> tuple[slice, slice]
 class DecodedImage:
     """Upright pixels of one frame as the file stores them.
 
-    Colours may be multiplied by the alpha (associated alpha), which shows the image over black. They stay so.
+    Colours that the file stores multiplied by the alpha (associated alpha) are not divided by it.
     """
 
     pixels: NDArray[Any]

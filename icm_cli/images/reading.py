@@ -88,7 +88,7 @@ def read_stored_pixels(
     image that a mask or alpha belongs to. If their display window has the same size, the result covers their data
     window. ``has_labels``: the values are labels and may be any numbers. Raises ImageError.
     """
-    decoded = decode_image(path, wanted=LABEL_VALUES if has_labels else RAW_VALUES)
+    decoded = decode_image(path, settings=LABEL_VALUES if has_labels else RAW_VALUES)
     decoded = decoded.move_to(decoded.windows.windows_to_read(target_windows))
     if decoded.file_white is None:
         return decoded
@@ -114,7 +114,7 @@ class GroundTruthAlpha:
     has_colour: bool
     """Whether the channels differ, so that it is not clear which one is the alpha."""
     is_photograph: bool = False
-    """Whether it has so many colours that it is not a mask with colours either."""
+    """Whether it has so many colours that it is a photograph, and not a mask in the colours of a palette."""
 
 
 def read_ground_truth(

@@ -46,8 +46,8 @@ PROVENANCE_KEY = "ImageDescription"
 PIXELS_KEY = "icm-pixels"
 """Key of the digest of the pixels, by which a retouched alpha is recognised."""
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
-_PNG_SEAL_BYTES = 85 + len(_PNG_END)
-"""Size of the digest chunk that :func:`_sealed_png` adds and of the end chunk, together."""
+_FILE_DIGEST_BYTES = 85 + len(_PNG_END)
+"""Size of the digest chunk that :func:`_add_file_digest` adds and of the end chunk, together."""
 _OIIO_TYPES = {"uint8": "uint8", "uint16": "uint16", "float16": "half", "float32": "float"}
 """NumPy's name of a data type -> OpenImageIO's name."""
 
@@ -253,9 +253,9 @@ def has_changed_pixels(path: Path, provenance: Mapping[str, str]) -> bool:
     with open_image(path) as file:
         if file.type.name == "png":
             content = file.stream.read()
-            if content == _sealed_png(content[:-_PNG_SEAL_BYTES]):
+            if content == _add_file_digest(content[:-_FILE_DIGEST_BYTES]):
                 return False
-        decoded = decode_image(file, wanted=LABEL_VALUES)
+        decoded = decode_image(file, settings=LABEL_VALUES)
     channels = [decoded.pixels] if decoded.alpha is None else [decoded.pixels, decoded.alpha[..., None]]
     return _pixel_digest(np.concatenate(channels, axis=-1)) != expected
 
@@ -297,8 +297,8 @@ def set_provenance_entry(path: Path, key: str, value: str | None, check: WriteCh
 
 def _set_png_text(content: bytes, key: str, value: str | None) -> bytes:
     """Return a PNG with a text chunk replaced; None removes it. The digest of its bytes is updated."""
-    is_sealed = content == _sealed_png(content[:-_PNG_SEAL_BYTES])
-    body = content[:-_PNG_SEAL_BYTES] if is_sealed else content.removesuffix(_PNG_END)
+    has_file_digest = content == _add_file_digest(content[:-_FILE_DIGEST_BYTES])
+    body = content[:-_FILE_DIGEST_BYTES] if has_file_digest else content.removesuffix(_PNG_END)
     signature_bytes = 8
     kept, start = [body[:signature_bytes]], signature_bytes
     while start + 8 <= len(body):
@@ -312,7 +312,7 @@ def _set_png_text(content: bytes, key: str, value: str | None) -> bytes:
             kept.append(chunk)
         start += len(chunk)
     edited = b"".join(kept)
-    return _sealed_png(edited) if is_sealed else edited + _PNG_END
+    return _add_file_digest(edited) if has_file_digest else edited + _PNG_END
 
 
 def _read_openimageio_provenance(file: ImageFile) -> dict[str, str]:
@@ -380,7 +380,7 @@ def _encode_png(values: NDArray[Any], texts: Mapping[str, str]) -> bytes:
     encoded = io.BytesIO()
     image = Image.fromarray(values if values.shape[-1] > 1 else values[..., 0])
     image.save(encoded, format="PNG", compress_level=PNG_COMPRESSION, pnginfo=info)
-    return _sealed_png(encoded.getvalue().removesuffix(_PNG_END))
+    return _add_file_digest(encoded.getvalue().removesuffix(_PNG_END))
 
 
 def _write_with_openimageio(path: str, spec: Any, values: NDArray[Any], format_: str) -> None:
@@ -415,7 +415,7 @@ def _pixel_digest(values: NDArray[Any]) -> str:
     return hasher.hexdigest()
 
 
-def _sealed_png(content: bytes) -> bytes:
+def _add_file_digest(content: bytes) -> bytes:
     """Return a PNG with a text chunk that holds the digest of its bytes, and its end chunk.
 
     By this digest, an unchanged file is recognised without decoding it. ``content``: the PNG without these two chunks.

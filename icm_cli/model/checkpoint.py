@@ -1,7 +1,7 @@
 """Read and write checkpoints.
 
-They are safetensors files of icm, which contain the configuration, or the published Lightning file. Pickled files are
-read only with ``weights_only``.
+They are safetensors files of icm, which contain the configuration, or the published Lightning file. That one is a
+pickle, and is read without running code of it.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _compress_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of icm, or the one that the authors of the paper published.
 
-    Raises ConfigError if the file is damaged or anything else; its message says what it is.
+    Raises ConfigError for a damaged file, and for any other file; the message says what it is.
     """
     header = _read_header(path)
     if header is None:
@@ -187,7 +187,7 @@ def parse_json(metadata: Mapping[str, str], key: str, kind: type[T], where: str)
     try:
         value = json.loads(metadata[key])
     except (ValueError, RecursionError):
-        value = None  # which has the wrong type
+        value = None  # no JSON: reported below
     if not isinstance(value, kind):
         raise ConfigError(f"{where}: its metadata {key!r} is not JSON with a {kind.__name__}; {DAMAGED}")
     return value
@@ -209,7 +209,7 @@ def read_training_sources(path: Path) -> dict[str, dict[str, Any]]:
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Load a state dict whose tensors must be exactly those of the module, with finite values.
 
-    The module takes over the tensors that have its data types; no copy is made of them. Raises ConfigError, with
+    Tensors that have the data types of the module are used without a copy. Raises ConfigError, with
     ``where`` as the name of the file.
     """
     expected = module.state_dict()
@@ -252,7 +252,7 @@ def check_tensor_values(expected: Mapping[str, Tensor], tensors: Mapping[str, Te
                 f"{expected[key].dtype} (torch.strided); {DAMAGED}"
             )
         if is_float and tensor.numel():
-            values = tensor if tensor.element_size() > 1 else tensor.float()  # aminmax has no float8
+            values = tensor if tensor.element_size() > 1 else tensor.float()  # aminmax does not support float8
             smallest, largest = torch.aminmax(values)  # NaN if there is any; 20 times as fast as isfinite() of all
             if not (bool(smallest.isfinite()) and bool(largest.isfinite())):
                 raise ConfigError(f"{where}: tensor {key!r} contains values that are NaN or infinite; {DAMAGED}")

@@ -35,8 +35,8 @@ MAX_ENLARGEMENT = 2.0
 ReferenceImage: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """A reference on a canvas of its own: image [1,3,H,W], guidance [1,1,H,W], valid [1,H,W].
 
-The guidance is 1 inside the object, 0 outside, and 0.5 where that is unknown. In a negative reference, it is 0 on what
-is not the object, and 0.5 elsewhere.
+The guidance is 1 inside the object, 0 outside, and 0.5 where that is unknown. In a negative reference, it is 0 in the
+area that is an example of what is not the object, and 0.5 elsewhere.
 """
 
 
@@ -108,12 +108,12 @@ class Matte:
     guidance. The object is assumed to be present.
     """
     object_tokens: Sequence[ObjectTokens] | None = None
-    """For each target, what whole objects are compared by; None if the head has no ``can_compare_objects``."""
+    """Tokens of each target, by which its objects can be compared; None without ``can_compare_objects``."""
 
 
 @dataclass(frozen=True)
 class ObjectTokens:
-    """Tokens of one target, and what its objects are compared with: the mean tokens of the objects of the references.
+    """Tokens of one target, and the mean tokens of the references, with which its objects are compared.
 
     The similarity of two objects is the cosine of their mean tokens, averaged over the layers of the features: -1..1.
     """
@@ -149,9 +149,9 @@ class Presence:
     """Prediction whether the target object is in the image at all, for a batch of B targets."""
 
     logit: Tensor
-    """Logit of the probability that it is, float32 [B]. ``Matte.alpha`` is already multiplied by this probability."""
+    """Logit of the probability of presence, float32 [B]. ``Matte.alpha`` is already multiplied by this probability."""
     alpha_if_present: Tensor
-    """The alpha without this factor, float32 [B,1,H,W] in 0..1."""
+    """``Matte.alpha`` without this factor, float32 [B,1,H,W] in 0..1."""
     is_uncertain: Tensor
     """Whether a second pass over a crop should decide, bool [B]."""
 
@@ -215,7 +215,7 @@ class Component(nn.Module, ABC):
     def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
         """Convert the weights for inference to ``dtype``.
 
-        Parts that are accurate enough, such as transformers, take ``fast_dtype``; see ``Device``.
+        Parts that stay accurate in it, such as transformers, are converted to ``fast_dtype``; see ``Device``.
         """
         del fast_dtype
         self.to(dtype)
@@ -260,10 +260,7 @@ class Backbone(Component):
 
     @abstractmethod
     def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
-        """Extract all features of a batch of targets, each independently of the others.
-
-        See :meth:`reference_features`.
-        """
+        """Extract all features of targets, each independently of the others; see :meth:`reference_features`."""
 
 
 class Head(Component):
@@ -274,7 +271,7 @@ class Head(Component):
     is_trained: ClassVar[bool] = False
     """Whether it has weights that must come from a checkpoint."""
     canvas_px: int | None = None
-    """Long side of the only canvas on which it works, if its weights are for absolute positions."""
+    """Long side of the only canvas for which its weights are trained, in px; None if it works on any canvas."""
     can_learn_references: ClassVar[bool] = False
     """Whether :meth:`learn_references` is implemented."""
     can_compare_objects: ClassVar[bool] = False
@@ -425,7 +422,7 @@ class Edges(Component):
     """Whether it has weights that ``icm train`` trains and a checkpoint contains."""
 
     @classmethod
-    def with_weights(cls, config: Any, weights: str) -> Any:  # noqa: ARG003
+    def settings_with_weights(cls, config: Any, weights: str) -> Any:  # noqa: ARG003
         """Return settings that take the pretrained weights from ``weights``, a folder or hub id. Raises UsageError."""
         raise UsageError(
             f"the edges have no pretrained weights, so --edges-weights {weights!r} has "

@@ -24,10 +24,10 @@ from icm_cli.model.contracts import (
     ReferenceImage,
     ignore_progress,
 )
-from icm_cli.model.similarity import AttentionMatrix, attended_tokens
+from icm_cli.model.similarity import AttentionMatrix, attended_token_mask
 
 ATTENDED_TOKENS = 32
-"""Tokens by which the guidance is extended for each point (m in the paper, which does not state its value)."""
+"""Number of tokens that are added to the guidance for each point (m in the paper, which does not state it)."""
 TARGET_NOISE_KEY = "target"
 """Noise key of all targets in inference.
 
@@ -177,7 +177,8 @@ class InContextMatting(nn.Module):
         assert isinstance(attention, AttentionMatrix)
         columns = attention.grid[1]
         tokens_of_points = [int(y // stride) * columns + int(x // stride) for x, y in points]
-        selected = attended_tokens(attention.matrix[0], tokens_of_points, ATTENDED_TOKENS).view(1, 1, *attention.grid)
+        mask = attended_token_mask(attention.matrix[0], tokens_of_points, ATTENDED_TOKENS)
+        selected = mask.view(1, 1, *attention.grid)
         area = selected.repeat_interleave(stride, 2).repeat_interleave(stride, 3) & valid[:, None]
         return image, guidance.masked_fill(area, 1.0), valid
 

@@ -94,13 +94,13 @@ def override_edges(config: ModelConfig, edges: str, weights: str | None) -> Mode
     Raises UsageError if no edges would use ``weights``.
     """
     chosen = config.edges
-    if edges != "model" and (chosen is None or chosen.name != edges):  # else the edges of the model keep their settings
+    if edges != "model" and (chosen is None or chosen.name != edges):  # equal edges keep the settings of the model
         chosen = ComponentConfig(edges, component_class("edges", edges).Config())
     if weights is None:
         return replace(config, edges=chosen)
     if chosen is None:
         raise UsageError(f"the model has no edges, so --edges-weights {weights!r} has no effect; give --edges vitmatte")
-    settings = component_class("edges", chosen.name).with_weights(chosen.settings, weights)
+    settings = component_class("edges", chosen.name).settings_with_weights(chosen.settings, weights)
     return replace(config, edges=ComponentConfig(chosen.name, settings))
 
 
@@ -216,26 +216,26 @@ def build_model(
     """
     stored = {} if checkpoint is None else _stored_components(config, checkpoint)
 
-    def replaceable_weights(kind: ComponentKind) -> contextlib.AbstractContextManager[object]:
+    def skip_initialisation_if_stored(kind: ComponentKind) -> contextlib.AbstractContextManager[object]:
         return _WithoutRandomWeights() if kind in stored else contextlib.nullcontext()
 
-    with replaceable_weights("head"):
+    with skip_initialisation_if_stored("head"):
         head = component_class("head", config.head.name)(config.head.settings)
     backbone_class = component_class("backbone", config.backbone.name)
     if checkpoint is not None and "backbone" in stored and backbone_class.is_self_contained:
         _reject_weights(weights, checkpoint.where)
-        with replaceable_weights("backbone"):
+        with skip_initialisation_if_stored("backbone"):
             backbone = backbone_class(config.backbone.settings).eval()
     else:
         backbone = backbone_class.load(config.backbone.settings, weights, offline=offline, seed=seed)
     edges, objects = None, None
     if config.edges is not None:
-        with replaceable_weights("edges"):
+        with skip_initialisation_if_stored("edges"):
             edges = component_class("edges", config.edges.name).load(config.edges.settings, offline=offline)
     if config.objects is not None:
         objects_class = component_class("objects", config.objects.name)
         make_objects = objects_class if "objects" in stored else objects_class.load
-        with replaceable_weights("objects"):
+        with skip_initialisation_if_stored("objects"):
             objects = make_objects(config.objects.settings).eval()
     model = InContextMatting(
         backbone,
@@ -276,9 +276,9 @@ def _stored_components(config: ModelConfig, checkpoint: Checkpoint) -> dict[Comp
 
 
 def _check_shapes(cls: type[Component], settings: Any, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Check the shapes of a component's tensors without building it. Raises ConfigError.
+    """Check the shapes of a component's tensors. Raises ConfigError.
 
-    With the wrong settings, it may be too large for the memory.
+    The component is not built, because with wrong settings it may be too large for the memory.
     """
     with torch.device("meta"), _WithoutRandomWeights():
         expected = cls(settings).state_dict()

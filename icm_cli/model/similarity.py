@@ -40,7 +40,7 @@ def flatten_tokens(feature: Tensor) -> Tensor:
     return feature.flatten(2).transpose(1, 2).float()
 
 
-def valid_tokens(valid: Tensor, stride: int) -> Tensor:
+def valid_token_mask(valid: Tensor, stride: int) -> Tensor:
     """Return which tokens contain at least one pixel of the frame: bool [B,H,W] -> bool [B,h,w]."""
     return F.max_pool2d(valid[:, None].float(), stride)[:, 0] > 0
 
@@ -61,7 +61,7 @@ def inter_similarity(reference_tokens: Tensor, target_tokens: Tensor, target_val
     return logits.softmax(dim=-1).sum(dim=1)
 
 
-def attended_tokens(matrix: Tensor, queries: Sequence[int], count: int) -> Tensor:
+def attended_token_mask(matrix: Tensor, queries: Sequence[int], count: int) -> Tensor:
     """Return which tokens belong to the RoI mask of points (paper, section 3.6), bool [N].
 
     They are the tokens of the points, whose indices are ``queries``, and for each of them the ``count`` tokens with the

@@ -23,7 +23,7 @@ from icm_cli.signals import ignore_stop_signals
 
 WORKER_NICENESS = 15
 MAX_ATTEMPTS = 10
-"""Number of draws after which a sample that cannot be read ends the training, and such a view is skipped."""
+"""Number of attempts to read a sample. After them, training ends; a view of a view set is skipped instead."""
 MAX_SKIPPED_FRACTION = 0.01
 """If a larger fraction of the drawn samples cannot be read, the run ends."""
 MIN_DRAWS_TO_JUDGE = 100
@@ -35,7 +35,8 @@ class Batch:
     """A batch of samples. Each stage of training adds its tensors, with the samples along the first axis."""
 
     names: tuple[str, ...]
-    counters: tuple[int, ...]
+    sample_numbers: tuple[int, ...]
+    """Numbers of the samples in the run, from 0."""
     skipped: tuple[str, ...]
     """Reasons for the draws that could not be read."""
     empty_alphas: tuple[Path, ...] = field(default=(), kw_only=True)
@@ -53,7 +54,7 @@ class Batch:
 
     def first_samples(self, count: int) -> Self:
         """Return a batch of at most the first ``count`` samples."""
-        fewer = replace(self, names=self.names[:count], counters=self.counters[:count])
+        fewer = replace(self, names=self.names[:count], sample_numbers=self.sample_numbers[:count])
         return fewer._map_tensors(lambda tensor: tensor[:count])
 
     def pin_memory(self) -> Self:
@@ -97,13 +98,13 @@ class BatchMaker(Dataset[Any], ABC, Generic[BatchT]):
     """Makes batches that depend only on the numbers of their samples and on the seed of the run."""
 
     @abstractmethod
-    def make_batch(self, counters: Sequence[int]) -> BatchT:
+    def make_batch(self, sample_numbers: Sequence[int]) -> BatchT:
         """Make the batch of some samples. Raises TrainingError if a sample cannot be made."""
 
-    def __getitems__(self, counters: Sequence[int]) -> BatchT | str:
+    def __getitems__(self, sample_numbers: Sequence[int]) -> BatchT | str:
         """Make a batch for DataLoader. An error is returned as text, because DataLoader would change its type."""
         try:
-            return self.make_batch(counters)
+            return self.make_batch(sample_numbers)
         except TrainingError as error:
             return str(error)
 
@@ -120,31 +121,31 @@ class SampleMaker(BatchMaker[BatchT]):
     def draw_sample(self, rng: np.random.Generator) -> TrainingSample:
         """Draw a sample. Raises ImageError if an image cannot be read."""
 
-    def make_batch(self, counters: Sequence[int]) -> BatchT:
+    def make_batch(self, sample_numbers: Sequence[int]) -> BatchT:
         skipped: list[str] = []
-        samples = [self._make_sample(counter, skipped) for counter in counters]
+        samples = [self._make_sample(sample_number, skipped) for sample_number in sample_numbers]
         names = tuple(sample.name for sample in samples)
         tensors = {
             layer: torch.from_numpy(np.stack([sample.layers[layer] for sample in samples]))
             for layer in samples[0].layers
         }
         empty_alphas = tuple(path for sample in samples for path in sample.empty_alphas)
-        return self.batch_class(names, tuple(counters), tuple(skipped), **tensors, empty_alphas=empty_alphas)
+        return self.batch_class(names, tuple(sample_numbers), tuple(skipped), **tensors, empty_alphas=empty_alphas)
 
-    def _make_sample(self, counter: int, skipped: list[str]) -> TrainingSample:
-        """Make sample number ``counter``. If an image cannot be read, add the reason to ``skipped`` and draw again."""
+    def _make_sample(self, sample_number: int, skipped: list[str]) -> TrainingSample:
+        """Make a sample. If an image cannot be read, add the reason to ``skipped`` and draw again."""
         for attempt in range(MAX_ATTEMPTS):
             try:
-                return self.draw_sample(np.random.default_rng((self._seed, counter, attempt)))
+                return self.draw_sample(np.random.default_rng((self._seed, sample_number, attempt)))
             except ImageError as error:
                 skipped.append(str(error))
         raise TrainingError(
-            f"sample {counter} could not be made in {MAX_ATTEMPTS} draws; the last reason: {skipped[-1]}. Repair the "
-            "data, or exclude files with 'exclude'"
+            f"sample {sample_number} could not be made in {MAX_ATTEMPTS} draws; the last reason: {skipped[-1]}. Repair "
+            "the data, or exclude files with 'exclude'"
         )
 
 
-def number_samples(
+def assign_sample_numbers(
     batch_size: int, micro_batch_size: int, process: int, processes: int, first_step: int, steps: int | None
 ) -> Iterator[list[int]]:
     """Yield the sample numbers of a process, one micro-batch at a time, from ``first_step`` to the end of the run.
@@ -160,7 +161,7 @@ def number_samples(
 
 
 def load_batches(
-    maker: BatchMaker[BatchT], counters: Iterator[list[int]], *, workers: int, pin: bool
+    maker: BatchMaker[BatchT], sample_numbers: Iterator[list[int]], *, workers: int, pin: bool
 ) -> Iterator[BatchT]:
     """Yield the batches of these sample numbers, made ahead of time by ``workers`` processes.
 
@@ -168,7 +169,7 @@ def load_batches(
     made.
     """
     loader = DataLoader(
-        maker, batch_sampler=counters, collate_fn=_keep_batch, pin_memory=pin, **worker_options(workers)
+        maker, batch_sampler=sample_numbers, collate_fn=_keep_batch, pin_memory=pin, **worker_options(workers)
     )
     for batch in iterate_loader(loader):
         if isinstance(batch, str):

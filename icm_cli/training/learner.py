@@ -19,7 +19,7 @@ from icm_cli.errors import ConfigError, TrainingError
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.loading import backbone_digest, load_model_for_training
 from icm_cli.options import TrainingDeviceOptions
-from icm_cli.training.batches import number_samples
+from icm_cli.training.batches import assign_sample_numbers
 from icm_cli.training.settings import Settings, TrainConfig
 
 START_FACTOR = 1e-6
@@ -66,6 +66,7 @@ class Learner:
         if self.device.torch_device.type != "mps":
             self.model.use_channels_last()
         self.forward, self.optimiser = self.accelerator.prepare(module, _make_optimiser(self.model, config))
+        """The module with gradients, which computes predictions, and its optimiser; both wrapped by Accelerate."""
         self.tensors = {
             name: tensor
             for name, tensor in self.model.state_dict().items()
@@ -115,11 +116,11 @@ class Learner:
         """Whether this process writes the files and reports to the user."""
         return bool(self.accelerator.is_main_process)
 
-    def number_samples(self, first_step: int) -> Iterator[list[int]]:
+    def sample_numbers(self, first_step: int) -> Iterator[list[int]]:
         """Yield the numbers of the samples of this process, one micro-batch at a time, starting at a step."""
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         steps = None if self.config.minutes else self.config.steps
-        return number_samples(self.config.batch_size, self.micro_batch, process, processes, first_step, steps)
+        return assign_sample_numbers(self.config.batch_size, self.micro_batch, process, processes, first_step, steps)
 
     def set_training_mode(self) -> None:
         """Set the model to training mode.

@@ -25,7 +25,7 @@ SMOOTHNESS = 0.01
 UNKNOWN_LEVEL = 0.5
 """Value of unknown pixels in a trimap of floats."""
 LOSS_NAMES = tuple(field.name for field in fields(LossConfig) if "limits" in field.metadata)
-"""Names of the losses, which are also the settings of their weights; ``binary_rule``, without limits, is not one."""
+"""Names of the losses and of the settings of their weights. All settings with limits are weights."""
 SOFT_LOSS_NAMES = ("unknown_l1", "known_l1", "laplacian", "gradient_penalty")
 """Published losses that do not apply to binary samples."""
 

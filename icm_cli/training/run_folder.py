@@ -301,7 +301,7 @@ class RunFolder:
         path = self.folder / f"bad-step-{step}.safetensors"
         tensors = {name: tensor.cpu().contiguous() for name, tensor in batch.named_tensors().items()}
         with atomic_write(path) as file:
-            file.write(save(tensors, {"names": json.dumps(batch.names), "counters": json.dumps(batch.counters)}))
+            file.write(save(tensors, {"names": json.dumps(batch.names), "counters": json.dumps(batch.sample_numbers)}))
         return path
 
     def _save_checkpoint(self, learner: Learner, name: str, step: int) -> None:
@@ -329,7 +329,7 @@ class RunFolder:
         return described
 
     def _run_identity(self, learner: Learner) -> dict[str, Any]:
-        """Settings and data that must be unchanged when a run resumes."""
+        """Return the settings and digests that must be unchanged when a run resumes."""
         record = DataRecord.load(self.folder)
         return {
             **self._settings.as_dict(),

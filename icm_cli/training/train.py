@@ -243,7 +243,7 @@ class _TrainingLoop:
         self._skipped_log.report(batch.skipped)
         skipped += len(batch.skipped)
         # Samples are numbered over all processes, and this process makes an equal part of them.
-        samples = (max(batch.counters) + 1) // self._learner.accelerator.num_processes
+        samples = (max(batch.sample_numbers) + 1) // self._learner.accelerator.num_processes
         if batch.skipped:
             check_skipped_fraction(skipped, samples + skipped, batch.skipped[-1])
         return skipped
@@ -312,9 +312,9 @@ class _TrainingLoop:
 def _write_preview(path: Path, stage: AnyStage, count: int) -> None:
     """Write a contact sheet of the first samples, one row each. Raises OutputError, TrainingError or ImageError."""
     rows = []
-    for counter in range(count):
-        name, cells = stage.preview_sample(counter)
-        rows.append(make_captioned_row([make_thumbnail(cell) for cell in cells], f"{counter}: {name}"))
+    for sample_number in range(count):
+        name, cells = stage.preview_sample(sample_number)
+        rows.append(make_captioned_row([make_thumbnail(cell) for cell in cells], f"{sample_number}: {name}"))
     with atomic_write(path) as file:
         Image.fromarray(np.concatenate(rows)).save(file, format="PNG")
 

@@ -87,14 +87,14 @@ def former_view(decoded: DecodedImage, processor: Any) -> np.ndarray:
     return round_to_u8(values * np.float32(255.0))
 
 
-def print_steps(path: Path, wanted: colour.ColourSettings = colour.DEFAULT_COLOUR) -> None:
+def print_steps(path: Path, settings: colour.ColourSettings = colour.DEFAULT_COLOUR) -> None:
     """Print the time to read a file, and the fraction of each step."""
-    decoded = decode_image(path, wanted=wanted)
+    decoded = decode_image(path, settings=settings)
     total, decoder, to_pixels, to_view = median_seconds(
-        lambda: read_image(path, wanted),
+        lambda: read_image(path, settings),
         lambda: decode_only(path),
-        lambda: decode_image(path, wanted=wanted),
-        lambda: colour.to_display_srgb(decoded.pixels, decoded.scale, decoded.space, wanted),
+        lambda: decode_image(path, settings=settings),
+        lambda: colour.to_display_srgb(decoded.pixels, decoded.scale, decoded.space, settings),
     )
     parts = {"decoder": decoder, "checks and channels": max(0.0, to_pixels - decoder), "view": to_view}
     shares = ", ".join(f"{name} {part / sum(parts.values()):.0%}" for name, part in parts.items())
@@ -104,13 +104,13 @@ def print_steps(path: Path, wanted: colour.ColourSettings = colour.DEFAULT_COLOU
 def print_views(path: Path, space: str, view: str) -> None:
     """Print the time of the display transform of an EXR with the former and the current code, and
     their difference."""
-    wanted = colour.ColourSettings(space, view=view)
-    decoded, processor = decode_image(path, wanted=wanted), former_processor(space, view)
+    settings = colour.ColourSettings(space, view=view)
+    decoded, processor = decode_image(path, settings=settings), former_processor(space, view)
     before, after = median_seconds(
         lambda: former_view(decoded, processor),
-        lambda: colour.to_display_srgb(decoded.pixels, decoded.scale, decoded.space, wanted),
+        lambda: colour.to_display_srgb(decoded.pixels, decoded.scale, decoded.space, settings),
     )
-    seen = colour.to_display_srgb(decoded.pixels, decoded.scale, decoded.space, wanted).astype(int)
+    seen = colour.to_display_srgb(decoded.pixels, decoded.scale, decoded.space, settings).astype(int)
     difference = np.abs(seen - former_view(decoded, processor)).max()
     print(
         f"{space} by {view}: {before:.3f} s before, {after:.3f} s now ({before / after:.1f} x), differ by {difference}"

@@ -31,7 +31,7 @@ from icm_cli.model.hub.folders import (
     read_hub_json,
     read_pixel_statistics,
 )
-from icm_cli.model.similarity import SelfSimilarity, valid_tokens
+from icm_cli.model.similarity import SelfSimilarity, valid_token_mask
 
 CLASSES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel", "dinov3_vit": "DINOv3ViTModel"}
 """``model_type`` in config.json -> class of transformers."""
@@ -114,11 +114,11 @@ class Dino(Backbone):
 
     def reference_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:  # noqa: ARG002
         correspondence = self._remove_positions(self.extract_tokens(image))
-        return Features(correspondence, valid_tokens(valid, self.config.patch_px), {}, {})
+        return Features(correspondence, valid_token_mask(valid, self.config.patch_px), {}, {})
 
     def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:  # noqa: ARG002
         stride = self.config.patch_px
-        layers, is_valid = self.extract_tokens(image), valid_tokens(valid, stride)
+        layers, is_valid = self.extract_tokens(image), valid_token_mask(valid, stride)
         grouping = torch.cat(layers, dim=1)
         intra = {stride: SelfSimilarity(grouping, is_valid, self.config.temperature)}
         return Features(self._remove_positions(layers), is_valid, {}, intra, grouping)

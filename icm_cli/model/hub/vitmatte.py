@@ -77,7 +77,7 @@ class VitMatteEdges(Edges):
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in statistics)
 
     @classmethod
-    def with_weights(cls, config: Any, weights: str) -> Any:
+    def settings_with_weights(cls, config: Any, weights: str) -> Any:
         return replace(config, weights=weights)
 
     @classmethod

@@ -27,7 +27,7 @@ from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import IMAGENET_MEAN, IMAGENET_STD, MAX_ENLARGEMENT, Backbone, Features
 from icm_cli.model.decoding import gelu
 from icm_cli.model.lite.efficientnet import BLOCK_COUNT, EfficientNetLite, EfficientNetLiteConfig
-from icm_cli.model.similarity import SelfSimilarity, valid_tokens
+from icm_cli.model.similarity import SelfSimilarity, valid_token_mask
 
 PATCH_PX = 14
 """Side of the transformer's patches, in px."""
@@ -144,7 +144,7 @@ class DinoV2Lite(Backbone):
         layers += [_resize_to_grid(outputs[block].float(), grid) for block in self.config.convolution_blocks]
         correspondence = torch.cat([_standardise_tokens(feature.float()) for feature in layers], dim=1)
         scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
-        is_valid = valid_tokens(valid, TOKEN_PX)
+        is_valid = valid_token_mask(valid, TOKEN_PX)
         intra = {TOKEN_PX: SelfSimilarity(correspondence, is_valid, TEMPERATURE)}
         return Features(correspondence, is_valid, scales, intra)
 
@@ -156,7 +156,7 @@ def _resize_to_grid(feature: Tensor, grid: Sequence[int]) -> Tensor:
     bottom and right edges.
     """
     height, width = feature.shape[-2:]
-    token_rows, token_columns = math.ceil(grid[0] / height), math.ceil(grid[1] / width)  # of one cell of the features
+    token_rows, token_columns = math.ceil(grid[0] / height), math.ceil(grid[1] / width)  # per feature cell
     if token_rows == token_columns == 1:
         return feature
     size = [height * token_rows, width * token_columns]

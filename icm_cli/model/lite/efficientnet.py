@@ -21,7 +21,7 @@ from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.checkpoint import load_strict
 from icm_cli.model.contracts import Backbone, Features
-from icm_cli.model.similarity import SelfSimilarity, valid_tokens
+from icm_cli.model.similarity import SelfSimilarity, valid_token_mask
 
 STEM_CHANNELS = 32
 STAGES = (  # side of the kernel, stride of the first block, expansion, output channels, number of blocks
@@ -112,7 +112,7 @@ class EfficientNetLite(Backbone):
         blocks = self.config.correspondence_blocks
         outputs = self.run_blocks(image, (*blocks, *scale_blocks))
         stride = min(image.shape[-1] // outputs[block].shape[-1] for block in blocks)
-        is_valid = valid_tokens(valid, stride)
+        is_valid = valid_token_mask(valid, stride)
         correspondence = self._correspondence_features(image, outputs, is_valid)
         scales, intra = {}, {}
         for block in scale_blocks:
@@ -120,7 +120,8 @@ class EfficientNetLite(Backbone):
             scale_stride = image.shape[-1] // scale.shape[-1]
             scales[scale_stride] = scale
             feature = correspondence if scale_stride == stride else scale
-            intra[scale_stride] = SelfSimilarity(feature, valid_tokens(valid, scale_stride), self.config.temperature)
+            scale_valid = valid_token_mask(valid, scale_stride)
+            intra[scale_stride] = SelfSimilarity(feature, scale_valid, self.config.temperature)
         return Features(correspondence, is_valid, scales, intra)
 
     def _correspondence_features(self, image: Tensor, outputs: dict[int, Tensor], valid: Tensor) -> Tensor:

@@ -340,7 +340,7 @@ def _crop_negative(scene: _Scene, rng: np.random.Generator) -> _Scene | None:
         scale = math.exp(rng.uniform(0.0, FINETUNING.negative_max_log_scale))
         centre = size * rng.uniform(0.0, 1.0, 2)
         augmentation = _Augmentation.draw_random(scale, centre, size / 2, rng)
-        # A quick check with few pixels, before the crop is made
+        # a quick check of few pixels, before the crop is made
         sampled_guidance = augmentation.sample(scene, scene.guidance, FINETUNING.negative_check_px)
         if float(sampled_guidance.max()) < FINETUNING.negative_max_guidance:
             crop = augmentation.apply(scene)

@@ -33,7 +33,7 @@ from icm_cli.model.similarity import (
 )
 
 EVIDENCE_CHANNELS = 8
-"""Evidence values per token and comparison."""
+"""Evidence values per token and comparison; :meth:`TokenMatchHead.compute_evidence` lists them."""
 MEAN_SIMILARITY = slice(4, 6)
 """Indices of the evidence values that are the similarity to the mean foreground and to the mean background."""
 FIRST_TRANSFERRED = 6
@@ -210,7 +210,7 @@ class TokenMatchHead(FinetunableHead):
     def _object_tokens(
         self, projected: Tensor, valid: Tensor, references: Sequence[ReferenceTokens], cell_px: int
     ) -> list[ObjectTokens]:
-        """Return for each target what whole objects are compared by. ``cell_px``: side of a token on the canvas."""
+        """Return ``Matte.object_tokens``. ``cell_px``: side of a token's cell on the canvas."""
         layers = len(self.config.feature_channels), self.config.width
         grids = projected.reshape(*valid.shape, *layers).permute(0, 3, 4, 1, 2)
         return [

@@ -29,7 +29,7 @@ from icm_cli.geometry import CanvasRule
 from icm_cli.model.checkpoint import check_tensor_shapes, check_tensor_values
 from icm_cli.model.contracts import Backbone, Features
 from icm_cli.model.hub.folders import find_weight_files, read_hub_json
-from icm_cli.model.similarity import AttentionMatrix, valid_tokens
+from icm_cli.model.similarity import AttentionMatrix, valid_token_mask
 from icm_cli.model.stable_diffusion.unet import (
     FEATURE_STRIDES,
     MeanAttention,
@@ -148,11 +148,11 @@ class StableDiffusion(Backbone):
         for i, key in enumerate(noise_keys):
             noisy = self.noisy_latents(self.encode_moments(image[i : i + 1]), key)
             features.append(self.mean_features(noisy)[CORRESPONDENCE_STRIDE])
-        return Features(torch.cat(features), valid_tokens(valid, CORRESPONDENCE_STRIDE), {}, {})
+        return Features(torch.cat(features), valid_token_mask(valid, CORRESPONDENCE_STRIDE), {}, {})
 
     @torch.no_grad()
     def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
-        token_masks = {stride: valid_tokens(valid, stride) for stride in FEATURE_STRIDES}
+        token_masks = {stride: valid_token_mask(valid, stride) for stride in FEATURE_STRIDES}
         features, attention = [], []  # by stride, of each image
         for i, key in enumerate(noise_keys):
             maps = {stride: MeanAttention(mask[i]) for stride, mask in token_masks.items()}
@@ -215,10 +215,7 @@ class StableDiffusion(Backbone):
 
 
 def load_parts(folder: Path, *, timestep: int) -> StableDiffusionParts:
-    """Load the parts from a folder in the layout of diffusers, with the U-Net fixed to one timestep.
-
-    Raises ConfigError.
-    """
+    """Load the parts from a folder of diffusers, with the U-Net fixed to one timestep. Raises ConfigError."""
     embedding = _load_empty_prompt_embedding(folder)
     unet = _load_unet(folder)
     if embedding.shape[-1] != unet.config["cross_attention_dim"]:

@@ -48,8 +48,8 @@ class PairBatch(Batch):
             target_keys = [TARGET_NOISE_KEY] * len(self.names)
             reference_keys = [reference_noise_key(0)] * len(self.names)
         else:
-            target_keys = [f"target {number}" for number in self.counters]
-            reference_keys = [f"reference {number}" for number in self.counters]
+            target_keys = [f"target {number}" for number in self.sample_numbers]
+            reference_keys = [f"reference {number}" for number in self.sample_numbers]
         return Pairs(
             _to_image_tensor(self.rgb),
             self.valid,

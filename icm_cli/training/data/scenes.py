@@ -105,7 +105,7 @@ def read_photograph(item: TrainingItem, long_side_px: int | None = None) -> Scen
 
 
 read_cached_photograph = cached(LRUCache(CACHE_BYTES, getsizeof=_size_bytes))(read_photograph)
-"""The same, kept in memory."""
+"""Like :func:`read_photograph`, with a cache in memory."""
 
 
 @cached(LRUCache(CACHE_BYTES, getsizeof=_size_bytes))

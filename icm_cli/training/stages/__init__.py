@@ -23,7 +23,7 @@ from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings
 
 PANEL_ROWS = 4
-"""Largest number of samples that a panel shows."""
+"""Largest number of samples in a panel: an image of samples and predictions, which TensorBoard shows."""
 PANEL_CELL_PX = 256
 OUTSIDE_BRIGHTNESS = 0.35
 """Brightness of a reference outside its guidance, in panels and previews."""
@@ -55,7 +55,7 @@ class Stage(ABC, Generic[BatchT]):
     def make_batches(self, learner: Learner, first_step: int) -> Iterator[BatchT]:
         """Yield the batches of this process, starting at a step. Raises TrainingError if a batch cannot be made."""
         is_cuda = learner.device.torch_device.type == "cuda"
-        return load_batches(self.maker, learner.number_samples(first_step), workers=learner.workers, pin=is_cuda)
+        return load_batches(self.maker, learner.sample_numbers(first_step), workers=learner.workers, pin=is_cuda)
 
     def predict(self, forward: nn.Module, batch: BatchT) -> Prediction:
         """Run the selected module on a batch. ``forward``: the module as Accelerate has wrapped it."""
@@ -67,14 +67,11 @@ class Stage(ABC, Generic[BatchT]):
 
     @abstractmethod
     def render_panel(self, learner: Learner, batch: BatchT) -> ImageU8:
-        """Render samples of a batch with the predictions, uint8 [H,W,3]. The model is in evaluation mode."""
+        """Render the panel of a batch, uint8 [H,W,3]. The model is in evaluation mode."""
 
     @abstractmethod
-    def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
-        """Return a caption and images, uint8 [h,w,3], of sample number ``counter``.
-
-        Raises TrainingError or ImageError.
-        """
+    def preview_sample(self, sample_number: int) -> tuple[str, list[ImageU8]]:
+        """Return a caption and images, uint8 [h,w,3], of a sample. Raises TrainingError or ImageError."""
 
 
 AnyStage: TypeAlias = Stage[Any]

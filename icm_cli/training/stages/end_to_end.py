@@ -93,18 +93,18 @@ class SceneMosaicMaker(BatchMaker[SceneBatch]):
         self._small = SceneMaker(pool, train)
         self._large = SceneMaker(pool, train, LARGE_FACTOR * train.canvas_px) if config.large_views_per_group else None
 
-    def draw_mosaics(self, counters: Sequence[int]) -> tuple[list[Mosaic[Scene]], _BatchScenes]:
+    def draw_mosaics(self, sample_numbers: Sequence[int]) -> tuple[list[Mosaic[Scene]], _BatchScenes]:
         """Draw the mosaics of a batch; return them and the maker of their scenes. Raises TrainingError."""
-        rng = np.random.default_rng((self._seed, 1, counters[0]))
+        rng = np.random.default_rng((self._seed, 1, sample_numbers[0]))
         scenes = _BatchScenes(rng)
         large = None if self._large is None else scenes.make_source(self._large)
-        return draw_mosaics(self._config, scenes.make_source(self._small), large, len(counters), rng), scenes
+        return draw_mosaics(self._config, scenes.make_source(self._small), large, len(sample_numbers), rng), scenes
 
-    def make_batch(self, counters: Sequence[int]) -> SceneBatch:
-        mosaics, scenes = self.draw_mosaics(counters)
+    def make_batch(self, sample_numbers: Sequence[int]) -> SceneBatch:
+        mosaics, scenes = self.draw_mosaics(sample_numbers)
         return SceneBatch(
             names=tuple(mosaic.name for mosaic in mosaics),
-            counters=tuple(counters),
+            sample_numbers=tuple(sample_numbers),
             skipped=tuple(scenes.skipped),
             empty_alphas=tuple(scenes.empty_alphas),
             rows=mosaics[0].rows,
@@ -133,7 +133,7 @@ class EndToEndMatcher(nn.Module):
         """Return the outputs of :class:`TokenMatcher`, the true alphas [B,nH,nW], and the valid tokens [B,H,W]."""
         tiles = encode_scenes(self.backbone, self.head, [layer.flatten(0, 1) for layer in batch.tiles])
         references = encode_scenes(self.backbone, self.head, [layer.flatten(0, 1) for layer in batch.references])
-        layout = MosaicLayout(batch.names, batch.counters, batch.rows, batch.columns, batch.is_positive)
+        layout = MosaicLayout(batch.names, batch.sample_numbers, batch.rows, batch.columns, batch.is_positive)
         tokens = layout.make_batch(tiles, references)
         return (*TokenMatcher(self.head)(tokens), tokens.alpha, tokens.valid)
 
@@ -150,8 +150,8 @@ class EndToEndStage(MosaicStage[SceneBatch]):
     def select_module(self, model: InContextMatting) -> nn.Module:
         return EndToEndMatcher(model.backbone, require_token_match_head(model, "end-to-end"))
 
-    def draw_scenes(self, counters: Sequence[int]) -> list[Mosaic[Scene]]:
-        return self.maker.draw_mosaics(counters)[0]
+    def draw_scenes(self, sample_numbers: Sequence[int]) -> list[Mosaic[Scene]]:
+        return self.maker.draw_mosaics(sample_numbers)[0]
 
     def compute_losses(self, prediction: Prediction, batch: SceneBatch) -> dict[str, Tensor]:
         del batch

@@ -30,8 +30,8 @@ from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings
 from icm_cli.training.stages import PANEL_ROWS, Prediction
 from icm_cli.training.stages.mosaics import (
-    Image,
     ImageSource,
+    ImageT,
     Mosaic,
     MosaicBatch,
     MosaicStage,
@@ -131,19 +131,19 @@ class MatchStage(MosaicStage[MosaicBatch]):
         self._set_number = number
 
     def make_batches(self, learner: Learner, first_step: int) -> Iterator[MosaicBatch]:
-        """Yield the batches. They are made in this process and not in workers, because it has the tokens in memory."""
-        return map(self.make_batch, learner.number_samples(first_step))
+        """Yield the batches. They are made in this process, which has the tokens in memory, and not in workers."""
+        return map(self.make_batch, learner.sample_numbers(first_step))
 
-    def make_batch(self, counters: Sequence[int]) -> MosaicBatch:
-        """Make samples number ``counters``, which are the same in every run with the same seed.
+    def make_batch(self, sample_numbers: Sequence[int]) -> MosaicBatch:
+        """Make the samples of these numbers, which are the same in every run with the same seed.
 
         All of them have the same layout. Raises TrainingError if there are too few images for a mosaic.
         """
-        self._use_view_set_of(counters[0] // self.settings.train.batch_size)
+        self._use_view_set_of(sample_numbers[0] // self.settings.train.batch_size)
         assert self._sources is not None
-        rng = self._batch_rng(counters)
-        mosaics = draw_mosaics(self._config, *self._sources, len(counters), rng)
-        batch = collate_mosaics(mosaics, counters)
+        rng = self._batch_rng(sample_numbers)
+        mosaics = draw_mosaics(self._config, *self._sources, len(sample_numbers), rng)
+        batch = collate_mosaics(mosaics, sample_numbers)
         if self._config.feature_noise:
             batch = add_feature_noise(batch, self._config.feature_noise, rng)
         return replace(batch, empty_alphas=self._empty_alphas)
@@ -157,8 +157,8 @@ class MatchStage(MosaicStage[MosaicBatch]):
         few = batch.first_samples(PANEL_ROWS)
         return render_mosaics(few.alpha, self.predict(self.select_module(learner.model), few))
 
-    def draw_scenes(self, counters: Sequence[int]) -> list[Mosaic[Scene]]:
-        step = counters[0] // self.settings.train.batch_size
+    def draw_scenes(self, sample_numbers: Sequence[int]) -> list[Mosaic[Scene]]:
+        step = sample_numbers[0] // self.settings.train.batch_size
         files = self._plan.files_of_set(self._plan.set_number(step))
         scenes = SceneDataset(self.pool, self.settings, files)
         scene_keys = {file: [(number, index) for index in range(len(file.items))] for number, file in enumerate(files)}
@@ -168,16 +168,16 @@ class MatchStage(MosaicStage[MosaicBatch]):
             return scenes[key][0]
 
         sources = _split_by_size(self.pool, scene_keys, make_scene)
-        return draw_mosaics(self._config, *sources, len(counters), self._batch_rng(counters))
+        return draw_mosaics(self._config, *sources, len(sample_numbers), self._batch_rng(sample_numbers))
 
-    def _batch_rng(self, counters: Sequence[int]) -> np.random.Generator:
+    def _batch_rng(self, sample_numbers: Sequence[int]) -> np.random.Generator:
         """Return the generator of the random numbers of a batch. Training and preview draw the same mosaics with it."""
-        return np.random.default_rng((self.settings.train.seed, 1, counters[0]))
+        return np.random.default_rng((self.settings.train.seed, 1, sample_numbers[0]))
 
 
 def _split_by_size(
-    pool: TrainingPool, files: Mapping[ViewFile, Sequence[Any]], load: Callable[[Any], Image | None]
-) -> tuple[ImageSource[Image], ImageSource[Image] | None]:
+    pool: TrainingPool, files: Mapping[ViewFile, Sequence[Any]], load: Callable[[Any], ImageT | None]
+) -> tuple[ImageSource[ImageT], ImageSource[ImageT] | None]:
     """Return the source of small views, and that of large views if there are any.
 
     ``files``: for each file, what ``load`` needs to return the image of each of its items; None: it cannot be read.

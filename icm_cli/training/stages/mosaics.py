@@ -76,38 +76,38 @@ class View(NamedTuple):
         return View._make(changed)
 
 
-Image = TypeVar("Image", View, Scene)
+ImageT = TypeVar("ImageT", View, Scene)
 """An image of a mosaic: its tokens, or what they are computed from."""
 
 
-class ImageSource(Generic[Image]):
+class ImageSource(Generic[ImageT]):
     """The images of one size from which mosaics are made: small or large views.
 
     ``views`` has the views of each item; ``load`` returns the image of a view, or None if it cannot be read.
     """
 
     def __init__(
-        self, pool: TrainingPool, views: Mapping[TrainingItem, Sequence[Any]], load: Callable[[Any], Image | None]
+        self, pool: TrainingPool, views: Mapping[TrainingItem, Sequence[Any]], load: Callable[[Any], ImageT | None]
     ) -> None:
         self.pool = pool.restrict_to(views)
         self._views = views
-        self._load: Callable[[Any], Image | None] = load
+        self._load: Callable[[Any], ImageT | None] = load
 
-    def draw_image(self, item: TrainingItem, rng: np.random.Generator) -> Image | None:
+    def draw_image(self, item: TrainingItem, rng: np.random.Generator) -> ImageT | None:
         """Draw the image of one of an item's views; None if it has none, or if it cannot be read."""
         views = self._views.get(item)
         return self._load(views[int(rng.integers(len(views)))]) if views else None
 
 
 @dataclass(frozen=True)
-class Mosaic(Generic[Image]):
+class Mosaic(Generic[ImageT]):
     """Tiles, row by row, and the references that show the target object."""
 
     name: str
     rows: int
     columns: int
-    references: Sequence[Image]
-    tiles: Sequence[Image]
+    references: Sequence[ImageT]
+    tiles: Sequence[ImageT]
     positive_tiles: tuple[int, ...]
     """Indices of the tiles that show the references' object."""
 
@@ -209,11 +209,11 @@ def fit_config_to_groups(config: MatchStageConfig, pool: TrainingPool) -> tuple[
 
 def draw_mosaics(
     config: MatchStageConfig,
-    small: ImageSource[Image],
-    large: ImageSource[Image] | None,
+    small: ImageSource[ImageT],
+    large: ImageSource[ImageT] | None,
     count: int,
     rng: np.random.Generator,
-) -> list[Mosaic[Image]]:
+) -> list[Mosaic[ImageT]]:
     """Draw mosaics of the same layout and number of references. Raises TrainingError.
 
     ``large``: images of LARGE_FACTOR times the size. They are the targets if the layout is one image, and in half of
@@ -232,18 +232,18 @@ def draw_mosaics(
 
 
 @dataclass(frozen=True)
-class MosaicSampler(Generic[Image]):
+class MosaicSampler(Generic[ImageT]):
     """Samples mosaics of one layout."""
 
-    targets: ImageSource[Image]
-    references: ImageSource[Image]
+    targets: ImageSource[ImageT]
+    references: ImageSource[ImageT]
     config: MatchStageConfig
     rows: int
     columns: int
     reference_count: int
     rng: np.random.Generator
 
-    def sample(self) -> Mosaic[Image]:
+    def sample(self) -> Mosaic[ImageT]:
         """Sample a mosaic. Raises TrainingError if there are not enough usable images."""
         tile_count = self.rows * self.columns
         for _ in range(MAX_MOSAIC_DRAWS):
@@ -263,7 +263,7 @@ class MosaicSampler(Generic[Image]):
             "no group has two readable views; increase train.match.views_per_group, or give more images of each object"
         )
 
-    def _sample_tile(self, without: TrainingItem | None = None) -> tuple[TrainingItem, Image]:
+    def _sample_tile(self, without: TrainingItem | None = None) -> tuple[TrainingItem, ImageT]:
         """Sample a usable item and its image, which does not show the object of the item ``without``."""
         for _ in range(MAX_MOSAIC_DRAWS):
             item = self.targets.pool.draw_item(self.rng)
@@ -277,7 +277,7 @@ class MosaicSampler(Generic[Image]):
             )
         raise TrainingError(f"no readable image lacks the object of {without.image}; add images of other objects")
 
-    def _sample_reference(self, item: TrainingItem, target: Image) -> tuple[TrainingItem, Image] | None:
+    def _sample_reference(self, item: TrainingItem, target: ImageT) -> tuple[TrainingItem, ImageT] | None:
         """Sample a reference for ``item`` that is not the image ``target``; None if its group has no other one."""
         for _ in range(MAX_PARTNER_DRAWS):
             partner = self.references.pool.draw_partner(item, self.rng, self.config.same_image_probability)
@@ -287,8 +287,8 @@ class MosaicSampler(Generic[Image]):
         return None
 
     def _sample_positives(
-        self, item: TrainingItem, target: Image, tile_count: int, references: Sequence[Image]
-    ) -> dict[int, Image]:
+        self, item: TrainingItem, target: ImageT, tile_count: int, references: Sequence[ImageT]
+    ) -> dict[int, ImageT]:
         """Sample the tiles that show the object of ``item``: index -> image, which is not one of the references."""
         rng, config = self.rng, self.config
         if rng.random() < config.negative_probability:
@@ -306,11 +306,11 @@ class MosaicSampler(Generic[Image]):
         return positives
 
 
-def collate_mosaics(mosaics: Sequence[Mosaic[View]], counters: Sequence[int]) -> MosaicBatch:
+def collate_mosaics(mosaics: Sequence[Mosaic[View]], sample_numbers: Sequence[int]) -> MosaicBatch:
     """Stack mosaics of the same layout and number of references into a batch."""
     layout = MosaicLayout(
         names=tuple(mosaic.name for mosaic in mosaics),
-        counters=tuple(counters),
+        sample_numbers=tuple(sample_numbers),
         rows=mosaics[0].rows,
         columns=mosaics[0].columns,
         is_positive=torch.tensor([mosaic.is_positive for mosaic in mosaics]),
@@ -325,7 +325,7 @@ class MosaicLayout:
     """Arrangement of the tiles of B mosaics, with T = ``rows`` * ``columns`` tiles each."""
 
     names: tuple[str, ...]
-    counters: tuple[int, ...]
+    sample_numbers: tuple[int, ...]
     rows: int
     columns: int
     is_positive: Tensor
@@ -338,7 +338,7 @@ class MosaicLayout:
         alpha = self._join_tiles(tiles.alpha * self.is_positive.flatten()[:, None, None])
         return MosaicBatch(
             names=self.names,
-            counters=self.counters,
+            sample_numbers=self.sample_numbers,
             skipped=(),
             rows=self.rows,
             columns=self.columns,
@@ -473,19 +473,19 @@ class MosaicStage(Stage[BatchT]):
             listener.on_notice(self._notice)
 
     @abstractmethod
-    def draw_scenes(self, counters: Sequence[int]) -> list[Mosaic[Scene]]:
+    def draw_scenes(self, sample_numbers: Sequence[int]) -> list[Mosaic[Scene]]:
         """Draw the mosaics of a batch, with images instead of tokens."""
 
-    def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
-        """Return the name of the training sample ``counter`` and its images: references, mosaic and true alpha.
+    def preview_sample(self, sample_number: int) -> tuple[str, list[ImageU8]]:
+        """Return the name of a training sample, and its images: references, mosaic and true alpha.
 
         All mosaics of a batch are drawn together, as in the training, because each depends on those before it.
         """
         size = self.settings.train.micro_batch_size or self.settings.train.batch_size
-        first = counter - counter % size
+        first = sample_number - sample_number % size
         if first not in self._previews:
             self._previews = {first: self.draw_scenes(range(first, first + size))}
-        mosaic = self._previews[first][counter - first]
+        mosaic = self._previews[first][sample_number - first]
         return mosaic.name, _render_preview(mosaic)
 
 

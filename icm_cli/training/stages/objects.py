@@ -52,7 +52,7 @@ class ObjectMatcher(nn.Module):
         loss [B,T], the true alpha [B,nH,nW], and the coarse alpha [B,nH,nW] 0..1, which is 0 if only clicks select the
         object. All samples of a batch have the same number of clicks, which depends on the first sample's number.
         """
-        rng = np.random.default_rng((self.seed, 5, batch.counters[0]))
+        rng = np.random.default_rng((self.seed, 5, batch.sample_numbers[0]))
         clicks = draw_index(self.config.count_weights, rng)
         has_coarse = not (clicks > 0 and rng.random() < self.config.alone_probability)
         coarse = self._coarse_alphas(batch) if has_coarse else torch.zeros_like(batch.alpha)

@@ -83,7 +83,7 @@ class ViewPlan:
         return [file for part in parts for file in self.files_of_part(part)]
 
     def files_due(self, step: int) -> list[ViewFile]:
-        """Return the files of the next part that must be computed when ``step`` ends.
+        """Return the files of the next part that must be computed by the end of ``step``.
 
         Their number grows evenly from step to step, so that no step takes much longer than others.
         """
@@ -123,9 +123,9 @@ def _shuffle_groups(pool: TrainingPool, seed: int) -> list[list[TrainingItem]]:
 
 
 class SceneDataset(Dataset["tuple[Scene | None, list[str]]"]):
-    """Scenes of the items of view files, with random distractors, and why attempts to make the scene failed.
+    """Scenes of the items of view files, with random distractors, each with the reasons of failed attempts.
 
-    The scene is None if all attempts failed. Keys are pairs: the index of the file in ``files``, and the index of the
+    A scene is None if all attempts failed. Keys are pairs: the index of the file in ``files``, and the index of the
     item in the file.
     """
 
