@@ -297,10 +297,7 @@ def parse_model_config(mapping: object, where: str) -> ModelConfig:
 
 
 def load_model_config(model: str) -> ModelConfig:
-    """Load the model of a preset or YAML file; the sections for training are ignored.
-
-    Raises UsageError or ConfigError.
-    """
+    """Load the model of a preset or YAML file, without the sections for training. Raises UsageError or ConfigError."""
     where, mapping = read_config_mapping(model)
     fields = require_mapping(mapping, where)
     reject_unknown_keys(fields, MODEL_KEYS, where)

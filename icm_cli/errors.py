@@ -12,9 +12,9 @@ from difflib import get_close_matches
 from typing import ClassVar
 
 LONGEST_QUOTE = 120
-"""Maximum number of characters of a value in a message."""
+"""Maximum number of characters of the result of :func:`quote_value`."""
 MAX_SHOWN_CHARACTERS = 100
-"""Maximum number of characters of a wrong value that a message shows."""
+"""Maximum number of characters that :func:`shorten` keeps."""
 
 
 class IcmError(Exception):

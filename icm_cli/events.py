@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 
 class Listener:
-    """Base class of callbacks for a run.
-
-    Every method does nothing by default; override those you need.
-    """
+    """Base class of callbacks for a run. Every method does nothing by default; override those you need."""
 
     def on_notice(self, text: str) -> None:
         """Handle a message for the user. May be called from any thread."""
@@ -145,10 +142,7 @@ class TrainingListener(Listener):
         """
 
     def on_validation_end(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:
-        """Handle the metrics of ``icm eval`` after a step.
-
-        Their names begin with ``validation_``.
-        """
+        """Handle the metrics of ``icm eval`` after a step. Their names begin with ``validation_``."""
 
     def on_steps_end(self) -> None:
         """Called after the last step, also after an error."""

@@ -62,12 +62,12 @@ class Corrections:
         self._pending: dict[str, Future[ImageU8]] = {}
         """The last answer that each browser tab asked for, until it is computed."""
         self._preparing: Future[None] | None = None
-        """The last image that :meth:`prepare` was asked to read."""
+        """The last task of :meth:`prepare`."""
         self._model: RunModel | None = None
         self.model_name = run.model_name
         self._loading: Future[None] | None = None
         self._taught: dict[str, TeachingUse] = {}
-        """The taught images when it began, by name."""
+        """The taught images when ``_loading`` began, by name."""
 
     @property
     def model_state(self) -> ModelState:
@@ -147,7 +147,7 @@ class Corrections:
                     del self._pending[client]
 
     def outdated_reason(self, id: int) -> str:
-        """Return why hints on another part of an image may change the rest of its saved alpha; "" if they do not.
+        """Return why new hints may also change parts of the saved alpha that they do not concern; "" if they do not.
 
         Such a reason is that the references have changed since the alpha was made. Raises ModelNotReadyError.
         """
@@ -255,9 +255,9 @@ class Corrections:
             return self._submit(lambda: task(self._loaded_model(loading)))
 
     def _newest_loading(self) -> Future[None]:
-        """Return the loading of the model with the images that are taught now. The lock is held.
+        """Return the future of the load of the model with the current taught images. The caller holds the lock.
 
-        If it has not begun, it begins: also if another server over the same run has changed the taught images.
+        A load begins if there is none, or if the taught images differ: another server of this run may change them.
         """
         if self._loading is None or self._read_taught() != self._taught:
             return self._begin_loading()
@@ -268,7 +268,7 @@ class Corrections:
         return {name: image.taught for name, image in self._state.read_all()[1].items() if image.taught is not None}
 
     def _begin_loading(self) -> Future[None]:
-        """Queue the loading of the model, and return its future. The lock is held."""
+        """Queue the loading of the model, and return its future. The caller holds the lock."""
         self._taught = self._read_taught()
         self._loading = loading = self._submit(self._load)
         loading.add_done_callback(self._report_failure)
@@ -307,7 +307,7 @@ class Corrections:
         return self._model
 
     def _check_revision(self, id: int, revision: int) -> None:
-        """Raise StaleRevisionError if an image has another revision."""
+        """Raise StaleRevisionError if the revision of an image is not ``revision``."""
         with self._state.edit(self._run.names[id], revision):
             pass  # nothing is edited, so nothing is saved
 

@@ -214,7 +214,7 @@ class ReviewRun:
         return alpha
 
     def _store_alpha(self, id: int, alpha: AlphaFile, reasons: tuple[str, ...]) -> None:
-        """Store what is known about the alpha of an image. A change gets a new revision. The lock is held."""
+        """Store what is known about the alpha of an image. A change gets a new revision. The caller holds the lock."""
         if (alpha, reasons) != (self._alphas[id], self._reasons[id]):
             self._revision += 1
             if alpha != self._alphas[id]:
@@ -427,7 +427,7 @@ class ReviewRun:
             self._shots = None
 
     def _plan_again(self) -> None:
-        """Add the images that are new, and those whose source exists again. The lock of the scan is held."""
+        """Add the images that are new, and those whose source exists again. The caller holds ``_scan_lock``."""
         self._add_images(*self._plan(lambda _: None), {})
 
     def _plan(self, notice: Callable[[str], None]) -> tuple[Sequence[Job], Sequence[Job]]:

@@ -68,7 +68,7 @@ class RequestGuard:
         await responder(scope, receive, send_with_headers)
 
     def _check(self, scope: Scope) -> Response | None:
-        """Return the response to a request that is not passed on: a refusal, or the cookie. None to pass it on."""
+        """Return a refusal, or the response that sets the cookie; None if the request is passed on to the page."""
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._is_own_host(hosts[0]):

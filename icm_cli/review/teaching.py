@@ -154,7 +154,7 @@ class Teaching:
             }
 
     def _last_notice(self) -> str:
-        """Return how far a recompute has learned the references; "" if it does not learn. The lock is held."""
+        """Return how far a recompute has learned the references; "" if it does not learn. The caller holds the lock."""
         if self._progress.state != "running" or self._progress.done > 0:
             return ""
         with contextlib.suppress(OSError):
@@ -277,7 +277,7 @@ class Teaching:
                 self._progress.state, self._progress.message, self._is_followed = state, message, False
 
     def _compare_remaining(self, image_events: Sequence[dict[str, Any]], before_folder: Path) -> None:
-        """Compare the alphas that a server, which was killed during its recompute, did not compare any more."""
+        """Compare the alphas that another server had not compared yet when it was killed."""
         changes: dict[int, float] = {}
         for event in image_events:
             if self._saved_folder(before_folder, event["name"]).exists():
@@ -346,8 +346,8 @@ class Teaching:
     def _saved_folder(self, folder: Path, name: str) -> Path:
         """Return the folder in which the outputs of an image are saved, given by its name.
 
-        It exists, even for an image without an alpha, until the image is compared, but not for an image that was not
-        listed when the recompute began: its alpha before is not known.
+        It exists until the image is compared, even if the image has no alpha. An image that was not listed when the
+        recompute began has none, because its earlier alpha is not known.
         """
         return folder / combined_digest(name)[:32]
 
@@ -429,36 +429,43 @@ class Teaching:
         return {id: 1.0}
 
     def _save_changes(self, changes: Mapping[int, float], before_folder: Path) -> None:
-        """Save the differences in the state, and the alphas before, so that each change can be undone.
-
-        A rejected image whose alpha has changed becomes open again.
-        """
+        """Save the differences in the state, and the alphas before, so that each change can be undone."""
         if not changes:
             return
-        replaced = list[Entry]()
         with self._state.edit_all() as images:
-            for id, difference in changes.items():
-                image = images.setdefault(self._run.names[id], ImageState())
-                image.change = difference
-                output, saved = self._run.jobs[id].output, self._saved_outputs(before_folder, id)
-                last = image.undo[-1] if image.undo else None
-                if not difference:
-                    if last and last["alpha"] and tuple(last["alpha"]) == identify_file(saved[output]):
-                        last["alpha"] = identify_file(output)  # the same pixels: that change can still be undone
-                    continue
-                is_saving = last and last["files"] and last["alpha"] is None
-                is_accepted = is_saving or self._run.refresh(id).is_reviewed  # the new alpha, meanwhile
-                if not is_accepted and undo_cause(image.undo) == "recompute":  # only the last one can be undone
-                    replaced.append(image.undo.pop())
-                if not is_accepted and saved[output].parent.exists():
-                    entry = self._copies.save([*saved], image.status, saved)
-                    image.undo.append({**entry, "alpha": identify_file(output)})
-                if image.status == "rejected":
-                    image.status = "open"
-        for entry in replaced:
+            replaced = [
+                self._record_change(id, images.setdefault(self._run.names[id], ImageState()), difference, before_folder)
+                for id, difference in changes.items()
+            ]
+        for entry in filter(None, replaced):
             self._copies.discard(entry)
         for id in changes:
             shutil.rmtree(self._saved_folder(before_folder, self._run.names[id]), ignore_errors=True)
+
+    def _record_change(self, id: int, image: ImageState, difference: float, before_folder: Path) -> Entry | None:
+        """Record the difference of a recomputed alpha in the state of its image, with an entry that undoes it.
+
+        A rejected image whose alpha has changed becomes open again. Returns the entry of an earlier recompute, which is
+        removed, because only the last recompute can be undone.
+        """
+        image.change = difference
+        output, saved = self._run.jobs[id].output, self._saved_outputs(before_folder, id)
+        last = image.undo[-1] if image.undo else None
+        if not difference:
+            if last and last["alpha"] and tuple(last["alpha"]) == identify_file(saved[output]):
+                last["alpha"] = identify_file(output)  # the same pixels: that change can still be undone
+            return None
+        replaced = None
+        is_being_accepted = last and last["files"] and last["alpha"] is None
+        if not (is_being_accepted or self._run.refresh(id).is_reviewed):  # else a person has replaced the new alpha
+            if undo_cause(image.undo) == "recompute":
+                replaced = image.undo.pop()
+            if saved[output].parent.exists():
+                entry = self._copies.save([*saved], image.status, saved)
+                image.undo.append({**entry, "alpha": identify_file(output)})
+        if image.status == "rejected":
+            image.status = "open"
+        return replaced
 
 
 def measure_change(before: ImageU8, after: ImageU8) -> float:

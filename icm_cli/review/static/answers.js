@@ -45,7 +45,7 @@ async function request(draft, show, isRefined) {
     if (isRefined && !signal.aborted) describe("");
   } catch (error) {
     if (isAborted(error) || signal.aborted) return;
-    if (error.status === 409 && !error.image) return request(draft, show, isRefined); // an earlier one came later
+    if (error.status === 409 && !error.image) return request(draft, show, isRefined); // replaced by an earlier one
     handleFailure(error);
   }
   if (!signal.aborted) isBusy = false;

@@ -4,7 +4,7 @@ const MAX_KEPT = 3; // sources, and alphas: those of the last images, and of the
 export const isAborted = (error) => error.name === "AbortError";
 /** Any text that differs between browser tabs: the server drops superseded answers of the same tab. */
 const tab = crypto.getRandomValues(new Uint32Array(2)).join("-");
-const CONTINUE = "Open its new link in another tab. Then go on in this tab, which keeps hints that are not saved.";
+const CONTINUE = "Open its new link in another tab. Then continue in this tab, which keeps hints that are not saved.";
 let run = {}; // what the server says about the run; its `list` identifies the list of images
 
 async function call(method, path, { body, signal } = {}) {

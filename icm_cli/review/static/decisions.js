@@ -56,7 +56,7 @@ async function decide(id, action, request) {
   if (end === null) return;
   notify(`${nameOf(id)}: ${store.items.get(id).status}${end}`, { label: "Undo (U)", run: () => undo(id) });
 }
-/** Send a change of an image. Returns null after a failure; else the end of a notice: what the change has ended. */
+/** Send a change of an image. Returns null after a failure; else the end of a notice: "" or that a use has ended. */
 async function send(id, action, request) {
   const { taught } = store.items.get(id);
   const save = async () => store.update([await request(store.items.get(id))]);

@@ -10,7 +10,7 @@ const isEqual = (shapes, others) => String(shapes?.map(keyOf)) === String(others
 class Draft {
   past = [];
   future = [];
-  earlierFuture = []; // that before the last step
+  earlierFuture = []; // `future` before the last step
   answer = null; // the last refined answer: {shapes, blob}
   constructor({ id }, shapes) { Object.assign(this, { id, shapes, saved: shapes }); }
   /** Whether the shapes differ from those that the server has. */
@@ -38,7 +38,7 @@ class Draft {
     Object.assign(this, { shapes, saved });
     if (wasDirty !== this.isDirty) store.emit("items", new Set([this.id]));
   }
-  /** Store which shapes the server has; null: others than those here, which stay. */
+  /** Store which shapes the server has; null: others than the shapes of this draft, which it keeps. */
   markSaved(saved) { this.set(this.shapes, saved); }
   /** Take the shapes that the server sent, unless there are others here that are not saved. */
   receive(received) {

@@ -23,8 +23,8 @@ class Editor {
   cursor = null;
   crosshair = null;
   drag = null; // the drag in progress: {move(point of the image, event), end?()}
-  before = null; // the hints when it began
-  changed = () => {}; // called with `isDragging` when the hints of the draft have changed
+  before = null; // the hints when the drag began
+  onChange = () => {}; // called with `isDragging` when the hints of the draft have changed
   constructor() {
     Object.assign(this.canvas, {
       onpointerdown: (event) => this.handleDown(event), onpointermove: (event) => this.handleMove(event),
@@ -97,7 +97,7 @@ class Editor {
   }
   endDrag() {
     this.drag?.end?.();
-    if (this.drag !== null && this.draft.shapes !== this.before) this.changed(false);
+    if (this.drag !== null && this.draft.shapes !== this.before) this.onChange(false);
     this.drag = null;
   }
   /** Cancel the drag in progress, and take back what it has changed. Returns whether there was one. */
@@ -106,7 +106,7 @@ class Editor {
     this.drag = null;
     if (this.draft.past.at(-1) === this.before) {
       this.draft.cancel();
-      this.changed(false);
+      this.onChange(false);
     }
     return true;
   }
@@ -157,7 +157,7 @@ class Editor {
       if (isRefused) return;
       const grown = isPositive(shape) ? others.map((each) => growBox(each, point)) : others;
       this.change([...grown, { ...shape, points: [point] }]);
-      this.changed(true);
+      this.onChange(true);
     };
     let [isMoved, isRefused] = [false, false];
     const move = ([x, y]) => {
@@ -193,7 +193,7 @@ class Editor {
       const isOutside = ({ points }) => !points.every((point) => contains(box, point));
       const isReplaced = (each) => isBox(each) || (isPoint(each) && isPositive(each) && isOutside(each));
       this.change([box, ...this.before.filter((each) => !isReplaced(each))]);
-      this.changed(true);
+      this.onChange(true);
     };
     this.drag = { move };
   }

@@ -52,7 +52,7 @@ function decide(decision, isNext) {
   }
   decision(id);
   if (!isNext) return;
-  const next = single.nextOpen();
+  const next = single.nextUnreviewed();
   if (single.id === null) grid.activate(grid.ids[grid.ids.indexOf(id) + 1]);
   else if (next !== undefined) openImage(next);
   else { notify("All alphas of this list are reviewed."); location.hash = ""; }

@@ -21,11 +21,11 @@ class Single {
   refusal = ""; // why the image cannot be accepted
   draft = null;
   constructor() {
-    viewer.drawn = () => {
+    viewer.onDraw = () => {
       editor.draw();
       setText(byId("zoom"), `${Math.round(100 * viewer.zoom)} %`);
     };
-    editor.changed = (isDragging) => this.answer(isDragging);
+    editor.onChange = (isDragging) => this.answer(isDragging);
     byId("colour").oninput = ({ target: { value } }) => {
       store.setSettings({ [viewer.view]: value });
       viewer.set({ colour: value });
@@ -95,7 +95,7 @@ class Single {
     this.showItem();
   }
   /** Return the id of the next image that is not reviewed, from here to the end and then from the start. */
-  nextOpen() {
+  nextUnreviewed() {
     const index = this.ids.indexOf(this.id);
     const others = [...this.ids.slice(index + 1), ...this.ids.slice(0, index)].map((id) => store.items.get(id));
     const isOpen = (item) => item.status === "open" && item.has_alpha && !store.pending.has(item.id);
@@ -130,7 +130,7 @@ class Single {
   /** Replace all hints: by none, or by the saved ones. */
   replaceHints(shapes) { this.draft.change(shapes); this.answer(); }
   setView(view) {
-    const { [view]: colour } = store.settings; // undefined: the view has none
+    const { [view]: colour } = store.settings; // undefined: the view has no colour
     store.setSettings({ view });
     pressButton("views", "view", view);
     byId("colour").hidden = colour === undefined;

@@ -83,7 +83,7 @@ class Store extends EventTarget {
     const items = [...this.items.values()].filter((item) => this.matches(item));
     return items.sort(ORDERS[this.filter.sort]).map((item) => item.id);
   }
-  /** Return whether an image matches the filters, except the one that is called `without`. */
+  /** Return whether an image matches all filters except the one with the name `without`. */
   matches(item, without = null) {
     const { text, status, folder, reasons } = this.filter;
     if (!item.name.toLowerCase().includes(text.trim().toLowerCase())) return false;

@@ -14,7 +14,7 @@ export function show() {
   dialog.append(byId("messages")); // above the page
   dialog.showModal();
   draw();
-  store.poll(); // the command is that of now
+  store.poll(); // to show the current command
 }
 /** Start or stop the recompute. */
 export async function send(request) {
@@ -26,7 +26,7 @@ export async function send(request) {
 
 export function copyCommand() {
   const copy = (event) => { event.clipboardData.setData("text/plain", store.run.command); event.preventDefault(); };
-  document.addEventListener("copy", copy, { once: true }); // the text of the page has escapes
+  document.addEventListener("copy", copy, { once: true }); // the page shows some characters as escapes
   getSelection().selectAllChildren(byId("command"));
   document.execCommand("copy"); // navigator.clipboard needs HTTPS
   notify("The command is copied.");

@@ -55,7 +55,7 @@ function receiveThumbnail(image, entry, answer) {
   entry.isRequested = false;
   if (jpeg !== undefined) loaded.set(entry.key, `data:image/jpeg;base64,${jpeg}`);
   else if (!(entry.id in (answer?.errors ?? {}))) return;
-  if (waiting.get(image) !== entry) return; // the <img> shows another image by now
+  if (waiting.get(image) !== entry) return; // the <img> is used for another image now
   waiting.delete(image);
   setImage(image, loaded.get(entry.key));
   if (jpeg === undefined) image.parentElement.dataset.reason = answer.errors[entry.id];

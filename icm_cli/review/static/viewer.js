@@ -28,7 +28,7 @@ class Viewer {
   layer = createCanvas(1, 1); // of the size of the canvas; also for the marks
   checker = createChecker(Math.round(CHECKER_PX * window.devicePixelRatio));
   pixel = createCanvas(1, 1, { willReadFrequently: true });
-  drawn = () => {}; // called after every drawing of the image
+  onDraw = () => {}; // called after every drawing of the image
   constructor() { new ResizeObserver(() => this.resize()).observe(byId("stage")); }
   /** Show an image. `source` and `before` are ImageBitmaps; the alpha `before` may be null. */
   setImage({ width, height, source, before }) {
@@ -106,7 +106,7 @@ class Viewer {
       this.drawPart(x, width, this.view, after ?? before);
     }
     this.drawLabels();
-    this.drawn();
+    this.onDraw();
   }
   /** Draw one view between two columns of the canvas. */
   drawPart(start, end, view, alpha) {
