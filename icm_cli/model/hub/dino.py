@@ -57,7 +57,7 @@ class DinoConfig(Section, title="backbone"):
     The paper uses 500 of the 1024 dimensions of DINOv3 ViT-L.
     """
     temperature: float = limited(0.15, above=0)
-    """Temperature of the intra-similarity, in cosine units; more than 0."""
+    """Temperature of the intra-similarity, in cosine units."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Dtype of the transformer if ``--dtype`` is "auto"; "auto" selects that of the device. DINOv3 does not support
     float16."""

@@ -47,7 +47,7 @@ class VitMatteEdgesConfig(Section, title="edges"):
     band: float = 0.015
     """Width of the unknown region on either side of the coarse edge, as a fraction (0..0.5) of the long side."""
     tile_px: int = limited(1024, multiple=MULTIPLE_PX)
-    """Side of the tiles of a larger source, a multiple of 32. The memory of attention grows with its fourth power."""
+    """Side of the tiles of a larger source. The memory of attention grows with its fourth power."""
     overlap_px: int = 256
     """Overlap of tiles, in px, over which they are blended; at most a third of a tile.
 

@@ -60,7 +60,7 @@ class DinoV2LiteConfig(Section, title="backbone"):
     """Settings of the dinov2-lite backbone."""
 
     long_side_px: int = limited(768, multiple=TOKEN_PX)
-    """Long side of the canvas, in px, a multiple of 32."""
+    """Long side of the canvas, in px."""
     layers: tuple[int, ...] = (7, 9, 12)
     """Transformer blocks (1..12) whose outputs are correspondence features."""
     convolution_blocks: tuple[int, ...] = (14, 19, 20)

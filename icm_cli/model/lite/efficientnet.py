@@ -41,7 +41,7 @@ class EfficientNetLiteConfig(Section, title="backbone"):
     """Settings of the efficientnet-lite backbone."""
 
     long_side_px: int = limited(896, multiple=32)
-    """Long side of the canvas, in px, a multiple of 32."""
+    """Long side of the canvas, in px."""
     correspondence_blocks: tuple[int, ...] = (14, 18)
     """Blocks (0..20) whose outputs are the correspondence features, at the smallest of their strides."""
     correspondence_reductions: tuple[int, ...] = (1, 2)

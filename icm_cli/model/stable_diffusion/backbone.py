@@ -69,7 +69,7 @@ class StableDiffusionConfig(Section, title="backbone"):
     weights: str = DEFAULT_WEIGHTS
     """Hub id or local folder in the layout of diffusers. ``--weights`` overrides it."""
     canvas_px: int = limited(768, multiple=CANVAS_MULTIPLE_PX)
-    """Side of the square canvas, in px, a multiple of 64."""
+    """Side of the square canvas, in px."""
     timestep: int = 200
     """Timestep of the noise in the latents, 0..999. The paper says 0, the published code uses 200."""
     ensemble: int = limited(4, 1)

@@ -41,36 +41,29 @@ class TrainingFreeConfig(Section, title="head"):
     """Rule that decides which tokens belong to the object. "contrast" compares each token with the reference's tokens
     inside and outside the guidance. "clusters" decides by clusters of tokens, as INSID3 does."""
     temperature: float = limited(0.07, above=0)
-    """Temperature of the soft maximum over the reference's tokens, in cosine units; more than 0."""
+    """Temperature of the soft maximum over the reference's tokens, in cosine units."""
     presence_temperature: float = limited(0.1, above=0)
     """The same for the decision whether the object is present. A higher temperature requires more tokens to agree."""
     background_weight: float = limited(0.5)
-    """Weight of the similarity to the reference's background, which is subtracted; 0 or more."""
+    """Weight of the similarity to the reference's background, which is subtracted."""
     threshold: float = limited(0.25, above=0, below=1)
-    """Evidence above which a pixel is foreground, as a fraction of the strongest evidence; between 0 and 1."""
+    """Evidence above which a pixel is foreground, as a fraction of the strongest evidence."""
     absent_below: float = limited(0.24, 0, 1)
-    """The object is absent if its similarity to the reference is lower than this; 0 (never absent) to 1.
-
-    It is a fraction of the similarity of the reference to itself.
-    """
+    """The object is absent if its similarity to the reference is below this fraction of the reference's to itself."""
     instance_fraction: float = limited(0.8, 0, 1)
-    """Evidence that a connected region needs to be foreground; 0 (all regions) to 1 (only one region).
-
-    It is a fraction of the strongest evidence in the target.
-    """
+    """Evidence that a connected region needs to be foreground, as a fraction of the strongest evidence."""
     unknown_fraction: float = limited(0.15, above=0, below=1)
-    """Fraction of the pixels that are unknown for closed-form matting; between 0 and 1. A larger fraction takes longer.
-    """
+    """Fraction of the pixels that are unknown for closed-form matting. A larger fraction takes longer."""
     solve_long_side_px: int = 640
     """Largest long side at which closed-form matting is solved, in px."""
     min_candidate_cosine: float = limited(0.0, -1, 1)
-    """Rule "clusters": smallest cosine of a candidate to the prototype of the reference; -1 to 1."""
+    """Rule "clusters": smallest cosine of a candidate to the prototype of the reference."""
     min_cluster_cosine: float = limited(0.6, above=0, below=1)
-    """Rule "clusters": smallest mean cosine at which clusters are merged (tau in the paper); between 0 and 1."""
+    """Rule "clusters": smallest mean cosine at which clusters are merged (tau in the paper)."""
     min_join_score: float = limited(0.2, 0, 1)
-    """Rule "clusters": smallest score of a cluster that is added to the seed; 0 to 1."""
+    """Rule "clusters": smallest score of a cluster that is added to the seed."""
     edge_band: float = limited(0.01, above=0, below=0.5)
-    """Rule "clusters": width of the unknown region at the edge, as a fraction of the long side; between 0 and 0.5."""
+    """Rule "clusters": width of the unknown region at the edge, as a fraction of the long side."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
