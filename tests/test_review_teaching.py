@@ -55,9 +55,9 @@ def wait_until(is_true: Callable[[], bool]) -> None:
 
 
 def recompute(teaching: Teaching) -> dict[str, Any]:
-    teaching.start()
-    wait_until(lambda: teaching.progress()["state"] != "running")
-    return teaching.progress()
+    teaching.start_recompute()
+    wait_until(lambda: teaching.recompute_progress()["state"] != "running")
+    return teaching.recompute_progress()
 
 
 def replace_recompute(
@@ -345,12 +345,12 @@ def test_a_stopped_recompute_continues_and_a_failed_one_says_why(
     deep = run.find_id("sub/deep.png")
     assert deep is not None
     teaching.teach(deep, "negative", "image")
-    teaching.start()
-    teaching.start()  # does nothing
-    wait_until(lambda: teaching.progress()["done"] >= 1)
-    teaching.stop()
-    wait_until(lambda: teaching.progress()["state"] != "running")
-    stopped = teaching.progress()
+    teaching.start_recompute()
+    teaching.start_recompute()  # does nothing
+    wait_until(lambda: teaching.recompute_progress()["done"] >= 1)
+    teaching.stop_recompute()
+    wait_until(lambda: teaching.recompute_progress()["state"] != "running")
+    stopped = teaching.recompute_progress()
     assert stopped["state"] in ("stopped", "done")
     finished = recompute(teaching)
     assert finished["state"] == "done"
@@ -414,7 +414,7 @@ def test_the_last_recompute_of_an_image_can_be_undone(
     assert [output.read_bytes() for output in outputs] == before
     item = run.item(pad, state.read("pad.0101.png"))
     assert (item["status"], item["change"], item["undo"]) == (status, None, "decision")
-    assert teaching.progress()["changed"] == []
+    assert teaching.recompute_progress()["changed"] == []
     assert recompute(teaching)["state"] == "done"
     assert len([*(run.record_folder / "undo").iterdir()]) == 1
     assert not (run.record_folder / "before").exists()
@@ -541,13 +541,13 @@ def test_a_recompute_that_learns_the_references_shows_its_last_message(
         return subprocess.Popen([sys.executable, "-c", f"import sys, time; {learning}"], **streams)
 
     monkeypatch.setattr("icm_cli.review.teaching.start_module", start_learning)
-    teaching.start()
+    teaching.start_recompute()
     messages = set[str]()
-    wait_until(lambda: messages.add(teaching.progress()["message"]) or len(messages - {""}) > 0)
+    wait_until(lambda: messages.add(teaching.recompute_progress()["message"]) or len(messages - {""}) > 0)
     assert messages - {""} == {"learning the references: 40%"}
-    teaching.stop()
-    wait_until(lambda: teaching.progress()["state"] != "running")
-    assert teaching.progress()["state"] == "stopped"
+    teaching.stop_recompute()
+    wait_until(lambda: teaching.recompute_progress()["state"] != "running")
+    assert teaching.recompute_progress()["state"] == "stopped"
     teaching.close()
 
 
@@ -566,9 +566,9 @@ def test_kept_alphas_are_no_progress(icm: Icm, open_review: OpenReview, monkeypa
         return subprocess.Popen([sys.executable, "-c", program], **streams)
 
     monkeypatch.setattr("icm_cli.review.teaching.start_module", start_matting)
-    teaching.start()
-    wait_until(lambda: teaching.progress()["done"] == 2)
-    assert teaching.progress()["total"] == 3
+    teaching.start_recompute()
+    wait_until(lambda: teaching.recompute_progress()["done"] == 2)
+    assert teaching.recompute_progress()["total"] == 3
     teaching.close()
 
 
@@ -596,13 +596,13 @@ def test_the_next_server_compares_what_a_killed_one_has_not(icm: Icm, scene: Pat
     teaching._corrections.reject(wall, revision(state, run, wall))
     write_events(run, names)
     _, _, other = open_teaching(open_review)
-    wait_until(lambda: other.progress()["state"] == "stopped")
+    wait_until(lambda: other.recompute_progress()["state"] == "stopped")
     ids = [run.find_id(name) for name in names]
-    assert {each["id"]: each["difference"] for each in other.progress()["changed"]} == dict(
+    assert {each["id"]: each["difference"] for each in other.recompute_progress()["changed"]} == dict(
         zip(ids, (0.5, 1), strict=True)
     )
     assert state.read(names[0]).status == "rejected"
-    assert (other.progress()["done"], other.progress()["total"]) == (2, 9)
+    assert (other.recompute_progress()["done"], other.recompute_progress()["total"]) == (2, 9)
 
 
 def test_the_next_server_compares_images_of_a_continued_recompute(icm: Icm, open_review: OpenReview) -> None:
@@ -620,8 +620,8 @@ def test_the_next_server_compares_images_of_a_continued_recompute(icm: Icm, open
         write_grey(output, 100, *read(output).shape[:2])
     write_events(run, names)
     reopened, other_state, other = open_teaching(open_review)
-    wait_until(lambda: other.progress()["state"] == "stopped")
-    assert {each["id"] for each in other.progress()["changed"]} == set(ids)
+    wait_until(lambda: other.recompute_progress()["state"] == "stopped")
+    assert {each["id"] for each in other.recompute_progress()["changed"]} == set(ids)
     for id in ids:
         other._corrections.undo(id, revision(other_state, reopened, id))
     assert [output.read_bytes() for output in outputs] == saved

@@ -70,11 +70,10 @@ class ImageWindows:
         """Windows in which the data window is the whole display window."""
         return ImageWindows.full(self.display)
 
-    def windows_to_read(self, target: ImageWindows | None) -> ImageWindows:
-        """Return the windows to which the pixels of a mask or alpha with these windows are moved.
+    def choose_target(self, target: ImageWindows | None) -> ImageWindows:
+        """Return the windows to which the pixels of a mask or alpha are moved.
 
-        These are ``target``, the windows of the image that it belongs to, if both display windows have the same size.
-        Otherwise, or without a target, the pixels cover their own display window.
+        They are ``target``, those of its image, if both display windows have the same size; else the display window.
         """
         if target is not None and target.display == self.display:
             return target

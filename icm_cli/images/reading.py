@@ -51,7 +51,7 @@ class SourceImage:
 
         If ``target_windows`` of another image have a display window of this size, the result covers their data window.
         """
-        target = self.windows.windows_to_read(target_windows)
+        target = self.windows.choose_target(target_windows)
         alpha = None if self.alpha is None else self.windows.move_pixels(self.alpha, target)
         return replace(self, rgb=self.windows.move_pixels(self.rgb, target), alpha=alpha, stored=None)
 
@@ -89,7 +89,7 @@ def read_stored_pixels(
     window. ``has_labels``: the values are labels and may be any numbers. Raises ImageError.
     """
     decoded = decode_image(path, settings=LABEL_VALUES if has_labels else RAW_VALUES)
-    decoded = decoded.move_to(decoded.windows.windows_to_read(target_windows))
+    decoded = decoded.move_to(decoded.windows.choose_target(target_windows))
     if decoded.file_white is None:
         return decoded
     # The decoder has scaled the values of the file, such as those of 4 bits to 0..255.

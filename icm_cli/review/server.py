@@ -236,7 +236,7 @@ class ReviewApp:
                 post("/api/model", NO_BODY, lambda _: self.corrections.reload_model()),
                 post("/api/references", {"id": int, "kind": str, "area": str}, self.teach),
                 delete("/api/references/{id}", self.forget),
-                get("/api/recompute", lambda _: self.teaching.progress()),
+                get("/api/recompute", lambda _: self.teaching.recompute_progress()),
                 post("/api/recompute", NO_BODY, lambda _: self.recompute()),
                 post("/api/recompute/stop", NO_BODY, lambda _: self.stop_recompute()),
             ]
@@ -414,13 +414,13 @@ class ReviewApp:
 
     def recompute(self) -> dict[str, Any]:
         """Start to recompute all alphas that are not accepted."""
-        self.teaching.start()
-        return self.teaching.progress()
+        self.teaching.start_recompute()
+        return self.teaching.recompute_progress()
 
     def stop_recompute(self) -> dict[str, Any]:
         """Stop the recompute."""
-        self.teaching.stop()
-        return self.teaching.progress()
+        self.teaching.stop_recompute()
+        return self.teaching.recompute_progress()
 
     async def _respond(self, request: Request, handler: Handler, schema: dict[str, Any] | None = None) -> Response:
         """Run a handler in a thread and return its response. ``schema``: that of the body; None without a body.

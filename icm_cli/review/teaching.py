@@ -139,7 +139,7 @@ class Teaching:
         """Return the options of the recompute: those of the run, with the hints and the taught images."""
         return self._corrections.options()
 
-    def progress(self) -> dict[str, Any]:
+    def recompute_progress(self) -> dict[str, Any]:
         """Return the progress of the recompute as JSON, with the changed images, largest difference first."""
         self._follow_other()
         changed = sorted(self._read_changes().items(), key=lambda item: -item[1])
@@ -162,14 +162,14 @@ class Teaching:
             return lines[-1].removeprefix("icm: ") if lines and "learning" in lines[-1] else ""
         return ""
 
-    def start(self) -> None:
+    def start_recompute(self) -> None:
         """Start a recompute, unless one is running. Raises OutputError if its files cannot be written."""
         with self._lock:
             if self._progress.state == "running":
                 return
             lock_fd = open_locked(self._lock_path, LOCK_TIMEOUT_S)
             if lock_fd is None:
-                return  # another server runs one, which progress() will follow
+                return  # another server runs one, which recompute_progress() will follow
             try:
                 os.truncate(lock_fd, 0)
                 self._events.write_bytes(b"")
@@ -182,7 +182,7 @@ class Teaching:
             self._thread = threading.Thread(target=self._recompute, args=(lock_fd,), name="icm-recompute")
             self._thread.start()
 
-    def stop(self) -> None:
+    def stop_recompute(self) -> None:
         """Stop the recompute after the images that are being written. Raises UsageError if that is impossible."""
         with self._lock:
             if self._progress.state != "running":
@@ -197,7 +197,7 @@ class Teaching:
         """Stop the recompute of this server, and wait for its end."""
         self._is_closed.set()
         if not self._is_followed:
-            self.stop()
+            self.stop_recompute()
         if self._thread is not None:
             self._thread.join(STOP_TIMEOUT_S)
         if self._process is not None:

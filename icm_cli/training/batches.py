@@ -132,15 +132,15 @@ class SampleMaker(BatchMaker[BatchT]):
         empty_alphas = tuple(path for sample in samples for path in sample.empty_alphas)
         return self.batch_class(names, tuple(sample_numbers), tuple(skipped), **tensors, empty_alphas=empty_alphas)
 
-    def _make_sample(self, sample_number: int, skipped: list[str]) -> TrainingSample:
+    def _make_sample(self, number: int, skipped: list[str]) -> TrainingSample:
         """Make a sample. If an image cannot be read, add the reason to ``skipped`` and draw again."""
         for attempt in range(MAX_ATTEMPTS):
             try:
-                return self.draw_sample(np.random.default_rng((self._seed, sample_number, attempt)))
+                return self.draw_sample(np.random.default_rng((self._seed, number, attempt)))
             except ImageError as error:
                 skipped.append(str(error))
         raise TrainingError(
-            f"sample {sample_number} could not be made in {MAX_ATTEMPTS} draws; the last reason: {skipped[-1]}. Repair "
+            f"sample {number} could not be made in {MAX_ATTEMPTS} draws; the last reason: {skipped[-1]}. Repair "
             "the data, or exclude files with 'exclude'"
         )
 

@@ -312,9 +312,9 @@ class _TrainingLoop:
 def _write_preview(path: Path, stage: AnyStage, count: int) -> None:
     """Write a contact sheet of the first samples, one row each. Raises OutputError, TrainingError or ImageError."""
     rows = []
-    for sample_number in range(count):
-        name, cells = stage.preview_sample(sample_number)
-        rows.append(make_captioned_row([make_thumbnail(cell) for cell in cells], f"{sample_number}: {name}"))
+    for number in range(count):
+        name, cells = stage.preview_sample(number)
+        rows.append(make_captioned_row([make_thumbnail(cell) for cell in cells], f"{number}: {name}"))
     with atomic_write(path) as file:
         Image.fromarray(np.concatenate(rows)).save(file, format="PNG")
 

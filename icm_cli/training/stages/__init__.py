@@ -70,7 +70,7 @@ class Stage(ABC, Generic[BatchT]):
         """Render the panel of a batch, uint8 [H,W,3]. The model is in evaluation mode."""
 
     @abstractmethod
-    def preview_sample(self, sample_number: int) -> tuple[str, list[ImageU8]]:
+    def preview_sample(self, number: int) -> tuple[str, list[ImageU8]]:
         """Return a caption and images, uint8 [h,w,3], of a sample. Raises TrainingError or ImageError."""
 
 

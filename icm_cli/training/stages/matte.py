@@ -110,9 +110,9 @@ class MatteStage(Stage[PairBatch]):
         )
         return image_grid([[to_rgb(cell) for cell in row] for row in zip(*columns, strict=True)])
 
-    def preview_sample(self, sample_number: int) -> tuple[str, list[ImageU8]]:
+    def preview_sample(self, number: int) -> tuple[str, list[ImageU8]]:
         """Return reference, target, alpha, trimap and the object cut out of the target."""
-        batch = self.maker.make_batch([sample_number])
+        batch = self.maker.make_batch([number])
         rgb, alpha = batch.rgb[0].numpy(), batch.alpha[0].numpy()
         reference = darken_outside(batch.reference_rgb[0].numpy(), batch.guidance[0].numpy())
         cut_out = composite_on_backdrop(rgb, alpha)

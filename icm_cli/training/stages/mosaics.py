@@ -476,16 +476,16 @@ class MosaicStage(Stage[BatchT]):
     def draw_scenes(self, sample_numbers: Sequence[int]) -> list[Mosaic[Scene]]:
         """Draw the mosaics of a batch, with images instead of tokens."""
 
-    def preview_sample(self, sample_number: int) -> tuple[str, list[ImageU8]]:
+    def preview_sample(self, number: int) -> tuple[str, list[ImageU8]]:
         """Return the name of a training sample, and its images: references, mosaic and true alpha.
 
         All mosaics of a batch are drawn together, as in the training, because each depends on those before it.
         """
         size = self.settings.train.micro_batch_size or self.settings.train.batch_size
-        first = sample_number - sample_number % size
+        first = number - number % size
         if first not in self._previews:
             self._previews = {first: self.draw_scenes(range(first, first + size))}
-        mosaic = self._previews[first][sample_number - first]
+        mosaic = self._previews[first][number - first]
         return mosaic.name, _render_preview(mosaic)
 
 

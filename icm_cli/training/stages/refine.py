@@ -174,9 +174,9 @@ class RefineStage(Stage[EdgeBatch]):
         (logit,) = self.predict(self.select_module(learner.model), few)
         return render_layers([layer[:, 0] for layer in (few.rgb, few.coarse, few.truth, torch.sigmoid(logit))])
 
-    def preview_sample(self, sample_number: int) -> tuple[str, list[ImageU8]]:
+    def preview_sample(self, number: int) -> tuple[str, list[ImageU8]]:
         """Return the first crop of a scene: image, coarse alpha, true alpha and weight."""
-        batch = self.maker.make_batch([sample_number])
+        batch = self.maker.make_batch([number])
         return batch.names[0], [to_rgb(layer[0, 0]) for layer in (batch.rgb, batch.coarse, batch.truth, batch.weight)]
 
 
