@@ -65,8 +65,7 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
     """Return the first of the layouts that exists on disk, and its files. ``title``: name of the dataset.
 
     Each layout is searched at ``root``, then in its subfolders, then in the three folders above it; above it, the
-    images must be inside ``root``. The case of folder names is ignored. Raises UsageError, which lists the folders
-    found and those expected.
+    images must be inside ``root``. The case of folder names is ignored. Raises UsageError.
     """
     if not root.is_dir():
         raise UsageError(f"data root {root} is not a folder; expected the folder of {title}")

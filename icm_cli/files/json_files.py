@@ -64,7 +64,7 @@ def format_json(value: Any) -> str:
 
 
 def check_schema(value: Any, schema: Any, name: str) -> None:
-    """Raise ValueError if a JSON value does not match a schema. The message names the first wrong value.
+    """Raise ValueError if a JSON value does not match a schema.
 
     A schema is a type, a tuple of types, ``[schema]`` for a list, or a dict with a schema for each key. A key that ends
     in "?" is optional; the key "*" stands for every key. ``name``: what messages call the value, "" for a whole file.

@@ -390,7 +390,7 @@ def select_layer(reader: Any, path: Path, wanted: str, *, refuse_data: bool = Fa
 
     ``wanted``: the name of a part or a channel prefix. "" selects the first R, G, B without a prefix, else a layer
     named beauty or similar, else the first layer. ``refuse_data``: refuse a file that holds only depth, ids or
-    cryptomattes; a mask may hold ids. Raises ImageError, listing the layers, if there is no such layer.
+    cryptomattes; a mask may hold ids. Raises ImageError if there is no such layer.
     """
     layers, parts = _colour_layers(reader)
     if wanted:

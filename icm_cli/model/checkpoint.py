@@ -124,7 +124,7 @@ def _compress_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of icm, or the one that the authors of the paper published.
 
-    Raises ConfigError for a damaged file, and for any other file; the message says what it is.
+    Raises ConfigError for a damaged file, and for any other file.
     """
     header = _read_header(path)
     if header is None:
@@ -334,10 +334,7 @@ class _Header:
 
 
 def _read_header(path: Path) -> _Header | None:
-    """Return the header of a checkpoint of icm, or None for a torch file.
-
-    Raises ConfigError, which says what the file is.
-    """
+    """Return the header of a checkpoint of icm, or None for a torch file. Raises ConfigError."""
     if path.is_dir():
         raise ConfigError(f"checkpoint {path} is a folder; give the file in it")
     try:

@@ -148,7 +148,7 @@ def _format_value(value: Any) -> str:
 
 
 def _read_report(path: Path) -> _ScoredReport:
-    """Read and check a report. Raises UsageError that names the first wrong value."""
+    """Read and check a report. Raises UsageError."""
     content = read_json(path, "report", REPORT_SCHEMA, EXPECTED_REPORT, use="compared")
     settings = content["settings"]
     version = content.get("schema_version", 1)

@@ -105,7 +105,7 @@ class DisplayImages:
         if view == "source":
             return self._draw_source(id)
         if not self._run.jobs[id].output.exists():
-            self._draw_source(id, use_cache=True)  # raises an error if that is the reason
+            self._draw_source(id, use_cache=True)  # raises ImageError if it cannot be read
             raise ImageError("no alpha: it is not computed yet, the image failed, or the run did not include it")
         alpha = Image.fromarray(shrink_image(self.read_alpha(id), THUMBNAIL_PX))
         if view == "alpha":

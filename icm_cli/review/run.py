@@ -163,10 +163,10 @@ class ReviewRun:
         """
         with self._scan_lock:
             self._add_new_images()
-            errors = [id for id in self.errors if not self.source_error(id)]
-            restored: set[tuple[object, ...]] = {(id, *map(identify_file, self.jobs[id].files)) for id in errors}
-            if not restored <= self._planned_sources:
-                self._planned_sources = restored  # if a plan cannot use them, it is not tried at every scan
+            restored_ids = [id for id in self.errors if not self.source_error(id)]
+            sources: set[tuple[object, ...]] = {(id, *map(identify_file, self.jobs[id].files)) for id in restored_ids}
+            if not sources <= self._planned_sources:
+                self._planned_sources = sources  # if a plan cannot use them, it is not tried at every scan
                 self._plan_again()
             before = list(self._alphas)
             with library_settings():  # entered once instead of for each file

@@ -52,8 +52,7 @@ def find_weight_files(
     ``list_files`` returns the files that a folder must contain, and ``patterns`` select what is downloaded. ``option``
     is the option that selects a folder. ``offline``: use files that are already on this machine.
 
-    Raises ConfigError if files are not available. It says what to download, where to put it, and which licence to
-    accept if the repository is gated.
+    Raises ConfigError if files are not available.
     """
     folder = _find_local_folder(weights, option)
     is_local = folder is not None

@@ -186,8 +186,8 @@ class TokenMatchHead(FinetunableHead):
         evidence = self.compute_evidence(projected, target.valid, references)
         fused = self.fuse_features(target, evidence)
         possible = self._possible_tokens(fused, projected, target.valid, references)
-        counted = target.valid if possible is None else possible
-        presence_logit = self.presence_logit(fused, projected, evidence, counted, references)
+        presence_mask = target.valid if possible is None else possible
+        presence_logit = self.presence_logit(fused, projected, evidence, presence_mask, references)
         alpha = torch.sigmoid(resize_bilinear(self.decode_logit(fused, target, image), size))
         if possible is not None:
             possible_area = resize_bilinear(possible[:, None].float(), size)

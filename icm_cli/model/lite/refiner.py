@@ -66,8 +66,7 @@ class RefineConfig(Section, title="edges"):
     core_transparent_to: float = limited(0.15, below=0.5)
     """Alphas up to this value become 0 far outside the object."""
     core_softness: float = limited(0.3, above=0, most=0.5)
-    """``core_opaque_from`` applies fully where all alphas nearby are above 0.5 + this; ``core_transparent_to``
-    where all are below 0.5 - this. If alphas nearby are closer to 0.5, they apply in part."""
+    """These two limits apply fully where all alphas nearby are this far from 0.5, on one side; else in part."""
     decided_margin: float = limited(0.01, below=0.5)
     """A tile is not changed if all its alphas are within this distance of 0, or all within this distance of 1."""
 

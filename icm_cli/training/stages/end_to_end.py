@@ -139,7 +139,7 @@ class EndToEndMatcher(nn.Module):
 
 
 class EndToEndStage(MosaicStage[SceneBatch]):
-    """Predicts on mosaics of images where the reference's object is."""
+    """Predicts where the reference's object is, on mosaics of images."""
 
     trainable_parts = ("head", "backbone")
 

@@ -50,7 +50,7 @@ PCA_VIEWS = 400
 
 
 class MatchStage(MosaicStage[MosaicBatch]):
-    """Predicts on mosaics of stored tokens where the reference's object is."""
+    """Predicts where the reference's object is, on mosaics of stored tokens."""
 
     trainable_parts: ClassVar[tuple[str, ...]] = ("head",)
     needs_embeddings: ClassVar[bool] = False
