@@ -111,7 +111,7 @@ class TrainingListener(Listener):
         """
 
     def on_encoding_progress(self, encoded: int) -> None:
-        """Called when so many of the images are encoded, including those of an earlier run."""
+        """Called when ``encoded`` images are encoded, including those of an earlier run."""
 
     def on_encoding_end(self) -> None:
         """Called after the last image, also after an error."""

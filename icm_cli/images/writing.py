@@ -142,9 +142,8 @@ def write_alpha(
 ) -> None:
     """Write an alpha, float32 [H,W] in 0..1, atomically.
 
-    ``source``: the image from which an EXR copies its windows and timecode. ``check``: see
-    :func:`~icm_cli.files.atomic_writes.atomic_write`. Raises OutputError, and FileWriteError if only this file cannot
-    be written.
+    ``source``: the image from which an EXR copies its windows and timecode. Raises OutputError, and FileWriteError if
+    only this file cannot be written.
     """
     values = _quantize((1.0 - alpha if output.invert else alpha)[..., None], output.depth_for(None))
     texts = _add_pixel_digest(provenance, values)
@@ -263,9 +262,8 @@ def has_changed_pixels(path: Path, provenance: Mapping[str, str]) -> bool:
 def set_provenance_entry(path: Path, key: str, value: str | None, check: WriteCheck | None = None) -> None:
     """Set one entry of the provenance of a file of icm, or with None remove it, atomically.
 
-    The pixels and everything else in the file stay as they are. ``value``: ASCII text. ``check``: see
-    :func:`~icm_cli.files.atomic_writes.atomic_write`. Raises OutputError, and ImageError for a file that icm did not
-    write.
+    The pixels and everything else in the file stay as they are. ``value``: ASCII text. Raises OutputError, and
+    ImageError for a file that icm did not write.
     """
     with open_image(path) as file:
         if file.type.name == "png":

@@ -209,8 +209,7 @@ def read_training_sources(path: Path) -> dict[str, dict[str, Any]]:
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Load a state dict whose tensors must be exactly those of the module, with finite values.
 
-    Tensors that have the data types of the module are used without a copy. Raises ConfigError, with
-    ``where`` as the name of the file.
+    Tensors that have the data types of the module are not copied. ``where``: name of the file. Raises ConfigError.
     """
     expected = module.state_dict()
     check_tensor_shapes(expected, {key: tensor.shape for key, tensor in tensors.items()}, where)
@@ -222,7 +221,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
 def check_tensor_shapes(expected: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], where: str) -> None:
     """Check that ``shapes``, by the name of the tensor, has exactly the names and shapes of ``expected``.
 
-    Raises ConfigError, with ``where`` as the name of the file.
+    ``where``: name of the file. Raises ConfigError.
     """
     for key in expected:
         if key not in shapes:

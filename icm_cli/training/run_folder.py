@@ -208,8 +208,8 @@ class RunFolder:
     def record_data(self, notice: Callable[[str], None]) -> None:
         """Record the files of the training data, for the checkpoints and for a later resume.
 
-        If they changed since the first step of the run in the folder, raises UsageError that names the changes. If they
-        changed before its first step, this is reported with ``notice``.
+        If they changed since the first step of the run in the folder, raises UsageError. If they changed before its
+        first step, this is reported with ``notice``.
         """
         before = DataRecord.load(self.folder)
         now = DataRecord.from_files(self._pool.files, before, notice)
