@@ -224,8 +224,7 @@ def check_not_forked(*, loads_model: bool = False) -> None:
     """Raise UsageError in a process that was forked from one in which a model was loaded.
 
     In the forked process torch would wait for ever for threads that exist only in the original process.
-    ``loads_model``: whether the caller is about to load a model; this process is then remembered as one that has a
-    model.
+    ``loads_model``: whether the caller is about to load a model in this process, which is then remembered.
     """
     global _model_process
     if _model_process not in (None, os.getpid()):

@@ -199,7 +199,7 @@ def tiff_pages(file: ImageFile) -> list[int]:
 
 
 def has_tiff_extra_samples(file: ImageFile) -> bool:
-    """Return whether any page of a TIFF has channels besides its colours, such as an alpha."""
+    """Return whether any page of a TIFF has further channels than its colours, such as an alpha."""
     return any(TIFF_EXTRA_SAMPLES in tags for tags in _tiff_tags(file))
 
 

@@ -375,8 +375,8 @@ class ReviewRun:
         """Plan the run again if there are new alphas of images that are not listed, and add these images to the list.
 
         A run writes its first alpha before its record, so the run is also planned again after a change of the record.
-        If the record names other sources by now, no image is added, with one notice: the list stays that of the run
-        under review, whose images are recomputed.
+        If another run with other sources has replaced the record, no image is added, and one notice is printed: the
+        list and a recompute remain those of the run under review.
         """
         before, self._unlisted = self._unlisted, self._find_unlisted()
         record_before, self._record = self._record, identify_file(self._record_path)

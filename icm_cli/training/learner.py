@@ -66,7 +66,7 @@ class Learner:
         if self.device.torch_device.type != "mps":
             self.model.use_channels_last()
         self.forward, self.optimiser = self.accelerator.prepare(module, _make_optimiser(self.model, config))
-        """The module with gradients, which computes predictions, and its optimiser; both wrapped by Accelerate."""
+        """The module with gradients, and its optimiser, as Accelerate has wrapped them."""
         self.tensors = {
             name: tensor
             for name, tensor in self.model.state_dict().items()

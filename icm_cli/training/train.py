@@ -120,7 +120,7 @@ class _TrainingLoop:
         """Alphas without an object that were drawn; None after they were reported."""
 
     def run_steps(self, *, resume: bool) -> TrainingSummary:
-        """Take all steps, and log, validate and save in between."""
+        """Take all steps. Log, validate and save when this is due."""
         recipe, learner, run, listener = self._recipe, self._learner, self._run, self._listener
         if learner.accelerator.mixed_precision != recipe.precision:
             listener.on_notice("this CPU is slower in bfloat16 than in float32, so float32 is used")

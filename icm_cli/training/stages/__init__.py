@@ -58,7 +58,7 @@ class Stage(ABC, Generic[BatchT]):
         return load_batches(self.maker, learner.sample_numbers(first_step), workers=learner.workers, pin=is_cuda)
 
     def predict(self, forward: nn.Module, batch: BatchT) -> Prediction:
-        """Run the selected module on a batch. ``forward``: the module as Accelerate has wrapped it."""
+        """Run ``forward`` on a batch: the selected module, as Accelerate has wrapped it."""
         return forward(batch)
 
     @abstractmethod

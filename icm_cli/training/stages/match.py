@@ -2,8 +2,8 @@
 
 The backbone is frozen, so that every image is encoded only once; its tokens are stored in the run's folder. A sample is
 a mosaic of the tokens of one to four images. The reference's object is in one of them, in several, or in none. This is
-hundreds of times faster per sample than training on images. Which images have their tokens stored, and when they are
-replaced, is decided by :mod:`icm_cli.training.stages.view_sets`.
+hundreds of times faster per sample than training on images. :mod:`icm_cli.training.stages.view_sets` decides which
+images have stored tokens, and when they are replaced.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ class ViewEncoder:
                 views[file] = stored
         missing = [file for file in files if file not in views]
         if missing:
-            listener = self._listener if is_start else TrainingListener()  # the latter ignores the progress
+            listener = self._listener if is_start else TrainingListener()  # which ignores the progress
             encoded = sum(map(len, views.values()))
             views_of_file: Views = []
             with listener.encoding_images(sum(len(file.items) for file in files), encoded):
