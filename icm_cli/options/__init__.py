@@ -250,9 +250,9 @@ class HintOptions(OptionGroup):
 
     hints: str | None = option(
         None,
-        help="Corrections of single images: a folder, or frames such as hints/sh010.####.json. For the image a.jpg, the "
-        "folder contains a.json (labelme, with the labels fg, bg, keep and drop) or a.png (white on the object, black "
-        "off it, grey or transparent elsewhere).",
+        help="Corrections of single images: a folder, or frames such as hints/sh010.####.json. For the image a.jpg, "
+        "the folder contains a.json (labelme, with the labels fg, bg, keep and drop) or a.png (white on the object, "
+        "black off it, grey or transparent elsewhere).",
         metavar="PATH",
         digest=DigestPart.IMAGE,
     )
