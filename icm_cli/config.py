@@ -180,7 +180,7 @@ class SecondPassConfig:
 
 @dataclass(frozen=True)
 class MatchConfig(Section, title="match"):
-    """How similar an object must be to that of the references."""
+    """How similar an object must be to the object of the references."""
 
     rule: Literal["kind", "same"] = "kind"
     """``kind``: objects of the same kind are matted. ``same``: of these, only objects that look like the same

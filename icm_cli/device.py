@@ -20,7 +20,7 @@ CUDA_BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Device:
-    """Device of a model, the dtype of its convolutions and projections, and that of its transformers."""
+    """Device of a model, and the dtypes of its convolutions and projections, and of its transformers."""
 
     torch_device: torch.device
     dtype: torch.dtype

@@ -39,7 +39,7 @@ def describe_hardware() -> dict[str, str | int]:
 
 
 def available_cores() -> int:
-    """Return the number of cores of this process: those of its affinity, within the CPU quotas of its cgroups."""
+    """Return the number of cores of this process: its affinity, limited by the CPU quotas of its cgroups."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *map(math.ceil, cpu_quotas())]))
 

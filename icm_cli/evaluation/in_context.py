@@ -211,7 +211,7 @@ def _make_collector(
 
 @contextlib.contextmanager
 def _alphas_folder(evaluation: Evaluation, digests: Sequence[AlphaDigest]) -> Iterator[Path]:
-    """Context of the folder of the alphas: that of ``--save-alphas``, or one in the cache.
+    """Context of the folder of the alphas: ``--save-alphas``, or a folder in the cache.
 
     The folder in the cache is removed if the run succeeds and no other run uses it.
     """
@@ -259,7 +259,7 @@ class ReferenceStore:
     def select_references(self) -> tuple[ReferenceRounds, list[Problem]]:
         """Return the usable references of every round, and the problems.
 
-        They are those of the references file, or else they are chosen automatically.
+        They are read from the references file, or else chosen automatically.
         """
         protocol = self.evaluation.options.protocol
         if protocol.references:

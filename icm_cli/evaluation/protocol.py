@@ -48,7 +48,7 @@ class Evaluation:
 
     @property
     def title(self) -> str:
-        """Title for reports: that of the dataset; for the dataset ``folder``, its location, or the name of "."."""
+        """Title for reports: the title of the dataset; for ``folder``, its path, or its name if that is "."."""
         if self.options.dataset.dataset != "folder":
             return self.data.dataset.title
         has_name = Path(self.location).name not in ("", "..")

@@ -21,7 +21,7 @@ MIN_LABELLED_FRACTION = 0.7
 def is_photograph(colours: NDArray[np.uint32], is_flat: NDArray[np.bool_] | None = None) -> bool:
     """Return whether an image has many colours, and hardly any areas of one colour, so that it is no mask.
 
-    ``colours``: those of :func:`pack_colours`. ``is_flat``: their flat pixels, if they are known.
+    ``colours``: result of :func:`pack_colours`. ``is_flat``: result of :func:`find_flat_pixels`, if it is known.
     """
     is_flat = find_flat_pixels(colours) if is_flat is None else is_flat
     if is_flat.mean() >= MIN_FLAT_FRACTION:
@@ -57,7 +57,7 @@ def find_flat_pixels(values: NDArray[Any]) -> NDArray[np.bool_]:
 def value_fractions(values: NDArray[Any], total: int | None = None) -> dict[Any, float]:
     """Return the fraction of pixels of each value, the most frequent first.
 
-    ``total``: number of pixels by which counts are divided; None for that of ``values``.
+    ``total``: number of pixels by which counts are divided; None for all ``values``.
     """
     distinct, counts = np.unique(values, return_counts=True)
     order = np.argsort(-counts)

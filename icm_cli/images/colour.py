@@ -269,13 +269,13 @@ def _icc_transform(profile: bytes, mode: str) -> Any:
 
 
 def _chosen_config(path: str) -> str:
-    """Return the path or name of an OpenColorIO configuration; "" is that of $OCIO, or the built-in one."""
+    """Return the path or name of an OpenColorIO configuration; "" stands for $OCIO, or the built-in one."""
     return path or os.environ.get("OCIO", "") or BUILT_IN
 
 
 @functools.lru_cache(maxsize=4)
 def _load_config(path: str) -> Any:
-    """Load an OpenColorIO configuration; "" is that of $OCIO, or the built-in one. Raises UsageError."""
+    """Load an OpenColorIO configuration; "" stands for $OCIO, or the built-in one. Raises UsageError."""
     chosen = _chosen_config(path)
     try:
         if chosen.startswith("ocio://"):

@@ -262,7 +262,7 @@ def _orientation(spec: Any) -> int:
 def _white_value(spec: Any, dtype: Any, white: float | None) -> float:
     """Return the value of white, or opaque, on the scale of the pixels that are read.
 
-    ``dtype``: that of the pixels that are read. ``white``: value of white in the file, if the user gives it.
+    ``dtype``: type of the pixels that are read. ``white``: value of white in the file, if the user gives it.
     """
     if dtype == np.uint8:
         return 255.0

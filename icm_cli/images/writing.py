@@ -58,7 +58,7 @@ class OutputFormat:
 
     format: ImageFormat = "png"
     depth: BitDepth | None = None
-    """Bit depth; None: the default of the format for an alpha, that of the source for a foreground."""
+    """Bit depth; None: the default of the format for an alpha, the depth of the source for a foreground."""
     channel: str = "A"
     """Name of an EXR's alpha channel."""
     foreground: ForegroundMode = "none"

@@ -243,7 +243,7 @@ class Backbone(Component):
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:
         """Build the backbone with its pretrained weights, on the CPU in float32.
 
-        The arguments are those of :meth:`weight_files`, and the seed of the noise, for backbones that draw noise.
+        ``seed``: seed of the noise, for backbones that draw noise. Other arguments: see :meth:`weight_files`.
         """
 
     @property
@@ -379,7 +379,7 @@ class Objects(Component):
 
     @abstractmethod
     def embed_images(self, images: Sequence[ImageU8]) -> list[EmbeddedImage]:
-        """Embed images of any sizes, sRGB uint8 [H,W,3]; those of equal size in one batch."""
+        """Embed images of any sizes, sRGB uint8 [H,W,3]; images of equal size in one batch."""
 
     @abstractmethod
     def complete_embedded_alphas(

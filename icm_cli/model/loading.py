@@ -141,7 +141,7 @@ def load_model(
     """Load a model with its weights, on the CPU in float32 and in evaluation mode.
 
     ``checkpoint`` is None for models without trained weights. ``weights`` is the folder or hub id of the backbone's
-    weights, None for the configured one. ``seed`` is that of the backbone's noise. Raises ConfigError if weights are
+    weights, None for the configured one. ``seed``: seed of the backbone's noise. Raises ConfigError if weights are
     missing or do not fit the configuration.
     """
     if checkpoint is None:
@@ -334,7 +334,7 @@ def _pretrained_components(
 def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str | None, *, offline: bool) -> str:
     """Return a hash of the backbone's initial weights: those in the checkpoint, or the pretrained ones.
 
-    The arguments are those of :func:`load_model`.
+    Arguments: see :func:`load_model`.
     """
     backbone = component_class("backbone", config.backbone.name)
     if checkpoint is not None and _contains_backbone(checkpoint, backbone, weights):

@@ -50,7 +50,7 @@ def pack_checkpoint(
     ``heads``: further checkpoints of the same head; the packed head has the mean weights of all these heads.
     ``objects``: checkpoints from which the objects are taken, instead of ``checkpoint``; of several, the mean. They may
     contain only the trained tensors of the objects. ``edges``: a checkpoint from which the edges are taken instead.
-    ``model``: a preset or YAML file with the settings of the packed model; None for those of the checkpoints.
+    ``model``: a preset or YAML file with the settings of the packed model; None for the settings in the checkpoints.
 
     Raises ConfigError if a file is not a checkpoint of icm, or is of another model.
     """
@@ -95,7 +95,7 @@ def _shared_objects(paths: Sequence[Path], checkpoints: Sequence[_TrainedCheckpo
 
 
 def _read_edges(path: Path, checkpoint: Path, config: ModelConfig) -> _TrainedCheckpoint:
-    """Read the checkpoint whose edges replace those of ``checkpoint``, whose model is ``config``.
+    """Read the checkpoint whose edges replace the edges of ``checkpoint``. ``config``: model of ``checkpoint``.
 
     Raises ConfigError if one of the two has no edges.
     """
@@ -108,7 +108,7 @@ def _read_edges(path: Path, checkpoint: Path, config: ModelConfig) -> _TrainedCh
 
 
 def _load_requested_config(model: str, config: ModelConfig) -> ModelConfig:
-    """Return the configuration of ``--model``. ``config``: that of the checkpoints.
+    """Return the configuration of ``--model``. ``config``: configuration of the checkpoints.
 
     Raises ConfigError if they differ in more than the settings of head and edges.
     """
@@ -137,7 +137,7 @@ def _read_trained(path: Path) -> _TrainedCheckpoint:
 
 
 def _average_tensors(checkpoints: Sequence[Checkpoint], component: str) -> dict[str, Tensor]:
-    """Return the mean of the tensors of a component; integers are those of the last checkpoint."""
+    """Return the mean of the tensors of a component; integers are taken from the last checkpoint."""
     states = [checkpoint.component(component) for checkpoint in checkpoints]
     averaged = {}
     for name, tensor in states[-1].items():

@@ -179,14 +179,14 @@ def split_reference_tokens(
 
 
 def is_negative(guidance: Tensor) -> bool:
-    """Return whether a guidance is that of a negative reference: it contains no foreground."""
+    """Return whether a guidance belongs to a negative reference: it contains no foreground."""
     return not bool((guidance > 0.75).any())
 
 
 def selected_token_mask(reference: ReferenceFeatures) -> tuple[Tensor, str | None]:
     """Return the tokens that a reference selects, and a notice or None; see :func:`foreground_token_mask`.
 
-    They are those of the object, or in a negative reference those of the area where its guidance is 0.
+    They are the tokens of the object; in a negative reference, the tokens where its guidance is 0.
     """
     stride = reference.guidance.shape[-1] // reference.features.correspondence_features.shape[-1]
     if not is_negative(reference.guidance):

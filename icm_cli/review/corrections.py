@@ -53,7 +53,7 @@ class Corrections:
     """Answers to hints, and changes of single images. The model runs in its own thread. All methods are thread-safe."""
 
     def __init__(self, run: ReviewRun, state: ReviewState, device: str | None, notice: Callable[[str], None]) -> None:
-        """``device``: replaces the device of the run; None to use that of the run."""
+        """``device``: replaces the device of the run, unless it is None."""
         self._run, self._state, self._device, self._notice = run, state, device, notice
         self._copies = UndoCopies(run.record_folder)
         self._executor = ThreadPoolExecutor(1, "icm-model")
@@ -184,7 +184,7 @@ class Corrections:
     def undo(self, id: int, revision: int) -> None:
         """Restore the alpha, the hints and the status that an image had before its last decision or recompute.
 
-        The image is no longer used as a reference: the mask of a reference is that of its last decision.
+        The image is no longer used as a reference, because its mask was made from the replaced alpha.
         """
         name, alpha = self._run.names[id], self._run.jobs[id].output
         with self.image_lock(id):

@@ -143,7 +143,7 @@ class DisplayImages:
     def _read_size(self, id: int) -> tuple[int, int]:
         """Return height and width of an image, from an alpha of this source, else from the source.
 
-        If the source cannot be read, the size is that of any alpha. Raises ImageError, about the source.
+        If the source cannot be read, the size of any alpha is used. Raises ImageError, about the source.
         """
         job = self._run.jobs[id]
         with contextlib.suppress(ImageError):

@@ -64,7 +64,7 @@ class RunModel:
     ) -> None:
         """Load the model and prepare the references.
 
-        ``options``: those of the run, with the device and the taught references of the review. ``earlier``: a model
+        ``options``: options of the run, with the device and the taught references of the review. ``earlier``: a model
         whose network is used again, so that only the references are prepared. Raises UsageError or ConfigError.
         """
         self._run, self._options, self._notice = run, options, notice

@@ -84,8 +84,8 @@ class ReviewRun:
     def __init__(self, folder: Path, hints: Path | None, notice: Callable[[str], None]) -> None:
         """Find the images of the run whose alphas are in ``folder``.
 
-        ``hints``: folder for hint files, instead of that of the run. Images whose source was removed are found by the
-        provenance of their alphas. Raises UsageError and OutputError.
+        ``hints``: folder for hint files, instead of the folder of the run. Images whose source was removed are found by
+        the provenance of their alphas. Raises UsageError and OutputError.
         """
         self.folder = Path(os.path.abspath(folder))  # noqa: PTH100  resolve() follows links
         self.record_folder = self.folder / RECORD_FOLDER
@@ -392,7 +392,7 @@ class ReviewRun:
             self._notice(self.other_run_warning)
 
     def _has_other_sources(self) -> bool:
-        """Return whether the record names other sources than those of this review."""
+        """Return whether the record names other sources than this review has."""
         try:
             recorded = read_run_record(self.folder)
         except UsageError:  # a damaged record is reported at the next start

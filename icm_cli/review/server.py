@@ -423,7 +423,7 @@ class ReviewApp:
         return self.teaching.recompute_progress()
 
     async def _respond(self, request: Request, handler: Handler, schema: dict[str, Any] | None = None) -> Response:
-        """Run a handler in a thread and return its response. ``schema``: that of the body; None without a body.
+        """Run a handler in a thread and return its response. ``schema``: schema of the body; None without a body.
 
         An error becomes JSON with its message. After a conflict, the JSON also has the current state of the image.
         """

@@ -334,7 +334,7 @@ class Teaching:
         """Save all alphas and trimaps in a folder, as hard links."""
         self._run.scan_alphas()  # another run may have added images
         try:
-            shutil.rmtree(folder, ignore_errors=True)  # that of an interrupted recompute
+            shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted recompute
             for id in range(len(self._run.jobs)):
                 self._saved_folder(folder, self._run.names[id]).mkdir(parents=True)
                 for output, saved in self._saved_outputs(folder, id).items():

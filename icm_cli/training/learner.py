@@ -164,7 +164,7 @@ class Learner:
         self.optimiser.zero_grad()
 
     def set_learning_rates(self, step: int, elapsed_fraction: float | None) -> float:
-        """Set every group's learning rate for a step (from 0) and return that of the parts other than the backbone.
+        """Set every group's learning rate for a step (from 0) and return the rate of the parts other than the backbone.
 
         ``elapsed_fraction`` (0..1) is the fraction of the run's time limit that has passed, None without a limit.
         """

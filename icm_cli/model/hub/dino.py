@@ -59,8 +59,8 @@ class DinoConfig(Section, title="backbone"):
     temperature: float = limited(0.15, above=0)
     """Temperature of the intra-similarity, in cosine units."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Dtype of the transformer if ``--dtype`` is "auto"; "auto" selects that of the device. DINOv3 does not support
-    float16."""
+    """Dtype of the transformer if ``--dtype`` is "auto"; "auto" selects the default of the device. DINOv3 does not
+    support float16."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +77,7 @@ class DinoConfig(Section, title="backbone"):
 class Dino(Backbone):
     """Tokens of selected blocks of a frozen vision transformer, an instance of one of :data:`CLASSES`.
 
-    ``statistics`` are those of the pixels that it was trained on.
+    ``statistics``: of the pixels on which it was trained.
     """
 
     Config = DinoConfig

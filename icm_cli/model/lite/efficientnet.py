@@ -127,7 +127,7 @@ class EfficientNetLite(Backbone):
     def _correspondence_features(self, image: Tensor, outputs: dict[int, Tensor], valid: Tensor) -> Tensor:
         """Concatenate the outputs of the correspondence blocks for the image at all its reductions.
 
-        ``outputs``: those of the image itself, by block. ``valid``: bool [B,h,w], on the grid of the result. All are
+        ``outputs``: block -> output without reduction. ``valid``: bool [B,h,w], on the grid of the result. All are
         scaled to the same mean energy, so that no block dominates.
         """
         height, width = valid.shape[1:]

@@ -82,7 +82,7 @@ class ObjectDecoder(sam.MaskDecoder):
         """Return the logit of the object [B,1,4h,4w], and the predicted IoU of each mask [B,4].
 
         Arguments as in :meth:`~icm_cli.model.lite.sam.MaskDecoder.decode`, with an alpha [B,1,nh,nw] instead of its
-        logit; ``logit_eps`` is that of :class:`MobileSamConfig`.
+        logit; ``logit_eps``: see :class:`MobileSamConfig`.
         """
         size = [MASK_SCALE * side for side in embedding.shape[-2:]]
         logit = None

@@ -29,7 +29,7 @@ STAGE_STRIDES = (2, 2, 1)
 EXPANSION_RATIO = 4
 """Ratio of the hidden channels of a block to its channels."""
 MASK_SCALE = 4
-"""Side of the masks and of the coarse alpha, as a multiple of that of the embedding."""
+"""Pixels of the masks and of the coarse alpha per cell of the embedding, along a side."""
 MASKS = 4
 """Number of masks."""
 POINT_LABELS = 4
@@ -249,7 +249,7 @@ class MaskDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the logits of the masks [B,4,4h,4w], and their predicted IoU [B,4].
 
-        ``embedding``: [B,256,h,w]. ``logit``: that of the coarse alpha, [B,1,4h,4w]; None without one. ``points``:
+        ``embedding``: [B,256,h,w]. ``logit``: logit of the coarse alpha, [B,1,4h,4w]; None without one. ``points``:
         positions, float32 [B,N,2], x and y as fractions of the largest image (FULL_CELLS); and labels, int64 [B,N], see
         POINT_LABELS.
         """

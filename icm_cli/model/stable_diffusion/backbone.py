@@ -203,7 +203,7 @@ class StableDiffusion(Backbone):
     def _draw_noise(self, shape: torch.Size, key: str) -> Tensor:
         """Draw the noise of E samples from the key and the seed: float32 [E,2,4,h,w].
 
-        [:,0] samples the VAE's posterior, and [:,1] is added by the forward diffusion. ``shape``: that of one latent,
+        [:,0] samples the VAE's posterior, and [:,1] is added by the forward diffusion. ``shape``: shape of one latent,
         [4,h,w].
         """
         draws = []

@@ -123,7 +123,7 @@ class TrainingFree(Head):
         return Matte(alpha, confidence, torch.tensor(is_found, device=alpha.device))
 
     def compute_evidence(self, target: Features, references: Sequence[ReferenceTokens], stride: int) -> list[Evidence]:
-        """Compute the evidence of each target. ``stride`` is that of the correspondence features, in px."""
+        """Compute the evidence of each target. ``stride``: px per token."""
         compared = flatten_tokens(target.correspondence_features)
         grouping = compared if target.grouping_features is None else flatten_tokens(target.grouping_features)
         contrasts = compared.new_zeros(target.valid.shape)

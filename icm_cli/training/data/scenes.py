@@ -199,7 +199,7 @@ class SceneMaker:
     """
 
     def __init__(self, pool: TrainingPool, config: TrainConfig, canvas_px: int | None = None) -> None:
-        """``canvas_px`` replaces that of the settings."""
+        """``canvas_px`` replaces the setting."""
         self.pool = pool
         self.pairs = config.pairs
         self.augment = config.augment

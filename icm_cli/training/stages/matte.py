@@ -135,7 +135,7 @@ class FeatureCache:
     """
 
     def __init__(self, backbone_digest: str, limit_bytes: int, *, notice: Callable[[str], None]) -> None:
-        """Open the cache. ``limit_bytes``: limit of the total size of all entries, also those of other backbones.
+        """Open the cache. ``limit_bytes``: limit of the total size of all entries, also of other backbones.
 
         If later entries need space, those of other backbones are deleted, oldest first.
         """
