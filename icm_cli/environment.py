@@ -221,7 +221,7 @@ _model_process: int | None = None
 
 
 def check_not_forked(*, loads_model: bool = False) -> None:
-    """Raise UsageError in a process that was forked from one in which a model was loaded.
+    """Raise UsageError in a process that was forked after a model was loaded.
 
     In the forked process torch would wait for ever for threads that exist only in the original process.
     ``loads_model``: whether the caller is about to load a model in this process, which is then remembered.

@@ -98,7 +98,7 @@ class ReviewRun:
         self.save_error = self._find_save_error()
         """What cannot be saved, and why; "" if everything can."""
         self.other_run_warning = ""
-        """That a run with other sources has written to the folder; "" if none has since the start."""
+        """Warning that a run with other sources has written to the folder; "" if none has since the start."""
         self.output, self.layout = choose_output(self.options.output)
         self.colour: ColourSettings = choose_colour_settings(self.options.colour)[0]
         self.errors: dict[int, str] = {}

@@ -20,7 +20,7 @@ from icm_cli.review.images import View
 BATCH_S = 0.1
 """Seconds after which a request is answered with the thumbnails that are ready: the page may want others by then."""
 MAX_AHEAD = 150
-"""Number of images after the last ones that the page has asked for whose thumbnails are made ahead."""
+"""Number of thumbnails that are made ahead: those after the last ones that the page has asked for."""
 SMALL_IMAGE_BYTES = 1 << 26
 """Images that need less memory are decoded without checking the free memory, which takes as long as decoding them."""
 Batch: TypeAlias = dict[int, bytes | str]

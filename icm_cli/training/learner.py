@@ -279,8 +279,8 @@ def _copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def learning_rate_factor(step: int, config: TrainConfig, elapsed_fraction: float | None = None) -> float:
     """Return the factor of the learning rates at ``step`` (from 0): linear warm-up, then constant or cosine.
 
-    The cosine reaches 0 at the last step. If the run has a time limit, it reaches 0 at the end of that time, of which
-    ``elapsed_fraction`` (0..1) has passed.
+    The cosine reaches 0 at the last step, or at the end of the time limit if there is one. ``elapsed_fraction``: part
+    of that time that has passed, 0..1.
     """
     if step < config.warmup_steps:
         return START_FACTOR + (1.0 - START_FACTOR) * step / config.warmup_steps

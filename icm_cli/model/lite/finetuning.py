@@ -259,7 +259,7 @@ class _Views(NamedTuple):
     references: Sequence[_View]
     """All references without augmentation, negatives last."""
     originals: Sequence[_View]
-    """Those of them that contain the object."""
+    """The references that contain the object."""
     augmented: Sequence[_View]
     """Augmented views that contain the object."""
     negatives: Sequence[_View]

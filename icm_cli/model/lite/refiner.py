@@ -42,7 +42,7 @@ class RefineConfig(Section, title="edges"):
     frame_px: int = 1024
     """Long side, in px, of the image in the first step."""
     context_px: int = limited(32)
-    """Distance from the pixels that may change, in px, up to which the first step sees the image."""
+    """Margin in px around the pixels that may change, which the first step sees too."""
     tile_px: int = 256
     """Side, in px, of the tiles of a larger source."""
     overlap_px: int = 32
@@ -66,7 +66,8 @@ class RefineConfig(Section, title="edges"):
     core_transparent_to: float = limited(0.15, below=0.5)
     """Alphas up to this value become 0 far outside the object."""
     core_softness: float = limited(0.3, above=0, most=0.5)
-    """These two limits apply fully where all alphas nearby are this far from 0.5, on one side; else in part."""
+    """``core_opaque_from`` and ``core_transparent_to`` apply fully where all alphas nearby are this far from 0.5, on
+    one side; else in part."""
     decided_margin: float = limited(0.01, below=0.5)
     """A tile is not changed if all its alphas are within this distance of 0, or all within this distance of 1."""
 

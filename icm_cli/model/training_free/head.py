@@ -43,7 +43,7 @@ class TrainingFreeConfig(Section, title="head"):
     temperature: float = limited(0.07, above=0)
     """Temperature of the soft maximum over the reference's tokens, in cosine units."""
     presence_temperature: float = limited(0.1, above=0)
-    """The same for the decision whether the object is present. A higher temperature requires more tokens to agree."""
+    """Temperature for the decision whether the object is present. A higher one requires more tokens to agree."""
     background_weight: float = limited(0.5)
     """Weight of the similarity to the reference's background, which is subtracted."""
     threshold: float = limited(0.25, above=0, below=1)
@@ -185,8 +185,8 @@ class TrainingFree(Head):
     def make_trimap(self, contrast: Tensor) -> Tensor:
         """Return the trimap of a contrast, [H,W] of 0, 0.5 (unknown) and 1.
 
-        The pixels whose contrast is closest to the threshold are unknown. Those whose contrast is closer to the
-        strongest one than to the threshold are never unknown, so that small objects keep some foreground.
+        The pixels whose contrast is closest to the threshold are unknown. Pixels that are closer to the strongest
+        contrast than to the threshold are never unknown, so that small objects keep some foreground.
         """
         strongest = contrast.max()
         threshold = self.config.threshold * strongest

@@ -1,6 +1,6 @@
 // Requests to the server, and images that it sent. Every failure becomes an error with a sentence for the user.
 
-const MAX_KEPT = 3; // sources, and alphas: those of the last images, and of the next one, which is loaded ahead
+const MAX_KEPT = 3; // sources, and alphas: of the last images, and of the next one, which is loaded ahead
 export const isAborted = (error) => error.name === "AbortError";
 /** Any text that differs between browser tabs: the server drops superseded answers of the same tab. */
 const tab = crypto.getRandomValues(new Uint32Array(2)).join("-");

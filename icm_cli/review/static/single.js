@@ -14,7 +14,7 @@ import { viewer } from "./viewer.js";
 
 class Single {
   id = null;
-  ids = []; // the list for previous and next: that of the overview when it was left
+  ids = []; // the list for previous and next: as the overview showed it when it was left
   shot = null; // the ids of the shot of the image, also while the next frame is loaded; null: it is in none
   details = null;
   isBusy = false; // whether the image is being loaded, and another one may still be visible
@@ -162,7 +162,7 @@ class Single {
     byId("image-status").dataset.status = item.status;
     setText(byId("image-status"), status + change + (item.has_alpha ? "" : ", no alpha"));
     byId("quality").value = item.quality ?? 0;
-    const label = draft?.isDirty ? "saved quality" : "quality"; // not that of the alpha that is shown
+    const label = draft?.isDirty ? "saved quality" : "quality"; // not of the alpha that is shown
     setText(byId("quality-value"), `${label} ${formatQuality(item.quality)}`);
     byId("image-reasons").classList.toggle("outdated", draft?.isDirty ?? false);
     byId("image-reasons").replaceChildren(...item.reasons.map((reason) => create("li", { textContent: reason })));

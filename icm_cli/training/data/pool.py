@@ -45,7 +45,7 @@ class TrainingItem:
     soften_px: float = 0.0
     """Standard deviation of the blur that softens its hard mask."""
     coarse: Path | None = None
-    """Its alpha that another model computed, if there is one."""
+    """Alpha of the image that another model computed, if there is one."""
 
     @property
     def alpha_file(self) -> Path:

@@ -240,7 +240,7 @@ class ViewEncoder:
             yield files[file_index], [None if scene is None else next(views) for scene, _ in scenes]
 
     def _report_skipped(self, views: int, skipped: int, reasons: Sequence[str]) -> None:
-        """Report unreadable images. ``views``: number of views that were made, of which ``skipped`` were skipped.
+        """Report unreadable images. ``views``: number of views, of which ``skipped`` could not be made.
 
         Raises TrainingError if too many were skipped so far.
         """
