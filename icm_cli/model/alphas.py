@@ -110,9 +110,9 @@ class Tile:
 def split_into_tiles(size: tuple[int, int], tile_px: int, overlap_px: int) -> list[Tile]:
     """Split an image of ``size`` (height, width) into tiles with sides of at most ``tile_px``.
 
-    Where two tiles overlap, the weight of one falls linearly and that of the other rises, over ``overlap_px``. So if
-    the overlap is at most a third of a tile, the blended alpha changes by at most 1 / ``overlap_px`` from one pixel to
-    the next, even if one tile is 0 and the other 1. With 256 px, that is less than 1/255.
+    Where two tiles overlap, the weight of one falls linearly over ``overlap_px``, and the weight of the other rises.
+    If the overlap is at most a third of a tile, the step between neighbouring pixels is at most 1 / ``overlap_px``,
+    even if one tile is 0 and the other 1. With 256 px, that is less than 1/255.
     """
     row_ranges, column_ranges = (_split_side(length, tile_px, overlap_px) for length in size)
     return [

@@ -287,9 +287,8 @@ class MatchStageConfig(TrainSection, title="train: match:"):
     max_views_per_image: int = limited(3, 1)
     """Largest number of views of one image, for groups with few images."""
     rotate_every: int = limited(0)
-    """Number of steps after which "match" and "objects" replace a part of every group's views by views of its next
-    images, so that in the end all images are used. The next part is encoded gradually during these steps. 0: views are
-    never replaced."""
+    """Number of steps after which "match" and "objects" replace a part of every group's views. The new views show the
+    next images of the group, and are encoded gradually during these steps. 0: views are never replaced."""
     rotation_parts: int = limited(4, 1)
     """Number of parts of the views; each rotation replaces one of them."""
     negative_probability: float = limited(0.2, 0, 1)

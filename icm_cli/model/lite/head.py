@@ -236,8 +236,8 @@ class TokenMatchHead(FinetunableHead):
         """Return the valid tokens that may be the object, bool [B,h,w]; None without negative references.
 
         A token is excluded if it is nearer to a negative reference than to the object by more than NEGATIVE_MARGIN.
-        This is decided by the mean over the 5 x 5 tokens around it, weighted by the coarse alpha, because single tokens
-        of the object may be nearer to a negative reference by chance.
+        The mean over the 5 x 5 tokens around it decides, weighted by the coarse alpha: single tokens of the object may
+        be nearer to a negative reference by chance.
         """
         if all(tokens.negative is None for tokens in references):
             return None

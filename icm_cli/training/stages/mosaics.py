@@ -148,10 +148,11 @@ class TokenMatcher(nn.Module):
         self.head = head
 
     def forward(self, batch: MosaicBatch) -> Prediction:
-        """Return the head's outputs.
+        """Return the head's outputs:
 
-        They are the logit of the coarse alpha [B,H,W], the logit of the decoder's alpha [B,nH,nW], which is n times as
-        large, the similarity maps of all comparisons [B,comparisons,H,W] in -1..1, and the presence logit [B].
+        - the logits of the coarse alpha [B,H,W], and of the decoder's alpha, which is n times as large [B,nH,nW];
+        - the similarity maps of all comparisons [B,comparisons,H,W] in -1..1;
+        - the presence logit [B].
         """
         head = self.head
         # The head finds a scale by its size, so any distinct keys will do.

@@ -48,9 +48,13 @@ class ObjectMatcher(nn.Module):
     def forward(self, batch: MosaicBatch) -> Prediction:
         """Predict the objects of mosaics in T rounds: without clicks, with the first click, with two, and so on.
 
-        Returns the logits [B,T,mH,mW], the predicted IoU [B,T] (0 without clicks), the weights of the rounds in the
-        loss [B,T], the true alpha [B,nH,nW], and the coarse alpha [B,nH,nW] 0..1, which is 0 if only clicks select the
-        object. All samples of a batch have the same number of clicks, which depends on the first sample's number.
+        All samples of a batch have the same number of clicks, which depends on the first sample's number. Returns:
+
+        - the logits [B,T,mH,mW];
+        - the predicted IoU [B,T], 0 without clicks;
+        - the weights of the rounds in the loss [B,T];
+        - the true alpha [B,nH,nW];
+        - the coarse alpha [B,nH,nW], 0 if only clicks select the object.
         """
         rng = np.random.default_rng((self.seed, 5, batch.sample_numbers[0]))
         clicks = draw_index(self.config.count_weights, rng)
