@@ -6,7 +6,7 @@ import { store } from "./store.js";
 
 const decided = new Set(); // ids of the images that were decided on in this page, the newest last
 const FAILURES = {
-  accept: "was not accepted", reject: "was not rejected", undo: "is not as before",
+  accept: "was not accepted", reject: "was not rejected", undo: "was not restored",
   teach: "is not used", forget: "is still used",
 };
 const UNSAVED = "is not used: its hints are not saved. Accept (A) or revert them first.";
