@@ -241,7 +241,7 @@ class ModelConfig:
 def component_class(kind: ComponentKind, name: str) -> Any:
     """Import and return the class of a component, such as ``component_class("head", "token-match")``.
 
-    Raises ConfigError for a name that is not in :data:`COMPONENTS`, and for a wrong entry there.
+    Raises ConfigError.
     """
     registered = COMPONENTS[kind]
     if name not in registered:

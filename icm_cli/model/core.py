@@ -139,7 +139,7 @@ class InContextMatting(nn.Module):
 
         With ``learn_steps`` above 0, a copy of the head is fine-tuned on the references in this number of steps. The
         head must have ``can_learn_references``; ``on_progress`` is called with the finished fraction. Raises
-        ConfigError if the features of a reference are not finite, or if the result of the head lacks ``notices``.
+        ConfigError.
         """
         extracted = []
         for index, (image, guidance, valid) in enumerate(references):
