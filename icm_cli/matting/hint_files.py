@@ -205,8 +205,8 @@ class HintFiles:
         may_be_hint = bool(self.real_paths) and (self.folder is None or path.suffix.lower() == JSON_SUFFIX)
         return may_be_hint and self._resolve(path) in self.real_paths
 
-    def without_hints(self, images: Sequence[Path], root: Path) -> list[Path]:
-        """Return the images without hint files, if ``--hints`` and ``--src`` are the same folder.
+    def remove_hint_files(self, images: Sequence[Path], root: Path) -> list[Path]:
+        """Return the images that are no hint files. Files are removed only if ``--hints`` and ``--src`` are one folder.
 
         There, a PNG is a hint if it has the name of another image: a.png or a.jpg.png for a.jpg.
         """

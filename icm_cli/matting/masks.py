@@ -60,14 +60,14 @@ class Mask:
 
 
 @dataclass(frozen=True)
-class MaskPlacement:
-    """How a mask is placed on its reference."""
+class ReferenceOrientation:
+    """Size and orientation of a reference, from which the orientation of its mask follows."""
 
     size: tuple[int, int]
     """Height and width of the upright reference."""
-    orientation: int
+    exif: int
     """EXIF orientation that was applied to the reference."""
-    wanted: MaskOrientation
+    requested: MaskOrientation
     """Value of ``--mask-orientation``."""
 
 
@@ -75,7 +75,7 @@ def read_mask(
     path: Path,
     label: str | None,
     notice: Callable[[str], None],
-    placement: MaskPlacement | None = None,
+    orientation: ReferenceOrientation | None = None,
     windows: ImageWindows | None = None,
 ) -> Mask:
     """Read the mask of a reference.
@@ -83,7 +83,7 @@ def read_mask(
     Args:
         label: Value, index or colour ``#rrggbb`` of the object, if the mask has several labels.
         notice: Gets a sentence for each assumption about the mask, such as its orientation.
-        placement: Size and orientation of the reference, by which the mask is oriented.
+        orientation: Orientation of the reference; None to keep the orientation of the mask.
         windows: Windows of the reference. An EXR mask with the same display window is cut to the data window.
 
     Raises UsageError for an ambiguous mask, listing its labels, and ImageError for an unreadable file.
@@ -91,8 +91,8 @@ def read_mask(
     stored = read_stored_pixels(path, windows, has_labels=label is not None)
     for sentence in (*stored.notices, *extra_frame_notices("mask", path)):
         notice(sentence)
-    if placement is not None:
-        stored = _orient_mask(stored, placement, path, notice)
+    if orientation is not None:
+        stored = _orient_mask(stored, orientation, path, notice)
     if label is not None:
         return _select_label(stored, label, path)
     values, opaque = stored.values, None
@@ -114,16 +114,16 @@ def read_mask(
 
 
 def _orient_mask(
-    stored: DecodedImage, placement: MaskPlacement, path: Path, notice: Callable[[str], None]
+    stored: DecodedImage, orientation: ReferenceOrientation, path: Path, notice: Callable[[str], None]
 ) -> DecodedImage:
     """Apply the EXIF orientation of the reference to a mask that was drawn on its stored pixels."""
-    if placement.wanted != "auto":
-        return stored if placement.wanted == "upright" else stored.reorient(placement.orientation)
-    if placement.orientation == UPRIGHT or stored.orientation != UPRIGHT:
+    if orientation.requested != "auto":
+        return stored if orientation.requested == "upright" else stored.reorient(orientation.exif)
+    if orientation.exif == UPRIGHT or stored.orientation != UPRIGHT:
         return stored  # both orientations are equal, or the mask has its own
     size = stored.values.shape[:2]
-    upright = placement.size
-    as_stored = upright[::-1] if placement.orientation in TRANSPOSING_ORIENTATIONS else upright
+    upright = orientation.size
+    as_stored = upright[::-1] if orientation.exif in TRANSPOSING_ORIENTATIONS else upright
     fits = [size == candidate for candidate in (upright, as_stored)]
     if not any(fits):
         fits = [has_same_aspect(size, candidate) for candidate in (upright, as_stored)]
@@ -132,7 +132,7 @@ def _orient_mask(
             f"mask {path} has the orientation of its reference's stored pixels; the EXIF "
             "orientation of the reference is applied to the mask too"
         )
-        return stored.reorient(placement.orientation)
+        return stored.reorient(orientation.exif)
     if fits == [True, True]:
         notice(
             f"mask {path} fits its reference both upright and as stored, because EXIF changes its "

@@ -256,7 +256,7 @@ class _MattingRun:
         return Report(settings={}, results=results)
 
     def _keep_existing_alphas(self, on_result: Callable[[ImageResult], None]) -> ExistingAlphas:
-        """Report the alphas that are kept. Raises UsageError."""
+        """Return which existing alphas are kept, and report them. Raises UsageError."""
         shot, options, folder = self._plan.shot, self._setups[0].options, self._plan.layout.folder
         jobs = shot.order if shot else self._plan.jobs
         if options.overwrite:

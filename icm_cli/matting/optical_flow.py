@@ -213,7 +213,7 @@ def _warp(values: Float, flow: Float) -> Float:
 
 
 def _warp_fraction(values: ImageU8, flow: Float) -> Float:
-    """Return :func:`_warp` of values in 0..255, in 0..1."""
+    """Return values in 0..255, moved by :func:`_warp` and divided by 255."""
     return np.asarray(_warp(values.astype(np.float32), flow) / np.float32(255), np.float32)
 
 

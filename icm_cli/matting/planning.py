@@ -138,7 +138,7 @@ class JobPlanner:
         self._check_filter()
         images = self.sources.files
         if self.inputs.hints is not None:
-            images = self.inputs.hints.without_hints(images, self.sources.root)
+            images = self.inputs.hints.remove_hint_files(images, self.sources.root)
         inspected = self._select_images(images)
         missing = self._plan_missing_frames(inspected)
         files = sorted([*self._select_frames(inspected), *missing], key=natural_sort_key)

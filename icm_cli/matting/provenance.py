@@ -215,6 +215,7 @@ def check_unchanged(path: Path, job: Job, digest: str, replaceable: Mapping[Path
 
 
 def retouched_error(path: Path, job: Job) -> OtherSourceError:
+    """Return the error for an output of a job whose pixels another program has changed."""
     return OtherSourceError(f"{path} was changed after icm wrote it and would be overwritten; {_keep_advice(job)}")
 
 

@@ -22,7 +22,7 @@ from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import SourceImage, extra_frame_notices, read_image
 from icm_cli.matting.hinting import move_hints
-from icm_cli.matting.masks import AmbiguousMaskError, Mask, MaskPlacement, read_mask
+from icm_cli.matting.masks import AmbiguousMaskError, Mask, ReferenceOrientation, read_mask
 from icm_cli.options import GuidanceRule, ReferenceOptions
 
 FOREGROUND_THRESHOLD = 0.5
@@ -162,9 +162,9 @@ class ReferenceReader:
                 name = f"mask {mask}" if mask else f"the mask from the prompts of reference {ref}"
                 return self._make_prompted_reference(image, hints, name, options.guidance)
             if mask is not None:
-                stored, size = image.stored, (image.rgb.shape[0], image.rgb.shape[1])
-                placement = MaskPlacement(size, stored.orientation, options.mask_orientation) if stored else None
-                file_mask = read_mask(mask, options.mask_label, self.notice, placement, image.windows)
+                stored, size, rule = image.stored, (image.rgb.shape[0], image.rgb.shape[1]), options.mask_orientation
+                orientation = ReferenceOrientation(size, stored.orientation, rule) if stored else None
+                file_mask = read_mask(mask, options.mask_label, self.notice, orientation, image.windows)
                 return self._make_reference(image, file_mask, f"mask {mask}", may_be_full=not needs_mask)
             if image.alpha is not None and image.alpha.min() != image.alpha.max():
                 guidance = make_guidance(image.alpha, image.windows, f"the alpha of reference {ref}", self.notice)

@@ -68,7 +68,7 @@ class TrackingReferences:
         if previous_alpha is not None:
             position = _remove_small_parts(previous_alpha > HALF_U8, config.min_part_ratio)
         box = crop_box(position, frame.size, config.crop, frame.windows)
-        tracked = box and self._matte_crop_of(predictor, frame, box, config)
+        tracked = box and self._matte_in_crop(predictor, frame, box, config)
         display = frame.size if frame.windows is None else frame.windows.display
         # ``position.mean()`` is a fraction of the display window, ``tracked.area`` one of the data window.
         scale = display[0] * display[1] / (frame.size[0] * frame.size[1])
@@ -77,11 +77,11 @@ class TrackingReferences:
         (full,) = predictor.coarse_alphas([frame], self.full)
         # ``full.alpha`` shows the data window, so the box is computed without the windows.
         box = crop_box((full.alpha > 0.5).numpy(force=True), frame.size, config.crop) if full.found else None
-        found_again = box and self._matte_crop_of(predictor, frame, box, config)
+        found_again = box and self._matte_in_crop(predictor, frame, box, config)
         candidates = [coarse for coarse in (tracked, found_again) if coarse and coarse.found]
         return max(candidates, key=lambda coarse: coarse.area) if candidates else full
 
-    def _matte_crop_of(self, predictor: Predictor, frame: Frame, box: CropBox, config: TrackingConfig) -> CoarseAlpha:
+    def _matte_in_crop(self, predictor: Predictor, frame: Frame, box: CropBox, config: TrackingConfig) -> CoarseAlpha:
         """Return the coarse alpha of a frame from a crop; it is 0 outside the crop."""
 
         def matte_crop(box: CropBox) -> tuple[CoarseAlpha, Tensor]:
