@@ -40,8 +40,6 @@ EXCLUDED = frozenset(
     }
 )
 """Modules of these packages that do not decide pixels."""
-
-
 PART_DIGITS = 8
 """Number of hexadecimal digits of the digest of a part."""
 
