@@ -51,7 +51,7 @@ def plan(
     layout = OutputLayout(Path(out if pattern is None else pattern.folder), template, pattern=pattern)
     sources = find_sources(src, root, skipped_files)
     planner = JobPlanner(sources, layout, skipped_files, SourceFilter(**source_filter), InputFiles(references))
-    return planner.plan_jobs()
+    return planner.plan_images().jobs
 
 
 def outputs(jobs: list[Job], out: Path) -> list[str]:

@@ -146,14 +146,17 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     _check_report_paths(options, ReportFiles(mask=options.references.save_mask), [])  # before a model makes the mask
     references = read_all_references(options, notice)
     skipped_files = SkippedFiles(notice)
-    jobs, inputs, other_names = plan_images(options, layout, colour, skipped_files, notice)
+    images = plan_images(options, layout, colour, skipped_files, notice)
+    jobs = images.jobs
     hint_files = [path for job in jobs if job.hints for path in job.hints.paths]
-    if inputs.hints is not None:
+    if images.inputs.hints is not None:
         notice(f"{format_count(sum(job.hints is not None for job in jobs), 'image')} with hints")
     shot = None
     if sequences.shot:
         count = len(jobs)
-        jobs, shot = order_as_shot(jobs, options.references.ref, references, sequences.shard, other_names)
+        jobs, shot = order_as_shot(
+            jobs, options.references.ref, references, sequences.shard, images.names_outside_frames
+        )
         if count and not jobs:
             notice(EMPTY_SHARD.format(sequences.shard, options.sources.src, count))
     truths: list[Path] = []
@@ -165,7 +168,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     check_overwrites(jobs, options.references.not_ref, "a negative reference")
     outputs = [output for job in jobs for output in job.outputs]
     sources = [options.sources.src, *(str(job.source) for job in jobs)]
-    _check_report_paths(options, report_files, [*inputs.mattes, *hint_files, *truths, *sources, *outputs])
+    _check_report_paths(options, report_files, [*images.inputs.mattes, *hint_files, *truths, *sources, *outputs])
     report_files.check_shard(layout.folder, _shard_of(options))
     return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths)
 

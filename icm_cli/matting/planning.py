@@ -89,17 +89,25 @@ class InputFiles:
         return [path for files in (self.garbage, self.keep) if files for path in files.paths]
 
 
+@dataclass(frozen=True)
+class PlannedImages:
+    """The images of a run, and the files that are read for them."""
+
+    jobs: Sequence[Job]
+    """A job for every image to matte, sorted by name, with its hints, mattes and output paths."""
+    inputs: InputFiles
+    names_outside_frames: Sequence[Path]
+    """Names of the images that ``--frames`` excludes."""
+
+
 def plan_images(
     options: MatteOptions,
     layout: OutputLayout,
     colour: ColourSettings,
     skipped_files: SkippedFiles,
     notice: Callable[[str], None],
-) -> tuple[list[Job], InputFiles, Sequence[Path]]:
-    """Return the images of a run with their hints, mattes and output paths, and the other inputs. Raises UsageError.
-
-    The third value is the names of the images that ``--frames`` excludes.
-    """
+) -> PlannedImages:
+    """Find the images of a run with their hints and mattes, and choose their output paths. Raises UsageError."""
     inputs = InputFiles(
         options.references.files,
         None if options.hints.hints is None else HintFiles.find(options.hints.hints, skipped_files),
@@ -109,8 +117,7 @@ def plan_images(
     is_ignored = () if inputs.hints is None else (inputs.hints.is_hint_file,)
     sources = find_sources(options.sources.src, options.sources.root, skipped_files, *is_ignored)
     source_filter = _source_filter(options.sources, options.sequences)
-    planner = JobPlanner(sources, layout, skipped_files, source_filter, inputs, colour)
-    return planner.plan_jobs(), inputs, planner.names_outside_frames
+    return JobPlanner(sources, layout, skipped_files, source_filter, inputs, colour).plan_images()
 
 
 @dataclass(frozen=True)
@@ -123,12 +130,10 @@ class JobPlanner:
     source_filter: SourceFilter = SourceFilter()
     inputs: InputFiles = InputFiles()
     colour: ColourSettings = DEFAULT_COLOUR
-    names_outside_frames: list[Path] = field(default_factory=list)
-    """Names of the images that ``--frames`` excludes. They are found by :meth:`plan_jobs`."""
     _resolve: PathResolver = field(default_factory=PathResolver)
 
-    def plan_jobs(self) -> list[Job]:
-        """Return a job for every image that passes the filter, sorted by name.
+    def plan_images(self) -> PlannedImages:
+        """Return a job for every image that passes the filter.
 
         Files in the output folder, references, masks and mattes are skipped. ``missing`` of the filter decides what
         happens with missing frames: a notice, jobs that fail, or an error. A notice is given if no image is left.
@@ -141,7 +146,9 @@ class JobPlanner:
             images = self.inputs.hints.remove_hint_files(images, self.sources.root)
         inspected = self._select_images(images)
         missing = self._plan_missing_frames(inspected)
-        files = sorted([*self._select_frames(inspected), *missing], key=natural_sort_key)
+        selected = self._select_frames(inspected)
+        outside_frames = inspected.keys() - set(selected)
+        files = sorted([*selected, *missing], key=natural_sort_key)
         jobs = [job for path in files for job in self._jobs_of_file(path, inspected.get(path))]
         if not jobs:
             reasons = ", ".join(f"{reason} ({count})" for reason, count in self.skipped_files.items() if count)
@@ -153,7 +160,8 @@ class JobPlanner:
         hint_files = self._assign_hints(jobs, images)
         if self.source_filter.shard is not None:
             jobs = self._select_shard(jobs, *self.source_filter.shard)
-        return self._add_hints(jobs, hint_files)
+        names_outside_frames = [name for path in outside_frames for name in self._names_in_file(path, inspected[path])]
+        return PlannedImages(self._add_hints(jobs, hint_files), self.inputs, names_outside_frames)
 
     @cached_property
     def _real_output(self) -> Path:
@@ -210,17 +218,14 @@ class JobPlanner:
         files = exclude(files, lambda path: inspected[path].type.is_icm_output, "made by icm")
         return {path: inspected[path] for path in files}
 
-    def _select_frames(self, files: Mapping[Path, SourceFile]) -> Collection[Path]:
+    def _select_frames(self, files: Collection[Path]) -> Collection[Path]:
         """Return the files whose frame number is in ``--frames``."""
         frames = self.source_filter.frames
         if frames is None:
             return files
-        selected = self.skipped_files.exclude(
+        return self.skipped_files.exclude(
             files, lambda path: FrameName.from_path(path).number not in frames, "not in --frames", is_reported=False
         )
-        for path in files.keys() - set(selected):
-            self.names_outside_frames.extend(self._names_in_file(path, files[path]))
-        return selected
 
     def _is_reference(self, path: Path) -> bool:
         """Return whether a file is a reference or its mask."""

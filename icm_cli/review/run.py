@@ -436,7 +436,7 @@ class ReviewRun:
         jobs: Sequence[Job] = []
         try:
             with library_settings():  # entered once instead of for each file
-                jobs, _, _ = plan_images(self.options, self.layout, self.colour, skipped, lambda _: None)
+                jobs = plan_images(self.options, self.layout, self.colour, skipped, lambda _: None).jobs
         except UsageError as error:
             notice(f"the sources of the run cannot be found, so only the alphas are shown: {error}")
         names = {job.planned.name for job in jobs}

@@ -46,9 +46,11 @@ if __name__ == "__main__":
         write_images(folder, count)
         before, start = peak_mb(), time.perf_counter()
         skipped_files = SkippedFiles(print)
-        jobs = JobPlanner(
-            find_sources(folder, None, skipped_files), OutputLayout(Path(home) / "out"), skipped_files
-        ).plan_jobs()
+        jobs = (
+            JobPlanner(find_sources(folder, None, skipped_files), OutputLayout(Path(home) / "out"), skipped_files)
+            .plan_images()
+            .jobs
+        )
         planned = time.perf_counter()
         for job in jobs:
             job.state()
