@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import re
 import shlex
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,10 +22,12 @@ import pytest
 import torch
 from conftest import read
 from safetensors.torch import safe_open
+from torch.utils.data import DataLoader
 from train_data import change, command, log, metadata, same_weights, train, weights, write_config
 
 from icm_cli.errors import ConfigError
 from icm_cli.matting.predictor import Predictor
+from icm_cli.training.batches import BatchMaker, iterate_loader, worker_options
 from icm_cli.training.learner import Learner
 from icm_cli.training.run_folder import LOCK_NAME
 from icm_cli.training.stages import matte, mosaics
@@ -341,6 +345,25 @@ def test_signal_saves_the_state_and_the_run_resumes(
     assert train(config, out, *steps, *never, "--resume").exit_code == 0
     assert train(config, tmp_path / "whole", *steps, *never).exit_code == 0
     assert same_weights(out / "last.safetensors", tmp_path / "whole" / "last.safetensors")
+
+
+class SlowMaker(BatchMaker[str]):
+    """Makes the first batch at once; each other one would take 100 s."""
+
+    def make_batch(self, counters: Sequence[int]) -> str:
+        time.sleep(100 if counters[0] else 0)
+        return str(counters[0])
+
+
+@pytest.mark.slow
+def test_the_end_of_a_run_does_not_wait_for_workers_in_the_middle_of_a_batch() -> None:
+    loader = DataLoader(SlowMaker(), batch_sampler=([number] for number in range(9)), **worker_options(1))
+    batches = iterate_loader(loader)
+    assert next(batches)
+    start = time.monotonic()
+    batches.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - start < 5
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeGuard, TypeVar
 
@@ -185,12 +187,20 @@ def iterate_loader(loader: DataLoader[Any]) -> Iterator[Any]:
     finally:
         # If a worker has died, torch raises RuntimeError while it stops the other workers. In the destructor of the
         # iterator, this would print a traceback, so the workers are stopped here and the error is ignored.
-        stop_workers = getattr(batches, "_shutdown_workers", None)  # None: an iterator without workers
-        if stop_workers is not None:
+        workers = getattr(batches, "_workers", ())  # an iterator without workers does not have the attribute
+        for worker in workers:
+            worker.join = functools.partial(_kill_worker, worker)
+        if workers:
             with contextlib.suppress(RuntimeError):
-                stop_workers()
-            for worker in batches._workers:  # type: ignore[attr-defined]
-                worker.kill()  # torch sends SIGTERM to a worker that does not stop, and workers ignore it
+                batches._shutdown_workers()  # type: ignore[attr-defined]
+            for worker in workers:
+                worker.kill()
+
+
+def _kill_worker(worker: BaseProcess, timeout: float | None = None) -> None:
+    """Kill a worker, where torch would wait 10 s for each one that is starting or in the middle of a batch."""
+    worker.kill()
+    type(worker).join(worker, timeout)
 
 
 def check_skipped_fraction(skipped: int, drawn: int, last_reason: str) -> None:
