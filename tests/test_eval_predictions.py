@@ -40,6 +40,8 @@ def test_saved_alphas_have_the_same_scores_as_in_the_run_that_made_them(evaluate
     assert [each["scores"] for each in made["images"]] == [each["scores"] for each in scored["images"]]
     assert made["summary"]["means"] == scored["summary"]["means"]
     assert {each["made_by"] for each in scored["images"]} == {""}
+    without = evaluate(pred=tmp_path / "out", rounds=2).stderr
+    assert "if it was a reference of icm eval --save-alphas, give --references with the report of that run" in without
     assert [each["foreground"] for each in made["images"]] == [each["foreground"] for each in scored["images"]]
 
 

@@ -181,6 +181,10 @@ def _score_predictions(evaluation: Evaluation, folder: Path) -> Report:
             alphas_folder = round_folder(folder, result.round, rounds)
             expected = f"expected {alphas_folder / result.name}.png, or one file of this name in another format"
             reason = f"{result.source} has no alpha, or several; {expected}"
+            if not any(references):
+                reason += (
+                    "; if it was a reference of icm eval --save-alphas, give --references with the report of that run"
+                )
             collector.add_problem(Problem("missing-prediction", result.name, reason))
             collector.add(replace(result, status="unscored", reason=reason))
         evaluation.score_flicker(collector)
