@@ -22,7 +22,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from icm_cli.environment import FreeMemory
 from icm_cli.errors import ImageError, UsageError
-from icm_cli.images.colour import ColourSettings, to_display_srgb
+from icm_cli.images.colour import ColourSettings, to_display_srgb, to_scene_linear
 from icm_cli.images.decoding import frame_count, image_size
 from icm_cli.images.image_file import detect_file_type
 from icm_cli.images.reading import read_alpha, read_image, read_stored_pixels
@@ -241,8 +241,21 @@ def test_configurations_without_a_colour_space_or_a_role_are_reported(tmp_path: 
         read_image(path, ColourSettings(config=str(config)))
     with pytest.raises(ImageError, match=r"cannot be read: .*none\.ocio does not exist"):
         read_image(path, ColourSettings(config="none.ocio"))
-    with pytest.raises(UsageError, match=r"c\.ocio cannot convert plate to monitor \(.*scene_linear"):
+    config = tmp_path / "b.ocio"
+    config.write_text(WITHOUT_ROLES.replace("colorspace: raw}", "colorspace: none}"))
+    with pytest.raises(UsageError, match=r"b\.ocio cannot convert plate to monitor \(.*none"):
         ColourSettings("plate", str(config)).validate()
+
+
+def test_only_exposure_needs_the_role_scene_linear(tmp_path: Path) -> None:
+    config = tmp_path / "c.ocio"
+    config.write_text(WITHOUT_ROLES)
+    path = written(tmp_path / "a.exr", linear(RGB), "half")
+    image = read_image(path, ColourSettings("plate", str(config)))
+    assert np.abs(image.rgb.astype(int) - np.round(linear(RGB) * 255)).max() <= 1  # its view changes nothing
+    assert (to_scene_linear(linear(RGB), "plate", str(config))[0] == linear(RGB)).all()
+    with pytest.raises(UsageError, match=r"c\.ocio has no role scene_linear, which --exposure and HDR need; add"):
+        ColourSettings("plate", str(config), exposure=1.0).validate()
 
 
 def swapped_profile() -> bytes:
@@ -382,6 +395,16 @@ def test_code_points_of_a_png_are_its_colour_space(
     assert np.abs(image.rgb.astype(int) - RGB).mean() < (2 if depth == np.uint8 else 0.5)
     assert read_image(path, ColourSettings(space="sRGB")).space == "sRGB"
     assert (read_alpha(path) == stored.max(axis=-1)).all()
+
+
+@pytest.mark.parametrize("codes", [(9, 16), (9, 18), (12, 16), (1, 1)])
+def test_code_points_with_a_configuration_of_aces_1_3(tmp_path: Path, codes: tuple[int, int]) -> None:
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), RGB[..., ::-1])
+    add_png_chunks(path, cICP=bytes([*codes, 0, 1]))
+    image = read_image(path, ColourSettings(config="ocio://studio-config-v1.0.0_aces-v1.3_ocio-v2.1"))
+    assert (image.space, image.notices) == (read_image(path).space, ())
+    assert image.rgb.mean() > 10
 
 
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
@@ -548,9 +571,11 @@ def test_every_frame_of_a_file_is_matted(tmp_path: Path, name: str) -> None:
     path = frames(tmp_path / name, 3, **({"lossless": True} if name == "a.webp" else {}))
     assert frame_count(path) == 3
     skipped_files = SkippedFiles(lambda _: None)
-    jobs = JobPlanner(
-        find_sources(tmp_path, None, skipped_files), OutputLayout(tmp_path / "out"), skipped_files
-    ).plan_jobs()
+    jobs = (
+        JobPlanner(find_sources(tmp_path, None, skipped_files), OutputLayout(tmp_path / "out"), skipped_files)
+        .plan_images()
+        .jobs
+    )
     assert [job.output.name for job in jobs] == ["a.0001.png", "a.0002.png", "a.0003.png"]
     images = [job.read_image().rgb.astype(int) for job in jobs]
     for number, image in enumerate(images):

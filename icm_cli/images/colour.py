@@ -155,13 +155,13 @@ def _packed_image(pixels: NDArray[Any]) -> Any:
 def find_colour_space(label: str | None, config: str) -> str | None:
     """Return the name that the configuration has for a colour space; None if it has no such space.
 
-    Older configurations, such as those of ACES 1.2, have other names for the linear spaces. OpenColorIO finds these
-    spaces by their transforms.
+    Older configurations do not have the labels. Those of ACES 1.3 have the names of the built-in configuration. Those
+    of ACES 1.2 have other names for the linear spaces. OpenColorIO finds these spaces by their transforms.
     """
     if not label:
         return None
-    loaded = _load_config(config)
-    space = loaded.getColorSpace(label)
+    loaded, built_in = _load_config(config), _load_config(BUILT_IN).getColorSpace(label)
+    space = loaded.getColorSpace(label) or (built_in and loaded.getColorSpace(built_in.getName()))
     if space is not None:
         return str(space.getName())
     try:
@@ -214,13 +214,15 @@ def to_scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]
 
     sRGB becomes linear Rec.709, which has the same primaries. Other spaces with a transfer curve are converted to the
     role ``scene_linear`` of the configuration. Linear spaces, data and spaces that the configuration lacks are not
-    changed.
+    changed, and without this role nothing is.
     """
     if space == SRGB:
         return _convert_colours(pixels, BUILT_IN, "srgb_rec709_scene", LINEAR), LINEAR
     loaded = _load_config(config)
     source = loaded.getColorSpace(space)
     if source is None or source.isData() or loaded.isColorSpaceLinear(source.getName(), ocio.REFERENCE_SPACE_SCENE):
+        return pixels, space
+    if not loaded.hasRole("scene_linear"):
         return pixels, space
     scene_linear = str(loaded.getColorSpace("scene_linear").getName())
     return _convert_colours(pixels, config, space, scene_linear), scene_linear
@@ -319,6 +321,13 @@ def _display_processor(path: str, space: str, view: str, exposure: float) -> Any
     if source in {find_colour_space(label, path) for label in HDR_SPACES}:
         gain /= HDR_WHITE
     linear = "scene_linear"
+    if not config.hasRole(linear):
+        if gain != 1.0:
+            raise UsageError(
+                f"the OpenColorIO configuration {_chosen_config(path)} has no role {linear}, which --exposure and HDR "
+                "need; add the role, or give another configuration with --ocio or $OCIO"
+            )
+        linear = source  # the view converts it directly
     group = ocio.GroupTransform()
     group.appendTransform(ocio.ColorSpaceTransform(src=source, dst=linear))
     if gain != 1.0:
