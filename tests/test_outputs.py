@@ -161,6 +161,25 @@ def test_exr_output_keeps_windows_and_timecode(icm: Icm, scene: Path) -> None:
     assert 0.05 < pixels.mean() < 0.95
 
 
+@pytest.mark.parametrize(("name", "depth"), [("a.tif", "uint8"), ("a.tif", "uint16"), ("a.dpx", "uint16")])
+def test_exr_output_keeps_the_pixel_aspect_ratio_but_no_offset(icm: Icm, scene: Path, name: str, depth: str) -> None:
+    """Only an EXR has windows. The offset of another format, such as that of a scanned page, is none."""
+    rgb = read(next((scene / "imgs").glob("wall.*")))[..., 2::-1].astype(depth)
+    spec = oiio.ImageSpec(rgb.shape[1], rgb.shape[0], 3, depth)
+    spec.x, spec.y, spec.full_width, spec.full_height = 8, 4, 400, 300
+    for attribute, value in {"PixelAspectRatio": 2.0, "XResolution": 72.0, "YResolution": 144.0}.items():
+        spec.attribute(attribute, value)
+    file = oiio.ImageOutput.create(name)
+    assert file.open(str(scene / name), spec)
+    assert file.write_image(rgb)
+    file.close()
+    assert icm(src=scene / name, format="exr").exit_code == 0
+    _, found = by_openimageio(scene / "out" / "a.exr")
+    assert (found.x, found.y, found.full_x, found.full_y) == (0, 0, 0, 0)
+    assert (found.full_width, found.full_height) == (found.width, found.height)
+    assert found.getattribute("PixelAspectRatio") == 2.0
+
+
 def blended(size: int = 160) -> tuple[Float, Float, Float]:
     """Return a foreground, an alpha with a wide edge, and their composite on another colour."""
     rng = np.random.default_rng(0)

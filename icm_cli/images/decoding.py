@@ -262,12 +262,15 @@ def _decode_tiff_or_pnm(file: ImageFile, frame: int, settings: colour.ColourSett
         if frame >= len(pages):
             raise ImageError(f"{file.path} has no frame {frame + 1}; it has {len(pages)}")
         frame = pages[frame]  # index in the file
+    header = None
     with openimageio.open_reader(file, must_open=False) as reader:
-        if reader is not None and reader.seek_subimage(frame, 0) and not openimageio.is_plain_8_bit(reader.spec()):
-            return openimageio.read_pixels(reader, file, frame, settings)
+        if reader is not None and reader.seek_subimage(frame, 0):
+            if not openimageio.is_plain_8_bit(reader.spec()):
+                return openimageio.read_pixels(reader, file, frame, settings)
+            header = openimageio.read_header(reader, file)
     if file.type.name == "tiff" and containers.has_64_bit_integers(file):
         raise ImageError(f"{file.path} has integers of 64 bits; expected at most 32 bits; save it with 32-bit integers")
-    return _decode_with_pillow(file, frame, settings)
+    return replace(_decode_with_pillow(file, frame, settings), header=header)
 
 
 def _decode_png(file: ImageFile, frame: int, settings: colour.ColourSettings) -> DecodedImage:

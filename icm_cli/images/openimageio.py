@@ -152,12 +152,24 @@ def read_windows(reader: Any, file: ImageFile, frame: int) -> ImageWindows:
     return _image_windows(spec, file.type, _orientation(spec))
 
 
+def read_header(reader: Any, file: ImageFile) -> Any:
+    """Return a copy of the specification of the current image.
+
+    Only an EXR has windows. The offset of a TIFF or DPX, such as that of a scanned page, is set to 0.
+    """
+    spec = import_library().ImageSpec(reader.spec())
+    if file.type.name != "openexr":
+        spec.x = spec.y = spec.full_x = spec.full_y = 0
+        spec.full_width, spec.full_height = spec.width, spec.height
+    return spec
+
+
 def read_pixels(reader: Any, file: ImageFile, frame: int, settings: colour.ColourSettings) -> DecodedImage:
     """Decode one part or page and apply its EXIF orientation. Raises ImageError, or an exception of OpenImageIO."""
     path = file.path
     layer, notices = _find_layer(reader, file, frame, settings.layer, refuse_data=not settings.is_matte)
     reader.seek_subimage(layer.part, 0)
-    spec = import_library().ImageSpec(reader.spec())
+    spec = read_header(reader, file)
     orientation = _orientation(spec)
     windows = _image_windows(spec, file.type, orientation)
     read_type = _read_type(spec, settings)
