@@ -23,10 +23,12 @@ from test_review_corrections import OpenReview, open_review, point, revision, sm
 from typer.testing import CliRunner
 
 from icm_cli.errors import UsageError
+from icm_cli.files.atomic_writes import locked_file
 from icm_cli.files.json_files import write_json
 from icm_cli.matting.matte import read_all_references
 from icm_cli.matting.run_record import command_line
 from icm_cli.options import MatteOptions
+from icm_cli.review import undo
 from icm_cli.review.run import ReviewRun
 from icm_cli.review.state import ReviewState
 from icm_cli.review.teaching import Teaching, measure_change
@@ -403,6 +405,15 @@ def test_the_last_recompute_of_an_image_can_be_undone(
     outputs = run.jobs[pad].outputs
     teaching._corrections.reject(pad, 0)
     replace_recompute(monkeypatch, "pad.0101.png", outputs, (100, 200, 250))
+    was_free = []
+
+    def copy_slowly(path: Path, target: Path) -> None:
+        """Copy a file as on a drive without hard links."""
+        with locked_file(state._lock_path, 0) as is_free:
+            was_free.append(is_free)
+        shutil.copy2(path, target)
+
+    monkeypatch.setattr(undo, "link_or_copy", copy_slowly)
     for _ in range(2):
         before, status = [output.read_bytes() for output in outputs], state.read("pad.0101.png").status
         decision = run.item(pad, state.read("pad.0101.png"))["decision"]
@@ -418,6 +429,7 @@ def test_the_last_recompute_of_an_image_can_be_undone(
     assert recompute(teaching)["state"] == "done"
     assert len([*(run.record_folder / "undo").iterdir()]) == 1
     assert not (run.record_folder / "before").exists()
+    assert was_free == [True] * 6  # other servers can use the state meanwhile
 
 
 def test_undo_of_a_recompute_restores_the_alpha_of_another_run(

@@ -432,21 +432,34 @@ class Teaching:
         """Save the differences in the state, and the alphas before, so that each change can be undone."""
         if not changes:
             return
+        copies = self._copy_alphas([id for id, difference in changes.items() if difference], before_folder)
+        replaced = list[Entry | None]()
         with self._state.edit_all() as images:
-            replaced = [
-                self._record_change(id, images.setdefault(self._run.names[id], ImageState()), difference, before_folder)
-                for id, difference in changes.items()
-            ]
-        for entry in filter(None, replaced):
+            for id, difference in changes.items():
+                image = images.setdefault(self._run.names[id], ImageState())
+                replaced.append(self._record_change(id, image, difference, before_folder, copies))
+        for entry in filter(None, [*replaced, *copies.values()]):
             self._copies.discard(entry)
         for id in changes:
             shutil.rmtree(self._saved_folder(before_folder, self._run.names[id]), ignore_errors=True)
 
-    def _record_change(self, id: int, image: ImageState, difference: float, before_folder: Path) -> Entry | None:
+    def _copy_alphas(self, ids: Sequence[int], before_folder: Path) -> dict[int, Entry]:
+        """Return an undo entry for each of these images that was listed when the recompute began.
+
+        The state is not locked meanwhile, because the copies take time on a drive without hard links.
+        """
+        saved = {id: self._saved_outputs(before_folder, id) for id in ids}
+        listed = [id for id in ids if self._saved_folder(before_folder, self._run.names[id]).exists()]
+        return {id: self._copies.save([*saved[id]], "open", saved[id]) for id in listed}
+
+    def _record_change(
+        self, id: int, image: ImageState, difference: float, before_folder: Path, copies: dict[int, Entry]
+    ) -> Entry | None:
         """Record the difference of a recomputed alpha in the state of its image, with an entry that undoes it.
 
         A rejected image whose alpha has changed becomes open again. Returns the entry of an earlier recompute, which is
-        removed, because only the last recompute can be undone.
+        removed, because only the last recompute can be undone. ``copies``: see :meth:`_copy_alphas`; an entry that is
+        used is removed.
         """
         image.change = difference
         output, saved = self._run.jobs[id].output, self._saved_outputs(before_folder, id)
@@ -460,9 +473,8 @@ class Teaching:
         if not (is_being_accepted or self._run.refresh(id).is_reviewed):  # else a person has replaced the new alpha
             if undo_cause(image.undo) == "recompute":
                 replaced = image.undo.pop()
-            if saved[output].parent.exists():
-                entry = self._copies.save([*saved], image.status, saved)
-                image.undo.append({**entry, "alpha": identify_file(output)})
+            if id in copies:
+                image.undo.append({**copies.pop(id), "status": image.status, "alpha": identify_file(output)})
         if image.status == "rejected":
             image.status = "open"
         return replaced
