@@ -173,6 +173,13 @@ def test_several_references_may_have_annotations(icm: Icm, scene: Path, truth: n
     assert ended.exit_code == 0, ended.stderr
 
 
+def test_one_point_selects_the_whole_object(icm: Icm, scene: Path, truth: np.ndarray) -> None:
+    """The first result for this point misses parts of the robot."""
+    ended = icm("--dry-run", point="110,143", mask=None, save_mask=scene / "made.png")
+    assert ended.exit_code == 0, ended.stderr
+    assert overlap(read(scene / "made.png") > 127, truth) > 0.9
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("truth")
 def test_prompts_in_python(scene: Path, small_model: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import cachetools
 import numpy as np
@@ -122,6 +123,24 @@ def _complete_in_crop(embedder: ImageEmbedder, alpha: Tensor, hints: Hints, box:
     return zoomed
 
 
+def select_by_prompts(objects: Objects, image: EmbeddedImage, hints: Hints) -> Tensor:
+    """Select what hints mark, without a coarse alpha. Returns float32 [h,w] in 0..1.
+
+    Points alone are ambiguous: without boxes and strokes on the object, it is selected again with a box around the
+    first result.
+    """
+    (alpha,) = objects.complete_embedded_alphas([image], [None], [make_prompts(hints)])
+    cells = np.argwhere(alpha.numpy(force=True) > 0.5)
+    if not len(cells) or hints.boxes or hints.object_area is not None:
+        return alpha
+    corners = np.concatenate([cells, cells + 1]) * (np.array(hints.size) / alpha.shape)  # as row and column
+    corners = np.concatenate([corners[:, ::-1], np.reshape(hints.points, (-1, 2))])
+    start, end = corners.min(axis=0), np.minimum(corners.max(axis=0), hints.size[::-1])
+    with_box = replace(hints, boxes=[(*start.tolist(), *end.tolist())])
+    (alpha,) = objects.complete_embedded_alphas([image], [None], [make_prompts(with_box)])
+    return alpha
+
+
 def find_zoom_box(alpha: Tensor, hints: Hints) -> CropBox | None:
     """Return the box of a crop around a small object; None if there is no object, or if it is not small.
 
@@ -173,7 +192,8 @@ class MaskMaker:
         """
         objects, edges = self._parts
         with device_errors(self._device, "the mask of a reference was made"), torch.inference_mode():
-            (coarse,) = objects.complete_embedded_alphas(objects.embed_images([rgb]), [None], [make_prompts(hints)])
+            (image,) = objects.embed_images([rgb])
+            coarse = select_by_prompts(objects, image, hints)
             (alpha,) = edges.refine_alphas([rgb], [clip_to_boxes(coarse, hints)])
         mask: NDArray[np.bool_] = apply_hints_to_alpha(alpha.numpy(force=True), hints) > 0.5
         return mask

@@ -32,7 +32,7 @@ from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.matting.crops import CropBox
 from icm_cli.matting.hinting import make_prompts
 from icm_cli.matting.predictor import Predictor
-from icm_cli.matting.prompting import ImageEmbedder, complete_by_prompts
+from icm_cli.matting.prompting import ImageEmbedder, complete_by_prompts, select_by_prompts
 from icm_cli.model.checkpoint import read_checkpoint
 from icm_cli.model.contracts import EmbeddedImage, Objects
 from icm_cli.training.stages.clicks import Click, click_on_largest_error
@@ -271,12 +271,11 @@ def click_through(
                 for label in (1, 0)
             )
             hints = icm_cli.Hints(size=case.size, points=on, not_points=off)
-            prompts = make_prompts(hints)
             start = if_present if if_present is not None and on else coarse
             if start is None:
-                (alpha,) = objects.complete_embedded_alphas([case.image], [None], [prompts])
+                alpha = select_by_prompts(objects, case.image, hints)
             else:
-                alpha = complete_by_prompts(case.embedder, start, hints, prompts)
+                alpha = complete_by_prompts(case.embedder, start, hints, make_prompts(hints))
             found = enlarge_alpha(alpha, case.truth)
         ious.append(overlap(found, case.truth))
     return ious, [click.label for click in clicks]
