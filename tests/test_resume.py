@@ -61,7 +61,7 @@ def test_alphas_of_another_version_are_recomputed_with_one_notice(
     set_icm()
     result = icm(report=scene / "r.json")
     assert notices(result.stderr) == [
-        f"icm: recomputing 3 alphas made by another version of icm ({text}: 3); --keep-existing keeps them"
+        f"icm: recomputing 3 alphas made by another version of icm ({text}: 3); --keep-existing prevents this"
     ]
     assert set(statuses(scene / "r.json").values()) == {("done", __version__)}
     assert alphas(scene / "out") != before
@@ -184,7 +184,7 @@ def test_notices_and_dry_run_name_the_options_that_changed(
     options = {"seed": 7, "keep": garbage}
     assert f"kept {made}" in icm("--keep-existing", "--include", "pad*", **options).stderr.replace("\n", " ")
     done = icm("--include", "pad*", **options)
-    assert f"recomputing {made}; --keep-existing keeps them" in done.stderr.replace("\n", " ")
+    assert f"recomputing {made}; --keep-existing prevents this" in done.stderr.replace("\n", " ")
     assert "other settings" not in icm("--dry-run", "--include", "pad*", **options).stderr
 
 

@@ -275,7 +275,7 @@ class _MattingRun:
             )
         if existing.new_source_states and not self._options.reports.dry_run:
             add_source_states(folder, existing.new_source_states)
-        existing.report(on_result, self._listener.on_notice, hint="; --keep-existing keeps them")
+        existing.report(on_result, self._listener.on_notice, hint="; --keep-existing prevents this")
         if self._options.hints.hints is None:
             report_lost_hints(existing.remaining, workers=options.workers, notice=self._listener.on_notice)
         return existing

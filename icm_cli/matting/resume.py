@@ -108,14 +108,9 @@ class ExistingAlpha:
     @property
     def changed_parts(self) -> list[str]:
         """What has changed since the alpha was made, apart from its source and hints, as messages name it."""
-        parts = _find_changed_parts(self.provenance, self.digest)
-        names = set()
-        for part in (part for part in parts if "--" not in part):
-            flags = {other.removeprefix(part) for other in parts if other.startswith(f"{part}--")}
-            if not flags and not parts & PART_CAUSES.get(part, set()):
-                flags = {f"--{part.replace('_', '-')}" if part not in PART_NAMES else part}
-            names |= {PART_NAMES.get(flag, flag) for flag in flags}
-        return sorted(names)
+        changed = _find_changed_parts(self.provenance, self.digest)
+        parts = [name for name in changed if "--" not in name]
+        return sorted({name for part in parts for name in _name_changed_part(part, changed)})
 
     def can_be_kept(self, *, keep_all: bool) -> bool:
         """Return whether the alpha is kept: if it is reviewed, or if its source and its digest are the same.
@@ -152,6 +147,19 @@ def _find_changed_parts(provenance: Mapping[str, str], digest: AlphaDigest) -> s
     """Return the names of the parts of a digest that differ from those of an alpha; none if it does not record them."""
     recorded = provenance.get(PARTS_KEY, digest.parts)
     return {part.partition("=")[0] for part in set(recorded.split()).symmetric_difference(digest.parts.split())}
+
+
+def _name_changed_part(part: str, changed: Collection[str]) -> list[str]:
+    """Return what messages call a changed part: the options that changed it, else the part; [] if another explains it.
+
+    ``changed``: names of all changed parts, and of changed options after their part, such as "model--edges".
+    """
+    options = [name.removeprefix(part) for name in changed if name.startswith(f"{part}--")]
+    if options:
+        return [PART_NAMES.get(option, option) for option in options]
+    if not PART_CAUSES.get(part, set()).isdisjoint(changed):
+        return []
+    return [PART_NAMES.get(part, f"--{part.replace('_', '-')}")]
 
 
 def find_kept_result(job: Job, digest_for: Callable[[Job], AlphaDigest], *, keep_all: bool) -> ImageResult | None:

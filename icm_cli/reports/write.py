@@ -111,7 +111,7 @@ class ReportFiles:
         for path, claim in claims.items():
             for other in claim.parent.glob(f"{claim.name}-*-{count}"):
                 other_number = other.name.split("-")[1]
-                if other_number != str(number) and (path.exists() or not other.stat().st_size):
+                if other_number != str(number) and (path.exists() or _is_running(other)):
                     raise UsageError(
                         f"{path} is given for shard {number}/{count}, and shard {other_number}/{count} writes it too; "
                         "give each shard its own path, such as one with the number of the shard"
@@ -183,6 +183,13 @@ class ReportFiles:
                 return True
             return isinstance(value, dict) and OWN_KEYS.issubset(value)
         return False  # the file cannot be read, or it is not JSON
+
+
+def _is_running(claim: Path) -> bool:
+    """Return whether the shard of a claim runs: the claim is empty. A removed claim is not an error."""
+    with contextlib.suppress(FileNotFoundError):
+        return not claim.stat().st_size
+    return False
 
 
 def write_report(path: Path, report: Report) -> None:
