@@ -214,7 +214,7 @@ def _best_device() -> torch.device:
 
 
 def _named_device(name: str) -> torch.device:
-    """Return the device of a name that the option allows. Raises ConfigError if the machine has none of this number."""
+    """Return the device for a value of --device, such as "cuda:1". Raises ConfigError if this machine lacks it."""
     kind, _, number = name.partition(":")
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if int(number or 0) >= counts.get(kind, 0):

@@ -155,8 +155,8 @@ def _packed_image(pixels: NDArray[Any]) -> Any:
 def find_colour_space(label: str | None, config: str) -> str | None:
     """Return the name that the configuration has for a colour space; None if it has no such space.
 
-    Older configurations do not have the labels. Those of ACES 1.3 have the names of the built-in configuration. Those
-    of ACES 1.2 have other names for the linear spaces. OpenColorIO finds these spaces by their transforms.
+    ``label``: name or alias of the space in the built-in configuration. Older configurations may lack it. Those of ACES
+    1.3 have the space under its built-in name. In those of ACES 1.2, OpenColorIO finds linear spaces by transforms.
     """
     if not label:
         return None

@@ -84,7 +84,7 @@ def complete_jpeg(file: ImageFile) -> io.BytesIO | None:
     return io.BytesIO(data + JPEG_END) if len(digests) == 1 else None
 
 
-def is_deep_png(head: bytes) -> bool:
+def is_16_bit_png(head: bytes) -> bool:
     """Return whether a PNG with this head has 16 bits per channel. Pillow silently reduces 16-bit RGB to 8 bits."""
     return head.startswith(PNG_SIGNATURE) and head[PNG_DEPTH_OFFSET : PNG_DEPTH_OFFSET + 1] == b"\x10"
 
@@ -173,7 +173,7 @@ def is_black_and_white_bmp(head: bytes) -> bool:
 
 
 def may_have_jpeg2000_alpha(head: bytes) -> bool:
-    """Return whether a JPEG 2000 has 2 or more than 3 components, or too much metadata to find out."""
+    """Return whether a JPEG 2000 has neither 1 nor 3 components. True too if ``head`` ends before their number."""
     codestream = head.find(JPEG2000_SIZES)
     if codestream < 0:
         return True

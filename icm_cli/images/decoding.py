@@ -213,7 +213,7 @@ def _read_windows(file: ImageFile) -> ImageWindows:
     if file.type.name in _PILLOW_FORMATS:
         return ImageWindows.full(_size_by_pillow(file))
     if file.type.name == "png":
-        if not containers.is_deep_png(file.head):
+        if not containers.is_16_bit_png(file.head):
             with contextlib.suppress(ValueError):  # a PNG with more metadata than Pillow accepts
                 return ImageWindows.full(_size_by_pillow(file))
         containers.check_png_pixels(file)
@@ -276,7 +276,7 @@ def _decode_tiff_or_pnm(file: ImageFile, frame: int, settings: colour.ColourSett
 def _decode_png(file: ImageFile, frame: int, settings: colour.ColourSettings) -> DecodedImage:
     """Decode with OpenImageIO if the file has 16 bits or an unusual gamma, which Pillow ignores; else with Pillow."""
     respects_gamma = settings.space == "auto" and not file.type.may_have_frames  # only Pillow decodes the frames
-    needs_openimageio = containers.is_deep_png(file.head) or (respects_gamma and containers.has_unusual_gamma(file))
+    needs_openimageio = containers.is_16_bit_png(file.head) or (respects_gamma and containers.has_unusual_gamma(file))
     if not needs_openimageio:
         with contextlib.suppress(ValueError):  # a PNG with more metadata than Pillow accepts
             return _decode_with_pillow(file, frame, settings)

@@ -109,7 +109,7 @@ class GroundTruthAlpha:
 
     alpha: ImageU8
     """uint8 [H,W]."""
-    is_deep: bool
+    has_16_bits: bool
     """Whether the file has 16 bits or more, which are rounded to 8 here."""
     has_colour: bool
     """Whether the channels differ, so that it is not clear which one is the alpha."""
@@ -129,14 +129,14 @@ def read_ground_truth(
     if any(NOT_FINITE in notice for notice in image.notices):
         raise ImageError(f"{source} has {NOT_FINITE}; expected an alpha with values of 0..1; write it again")
     if is_label_map and image.stored.indices is not None:
-        return GroundTruthAlpha(_object_mask(image.stored), is_deep=False, has_colour=False)
-    is_deep = image.stored.bits > 8
+        return GroundTruthAlpha(_object_mask(image.stored), has_16_bits=False, has_colour=False)
+    has_16_bits = image.stored.bits > 8
     image = image.to_display_window(target_windows)
     if image.alpha is not None and image.alpha.min() != image.alpha.max():
-        return GroundTruthAlpha(image.alpha, is_deep, has_colour=False)
+        return GroundTruthAlpha(image.alpha, has_16_bits, has_colour=False)
     is_coloured = has_colour(image.rgb, 255)
     shows_photograph = is_coloured and is_photograph(pack_colours(image.rgb, 255))
-    return GroundTruthAlpha(maximum_of_channels(image.rgb), is_deep, is_coloured, shows_photograph)
+    return GroundTruthAlpha(maximum_of_channels(image.rgb), has_16_bits, is_coloured, shows_photograph)
 
 
 def is_coloured_file(path: Path, *, is_label_map: bool = False) -> bool:

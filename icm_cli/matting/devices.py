@@ -104,7 +104,7 @@ class WorkerPool:
                 worker.send(setup)
             while self._is_busy and not self._error:
                 self._handle_next_message()
-            self._raise_error()
+            self._raise_if_ended()
         except BaseException:
             self._kill_workers()
             raise
@@ -123,7 +123,7 @@ class WorkerPool:
         try:
             while not self._is_stopped and (self._waiting or self._is_busy):
                 self._start_idle_workers()
-                self._raise_error()
+                self._raise_if_ended()
                 self._handle_next_message()
         finally:
             self._stop_workers()
@@ -151,8 +151,8 @@ class WorkerPool:
                 worker.is_idle = False
                 worker.send(WorkerMessage.START_RUN)
 
-    def _raise_error(self) -> None:
-        """Raise the error that ended the run, or DeviceError if no worker is alive."""
+    def _raise_if_ended(self) -> None:
+        """Raise the error that ended the run, if there is one, or DeviceError if no worker is alive."""
         if self._error:
             raise self._error
         if not self._live_workers:

@@ -182,7 +182,7 @@ def apply_hints_to_alpha(alpha: Float, hints: Hints) -> Float:
     A pixel that does not follow the hints becomes 1 or 0. Other pixels change only if they are closer than
     ``BORDER_PX`` to such a pixel, or to ``keep`` or ``drop``.
     """
-    on, off, keep, drop = _binding_areas(hints)
+    on, off, keep, drop = _enforced_areas(hints)
     bound = alpha.copy()
     fade = np.where(off, 0, _fade(on & ~_follows(bound, True)))
     bound = np.maximum(bound, fade)
@@ -202,20 +202,23 @@ def apply_hints_to_trimap(trimap: NDArray[np.uint8], hints: Hints) -> NDArray[np
 
     These are the pixels of :func:`apply_hints_to_alpha`. Without this, those close to an edge would be unknown (128).
     """
-    on, off, keep, drop = _binding_areas(hints)
+    on, off, keep, drop = _enforced_areas(hints)
     bound = trimap.copy()
     bound[on | keep] = 255
     bound[off | drop] = 0
     return bound
 
 
-def _binding_areas(hints: Hints) -> tuple[Area, Area, Area, Area]:
-    """Return the pixels on the object, off it, to keep and to drop, each bool [H,W]. No pixel is in two of them."""
+def _enforced_areas(hints: Hints) -> tuple[Area, Area, Area, Area]:
+    """Return the pixels that the alpha must follow: on the object, off it, to keep and to drop, each bool [H,W].
+
+    No pixel is in two of them.
+    """
     nothing = np.zeros(hints.size, np.bool_)
     areas = (hints.object_area, hints.background_area, hints.keep, hints.drop)
     on, off, keep, drop = (nothing if area is None else area for area in areas)
     labelled_points = [(hints.points, True), (hints.not_points, False)]
-    if hints.is_rough_mask:
+    if hints.is_rough_mask:  # its edge is not exact, so the alpha follows only points inside of it
         labelled_points = [(area_points(on), True), (area_points(off), False), *labelled_points]
         on = off = nothing
     # Background takes precedence over object, points over areas, and keep and drop over both.

@@ -155,7 +155,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     if sequences.shot:
         count = len(jobs)
         jobs, shot = order_as_shot(
-            jobs, options.references.ref, references, sequences.shard, images.names_outside_frames
+            jobs, options.references.ref, references, sequences.shard, images.names_outside_range
         )
         if count and not jobs:
             notice(EMPTY_SHARD.format(sequences.shard, options.sources.src, count))

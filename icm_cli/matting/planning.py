@@ -96,8 +96,8 @@ class PlannedImages:
     jobs: Sequence[Job]
     """A job for every image to matte, sorted by name, with its hints, mattes and output paths."""
     inputs: InputFiles
-    names_outside_frames: Sequence[Path]
-    """Names of the images that ``--frames`` excludes."""
+    names_outside_range: Sequence[Path]
+    """Names of the images outside of the range of ``--frames``."""
 
 
 def plan_images(
@@ -133,7 +133,7 @@ class JobPlanner:
     _resolve: PathResolver = field(default_factory=PathResolver)
 
     def plan_images(self) -> PlannedImages:
-        """Return a job for every image that passes the filter.
+        """Return the jobs of the images that pass the filter, and the names of those outside of ``--frames``.
 
         Files in the output folder, references, masks and mattes are skipped. ``missing`` of the filter decides what
         happens with missing frames: a notice, jobs that fail, or an error. A notice is given if no image is left.
@@ -147,7 +147,7 @@ class JobPlanner:
         inspected = self._select_images(images)
         missing = self._plan_missing_frames(inspected)
         selected = self._select_frames(inspected)
-        outside_frames = inspected.keys() - set(selected)
+        outside = inspected.keys() - set(selected)
         files = sorted([*selected, *missing], key=natural_sort_key)
         jobs = [job for path in files for job in self._jobs_of_file(path, inspected.get(path))]
         if not jobs:
@@ -160,8 +160,8 @@ class JobPlanner:
         hint_files = self._assign_hints(jobs, images)
         if self.source_filter.shard is not None:
             jobs = self._select_shard(jobs, *self.source_filter.shard)
-        names_outside_frames = [name for path in outside_frames for name in self._names_in_file(path, inspected[path])]
-        return PlannedImages(self._add_hints(jobs, hint_files), self.inputs, names_outside_frames)
+        names_outside_range = [name for path in outside for name in self._names_in_file(path, inspected[path])]
+        return PlannedImages(self._add_hints(jobs, hint_files), self.inputs, names_outside_range)
 
     @cached_property
     def _real_output(self) -> Path:

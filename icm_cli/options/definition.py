@@ -248,7 +248,7 @@ class OptionField:
     def _is_allowed(self, value: object) -> bool:
         """Return whether a converted value is in the range, the choices or the pattern of the option.
 
-        Raises UsageError for a text that is no path.
+        Raises UsageError if the option is a path, and the value cannot be one.
         """
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return self.properties.minimum <= value <= self.properties.maximum

@@ -489,22 +489,23 @@ def with_values(options: MatteOptions, *, dropped: Collection[str] = (), **value
 def _with_output_folder(options: MatteOptions, folder: Path) -> MatteOptions:
     """Return the options of a run with ``folder`` as its output folder, which may have been moved since the run.
 
-    A recompute records hints and masks below ``.icm``, which have been moved too then.
+    The hints and masks that a recompute recorded below ``.icm`` have moved with the folder.
     """
     _, layout = choose_output(options.output)
     before = real_path(layout.folder)
     if before == real_path(folder):
         return options
 
-    def move(path: str | Path) -> str:
+    def current_path(path: str | Path) -> str:
         recorded = real_path(Path(path))
-        is_moved = recorded.is_relative_to(before / RECORD_FOLDER)
-        return str(folder / recorded.relative_to(before) if is_moved else path)
+        has_moved = recorded.is_relative_to(before / RECORD_FOLDER)
+        return str(folder / recorded.relative_to(before) if has_moved else path)
 
     out = folder if layout.pattern is None else folder / Path(options.output.out).name
-    moved = {name: [*map(move, options.get_value(name))] for name in ("mask", "not_mask") if name in options.given}
+    masks = [name for name in ("mask", "not_mask") if name in options.given]
+    moved = {name: [*map(current_path, options.get_value(name))] for name in masks}
     hints = options.hints.hints
-    return with_values(options, out=str(out), **moved, **({"hints": move(hints)} if hints else {}))
+    return with_values(options, out=str(out), **moved, **({"hints": current_path(hints)} if hints else {}))
 
 
 def _without_taught_images(options: MatteOptions) -> MatteOptions:

@@ -160,7 +160,7 @@ class ScoreTask:
         if not (truth.alpha.any() or self.rule.has_shots or "empty-alpha" in self.allowed):
             reason = f"ground truth {self.truth_path} has no foreground; give --allow empty-alpha to score it anyway"
             problems.append(Problem("empty-alpha", self.name, reason))
-        if truth.is_deep and "16-bit-alpha" not in self.allowed:
+        if truth.has_16_bits and "16-bit-alpha" not in self.allowed:
             reason = f"ground truth {self.truth_path} has 16 bits; it is rounded to 8 bits before scoring"
             problems.append(Problem("16-bit-alpha", self.name, reason))
         return problems

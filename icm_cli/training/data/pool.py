@@ -256,7 +256,10 @@ def _read_json(key: str, path: str, expected: str) -> Any:
 
 
 def _find_cutouts(source: SourceConfig) -> list[TrainingItem]:
-    """Return the RGBA images of a folder; each subfolder is a group. Raises UsageError."""
+    """Return the RGBA images of a folder. A group is a subfolder, or an image outside of all subfolders.
+
+    Raises UsageError if the source has no root.
+    """
     if source.root is None:
         raise UsageError("data: a source with 'dataset: cutouts' has no 'root'; expected the folder of RGBA images")
     root = Path(source.root)

@@ -154,8 +154,8 @@ class MatchStage(MosaicStage[MosaicBatch]):
     @torch.no_grad()
     def render_panel(self, learner: Learner, batch: MosaicBatch) -> ImageU8:
         """Show for each mosaic: true alpha, predicted alpha, and the combined similarity map."""
-        few = batch.first_samples(PANEL_ROWS)
-        return render_mosaics(few.alpha, self.predict(self.select_module(learner.model), few))
+        shown = batch.first_samples(PANEL_ROWS)
+        return render_mosaics(shown.alpha, self.predict(self.select_module(learner.model), shown))
 
     def draw_scenes(self, sample_numbers: Sequence[int]) -> list[Mosaic[Scene]]:
         step = sample_numbers[0] // self.settings.train.batch_size

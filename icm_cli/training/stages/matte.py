@@ -90,20 +90,20 @@ class MatteStage(Stage[PairBatch]):
         """Show for each sample: target, reference, true alpha, prediction, inter- and intra-similarity."""
         head = learner.model.head
         assert isinstance(head, TrainedHead)
-        few = batch.first_samples(PANEL_ROWS)
-        pairs = few.to_pairs(fixed_noise=self._cache is not None)  # the same noise as in training
+        shown = batch.first_samples(PANEL_ROWS)
+        pairs = shown.to_pairs(fixed_noise=self._cache is not None)  # cached features have fixed noise
         features = learner.model.extract_features(pairs)
         prepared = learner.model.prepare_pair_references(pairs, features)
         predicted = head(features.target, prepared, pairs.image, pairs.valid).alpha
         inter, intra = head.similarity_maps(features.target, prepared)
         references = [
             darken_outside(rgb.cpu().numpy(), mask.cpu().numpy())
-            for rgb, mask in zip(few.reference_rgb, few.guidance, strict=True)
+            for rgb, mask in zip(shown.reference_rgb, shown.guidance, strict=True)
         ]
         columns = (
-            few.rgb,
+            shown.rgb,
             references,
-            few.alpha,
+            shown.alpha,
             predicted[:, 0],
             map(_heat_map, inter[:, 0]),
             map(_heat_map, intra[:, 0]),

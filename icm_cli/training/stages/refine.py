@@ -170,9 +170,9 @@ class RefineStage(Stage[EdgeBatch]):
     @torch.no_grad()
     def render_panel(self, learner: Learner, batch: EdgeBatch) -> ImageU8:
         """Show for the first crop of each scene: image, coarse alpha, true alpha and prediction."""
-        few = batch.first_samples(PANEL_ROWS)
-        (logit,) = self.predict(self.select_module(learner.model), few)
-        return render_layers([layer[:, 0] for layer in (few.rgb, few.coarse, few.truth, torch.sigmoid(logit))])
+        shown = batch.first_samples(PANEL_ROWS)
+        (logit,) = self.predict(self.select_module(learner.model), shown)
+        return render_layers([layer[:, 0] for layer in (shown.rgb, shown.coarse, shown.truth, torch.sigmoid(logit))])
 
     def preview_sample(self, number: int) -> tuple[str, list[ImageU8]]:
         """Return the first crop of a scene: image, coarse alpha, true alpha and weight."""
