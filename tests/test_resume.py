@@ -171,7 +171,7 @@ def test_notices_and_dry_run_name_the_options_that_changed(
         "--edges": ["--edges", "closed-form"],
         "--checkpoint and --model and --shot": ["--model", "lite", "--checkpoint", str(checkpoint), "--shot"],
         "--dtype and --exposure": ["--dtype", "bfloat16", "--exposure", "1"],
-        "--mask-label and --seed": ["--seed", "7", "--mask-label", "255"],
+        "--seed and references": ["--seed", "7", "--mask-label", "255"],
     }.items():
         planned = icm("--dry-run", "--include", "pad*", *flags)
         assert planned.exit_code == 0, planned.output

@@ -42,9 +42,14 @@ def open_teaching(open_review: OpenReview) -> tuple[ReviewRun, ReviewState, Teac
     return run, state, Teaching(run, state, corrections, lambda _: None)
 
 
-def accept(run: ReviewRun, state: ReviewState, teaching: Teaching, name: str) -> int:
+def image_id(run: ReviewRun, name: str) -> int:
     id = run.find_id(name)
     assert id is not None
+    return id
+
+
+def accept(run: ReviewRun, state: ReviewState, teaching: Teaching, name: str) -> int:
+    id = image_id(run, name)
     teaching._corrections.accept(id, revision(state, run, id), None)
     return id
 
@@ -273,8 +278,7 @@ def test_what_cannot_be_taught_is_refused(icm: Icm, open_review: OpenReview) -> 
 
 def accept_painted_pad(run: ReviewRun, teaching: Teaching, label: str) -> int:
     """Accept the alpha of the pad with one hint, the whole image to keep or to drop; return the id of the image."""
-    pad = run.find_id("pad.0101.png")
-    assert pad is not None
+    pad = image_id(run, "pad.0101.png")
     shape = {"label": label, "shape_type": "rectangle", "points": [[0, 0], [200, 133]]}
     teaching._corrections.accept(pad, 0, [shape])
     return pad
@@ -344,8 +348,7 @@ def test_a_stopped_recompute_continues_and_a_failed_one_says_why(
     assert icm().exit_code == 0
     before = alphas(scene / "out")
     run, _, teaching = open_teaching(open_review)
-    deep = run.find_id("sub/deep.png")
-    assert deep is not None
+    deep = image_id(run, "sub/deep.png")
     teaching.teach(deep, "negative", "image")
     teaching.start_recompute()
     teaching.start_recompute()  # does nothing
@@ -400,8 +403,7 @@ def test_the_last_recompute_of_an_image_can_be_undone(
     """Undo restores the alpha, the trimap and the status; then it takes back the decision before the recompute."""
     assert icm(trimap="also").exit_code == 0
     run, state, teaching = open_teaching(open_review)
-    pad = run.find_id("pad.0101.png")
-    assert pad is not None
+    pad = image_id(run, "pad.0101.png")
     outputs = run.jobs[pad].outputs
     teaching._corrections.reject(pad, 0)
     replace_recompute(monkeypatch, "pad.0101.png", outputs, (100, 200, 250))
@@ -451,8 +453,7 @@ def test_undo_of_a_recompute_restores_the_alpha_of_another_run(
     shutil.copy(images / made.name, images / "pad.0103.png")
     shutil.copy(made, scene / "out" / "pad.0103.png")
     run.scan_alphas()
-    id = run.find_id("pad.0103.png")
-    assert id is not None
+    id = image_id(run, "pad.0103.png")
     teaching._save_changes({id: 1.0}, before)
     item = run.item(id, state.read("pad.0103.png"))
     assert (item["change"], item["undo"]) == (1, "")
@@ -464,8 +465,7 @@ def test_undo_goes_back_beyond_a_recompute_with_the_same_pixels(
     """It changes nothing: undo takes back the recompute before it, and then the decisions."""
     assert icm().exit_code == 0
     run, state, teaching = open_teaching(open_review)
-    pad = run.find_id("pad.0101.png")
-    assert pad is not None
+    pad = image_id(run, "pad.0101.png")
     before = run.jobs[pad].output.read_bytes()
     accept(run, state, teaching, "pad.0101.png")
     teaching._corrections.reject(pad, revision(state, run, pad))
@@ -484,8 +484,7 @@ def test_a_recompute_after_a_rejection_without_an_alpha_can_be_undone(
 ) -> None:
     assert icm().exit_code == 0
     run, state, teaching = open_teaching(open_review)
-    pad = run.find_id("pad.0101.png")
-    assert pad is not None
+    pad = image_id(run, "pad.0101.png")
     alpha = run.jobs[pad].output
     alpha.unlink()
     teaching._corrections.reject(pad, 0)
@@ -602,8 +601,7 @@ def test_the_next_server_compares_what_a_killed_one_has_not(icm: Icm, scene: Pat
     names = ["wall.jpg", "pad.0101.png"]
     for name in ("wall.png", "pad.0101.png"):
         write_grey(scene / "out" / name, 0, *read(scene / "out" / name).shape[:2])
-    wall = run.find_id(names[0])
-    assert wall is not None
+    wall = image_id(run, names[0])
     teaching._save_changes({wall: 0.5}, before)
     teaching._corrections.reject(wall, revision(state, run, wall))
     write_events(run, names)

@@ -16,7 +16,6 @@ from test_formats import linear
 from icm_cli.errors import UsageError
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import read_alpha, read_ground_truth
-from icm_cli.images.writing import read_provenance
 from icm_cli.matting.references import Reference, ReferenceReader
 from icm_cli.options import ReferenceOptions
 
@@ -80,9 +79,7 @@ def test_mask_is_placed_by_its_data_window(icm: Icm, scene: Path, origin: tuple[
     assert (found.guidance == (mask > 127)).all()
     assert not notices
     assert icm().exit_code == icm(mask=roto, out=scene / "other").exit_code == 0
-    one, other = (scene / folder / "wall.png" for folder in ("out", "other"))
-    assert (read(one) == read(other)).all()
-    assert (read_provenance(one) or {})["icm-digest"] == (read_provenance(other) or {})["icm-digest"]
+    assert (scene / "out" / "wall.png").read_bytes() == (scene / "other" / "wall.png").read_bytes()
 
 
 @pytest.mark.parametrize("box", [(-20, -10, 260, 180), (12, 30, 100, 70), (150, 0, 90, 40)])

@@ -47,7 +47,7 @@ PART_NAMES = {
     "colour_config": "OpenColorIO configuration",
     "garbage": "garbage matte",
     "keep": "keep matte",
-    **dict.fromkeys(("references", "--ref", "--mask", "--not-ref", "--not-mask"), "references"),
+    "references": "references",
 }
 """Names in messages of parts that no option changed, and of options. Others are the option of their name."""
 PART_CAUSES = {

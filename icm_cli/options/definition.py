@@ -356,13 +356,14 @@ class CommandOptions:
     def given_by_part(self) -> dict[str, str]:
         """Return the options that decide pixels through their content and have another value than their default.
 
-        Keys are the part and the flag, such as "model--edges"; values are texts.
+        Keys are the part and the flag, such as "model--edges"; values are texts. Options of the references are not
+        returned, so that a mask gives equal files from wherever it is read, and also if it is made from prompts.
         """
+        unrecorded = (None, DigestPart.VALUE, DigestPart.IMAGE, DigestPart.REFERENCES)
         return {
             f"{field.properties.digest}{field.flag}": repr(value)
             for field in self.option_fields()
-            if field.properties.digest not in (None, DigestPart.VALUE, DigestPart.IMAGE)
-            and (value := self.get_value(field.name)) != field.default
+            if field.properties.digest not in unrecorded and (value := self.get_value(field.name)) != field.default
         }
 
     @classmethod

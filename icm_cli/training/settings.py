@@ -505,12 +505,13 @@ def _check_sections(names: Sequence[str], known: Mapping[str, Any]) -> None:
     ``known``: nested mappings with the settings to suggest.
     """
     paths = {path.partition(".")[2]: path for path in _list_paths(known)}
-    for name, section in ((name, name.split(".")[0]) for name in names):
+    for name in names:
+        section = name.split(".")[0]
         if section in {*MODEL_KEYS, ""}:
             continue
-        ends = [path for path in paths if path == name or path.endswith(f".{name}")]
-        is_typing_error = not ends and find_similar_name(section, MODEL_KEYS)
-        similar = ends[0] if ends else "" if is_typing_error else find_similar_name(name, paths)
+        similar = next((path for path in paths if path == name or path.endswith(f".{name}")), "")
+        if not similar and not find_similar_name(section, MODEL_KEYS):  # else the section is misspelt
+            similar = find_similar_name(name, paths)
         suggestion = f"Did you mean {paths[similar]!r}?" if similar else did_you_mean(section, MODEL_KEYS)
         raise ConfigError(f"--set {name}: unknown key. {suggestion}")
 
